@@ -1,0 +1,304 @@
+"""Orbax checkpoints that are verified before they are believed.
+
+  WORKDIR/checkpoints/STEP/params      the policy
+  WORKDIR/checkpoints/STEP/rest        step, optimizer, loss state, reference
+  WORKDIR/checkpoints/STEP/manifest.json   sha256 of every file
+
+Orbax commits a step atomically but does not notice a flipped bit in an array
+file, and takes any directory with a number for a checkpoint. So a step counts
+once its manifest is written, and is restored only if every file agrees with
+it; else the one before is taken, and the damaged one is moved aside.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import math
+import shutil
+from typing import Any
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import orbax.checkpoint as ocp
+
+from dpo_jax.mesh import path_name
+from dpo_jax.types import TrainState
+
+_LOG = logging.getLogger(__name__)
+_training = ocp.v1.training
+_policies = _training.preservation_policies
+_MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+  """The checkpoints of one run."""
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    *,
+    keep: int,
+    best_metric: str,
+    best_is_lower: bool,
+  ):
+    """Opens the folder, moving aside what is damaged.
+
+    Args:
+      workdir: of the run.
+      keep: how many of the latest steps to keep.
+      best_metric: the step that is best by it is kept besides.
+      best_is_lower: whether a lower figure is better.
+    """
+    self._root = epath.Path(workdir) / "checkpoints"
+    self._best_metric = best_metric
+    self._best_is_lower = best_is_lower
+    if jax.process_index() == 0:
+      self._root.mkdir(parents=True, exist_ok=True)
+      _quarantine_damaged(self._root)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("checkpoints verified")
+    self._checkpointer = _training.Checkpointer(
+      self._root,
+      preservation_policy=_policies.AnyPreservationPolicy(
+        [
+          _policies.LatestN(keep),
+          _policies.BestN(
+            get_metric_fn=self._figure_of_merit,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+          ),
+        ]
+      ),
+      cleanup_tmp_directories=True,
+    )
+    self._hasher = concurrent.futures.ThreadPoolExecutor(1)
+    self._pending: tuple[int, Any] | None = None
+    self._hashing: concurrent.futures.Future | None = None
+
+  def _figure_of_merit(self, metrics: dict[str, float]) -> float:
+    figure = metrics.get(self._best_metric, math.nan)
+    if math.isnan(figure):
+      return -math.inf
+    return -figure if self._best_is_lower else figure
+
+  @property
+  def steps(self) -> list[int]:
+    """Steps that are committed, ascending."""
+    return sorted(c.step for c in self._checkpointer.checkpoints)
+
+  @property
+  def best_step(self) -> int | None:
+    """The step that is best by the metric; the latest if none was measured."""
+    measured = [c for c in self._checkpointer.checkpoints if c.metrics]
+    if not measured:
+      return self.steps[-1] if self.steps else None
+    return max(
+      measured, key=lambda c: (self._figure_of_merit(c.metrics), c.step)
+    ).step
+
+  def save(self, step: int, state: TrainState, metrics: dict | None) -> None:
+    """Starts a save; the state may be donated once this returns.
+
+    Args:
+      step: optimizer steps taken.
+      state: on the mesh.
+      metrics: figures that `best_metric` is looked up in, or None.
+
+    Raises:
+      OSError: no room for it.
+    """
+    self.wait()
+    _check_room(self._root, state)
+    response = self._checkpointer.save_checkpointables_async(
+      step,
+      {"params": state.params, "rest": _rest(state)},
+      force=True,
+      overwrite=step in self.steps,
+      metrics=metrics or None,
+    )
+    if response is None:
+      raise RuntimeError(f"the checkpoint of step {step} was not taken")
+    self._pending = (step, response)
+
+  def poll(self) -> None:
+    """Finishes a save whose files are written, without waiting for it."""
+    if self._pending and not self._checkpointer.is_saving_in_progress():
+      self._finish()
+
+  def wait(self) -> None:
+    """Waits until the last save is committed and has its manifest."""
+    if self._pending:
+      self._finish()
+    if self._hashing:
+      self._hashing.result()
+      self._hashing = None
+
+  def _finish(self) -> None:
+    step, response = self._pending
+    self._pending = None
+    response.result()
+    if jax.process_index() == 0:
+      self._hashing = self._hasher.submit(
+        _write_manifest, self._root / str(step)
+      )
+
+  def restore(
+    self, abstract_state: TrainState, *, step: int | None = None
+  ) -> TrainState | None:
+    """Reads a step onto the shardings of the target.
+
+    Args:
+      abstract_state: ShapeDtypeStructs with shardings.
+      step: which one; the latest if None.
+
+    Returns:
+      The state, or None if there is no checkpoint.
+
+    Raises:
+      ValueError: a checkpoint of another model or optimizer.
+    """
+    steps = self.steps
+    if not steps:
+      return None
+    step = steps[-1] if step is None else step
+    wanted = {"params": abstract_state.params, "rest": _rest(abstract_state)}
+    found = self._checkpointer.checkpointables_metadata(step).metadata
+    for part, tree in wanted.items():
+      check_same_tree(tree, found[part], f"{self._root / str(step)}/{part}")
+    loaded = self._checkpointer.load_checkpointables(step, wanted)
+    return abstract_state.replace(params=loaded["params"], **loaded["rest"])
+
+  def restore_params(self, abstract_params: Any, *, step: int) -> Any:
+    """Reads the policy of a step, and nothing else.
+
+    Args:
+      abstract_params: ShapeDtypeStructs with shardings.
+      step: which one.
+
+    Returns:
+      The parameters.
+
+    Raises:
+      ValueError: a checkpoint of another model.
+    """
+    found = self._checkpointer.checkpointables_metadata(step).metadata
+    where = f"{self._root / str(step)}/params"
+    check_same_tree(abstract_params, found["params"], where)
+    return self._checkpointer.load_checkpointables(
+      step, {"params": abstract_params}
+    )["params"]
+
+  def close(self) -> None:
+    """Finishes the last save and lets go of the folder."""
+    self.wait()
+    self._hasher.shutdown()
+    self._checkpointer.close()
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+  parts = {
+    "step": state.step,
+    "opt_state": state.opt_state,
+    "loss_state": state.loss_state,
+    "ref_params": state.ref_params,
+  }
+  return {k: v for k, v in parts.items() if jax.tree.leaves(v)}
+
+
+def check_same_tree(wanted: Any, found: Any, where: str) -> None:
+  """Raises ValueError unless paths, shapes and dtypes agree.
+
+  Orbax would cast a dtype without a word.
+  """
+
+  def describe(tree):
+    return {
+      path_name(path): (tuple(leaf.shape), str(jax.numpy.dtype(leaf.dtype)))
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+  ours, theirs = describe(wanted), describe(found)
+  faults = [
+    f"{name}: {theirs.get(name, 'nothing')} there, {ours.get(name, 'nothing')}"
+    " wanted"
+    for name in sorted(ours.keys() | theirs.keys())
+    if ours.get(name) != theirs.get(name)
+  ]
+  if faults:
+    raise ValueError(
+      f"{where} holds another model or optimizer; {len(faults)} arrays differ,"
+      " the first:\n  " + "\n  ".join(faults[:5])
+    )
+
+
+def _files(folder: epath.Path) -> dict[str, epath.Path]:
+  found, folders = {}, [folder]
+  while folders:
+    for path in folders.pop().iterdir():
+      if path.is_dir():
+        folders.append(path)
+      elif path.name != _MANIFEST:
+        found[str(path.relative_to(folder))] = path
+  return found
+
+
+def _sha256(path: epath.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_manifest(folder: epath.Path) -> None:
+  hashes = {name: _sha256(path) for name, path in _files(folder).items()}
+  temporary = folder / f"{_MANIFEST}.tmp"
+  temporary.write_text(json.dumps(hashes, indent=1, sort_keys=True))
+  temporary.rename(folder / _MANIFEST)
+
+
+def verify(folder: epath.PathLike) -> str:
+  """What is wrong with a checkpoint's files, or ''."""
+  folder = epath.Path(folder)
+  if not (folder / _MANIFEST).exists():
+    return "it has no manifest: its save was not finished"
+  wanted = json.loads((folder / _MANIFEST).read_text())
+  found = _files(folder)
+  for name, digest in wanted.items():
+    if name not in found:
+      return f"{name} is missing"
+    if _sha256(found[name]) != digest:
+      return f"{name} is damaged"
+  return ""
+
+
+def _quarantine_damaged(root: epath.Path) -> None:
+  for folder in root.iterdir():
+    if not folder.name.isdecimal():
+      continue
+    fault = verify(folder)
+    if fault:
+      aside = root.parent / "quarantine"
+      aside.mkdir(parents=True, exist_ok=True)
+      number = sum(1 for _ in aside.iterdir())
+      target = aside / f"{folder.name}-{number}"
+      folder.rename(target)
+      _LOG.warning(
+        "checkpoint %s is not used: %s. Moved to %s; the step before it is"
+        " taken instead",
+        folder,
+        fault,
+        target,
+      )
+
+
+def _check_room(root: epath.Path, state: TrainState) -> None:
+  try:
+    free = shutil.disk_usage(root).free
+  except OSError:  # not a local folder: a bucket has no end
+    return
+  needed = sum(x.nbytes for x in jax.tree.leaves(state))
+  if needed > free:
+    raise OSError(
+      f"a checkpoint takes {needed:,} bytes, and {root} has {free:,} free:"
+      " make room, or lower checkpoint.keep"
+    )

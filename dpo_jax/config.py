@@ -1,0 +1,182 @@
+"""Every key of a config, its default and its unit; and the checks of one.
+
+`configs/*.py` start from `default_config()` and set what they change.
+"""
+
+from collections.abc import Iterator, Mapping
+import json
+from typing import Any
+
+from etils import epath
+import ml_collections
+from ml_collections import config_dict
+
+from dpo_jax.losses import KNOBS
+from dpo_jax.losses.objective import did_you_mean
+
+
+def loss_config(name: str) -> ml_collections.ConfigDict:
+  """A loss by name; every knob is a placeholder until it is set."""
+  config = ml_collections.ConfigDict({"name": name})
+  for knob, meaning in KNOBS.items():
+    config[knob] = config_dict.placeholder(meaning.type)
+  return config
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """The complete config."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # of initial weights, data order and sampling
+  config.total_steps = 1000  # optimizer steps
+  config.batch_size = 64  # groups a step, over all devices (2305.18290 app. B)
+  config.accumulation_steps = 1  # parts of a batch, one after the other
+  config.parallelism = "jit"  # or "pmap": the same step, parameters replicated
+  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # devices; -1: the rest
+  config.logps_chunk = 128  # scored tokens of a row projected at once
+
+  config.policy = ml_collections.ConfigDict()
+  # Where the weights come from: "random", "hf:FOLDER" (a Hugging Face model),
+  # or "run:WORKDIR" (another run's best checkpoint).
+  config.policy.init = "random"
+  config.policy.preset = "1m"  # shape of random weights: models/config.py
+  config.policy.param_dtype = "float32"  # what is trained
+  config.policy.compute_dtype = "float32"  # of matmuls and activations
+  config.policy.remat = "none"  # or "full", "dots"
+
+  config.data = ml_collections.ConfigDict()
+  config.data.source = "synthetic:review_pairs"  # data/sources.py lists kinds
+  config.data.eval_source = ""  # "": hold out a part of source
+  config.data.eval_fraction = 0.05  # of prompts, where eval_source is ""
+  config.data.tokenizer = "bytes"  # or the folder of a tokenizer.json
+  config.data.chat_template = ""  # a jinja file; "": the tokenizer's own
+  config.data.max_tokens = 512  # prompt + response (2305.18290's repository)
+  config.data.max_prompt_tokens = 256  # kept of a prompt that is too long
+  config.data.row_tokens = 0  # of a packed row; 0: as the longest group needs
+  config.data.layout = "shared"  # or "packed", "padded": data/packing.py
+  config.data.cache_dir = ""  # token stores; "": ~/.cache/dpo_jax
+
+  config.loss = loss_config("dpo")
+
+  config.reference = ml_collections.ConfigDict()
+  # "cached": log-probs computed once; "frozen": a copy runs in every step;
+  # "none": for losses that read no reference.
+  config.reference.kind = "cached"
+  config.reference.init = ""  # as policy.init; "": the policy's own start
+  config.reference.cache_dir = ""  # "": WORKDIR/reference
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = "rmsprop"  # 2305.18290 app. B; adamw adafactor lion
+  config.optimizer.learning_rate = 1e-6  # peak (2305.18290 app. B)
+  config.optimizer.schedule = "constant"  # or "cosine", "linear", to zero
+  config.optimizer.warmup_steps = 150  # linear (2305.18290 app. B)
+  config.optimizer.max_grad_norm = 10.0  # global norm; inf: no clipping
+  config.optimizer.weight_decay = 0.0  # decoupled; not on norm scales
+  config.optimizer.b1 = 0.9  # adamw, lion
+  config.optimizer.b2 = 0.95  # adamw, lion
+  config.optimizer.epsilon = 1e-8  # adamw, rmsprop
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.every_steps = 100  # 0: at the start and the end only
+  config.eval.batch_size = 64  # groups
+  config.eval.max_groups = 0  # held-out groups to read; 0: all
+  config.eval.num_samples = 0  # responses sampled at the start and the end
+  config.eval.max_response_tokens = 128  # of a sample, EOS included
+  config.eval.temperature = 1.0  # 0: greedy
+  config.eval.top_k = 0  # 0: all tokens
+  config.eval.top_p = 1.0  # nucleus mass
+  config.eval.judge = ""  # judges.py; "": samples are written, not judged
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every_steps = 500  # 0: at the end only
+  config.checkpoint.keep = 2  # latest ones; the best is kept besides
+  config.checkpoint.best_metric = "eval/reward/accuracy"
+  config.checkpoint.best_is_lower = False  # True for a loss
+
+  config.log = ml_collections.ConfigDict()
+  config.log.every_steps = 10
+  config.log.tensorboard = False  # event files in WORKDIR/tensorboard
+  config.log.progress = True  # progress bar on process 0
+  return config
+
+
+# What may change when a run goes on in its workdir.
+_MAY_CHANGE = ("log.", "mesh.", "parallelism", "total_steps", "logps_chunk")
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple]:
+  """('loss.beta', 0.1) for every leaf."""
+  for key, value in config.items():
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+      yield from flatten(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", value
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError unless the config has exactly the keys there are.
+
+  All missing and unknown keys are named at once, unknown ones with the
+  nearest that exists. Values are checked where they are used.
+  """
+  wanted = dict(flatten(default_config()))
+  found = dict(flatten(config))
+  faults = [
+    f"config.{key} is unknown.{did_you_mean(key, wanted)}"
+    for key in found
+    if key not in wanted
+  ]
+  faults += [f"config.{key} is missing" for key in wanted if key not in found]
+  if faults:
+    raise ValueError("\n".join(faults))
+  for key, low in (
+    ("total_steps", 1),
+    ("batch_size", 1),
+    ("accumulation_steps", 1),
+    ("logps_chunk", 1),
+    ("eval.every_steps", 0),
+    ("eval.batch_size", 1),
+    ("eval.max_groups", 0),
+    ("eval.num_samples", 0),
+    ("checkpoint.every_steps", 0),
+    ("checkpoint.keep", 1),
+    ("log.every_steps", 1),
+  ):
+    if found[key] < low:
+      raise ValueError(f"config.{key}={found[key]} must be at least {low}")
+
+
+def settle_config(
+  config: ml_collections.ConfigDict, workdir: epath.Path, *, is_writer: bool
+) -> None:
+  """Writes the resolved config to a workdir, or compares it with the one there.
+
+  Args:
+    config: complete, the loss's defaults filled in.
+    workdir: of the run.
+    is_writer: whether this process writes.
+
+  Raises:
+    ValueError: the workdir belongs to a run with another config; shows the
+      difference.
+  """
+  path = workdir / "config.json"
+  resolved = json.loads(json.dumps(config.to_dict(), default=str))
+  if path.exists():
+    before = dict(flatten(json.loads(path.read_text())))
+    now = dict(flatten(resolved))
+    changed = [
+      f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
+      for key in sorted(before.keys() | now.keys())
+      if before.get(key) != now.get(key)
+      and not key.startswith(_MAY_CHANGE)
+      and not key.endswith(".cache_dir")
+    ]
+    if changed:
+      raise ValueError(
+        f"{workdir} holds a run with another config:\n"
+        + "\n".join(changed)
+        + "\nChoose another workdir, or go on with the config that is there"
+      )
+  if is_writer:
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(resolved, indent=2, sort_keys=True) + "\n")

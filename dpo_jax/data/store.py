@@ -1,0 +1,310 @@
+"""Tokenize once: a content-addressed store of token ids with their lengths.
+
+The folder's name is a digest of everything that decides its content, so a
+store is never stale and runs that share data share it.
+"""
+
+import array
+from collections import Counter
+from collections.abc import Iterator
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dpo_jax.data.examples import Example, Unusable, parse_record
+from dpo_jax.data.sources import Record, Source
+from dpo_jax.data.tokenizers import Tokenizer
+
+FORMAT = 1  # raise it when the same input would give other arrays
+_CHUNK = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """How long a prompt and its response may be, in tokens.
+
+  Attributes:
+    max_tokens: prompt and one response together, BOS and EOS included.
+    max_prompt_tokens: what a prompt keeps, counted from its end, where prompt
+      and response do not fit together. A prompt that leaves its responses
+      room is not cut.
+  """
+
+  max_tokens: int
+  max_prompt_tokens: int
+
+  def __post_init__(self):
+    if not 0 < self.max_prompt_tokens < self.max_tokens:
+      raise ValueError(
+        f"data.max_prompt_tokens={self.max_prompt_tokens} must be above 0 and"
+        f" below data.max_tokens={self.max_tokens}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+  """Token ids of N groups of up to K responses.
+
+  Attributes:
+    tokens: i32 [total], every group's prompt and then its responses.
+    starts: i64 [N], where each group starts in `tokens`.
+    lengths: i32 [N, 1 + K], tokens of the prompt and of each response; 0
+      where there is no response.
+    score: f32 [N, K].
+    digest: of the content.
+    report: counts of what was read, dropped and cut.
+  """
+
+  tokens: np.ndarray
+  starts: np.ndarray
+  lengths: np.ndarray
+  score: np.ndarray
+  digest: str
+  report: dict[str, Any]
+
+  def __len__(self) -> int:
+    return len(self.starts)
+
+  @property
+  def num_slots(self) -> int:
+    return self.score.shape[1]
+
+  def group(self, index: int) -> list[np.ndarray]:
+    """Prompt and responses of a group: K + 1 arrays of ids, i32."""
+    start = self.starts[index]
+    ends = start + np.cumsum(self.lengths[index])
+    return np.split(self.tokens[start : ends[-1]], ends[:-1] - start)
+
+  def first_slots(self, num_slots: int) -> "Store":
+    """The same groups with their first responses only."""
+    if num_slots >= self.num_slots:
+      return self
+    return dataclasses.replace(
+      self,
+      lengths=self.lengths[:, : 1 + num_slots],
+      score=self.score[:, :num_slots],
+    )
+
+  def split(self, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of training and held-out groups.
+
+    A group's side is decided by a hash of its prompt, so a prompt is never on
+    both, and stays where it is when other data are added.
+    """
+    if not 0.0 <= eval_fraction < 1.0:
+      raise ValueError(f"data.eval_fraction={eval_fraction} must be in [0, 1)")
+    threshold = int(eval_fraction * 2**32)
+    is_eval = np.array(
+      [
+        int.from_bytes(hashlib.sha256(self.group(i)[0]).digest()[:4], "big")
+        < threshold
+        for i in range(len(self))
+      ],
+      bool,
+    )
+    return np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
+
+
+def build_store(
+  source: Source, tokenizer: Tokenizer, limits: Limits, cache_dir: str
+) -> Store:
+  """Opens the store of this data, tokenizing it first if it is not there.
+
+  Args:
+    source: records.
+    tokenizer: ids.
+    limits: lengths.
+    cache_dir: folder of stores.
+
+  Returns:
+    The store, its arrays mapped from disk.
+
+  Raises:
+    RecordError: a broken record, with its file and line.
+    ValueError: no usable group; says what became of the records.
+  """
+  key = [FORMAT, source.digest, tokenizer.digest, dataclasses.astuple(limits)]
+  digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+  folder = os.path.join(cache_dir, digest)
+  if not os.path.exists(folder):
+    _write(source, tokenizer, limits, cache_dir, folder)
+  with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
+    report = json.load(file)
+  arrays = {
+    name: np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r")
+    for name in ("tokens", "starts", "lengths", "score")
+  }
+  return Store(**arrays, digest=digest, report=report)
+
+
+def _write(
+  source: Source,
+  tokenizer: Tokenizer,
+  limits: Limits,
+  cache_dir: str,
+  folder: str,
+) -> None:
+  """Writes beside the final place, then renames: no half store is seen."""
+  tokens, lengths, scores, report = _tokenize(source, tokenizer, limits)
+  num_slots = max(len(score) for score in scores)
+  padded_lengths = np.zeros((len(lengths), 1 + num_slots), np.int32)
+  padded_score = np.zeros((len(lengths), num_slots), np.float32)
+  for row, (length, score) in enumerate(zip(lengths, scores, strict=True)):
+    padded_lengths[row, : len(length)] = length
+    padded_score[row, : len(score)] = score
+  totals = padded_lengths.sum(1, dtype=np.int64)
+  os.makedirs(cache_dir, exist_ok=True)
+  temporary = tempfile.mkdtemp(dir=cache_dir, prefix="writing_")
+  try:
+    for name, value in (
+      ("tokens", np.frombuffer(tokens, np.int32)),
+      ("starts", np.cumsum(totals) - totals),
+      ("lengths", padded_lengths),
+      ("score", padded_score),
+    ):
+      np.save(os.path.join(temporary, f"{name}.npy"), value)
+    with open(
+      os.path.join(temporary, "report.json"), "w", encoding="utf-8"
+    ) as file:
+      json.dump(report, file, indent=2)
+    # Where another process was faster, its folder has the same content.
+    if not os.path.exists(folder):
+      os.replace(temporary, folder)
+  except OSError:
+    if not os.path.exists(folder):
+      raise
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tokenize(source: Source, tokenizer: Tokenizer, limits: Limits) -> Any:
+  counts: Counter[str] = Counter()
+  dropped: Counter[str] = Counter()
+  tokens, lengths, scores = array.array("i"), [], []
+  render = tokenizer.render if tokenizer.has_chat_template else None
+  # One iterator, made once: a new one over the bar would end the data early.
+  records = iter(
+    tqdm(iter(source), desc="tokenize", unit=" records", leave=False)
+  )
+  for chunk in _chunks(records):
+    examples = []
+    for where, record in chunk:
+      counts["records"] += 1
+      try:
+        example = parse_record(record, where, render)
+        _check_text(example)
+        examples.append(example)
+      except Unusable as unusable:
+        dropped[unusable.reason] += 1
+    for example, ids in zip(
+      examples, _encode(examples, tokenizer), strict=True
+    ):
+      try:
+        prompt, responses = _fit(
+          ids[0], ids[1:], limits, counts, tokenizer.bos_id
+        )
+      except Unusable as unusable:
+        dropped[unusable.reason] += 1
+        continue
+      for part in (prompt, *responses):
+        tokens.extend(part)
+      lengths.append([len(prompt), *map(len, responses)])
+      scores.append(example.score)
+  report = {
+    "source": source.spec,
+    "records": counts["records"],
+    "groups": len(lengths),
+    "dropped": dict(sorted(dropped.items())),
+    "prompts_cut": counts["prompts_cut"],
+    "responses_cut": counts["responses_cut"],
+  }
+  if not lengths:
+    raise ValueError(
+      f"{source.spec} holds no usable group: {counts['records']} records read,"
+      f" dropped: {report['dropped']}"
+    )
+  return tokens, lengths, scores, report
+
+
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+  while chunk := list(itertools.islice(records, _CHUNK)):
+    yield chunk
+
+
+def _check_text(example: Example) -> None:
+  if any(not response.strip() for response in example.responses):
+    raise Unusable("empty_response")
+
+
+def _encode(
+  examples: list[Example], tokenizer: Tokenizer
+) -> list[list[list[int]]]:
+  """Ids of the prompt, BOS included, and of the responses, EOS included."""
+  encoded: list[list[list[int]]] = [[] for _ in examples]
+  for is_rendered in (False, True):
+    chosen = [i for i, e in enumerate(examples) if e.is_rendered == is_rendered]
+    prompts = tokenizer.encode(
+      [examples[i].prompt for i in chosen],
+      is_rendered=is_rendered,
+      is_continuation=False,
+    )
+    responses = iter(
+      tokenizer.encode(
+        [text for i in chosen for text in examples[i].responses],
+        is_rendered=is_rendered,
+        is_continuation=True,
+      )
+    )
+    for i, prompt in zip(chosen, prompts, strict=True):
+      mine = itertools.islice(responses, len(examples[i].responses))
+      encoded[i] = [
+        _with_bos(prompt, tokenizer),
+        *(_with_eos(ids, tokenizer) for ids in mine),
+      ]
+  return encoded
+
+
+def _with_bos(prompt: list[int], tokenizer: Tokenizer) -> list[int]:
+  if tokenizer.bos_id is None or prompt[:1] == [tokenizer.bos_id]:
+    return prompt
+  return [tokenizer.bos_id, *prompt]
+
+
+def _with_eos(response: list[int], tokenizer: Tokenizer) -> list[int]:
+  # A chat template may have ended the turn already, and put a line break
+  # behind; in plain text the id cannot occur.
+  if tokenizer.eos_id in response:
+    response = response[: response.index(tokenizer.eos_id)]
+  return [*response, tokenizer.eos_id]
+
+
+def _fit(
+  prompt: list[int],
+  responses: list[list[int]],
+  limits: Limits,
+  counts: Counter[str],
+  bos_id: int | None,
+) -> tuple[list[int], list[list[int]]]:
+  """Cuts a prompt's beginning, then responses' ends, where they do not fit."""
+  if not prompt:
+    raise Unusable("empty_prompt")
+  longest = max(map(len, responses))
+  keep = max(limits.max_prompt_tokens, limits.max_tokens - longest)
+  if len(prompt) > keep:
+    counts["prompts_cut"] += 1
+    start = prompt[:1] if prompt[0] == bos_id else []
+    prompt = start + prompt[len(prompt) - keep + len(start) :]
+  room = limits.max_tokens - len(prompt)
+  counts["responses_cut"] += sum(len(r) > room for r in responses)
+  responses = [response[:room] for response in responses]
+  if len(responses) > 1 and all(r == responses[0] for r in responses):
+    raise Unusable("identical_responses")
+  return prompt, responses

@@ -1,0 +1,279 @@
+"""Held-out figures of a policy, and what its samples are worth."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.data import loader as loader_lib
+from dpo_jax.data.loader import Loader
+from dpo_jax.data.store import Store
+from dpo_jax.data.tokenizers import Tokenizer
+from dpo_jax.judges import Judge
+from dpo_jax.losses import Objective
+from dpo_jax.mesh import Placement
+from dpo_jax.models import generate
+from dpo_jax.models.decoder import Policy
+from dpo_jax.reference import compute_logps, to_host
+
+_Z95 = 1.959963984540054
+
+
+def wilson_interval(fraction: float, count: int) -> tuple[float, float]:
+  """95 % interval of a fraction: Wilson 1927.
+
+  Args:
+    fraction: observed, ties counted a half, in [0, 1].
+    count: observations.
+
+  Returns:
+    Lower and upper bound; (0, 1) without observations.
+  """
+  if not count:
+    return 0.0, 1.0
+  z2 = _Z95**2
+  centre = (fraction + z2 / (2 * count)) / (1 + z2 / count)
+  spread = fraction * (1 - fraction) / count + z2 / (4 * count**2)
+  half = _Z95 * math.sqrt(spread) / (1 + z2 / count)
+  return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluate(
+  eval_step: Callable[..., Any],
+  objective: Objective,
+  params: Any,
+  ref_params: Any,
+  loss_state: Any,
+  loader: Loader,
+  placement: Placement,
+) -> dict[str, float]:
+  """Means over every held-out group, each counted once.
+
+  Args:
+    eval_step: compiled `step.make_eval_step`.
+    objective: the loss.
+    params: the policy's.
+    ref_params: the reference's, or None where it is cached or absent.
+    loss_state: of the objective.
+    loader: the held-out groups.
+    placement: mesh.
+
+  Returns:
+    `loss`, the objective's metrics, and the bounds of the accuracy's 95 %
+    interval (`reward/accuracy_low`, `reward/accuracy_high`) where it has one.
+  """
+  lengths = loader.store.lengths[loader.indices, 1:]
+  slots = objective.num_slots
+  is_valid = (lengths[:, :slots] > 0).all(1)
+  count = int(is_valid.sum())
+  total_tokens = float(lengths[:, :slots].sum())
+  sums: dict[str, float] = {}
+  for index in range(loader.num_eval_batches()):
+    batch = placement.place_rows(loader.eval_batch(index))
+    sequences, per_group, metrics = eval_step(
+      params,
+      ref_params,
+      loss_state,
+      batch,
+      jnp.float32(count),
+      jnp.float32(total_tokens),
+    )
+    mask = np.asarray(objective.valid_groups(to_host(sequences.valid)))
+    for name, figure in {"loss": per_group, **metrics}.items():
+      figures = to_host(figure).astype(np.float64)[mask]
+      sums[name] = sums.get(name, 0.0) + figures.sum()
+  means = {name: total / max(count, 1) for name, total in sums.items()}
+  if "reward/accuracy" in means:
+    low, high = wilson_interval(means["reward/accuracy"], count)
+    means |= {"reward/accuracy_low": low, "reward/accuracy_high": high}
+  return means | {"num_groups": count}
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """Responses of a policy to held-out prompts.
+
+  Attributes:
+    prompts: token ids.
+    responses: token ids.
+    prompt_texts: decoded.
+    texts: responses, decoded.
+    rewards: f64 [n] from the judge, or None without one.
+  """
+
+  prompts: list[list[int]]
+  responses: list[list[int]]
+  prompt_texts: list[str]
+  texts: list[str]
+  rewards: np.ndarray | None
+
+
+def held_out_prompts(
+  store: Store, indices: np.ndarray, num: int
+) -> list[list[int]]:
+  """The first `num` distinct prompts; repeated where there are fewer."""
+  distinct: dict[tuple[int, ...], None] = {}
+  for index in indices:
+    distinct[tuple(store.group(index)[0].tolist())] = None
+    if len(distinct) == num:
+      break
+  prompts = [list(prompt) for prompt in distinct]
+  return [prompts[i % len(prompts)] for i in range(num)]
+
+
+def draw_samples(
+  policy: Policy,
+  params: Any,
+  prompts: Sequence[Sequence[int]],
+  tokenizer: Tokenizer,
+  judge: Judge | None,
+  *,
+  seed: int,
+  config: Any,
+) -> Samples:
+  """Samples a response to each prompt and has it judged.
+
+  Args:
+    policy: the decoder.
+    params: its parameters.
+    prompts: token ids.
+    tokenizer: to read responses with.
+    judge: (prompt, response) -> reward, or None.
+    seed: of the samples.
+    config: `config.eval`.
+
+  Returns:
+    The samples.
+
+  Raises:
+    ValueError: a judge that returns something that is not finite.
+  """
+  responses = generate.sample(
+    policy,
+    params,
+    prompts,
+    seed=seed,
+    max_response_tokens=config.max_response_tokens,
+    temperature=config.temperature,
+    eos_id=tokenizer.eos_id,
+    top_k=config.top_k,
+    top_p=config.top_p,
+  )
+  prompt_texts = [tokenizer.decode(prompt) for prompt in prompts]
+  texts = [tokenizer.decode(response) for response in responses]
+  rewards = None
+  if judge is not None:
+    pairs = zip(prompt_texts, texts, strict=True)
+    rewards = np.array([judge(p, t) for p, t in pairs], np.float64)
+    bad = np.flatnonzero(~np.isfinite(rewards))
+    if len(bad):
+      raise ValueError(
+        f"eval.judge gave {rewards[bad[0]]} for {texts[bad[0]]!r}: a reward"
+        " must be finite"
+      )
+  return Samples(
+    [list(p) for p in prompts], responses, prompt_texts, texts, rewards
+  )
+
+
+def compare_samples(
+  samples: Samples, reference: Samples | None
+) -> dict[str, float]:
+  """Reward of samples, and how often they win against the reference's.
+
+  Args:
+    samples: the policy's.
+    reference: the reference's on the same prompts, or None.
+
+  Returns:
+    `sample/tokens`; with a judge `sample/reward` and its standard error; with
+    a reference too `sample/win_rate` and its 95 % interval, ties a half.
+  """
+  figures = {
+    "sample/tokens": float(np.mean([len(r) for r in samples.responses]))
+  }
+  if samples.rewards is None:
+    return figures
+  count = len(samples.rewards)
+  figures["sample/reward"] = float(samples.rewards.mean())
+  figures["sample/reward_error"] = _standard_error(samples.rewards)
+  if reference is not None:
+    wins = 0.5 * (np.sign(samples.rewards - reference.rewards) + 1.0)
+    rate = float(wins.mean())
+    low, high = wilson_interval(rate, count)
+    figures |= {
+      "sample/win_rate": rate,
+      "sample/win_rate_low": low,
+      "sample/win_rate_high": high,
+    }
+  return figures
+
+
+def sampled_kl(
+  logps_step: Callable[..., Any],
+  params: Any,
+  ref_params: Any,
+  samples: Samples,
+  placement: Placement,
+  *,
+  batch_size: int,
+) -> dict[str, float]:
+  """KL(pi || pi_ref) per response, from the policy's own samples.
+
+  The mean of log pi(y|x) - log pi_ref(y|x) over y ~ pi: unbiased where the
+  samples were drawn at temperature 1 from the whole vocabulary.
+
+  Args:
+    logps_step: compiled `reference.make_logps_step`.
+    params: the policy's.
+    ref_params: the reference's.
+    samples: drawn from the policy.
+    placement: mesh.
+    batch_size: groups at once.
+
+  Returns:
+    `kl`, nats a response, and `kl_error`, its standard error.
+  """
+  parts = [
+    np.asarray(part, np.int32)
+    for pair in zip(samples.prompts, samples.responses, strict=True)
+    for part in pair
+  ]
+  lengths = np.array([len(p) for p in parts], np.int32).reshape(-1, 2)
+  totals = lengths.sum(1, dtype=np.int64)
+  store = Store(
+    tokens=np.concatenate(parts),
+    starts=np.cumsum(totals) - totals,
+    lengths=lengths,
+    score=np.ones((len(lengths), 1), np.float32),
+    digest="samples",
+    report={},
+  )
+  indices = np.arange(len(store))
+  plan = loader_lib.make_plan(
+    store,
+    indices,
+    batch_size=min(batch_size, len(store)),
+    row_tokens=0,
+    row_multiple=placement.num_row_shards,
+    layout="shared",
+  )
+  loader = Loader(store, indices, plan, min(batch_size, len(store)), seed=0)
+  policy_logps, ref_logps = (
+    compute_logps(logps_step, p, loader, placement, progress=False)
+    for p in (params, ref_params)
+  )
+  log_ratios = (policy_logps - ref_logps)[:, 0].astype(np.float64)
+  return {
+    "kl": float(log_ratios.mean()),
+    "kl_error": _standard_error(log_ratios),
+  }
+
+
+def _standard_error(values: np.ndarray) -> float:
+  if len(values) < 2:
+    return math.nan
+  return float(values.std(ddof=1) / math.sqrt(len(values)))

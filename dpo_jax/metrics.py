@@ -1,0 +1,126 @@
+"""Where figures go: metrics.jsonl always, TensorBoard if asked, a bar."""
+
+import json
+import math
+from typing import Any
+
+from etils import epath
+import numpy as np
+from tqdm import tqdm
+
+
+class MetricsWriter:
+  """Appends a JSON object a line: {"step", "split", then figures}.
+
+  Only the writer of process 0 writes. A figure that is not finite is written
+  as null, so that every line is JSON.
+  """
+
+  def __init__(
+    self, workdir: epath.Path, *, is_writer: bool, tensorboard: bool
+  ):
+    """Opens the files for appending.
+
+    Args:
+      workdir: of the run.
+      is_writer: whether this process writes.
+      tensorboard: whether to write event files too.
+    """
+    self._file = self._events = None
+    if not is_writer:
+      return
+    workdir.mkdir(parents=True, exist_ok=True)
+    self._file = (workdir / "metrics.jsonl").open("a")
+    if tensorboard:
+      from tensorboardX import SummaryWriter  # slow to import
+
+      self._events = SummaryWriter(str(workdir / "tensorboard"))
+
+  def write(self, step: int, split: str, figures: dict[str, Any]) -> None:
+    """Writes the figures of a step; `split` is "train" or "eval"."""
+    if self._file is None:
+      return
+    numbers = {name: float(np.asarray(v)) for name, v in figures.items()}
+    line = {
+      name: number if math.isfinite(number) else None
+      for name, number in numbers.items()
+    }
+    self._file.write(json.dumps({"step": step, "split": split, **line}) + "\n")
+    self._file.flush()
+    if self._events is not None:
+      for name, number in numbers.items():
+        self._events.add_scalar(f"{split}/{name}", number, step)
+      self._events.flush()
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+    if self._events is not None:
+      self._events.close()
+
+
+def read_metrics(workdir: epath.PathLike, split: str) -> list[dict[str, Any]]:
+  """Lines of metrics.jsonl, later lines of the same step replacing earlier.
+
+  A run that went back to a checkpoint writes the steps after it again.
+  """
+  lines = (epath.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+  by_step = {}
+  for line in lines:
+    row = json.loads(line)
+    if row["split"] == split:
+      by_step[row["step"]] = row
+  return [by_step[step] for step in sorted(by_step)]
+
+
+class ProgressBar:
+  """Steps done, time left, loss and accuracy; nothing where not shown."""
+
+  def __init__(self, total: int, start: int, *, is_shown: bool, name: str):
+    self._bar = tqdm(
+      total=total,
+      initial=start,
+      desc=name,
+      unit="step",
+      disable=not is_shown,
+      dynamic_ncols=True,
+      mininterval=0.5,
+      smoothing=0.1,
+    )
+
+  def advance(self) -> None:
+    self._bar.update()
+
+  def show(self, metrics: dict[str, Any]) -> None:
+    figures = {"loss": f"{float(metrics['loss']):.4f}"}
+    if "reward/accuracy" in metrics:
+      figures["accuracy"] = f"{float(metrics['reward/accuracy']):.3f}"
+    self._bar.set_postfix(figures, refresh=False)
+
+  def close(self) -> None:
+    self._bar.close()
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+  """Rows with the same keys as an aligned table, numbers to the right."""
+  if not rows:
+    return ""
+  names = list(rows[0])
+  cells = [names] + [[_cell(row[name]) for name in names] for row in rows]
+  widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+  is_text = [isinstance(rows[0][name], str) for name in names]
+
+  def align(line):
+    return "  ".join(
+      cell.ljust(width) if text else cell.rjust(width)
+      for cell, width, text in zip(line, widths, is_text, strict=True)
+    ).rstrip()
+
+  rule = "  ".join("-" * width for width in widths)
+  return "\n".join([align(cells[0]), rule, *map(align, cells[1:])])
+
+
+def _cell(value: Any) -> str:
+  if isinstance(value, float):
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+  return str(value)

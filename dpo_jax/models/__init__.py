@@ -1,0 +1,1 @@
+"""The policy: a Flax decoder, its log-probs, sampling and checkpoints."""

@@ -1,0 +1,105 @@
+"""Learning-rate schedule and optax chain."""
+
+from typing import Any
+
+import jax
+import optax
+
+from dpo_jax.mesh import path_name
+
+OPTIMIZERS = ("adamw", "rmsprop", "adafactor", "lion")
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+def build_schedule(config: Any, total_steps: int) -> optax.Schedule:
+  """Linear warm-up, then constant, cosine to zero, or linear to zero.
+
+  Args:
+    config: learning_rate, schedule, warmup_steps.
+    total_steps: where a decay ends.
+
+  Returns:
+    Step -> learning rate. Step 0 of a warm-up of n steps has 1/n of the peak,
+    not 0: no step is wasted.
+
+  Raises:
+    ValueError: an unknown schedule, or a warm-up as long as the run.
+  """
+  peak, warmup = config.learning_rate, config.warmup_steps
+  if config.schedule not in SCHEDULES:
+    raise ValueError(
+      f"optimizer.schedule={config.schedule!r} must be one of"
+      f" {', '.join(SCHEDULES)}"
+    )
+  if warmup < 0 or (config.schedule != "constant" and warmup >= total_steps):
+    raise ValueError(
+      f"optimizer.warmup_steps={warmup} must be at least 0 and below"
+      f" total_steps={total_steps}"
+    )
+  if config.schedule == "constant":
+    after = optax.constant_schedule(peak)
+  elif config.schedule == "cosine":
+    after = optax.cosine_decay_schedule(peak, total_steps - warmup)
+  else:
+    after = optax.linear_schedule(peak, 0.0, total_steps - warmup)
+  if not warmup:
+    return after
+  rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+  return optax.join_schedules([rise, after], [warmup])
+
+
+def build_optimizer(
+  config: Any, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+  """Clipping by global norm, then the optimizer.
+
+  Args:
+    config: name, max_grad_norm, weight_decay, b1, b2, epsilon.
+    schedule: from `build_schedule`.
+
+  Returns:
+    The chain. Weight decay leaves norm scales alone.
+
+  Raises:
+    ValueError: an unknown optimizer, or one given a knob it cannot use.
+  """
+  if config.name not in OPTIMIZERS:
+    raise ValueError(
+      f"optimizer.name={config.name!r} must be one of {', '.join(OPTIMIZERS)}"
+    )
+  if config.max_grad_norm <= 0:
+    raise ValueError(
+      f"optimizer.max_grad_norm={config.max_grad_norm} must be above 0; inf"
+      " clips nothing"
+    )
+  decay = {"weight_decay": config.weight_decay, "mask": _is_decayed}
+  if config.name == "adamw":
+    scale = optax.adamw(
+      schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, **decay
+    )
+  elif config.name == "lion":
+    scale = optax.lion(schedule, b1=config.b1, b2=config.b2, **decay)
+  elif config.name == "rmsprop":
+    # The decay of 0.99 and epsilon outside the root are torch's, with which
+    # the DPO paper was run.
+    scale = optax.chain(
+      optax.scale_by_rms(
+        decay=0.99, eps=config.epsilon, eps_in_sqrt=False, bias_correction=False
+      ),
+      optax.add_decayed_weights(**decay),
+      optax.scale_by_learning_rate(schedule),
+    )
+  else:
+    scale = optax.adafactor(
+      schedule,
+      weight_decay_rate=config.weight_decay or None,
+      weight_decay_mask=_is_decayed,
+      multiply_by_parameter_scale=False,
+    )
+  return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), scale)
+
+
+def _is_decayed(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: not path_name(path).endswith("scale"), params
+  )

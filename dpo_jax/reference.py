@@ -1,0 +1,159 @@
+"""Where ref_logps come from, and the cache that computes them once."""
+
+from collections.abc import Callable
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from dpo_jax.data.loader import Loader
+from dpo_jax.mesh import Placement, on_mesh, path_name
+from dpo_jax.models import logps as logps_lib
+from dpo_jax.models.config import ModelConfig
+from dpo_jax.models.decoder import Policy
+
+KINDS = ("cached", "frozen", "none")
+
+
+def params_digest(params: Any) -> str:
+  """A digest of parameters that does not depend on their sharding.
+
+  Checksums are taken on the devices, in integers modulo 2^32, whose sum has
+  no rounding and no order; only they travel to the host.
+  """
+
+  @jax.jit
+  def checksum(x):
+    width = x.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
+    bits = bits.astype(jnp.uint32).reshape(-1)
+    places = jnp.arange(bits.size, dtype=jnp.uint32)
+    mixed = (bits ^ (places * jnp.uint32(2654435761))) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE35)
+    return jnp.stack([mixed.sum(), (mixed ^ (mixed >> 13)).sum()])
+
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    figures = np.asarray(checksum(leaf)).tolist()
+    digest.update(
+      json.dumps(
+        [path_name(path), list(leaf.shape), str(leaf.dtype), figures]
+      ).encode()
+    )
+  return digest.hexdigest()
+
+
+def cache_key(params: Any, config: ModelConfig, store_digest: str) -> str:
+  """Digest of all that decides cached log-probs.
+
+  Whatever only changes how they are computed (remat, mesh, layout) is left
+  out; dtypes are in.
+  """
+  shape = dataclasses.asdict(config)
+  del shape["remat"]
+  key = json.dumps([params_digest(params), shape, store_digest])
+  return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+  """A global array as numpy, also where other hosts hold parts of it."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def make_logps_step(
+  policy: Policy, placement: Placement, chunk_size: int
+) -> Callable[..., jax.Array]:
+  """Compiles (params, batch) -> f32 [R, G, K] log-probs, forward only."""
+
+  def logps(params, batch):
+    return logps_lib.response_logps(
+      policy, params, batch, chunk_size=chunk_size
+    )
+
+  return on_mesh(placement.mesh)(
+    jax.jit(logps, out_shardings=placement.replicated)
+  )
+
+
+def compute_logps(
+  step: Callable[..., jax.Array],
+  params: Any,
+  loader: Loader,
+  placement: Placement,
+  *,
+  progress: bool,
+) -> np.ndarray:
+  """log-probs of all of a loader's groups.
+
+  Args:
+    step: from `make_logps_step`.
+    params: of the model that scores.
+    loader: which groups; its eval batches cover each once.
+    placement: mesh.
+    progress: whether to show a bar.
+
+  Returns:
+    f32 [N, K] over the whole store, NaN where the loader has no group.
+  """
+  store = loader.store
+  out = np.full((len(store), store.num_slots), np.nan, np.float32)
+  batches = range(loader.num_eval_batches())
+  for index in tqdm(
+    batches,
+    desc="reference",
+    unit=" batches",
+    leave=False,
+    disable=not progress,
+  ):
+    batch = placement.place_rows(loader.eval_batch(index))
+    logps = to_host(step(params, batch)).reshape(-1, store.num_slots)
+    ids = to_host(batch.example_ids).reshape(-1)
+    out[ids[ids >= 0]] = logps[ids >= 0]
+  return out
+
+
+def load_cache(folder: str, key: str) -> np.ndarray | None:
+  """Reads a cache, or None if there is none that is whole.
+
+  Raises:
+    ValueError: the file does not agree with its digest.
+  """
+  path = os.path.join(folder, f"{key}.npy")
+  meta_path = os.path.join(folder, f"{key}.json")
+  if not (os.path.exists(path) and os.path.exists(meta_path)):
+    return None
+  with open(meta_path, encoding="utf-8") as file:
+    meta = json.load(file)
+  with open(path, "rb") as file:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+  if digest != meta["sha256"]:
+    raise ValueError(
+      f"{path} is damaged: its sha256 is not the one in {meta_path}. Delete"
+      " both, and the log-probs are computed again"
+    )
+  return np.load(path)
+
+
+def write_cache(folder: str, key: str, logps: np.ndarray) -> None:
+  """Writes a cache: the array first, then the digest that vouches for it."""
+  os.makedirs(folder, exist_ok=True)
+  descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".npy")
+  os.close(descriptor)
+  np.save(temporary, logps)
+  with open(temporary, "rb") as file:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+  os.replace(temporary, os.path.join(folder, f"{key}.npy"))
+  meta_path = os.path.join(folder, f"{key}.json")
+  with open(f"{meta_path}.tmp", "w", encoding="utf-8") as file:
+    json.dump({"sha256": digest, "shape": list(logps.shape)}, file)
+  os.replace(f"{meta_path}.tmp", meta_path)

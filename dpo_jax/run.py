@@ -1,0 +1,221 @@
+"""A config -> everything that a run needs, checked before it starts.
+
+What is wrong with a config, its data or its mesh is found here, where nothing
+has been compiled, loaded or overwritten yet.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import logging
+import os
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+import optax
+
+from dpo_jax import config as config_lib
+from dpo_jax import initialize, judges, mesh, optimizer, reference
+from dpo_jax.data import loader as loader_lib
+from dpo_jax.data import sources, store, tokenizers
+from dpo_jax.losses import Objective, build_objective
+from dpo_jax.models.decoder import Policy
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Batches to train on, held-out batches, and their tokenizer."""
+
+  tokenizer: tokenizers.Tokenizer
+  train: loader_lib.Loader
+  eval: loader_lib.Loader | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """All that is fixed for a run: what to train, on what, and how."""
+
+  config: Any
+  workdir: epath.Path
+  objective: Objective
+  placement: mesh.Placement
+  policy: Policy
+  data: Data
+  optimizer: optax.GradientTransformation
+  schedule: optax.Schedule
+  judge: judges.Judge | None
+
+  @property
+  def is_writer(self) -> bool:
+    return jax.process_index() == 0
+
+
+def build_run(config: Any, workdir: epath.Path) -> Run:
+  """Checks a config and builds what it describes, without parameters."""
+  config_lib.check_config(config)
+  config = config.copy_and_resolve_references()
+  objective = build_objective(config.loss)
+  config.loss.update(objective.knobs)
+  if config.reference.kind not in reference.KINDS:
+    raise ValueError(
+      f"reference.kind={config.reference.kind!r} must be one of"
+      f" {', '.join(reference.KINDS)}"
+    )
+  if objective.needs_reference and config.reference.kind == "none":
+    raise ValueError(
+      f"loss {config.loss.name!r} compares with a reference: set"
+      " reference.kind to 'cached' or 'frozen'"
+    )
+  judge = judges.get_judge(config.eval.judge)
+  placement = mesh.Placement(mesh.make_mesh(config.mesh), config.parallelism)
+  tokenizer = tokenizers.load_tokenizer(
+    _tokenizer_folder(config), chat_template=config.data.chat_template
+  )
+  policy = initialize.load_policy(
+    config.policy, vocab_size=tokenizer.vocab_size
+  )
+  mesh.param_shardings(policy.abstract_params(), placement.mesh)
+  schedule = optimizer.build_schedule(config.optimizer, config.total_steps)
+  return Run(
+    config=config,
+    workdir=workdir,
+    objective=objective,
+    placement=placement,
+    policy=policy,
+    data=_build_data(config, tokenizer, objective, policy, placement),
+    optimizer=optimizer.build_optimizer(config.optimizer, schedule),
+    schedule=schedule,
+    judge=judge,
+  )
+
+
+def _tokenizer_folder(config: Any) -> str:
+  if config.data.tokenizer:
+    return config.data.tokenizer
+  if not config.policy.init.startswith("hf:"):
+    raise ValueError(
+      "data.tokenizer='' means the tokenizer of the policy's folder, and"
+      f" policy.init={config.policy.init!r} is no Hugging Face folder"
+    )
+  return config.policy.init.removeprefix("hf:")
+
+
+def _build_data(
+  config: Any,
+  tokenizer: tokenizers.Tokenizer,
+  objective: Objective,
+  policy: Policy,
+  placement: mesh.Placement,
+) -> Data:
+  if config.data.max_tokens > policy.config.max_positions:
+    raise ValueError(
+      f"data.max_tokens={config.data.max_tokens} exceeds the model's"
+      f" max_positions={policy.config.max_positions}"
+    )
+  shards = placement.num_row_shards
+  for key, size in (
+    ("batch_size", config.batch_size),
+    ("eval.batch_size", config.eval.batch_size),
+  ):
+    if size % shards:
+      below = size // shards * shards
+      raise ValueError(
+        f"{key}={size} must be a multiple of the {shards} devices on the mesh"
+        f" axes {mesh.ROW_AXES}: nearest are {below or shards} and"
+        f" {below + shards}"
+      )
+
+  def open_store(spec: str) -> store.Store:
+    opened = store.build_store(
+      sources.open_source(spec),
+      tokenizer,
+      store.Limits(config.data.max_tokens, config.data.max_prompt_tokens),
+      config.data.cache_dir or default_cache_dir(),
+    )
+    _check_ids(opened, policy.config.vocab_size)
+    if opened.num_slots > 1 or objective.num_slots != 1:
+      objective.check_group_size(opened.num_slots)
+    _log_report(opened.report)
+    return opened.first_slots(objective.num_slots or opened.num_slots)
+
+  def make_loader(
+    groups: store.Store, indices: np.ndarray, batch_size: int, parts: int
+  ) -> loader_lib.Loader:
+    plan = loader_lib.make_plan(
+      groups,
+      indices,
+      batch_size=batch_size,
+      row_tokens=config.data.row_tokens,
+      row_multiple=shards * parts,
+      layout=config.data.layout,
+    )
+    return loader_lib.Loader(
+      groups,
+      indices,
+      plan,
+      batch_size,
+      config.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  groups = open_store(config.data.source)
+  if config.data.eval_source:
+    eval_groups = open_store(config.data.eval_source)
+    train_indices, eval_indices = (
+      np.arange(len(groups)),
+      np.arange(len(eval_groups)),
+    )
+  else:
+    eval_groups = groups
+    train_indices, eval_indices = groups.split(config.data.eval_fraction)
+    if not len(train_indices):
+      raise ValueError(
+        f"data.eval_fraction={config.data.eval_fraction} holds out all of the"
+        f" {len(groups)} groups"
+      )
+  if config.eval.max_groups:
+    eval_indices = eval_indices[: config.eval.max_groups]
+  train_loader = make_loader(
+    groups, train_indices, config.batch_size, config.accumulation_steps
+  )
+  eval_loader = None
+  if len(eval_indices):
+    eval_loader = make_loader(
+      eval_groups, eval_indices, config.eval.batch_size, 1
+    )
+  return Data(tokenizer, train_loader, eval_loader)
+
+
+def default_cache_dir() -> str:
+  """~/.cache/dpo_jax, or where XDG_CACHE_HOME points."""
+  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return os.path.join(base, "dpo_jax")
+
+
+def _check_ids(groups: store.Store, vocab_size: int) -> None:
+  largest = int(groups.tokens.max())
+  if largest >= vocab_size:
+    place = int(np.argmax(groups.tokens))
+    group = int(np.searchsorted(groups.starts, place, "right")) - 1
+    raise ValueError(
+      f"{groups.report['source']}: group {group} holds the token id {largest},"
+      f" and the model's vocabulary has {vocab_size}: the tokenizer is not"
+      " the model's"
+    )
+
+
+def _log_report(report: Mapping[str, Any]) -> None:
+  dropped = ", ".join(f"{v} {k}" for k, v in report["dropped"].items())
+  _LOG.info(
+    "%s: %d groups of %d records (dropped: %s; cut: %d prompts, %d responses)",
+    report["source"],
+    report["groups"],
+    report["records"],
+    dropped or "none",
+    report["prompts_cut"],
+    report["responses_cut"],
+  )

@@ -1,0 +1,539 @@
+"""The training loop: train(config, workdir).
+
+  python -m dpo_jax.train --config=configs/hh.py --workdir=runs/hh
+
+The one module that knows all the others: run.py checks and builds, and this
+one restores, steps, evaluates and saves.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import time
+from typing import Any
+
+from absl import app, flags
+import chex
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from ml_collections import config_flags
+import numpy as np
+
+from dpo_jax import config as config_lib
+from dpo_jax import evaluate as evaluate_lib
+from dpo_jax import initialize, mesh, reference
+from dpo_jax import step as step_lib
+from dpo_jax.data import loader as loader_lib
+from dpo_jax.data import packing
+from dpo_jax.metrics import MetricsWriter, ProgressBar, read_metrics
+from dpo_jax.run import build_run
+from dpo_jax.types import TrainState
+
+_LOG = logging.getLogger(__name__)
+
+# The exit code of a run that was told to stop and has saved: start it again.
+EXIT_PREEMPTED = 75
+
+
+class Preempted(SystemExit):
+  """SIGTERM came, and the run has saved."""
+
+  def __init__(self, step: int):
+    super().__init__(EXIT_PREEMPTED)
+    self.step = step
+
+
+class NonFiniteError(FloatingPointError):
+  """A loss or gradient that is not a number."""
+
+
+def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
+  """Trains, or goes on training, the run of a workdir.
+
+  Args:
+    config: complete, see `dpo_jax.config.default_config`.
+    workdir: local or gs://; holds config.json, model.json, metrics.jsonl,
+      samples.jsonl, checkpoints/ and reference/.
+
+  Returns:
+    The figures of the last evaluation.
+
+  Raises:
+    ValueError: whatever is wrong with the config, the data or the workdir.
+    NonFiniteError: a loss or gradient that is not finite; the last good
+      checkpoint stays.
+    Preempted: SIGTERM came; the run has saved, and goes on when it is started
+      again.
+  """
+  run = build_run(config, epath.Path(workdir))
+  config_lib.settle_config(run.config, run.workdir, is_writer=run.is_writer)
+  if run.is_writer:
+    initialize.write_model(run.policy, run.workdir)
+    (run.workdir / "git.txt").write_text(_git_hash() + "\n")
+  checkpoints = initialize.open_checkpoints(run.workdir, run.config)
+  writer = MetricsWriter(
+    run.workdir,
+    is_writer=run.is_writer,
+    tensorboard=run.config.log.tensorboard,
+  )
+  try:
+    with _StopSignal() as stop:
+      return _Loop(run, checkpoints, writer, stop).run_all()
+  finally:
+    writer.close()
+    checkpoints.close()
+
+
+def _git_hash() -> str:
+  here = os.path.dirname(os.path.abspath(__file__))
+  done = subprocess.run(
+    ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+    cwd=here,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  return done.stdout.strip() or "unknown"
+
+
+class _StopSignal:
+  """Remembers a SIGTERM, so that the loop can save before it ends."""
+
+  def __enter__(self) -> "_StopSignal":
+    self.is_set = False
+    self._before = None
+    try:
+      self._before = signal.signal(signal.SIGTERM, self._remember)
+    except ValueError:  # not the main thread, which alone gets signals
+      _LOG.warning("not on the main thread: SIGTERM will not be noticed")
+    return self
+
+  def _remember(self, number: int, frame: Any) -> None:
+    del number, frame
+    self.is_set = True
+
+  def __exit__(self, *error: Any) -> None:
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def reached(self, step: int) -> bool:
+    """Whether to stop now; all hosts answer the same."""
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self.is_set
+
+
+class _Loop:
+  """The steps of one run, from where its checkpoint left off."""
+
+  def __init__(self, run, checkpoints, writer, stop):
+    self.run, self.checkpoints = run, checkpoints
+    self.writer, self.stop = writer, stop
+    self.config = run.config
+    self.on_mesh = mesh.on_mesh(run.placement.mesh)
+    self.figures: dict[str, float] = {}
+    self.ref_samples: evaluate_lib.Samples | None = None
+
+  def run_all(self) -> dict[str, float]:
+    run, config = self.run, self.config
+    state, shardings = self._start_state()
+    start = int(state.step)
+    if start >= config.total_steps:
+      _LOG.info("%s is finished: %d steps", run.workdir, start)
+      rows = read_metrics(run.workdir, "eval")
+      return rows[-1] if rows else {}
+    self._attach_reference()
+    self._build_eval()
+    if start == 0:
+      self._check_step_zero(state)
+    if run.data.eval is not None and config.eval.num_samples:
+      # Sampled even on a resume: the policy is compared with these.
+      self.ref_samples = self._sample(self._reference_params(state))
+    if start == 0:
+      self._evaluate(0, state, is_edge=True)
+    state = self._train(state, shardings, start)
+    return self.figures
+
+  def _start_state(self) -> tuple[TrainState, Any]:
+    """The latest checkpoint's state, or a fresh one; and its shardings."""
+    run, config = self.run, self.config
+
+    def fresh(params, ref_params):
+      return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=run.optimizer.init(params),
+        loss_state=run.objective.init(),
+        ref_params=ref_params,
+      )
+
+    abstract_params = run.policy.abstract_params()
+    is_frozen = (
+      config.reference.kind == "frozen" and run.objective.needs_reference
+    )
+    abstract = jax.eval_shape(
+      fresh, abstract_params, abstract_params if is_frozen else None
+    )
+    shardings = mesh.state_shardings(
+      abstract, abstract_params, run.placement.mesh
+    )
+    target = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      abstract,
+      shardings,
+    )
+    state = self.checkpoints.restore(target)
+    if state is not None:
+      _LOG.info("goes on at step %d", int(state.step))
+      return state, shardings
+    params = self._load(config.policy.init)
+    # Loaded again, not copied by reference: the policy's buffers are donated.
+    ref_params = self._load(self._reference_init()) if is_frozen else None
+    state = jax.jit(fresh, out_shardings=shardings)(params, ref_params)
+    return state, shardings
+
+  def _reference_init(self) -> str:
+    return self.config.reference.init or self.config.policy.init
+
+  def _load(self, init: str) -> Any:
+    return initialize.load_params(
+      init, self.run.policy, self.run.placement.mesh, seed=self.config.seed
+    )
+
+  def _reference_params(self, state: TrainState) -> Any:
+    """The reference's parameters; loaded anew if not on the device."""
+    if state.ref_params is not None:
+      return state.ref_params
+    return self._load(self._reference_init())
+
+  @functools.cached_property
+  def _logps_step(self) -> Any:
+    return reference.make_logps_step(
+      self.run.policy, self.run.placement, self.config.logps_chunk
+    )
+
+  def _attach_reference(self) -> None:
+    """Gives the loaders cached log-probs, computing them where needed."""
+    run, config = self.run, self.config
+    self.train_loader, self.eval_loader = run.data.train, run.data.eval
+    is_cached = config.reference.kind == "cached"
+    if not (is_cached and run.objective.needs_reference):
+      return
+    folder = config.reference.cache_dir or str(run.workdir / "reference")
+    params = self._load(self._reference_init())
+    by_store: dict[str, np.ndarray] = {}
+
+    def attach(loader: loader_lib.Loader) -> loader_lib.Loader:
+      key = reference.cache_key(
+        params, run.policy.config, f"{loader.store.digest}/{len(loader.store)}"
+      )
+      if key not in by_store:
+        by_store[key] = self._cached_logps(folder, key, params, loader)
+      return dataclasses.replace(loader, ref_logps=by_store[key])
+
+    self.train_loader = attach(self.train_loader)
+    if self.eval_loader is not None:
+      self.eval_loader = attach(self.eval_loader)
+
+  def _cached_logps(self, folder, key, params, loader) -> np.ndarray:
+    logps = reference.load_cache(folder, key)
+    if logps is not None:
+      return logps
+    whole = loader_lib.Loader(
+      loader.store,
+      np.arange(len(loader.store)),
+      loader_lib.make_plan(
+        loader.store,
+        np.arange(len(loader.store)),
+        batch_size=self.config.eval.batch_size,
+        row_tokens=self.config.data.row_tokens,
+        row_multiple=self.run.placement.num_row_shards,
+        layout=self.config.data.layout,
+      ),
+      self.config.eval.batch_size,
+      seed=0,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    logps = reference.compute_logps(
+      self._logps_step,
+      params,
+      whole,
+      self.run.placement,
+      progress=self.config.log.progress and self.run.is_writer,
+    )
+    if not np.isfinite(logps).all():
+      bad = int(np.flatnonzero(~np.isfinite(logps).all(1))[0])
+      raise NonFiniteError(
+        f"the reference gives group {bad} a log-prob that is not finite"
+      )
+    if self.run.is_writer:
+      reference.write_cache(folder, key, logps)
+    return logps
+
+  def _build_eval(self) -> None:
+    run = self.run
+    step = step_lib.make_eval_step(
+      run.policy, run.objective, chunk_size=self.config.logps_chunk
+    )
+    self.eval_step = self.on_mesh(
+      jax.jit(step, out_shardings=run.placement.replicated)
+    )
+
+  def _check_step_zero(self, state: TrainState) -> None:
+    """Stops a run whose policy should start as its reference and does not."""
+    run, config = self.run, self.config
+    starts_as_reference = self._reference_init() == config.policy.init
+    if not (run.objective.needs_reference and starts_as_reference):
+      return
+    batch = run.placement.place_rows(self.train_loader.batch(0))
+    sequences, per_group, _ = jax.tree.map(
+      reference.to_host,
+      self.eval_step(
+        state.params,
+        state.ref_params,
+        state.loss_state,
+        batch,
+        jnp.float32(config.batch_size),
+        jnp.float32(1),
+      ),
+    )
+    log_ratios = np.where(
+      sequences.valid, sequences.logps - sequences.ref_logps, 0.0
+    )
+    # Rounding of a token's log-prob is random, so that of a sum grows with
+    # the root of its length.
+    epsilon = float(jnp.finfo(run.policy.config.compute_dtype).eps)
+    allowed = 64 * epsilon * np.sqrt(np.maximum(sequences.num_tokens, 1.0))
+    worst = np.unravel_index(
+      np.argmax(np.abs(log_ratios) / allowed), log_ratios.shape
+    )
+    loss = per_group.sum() / config.batch_size
+    figures = (
+      f"loss {loss:.6f} (log 2 is {math.log(2):.6f}), largest |log-ratio|"
+      f" {np.abs(log_ratios).max():.2e} nats"
+    )
+    if abs(log_ratios[worst]) > allowed[worst]:
+      raise ValueError(
+        f"the policy does not start as its reference: {figures}; rounding in"
+        f" {run.policy.config.compute_dtype} explains {allowed[worst]:.2e}."
+        " Do reference.init and the cached log-probs belong to policy.init?"
+      )
+    _LOG.info("step 0: %s", figures)
+
+  def _train(self, state: TrainState, shardings: Any, start: int) -> TrainState:
+    run, config = self.run, self.config
+    placement = run.placement
+    train_step = step_lib.make_train_step(
+      run.policy,
+      run.objective,
+      run.optimizer,
+      run.schedule,
+      accumulation_steps=config.accumulation_steps,
+      chunk_size=config.logps_chunk,
+      axis_name=placement.axis_name,
+    )
+    limit = len(self.train_loader.plan.row_counts)
+    chex.clear_trace_counter()
+    compiled = placement.compile_step(
+      chex.assert_max_traces(train_step, n=limit), shardings
+    )
+    if config.parallelism == "jit":
+      compiled = self.on_mesh(compiled)
+    bar = ProgressBar(
+      config.total_steps,
+      start,
+      is_shown=config.log.progress and run.is_writer,
+      name=config.loss.name,
+    )
+    clock = _Clock()
+    state = placement.place_state(state)
+    pending = None
+    batches = loader_lib.prefetch(
+      self._make_batch, start, config.total_steps, depth=2
+    )
+    try:
+      for step, (batch, counts) in enumerate(batches, start):
+        state, metrics = compiled(state, batch)
+        # The step before is looked at while this one runs.
+        self._look_at(pending, bar, clock)
+        pending = (step, metrics, counts)
+        done = step + 1
+        is_last = done == config.total_steps
+        must_stop = self.stop.reached(done)
+        wants_eval = _is_due(done, config.eval.every_steps) or is_last
+        wants_save = _is_due(done, config.checkpoint.every_steps) or is_last
+        if wants_eval or wants_save or must_stop:
+          self._look_at(pending, bar, clock)
+          pending = None
+          clock.pause()
+          on_mesh = placement.gather_state(state)
+          if wants_eval and not must_stop:
+            self._evaluate(done, on_mesh, is_edge=is_last)
+          if wants_save or must_stop:
+            measured = self.figures if wants_eval and not must_stop else None
+            self.checkpoints.save(done, on_mesh, measured)
+          clock.resume()
+        if must_stop and not is_last:
+          self.checkpoints.wait()
+          _LOG.warning("SIGTERM: saved at step %d", done)
+          raise Preempted(done)
+        self.checkpoints.poll()
+        bar.advance()
+    finally:
+      batches.close()
+      bar.close()
+    return placement.gather_state(state)
+
+  def _make_batch(self, step: int) -> tuple[Any, dict[str, float]]:
+    """A placed batch, and what the host knows of it."""
+    batch = self.train_loader.batch(step)
+    counts = {
+      "num_tokens": float((batch.segments > 0).sum()) * jax.process_count(),
+      "num_groups": float(self.config.batch_size),
+      "padding_fraction": packing.padding_fraction(batch),
+    }
+    return self.run.placement.place_training_batch(batch), counts
+
+  def _look_at(self, pending: Any, bar: ProgressBar, clock: "_Clock") -> None:
+    """Fetches a step's metrics; stops on what is not finite; logs."""
+    if pending is None:
+      return
+    step, metrics, counts = pending
+    metrics = self.run.placement.fetch(metrics)
+    clock.count(counts)
+    for name in ("loss", "grad_norm"):
+      if not np.isfinite(metrics[name]):
+        ids = self.train_loader.order(step)[:8].tolist()
+        raise NonFiniteError(
+          f"step {step + 1}: {name} is {metrics[name]}. Groups of the batch:"
+          f" {ids}... The last good checkpoint is step"
+          f" {self.checkpoints.steps[-1:] or 'none'}; a lower learning rate or"
+          " a smaller max_grad_norm may help"
+        )
+    bar.show(metrics)
+    if _is_due(step + 1, self.config.log.every_steps):
+      self.writer.write(
+        step + 1,
+        "train",
+        metrics
+        | clock.rates()
+        | {"padding_fraction": counts["padding_fraction"]},
+      )
+
+  def _evaluate(self, step: int, state: TrainState, *, is_edge: bool) -> None:
+    """Held-out figures; samples too at the start and the end."""
+    if self.eval_loader is None:
+      return
+    figures = evaluate_lib.evaluate(
+      self.eval_step,
+      self.run.objective,
+      state.params,
+      state.ref_params,
+      state.loss_state,
+      self.eval_loader,
+      self.run.placement,
+    )
+    if is_edge and self.ref_samples is not None:
+      samples = self._sample(state.params)
+      figures |= evaluate_lib.compare_samples(samples, self.ref_samples)
+      settings = self.config.eval
+      if (settings.temperature, settings.top_k, settings.top_p) == (1, 0, 1):
+        figures |= evaluate_lib.sampled_kl(
+          self._logps_step,
+          state.params,
+          self._reference_params(state),
+          samples,
+          self.run.placement,
+          batch_size=settings.batch_size,
+        )
+      self._write_samples(step, samples)
+    self.writer.write(step, "eval", figures)
+    self.figures = {f"eval/{name}": v for name, v in figures.items()}
+
+  def _sample(self, params: Any) -> evaluate_lib.Samples:
+    settings, loader = self.config.eval, self.run.data.eval
+    prompts = evaluate_lib.held_out_prompts(
+      loader.store, loader.indices, settings.num_samples
+    )
+    return evaluate_lib.draw_samples(
+      self.run.policy,
+      params,
+      prompts,
+      self.run.data.tokenizer,
+      self.run.judge,
+      seed=self.config.seed,
+      config=settings,
+    )
+
+  def _write_samples(self, step: int, samples: evaluate_lib.Samples) -> None:
+    if not self.run.is_writer:
+      return
+    with (self.run.workdir / "samples.jsonl").open("a") as file:
+      for i, (prompt, text) in enumerate(
+        zip(samples.prompt_texts, samples.texts, strict=True)
+      ):
+        row = {"step": step, "prompt": prompt, "response": text}
+        if samples.rewards is not None:
+          row["reward"] = float(samples.rewards[i])
+        file.write(json.dumps(row) + "\n")
+
+
+def _is_due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+class _Clock:
+  """Groups and tokens a second, evaluation and saving left out."""
+
+  def __init__(self):
+    self._totals = {"num_groups": 0.0, "num_tokens": 0.0}
+    self._seconds = 0.0
+    self._since = time.monotonic()
+
+  def count(self, counts: Mapping[str, float]) -> None:
+    for name in self._totals:
+      self._totals[name] += counts[name]
+
+  def pause(self) -> None:
+    self._seconds += time.monotonic() - self._since
+
+  def resume(self) -> None:
+    self._since = time.monotonic()
+
+  def rates(self) -> dict[str, float]:
+    """Since the last call."""
+    self.pause()
+    seconds = max(self._seconds, 1e-9)
+    rates = {
+      "groups_per_second": self._totals["num_groups"] / seconds,
+      "tokens_per_second": self._totals["num_tokens"] / seconds,
+    }
+    self.__init__()
+    return rates
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+  logging.getLogger("dpo_jax").setLevel(logging.INFO)
+  figures = train(flags.FLAGS.config, flags.FLAGS.workdir)
+  for name, figure in sorted(figures.items()):
+    print(f"{name:32} {figure:.6g}")
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file(
+    "config", None, "path of a config file, such as configs/hh.py"
+  )
+  flags.DEFINE_string("workdir", None, "folder of the run, local or gs://")
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)

@@ -1,0 +1,101 @@
+"""The three structures that everything else passes around.
+
+Shape letters, here and in every docstring:
+
+  R  rows of a packed batch        B  groups (B = R * G after flattening)
+  T  token slots of a row          K  responses of a group
+  S  scored tokens of a row        V  vocabulary
+  G  groups of a row               D  model width
+  H  attention heads               L  layers
+  N  examples of a dataset
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class Batch:
+  """Packed rows of preference groups.
+
+  A row holds several groups; a group is its prompt, once, followed by its
+  responses. Group arrays carry the row as their first axis, so that the sums
+  from tokens to responses stay inside a row, hence inside a device.
+
+  Attributes:
+    tokens: i32 [R, T], 0 where padded.
+    positions: i32 [R, T], position of a token in its own prompt + response;
+      every response restarts at its prompt's length.
+    segments: i32 [R, T], tokens attend within their segment only; 0 is
+      padding. With shared prompts a segment is a group.
+    branches: i32 [R, T], 0 in a prompt, k + 1 in a segment's k-th response.
+    targets: i32 [R, S], ids of the scored tokens.
+    predictors: i32 [R, S], index in the row of the token whose hidden state
+      predicts the target. For a first response token that is the last token
+      of the prompt, which is why targets are not simply shifted tokens.
+    slots: i32 [R, S], g * K + k of the response the target belongs to;
+      G * K marks padding.
+    score: f32 [R, G, K], feedback, higher is better.
+    valid: bool [R, G, K], False where a slot holds no response.
+    example_ids: i32 [R, G], index of the group in its dataset, -1 if none.
+    ref_logps: f32 [R, G, K] log-probs under the reference, nats, where they
+      were cached; else None.
+  """
+
+  tokens: jax.Array
+  positions: jax.Array
+  segments: jax.Array
+  branches: jax.Array
+  targets: jax.Array
+  predictors: jax.Array
+  slots: jax.Array
+  score: jax.Array
+  valid: jax.Array
+  example_ids: jax.Array
+  ref_logps: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Sequences:
+  """What a loss sees: one figure for each response of each group.
+
+  Attributes:
+    logps: f32 [B, K], log pi(y|x) summed over scored tokens, nats.
+    num_tokens: f32 [B, K], scored tokens of each response, EOS included.
+    score: f32 [B, K], feedback, higher is better; a pair has slot 0 chosen.
+    valid: bool [B, K], False where a slot holds no response.
+    ref_logps: f32 [B, K], as logps under the reference; None without one.
+    num_groups: f32 [], valid groups of the global batch. None means that
+      these sequences are the whole batch.
+    total_tokens: f32 [], scored tokens of the global batch, or None likewise.
+  """
+
+  logps: jax.Array
+  num_tokens: jax.Array
+  score: jax.Array
+  valid: jax.Array
+  ref_logps: jax.Array | None = None
+  num_groups: jax.Array | None = None
+  total_tokens: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a step changes, and all that a checkpoint holds.
+
+  Attributes:
+    step: i32 [], optimizer steps taken.
+    params: the policy's parameters, a nested dict.
+    opt_state: optax state.
+    loss_state: state of the objective (running means), or ().
+    ref_params: the reference's parameters where they live on the device
+      (`reference.kind = "frozen"`), else None.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  loss_state: Any = ()
+  ref_params: Any = None
