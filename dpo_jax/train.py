@@ -19,6 +19,7 @@ import time
 from typing import Any
 
 from absl import app, flags
+from absl import logging as absl_logging
 import chex
 from etils import epath
 import jax
@@ -521,10 +522,16 @@ class _Clock:
     return rates
 
 
+def show_progress_logs() -> None:
+  """Our own notices, without the many of the libraries below."""
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  logging.getLogger("dpo_jax").setLevel(logging.INFO)
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
-  logging.getLogger("dpo_jax").setLevel(logging.INFO)
+  show_progress_logs()
   figures = train(flags.FLAGS.config, flags.FLAGS.workdir)
   for name, figure in sorted(figures.items()):
     print(f"{name:32} {figure:.6g}")

@@ -9,7 +9,6 @@ goes on where it stopped.
 """
 
 import json
-import logging
 import os
 import textwrap
 from typing import Any
@@ -19,7 +18,7 @@ import matplotlib
 
 from configs import reviews
 from dpo_jax.metrics import format_table, read_metrics
-from dpo_jax.train import train
+from dpo_jax.train import show_progress_logs, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -138,7 +137,7 @@ def plot(workdir: str, path: str) -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
-  logging.getLogger("dpo_jax").setLevel(logging.INFO)
+  show_progress_logs()
   workdir = flags.FLAGS.workdir
   run(workdir, seed=flags.FLAGS.seed)
   print("\n" + format_samples(read_samples(workdir, 3)) + "\n")

@@ -1,0 +1,130 @@
+"""Imports point one way: a module imports only what stands above it."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1] / "dpo_jax"
+
+# From the top of the house to its door. Modules of one line know nothing of
+# each other's rank within a folder but what `_FOLDERS` says.
+ORDER = [
+  "types",
+  "losses",
+  "config",
+  "models",
+  "data",
+  "mesh",
+  "optimizer",
+  "checkpoint",
+  "reference",
+  "step",
+  "initialize",
+  "judges",
+  "evaluate",
+  "metrics",
+  "run",
+  "train",
+]
+_FOLDERS = {
+  "losses": [
+    "rewards",
+    "links",
+    "preference",
+    "catalogue",
+    "objective",
+  ],
+  "models": ["config", "attention", "decoder", "logps", "generate", "hf"],
+  "data": [
+    "examples",
+    "synthetic",
+    "tfds_builders",
+    "sources",
+    "tokenizers",
+    "store",
+    "packing",
+    "loader",
+  ],
+}
+
+
+def modules():
+  return sorted(
+    path.relative_to(ROOT).with_suffix("").parts
+    for path in ROOT.rglob("*.py")
+    if path.name != "__init__.py"
+  )
+
+
+def imports(parts):
+  """Names below dpo_jax that a module imports, anywhere in it."""
+  tree = ast.parse((ROOT.joinpath(*parts).with_suffix(".py")).read_text())
+  found = []
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+      "dpo_jax"
+    ):
+      base = node.module.split(".")[1:]
+      for alias in node.names:
+        path = (*base, alias.name)
+        is_module = ROOT.joinpath(*path).with_suffix(".py").exists()
+        is_folder = ROOT.joinpath(*path).is_dir()
+        found.append(path if is_module or is_folder else tuple(base))
+    elif isinstance(node, ast.Import):
+      found += [
+        tuple(alias.name.split(".")[1:])
+        for alias in node.names
+        if alias.name.startswith("dpo_jax")
+      ]
+  return found
+
+
+def test_every_module_has_its_place():
+  for parts in modules():
+    assert parts[0] in ORDER, f"{parts} is not in the house"
+    if len(parts) > 1:
+      assert parts[1] in _FOLDERS[parts[0]], f"{parts} is not in its folder"
+
+
+@pytest.mark.parametrize("parts", modules(), ids="/".join)
+def test_imports_point_one_way(parts):
+  for target in imports(parts):
+    if not target:
+      continue
+    if target[0] == parts[0] and len(parts) > 1:
+      order = _FOLDERS[parts[0]]
+      assert len(target) > 1, f"{parts} imports its own folder"
+      assert order.index(target[1]) < order.index(parts[1]), (parts, target)
+    else:
+      assert ORDER.index(target[0]) < ORDER.index(parts[0]), (parts, target)
+
+
+def test_losses_import_only_jax_and_types():
+  allowed = {"jax", "chex", "dpo_jax", "collections", "dataclasses"}
+  allowed |= {"difflib", "inspect", "typing", "functools"}
+  for path in (ROOT / "losses").glob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+      elif isinstance(node, ast.ImportFrom):
+        names = [node.module]
+      else:
+        continue
+      for name in names:
+        assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
+        if name.startswith("dpo_jax"):
+          assert name.startswith(("dpo_jax.losses", "dpo_jax.types"))
+
+
+def test_no_branch_on_a_loss_name_outside_losses():
+  from dpo_jax.losses import CATALOGUE
+
+  for path in ROOT.rglob("*.py"):
+    if "losses" in path.parts:
+      continue
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Compare):
+        for side in (node.left, *node.comparators):
+          is_name = isinstance(side, ast.Constant) and side.value in CATALOGUE
+          assert not is_name, f"{path.name}:{node.lineno}"

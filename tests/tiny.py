@@ -1,0 +1,104 @@
+"""Small configs, models and batches that tests share."""
+
+import jax
+import numpy as np
+
+from dpo_jax.config import default_config
+from dpo_jax.data import packing
+from dpo_jax.data.packing import RowShape
+from dpo_jax.models.config import PRESETS, ModelConfig
+from dpo_jax.models.decoder import Policy
+from dpo_jax.types import Batch
+
+
+def make_config(**overrides):
+  """A config that trains the tiny preset on one device in a second.
+
+  Args:
+    **overrides: keys with dots as double underscores: loss__beta=0.5.
+
+  Returns:
+    The complete config.
+  """
+  config = default_config()
+  config.policy.preset = "tiny"
+  config.data.source = "synthetic:review_pairs:200"
+  config.data.max_tokens = 160
+  config.data.max_prompt_tokens = 80
+  config.batch_size = 8
+  config.total_steps = 4
+  config.eval.batch_size = 8
+  config.eval.every_steps = 0
+  config.eval.max_groups = 8
+  config.optimizer.name = "adamw"
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.warmup_steps = 0
+  config.checkpoint.every_steps = 0
+  config.log.every_steps = 1
+  config.log.progress = False
+  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+  for key, value in overrides.items():
+    *path, last = key.split("__")
+    node = config
+    for part in path:
+      node = node[part]
+    with node.ignore_type():
+      node[last] = value
+  return config
+
+
+def make_policy(vocab_size: int = 96, **fields) -> Policy:
+  """The tiny decoder."""
+  return Policy(
+    ModelConfig(vocab_size=vocab_size, **{**PRESETS["tiny"], **fields})
+  )
+
+
+def make_params(policy: Policy, seed: int = 0):
+  """Random weights, large enough that attention and logits are not flat."""
+  params = policy.init(jax.random.key(seed))
+  return jax.tree.map(lambda x: 4.0 * x if x.ndim > 1 else x, params)
+
+
+def make_groups(
+  num: int, num_slots: int = 2, vocab_size: int = 96, seed: int = 0
+) -> list[list[np.ndarray]]:
+  """Groups of uneven lengths: each [prompt, response_0, ...] of i32 ids."""
+  rng = np.random.default_rng(seed)
+
+  def text(low, high):
+    return rng.integers(0, vocab_size, rng.integers(low, high)).astype(np.int32)
+
+  return [
+    [text(1, 12), *(text(1, 15) for _ in range(num_slots))] for _ in range(num)
+  ]
+
+
+def pack(
+  groups: list[list[np.ndarray]],
+  layout: str = "shared",
+  num_tokens: int = 64,
+  num_rows: int | None = None,
+  ref_logps: np.ndarray | None = None,
+) -> Batch:
+  """Packs groups into rows of `num_tokens`."""
+  lengths = np.array([[len(part) for part in group] for group in groups])
+  num_slots = lengths.shape[1] - 1
+  shape = RowShape(num_tokens, num_tokens, 8, num_slots)
+  rows = packing.assign_rows(
+    packing.group_tokens(lengths, layout),
+    lengths[:, 1:].sum(1),
+    shape=shape,
+    layout=layout,
+  )
+  rows += [[]] * ((num_rows or len(rows)) - len(rows))
+  score = np.tile(-np.arange(num_slots, dtype=np.float32), (len(groups), 1))
+  return packing.fill_rows(
+    rows,
+    groups,
+    score,
+    np.arange(len(groups)),
+    shape=shape,
+    layout=layout,
+    ref_logps=ref_logps,
+  )
