@@ -17,19 +17,19 @@ def get_config(stage: str = "dpo"):
   config.policy.preset = "1m"
   config.data.max_tokens = 160
   config.data.max_prompt_tokens = 80
-  config.batch_size = 32
+  config.batch_size = 16 if stage == "sft" else 32
   config.optimizer.name = "adamw"
   config.optimizer.b2 = 0.99
   config.optimizer.max_grad_norm = 1.0
-  config.eval.every_steps = 50
-  config.eval.max_groups = 400
+  config.eval.every_steps = 100 if stage == "sft" else 25
+  config.eval.max_groups = 256
   config.eval.num_samples = 256
   config.eval.max_response_tokens = 96
   config.eval.judge = "sentiment"
   config.checkpoint.every_steps = 100
   if stage == "sft":
     config.data.source = "synthetic:review_demonstrations:20000"
-    config.total_steps = 200
+    config.total_steps = 400
     config.loss = loss_config("sft")
     config.reference.kind = "none"
     config.optimizer.learning_rate = 2e-3
@@ -39,9 +39,10 @@ def get_config(stage: str = "dpo"):
     config.checkpoint.best_is_lower = True
     config.eval.num_samples = 0
   elif stage == "dpo":
-    config.data.source = "synthetic:review_pairs:10000"
-    config.total_steps = 150
-    config.optimizer.learning_rate = 2e-4
+    config.data.source = "synthetic:review_pairs:4000"
+    config.total_steps = 100
+    config.loss.beta = 0.3
+    config.optimizer.learning_rate = 1e-4
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_steps = 10
   else:

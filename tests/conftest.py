@@ -11,10 +11,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import pathlib
 
-import jax
 import pytest
-
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 _ROOT = pathlib.Path(__file__).parents[1]
 

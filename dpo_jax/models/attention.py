@@ -19,7 +19,7 @@ def shared_prompt_mask(segments: jax.Array, branches: jax.Array) -> jax.Array:
     bool [R, T, T], [r, i, j] true where i sees j.
   """
   length = segments.shape[1]
-  causal = jnp.tril(jnp.ones((length, length), bool))
+  causal = jnp.tril(jnp.ones((1, length, length), bool))
   same_segment = segments[:, :, None] == segments[:, None, :]
   same_branch = branches[:, :, None] == branches[:, None, :]
   in_prompt = (branches == 0)[:, None, :]

@@ -1,0 +1,100 @@
+"""The decoder: masks, dtypes, remat, cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.models import attention
+from tests import tiny
+
+
+def test_mask_equals_its_definition():
+  segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0, 0]])
+  branches = np.array([[0, 0, 1, 2, 2, 0, 1, 1, 0, 0]])
+  mask = np.asarray(attention.shared_prompt_mask(segments, branches))[0]
+  for i in range(10):
+    for j in range(10):
+      sees = (
+        j <= i
+        and segments[0, i] == segments[0, j]
+        and branches[0, j] in (0, branches[0, i])
+      )
+      assert mask[i, j] == sees, (i, j)
+  assert mask.any(-1).all(), "a row that sees nothing has no softmax"
+
+
+def test_rotation_is_relative():
+  """Scores depend on the distance of positions, not on where they are."""
+  keys = jax.random.split(jax.random.key(0))
+  query = jax.random.normal(keys[0], (1, 1, 1, 16))
+  key = jax.random.normal(keys[1], (1, 1, 1, 16))
+
+  def score(i, j):
+    a = attention.rotate(query, jnp.array([[i]]), theta=1e4)
+    b = attention.rotate(key, jnp.array([[j]]), theta=1e4)
+    return float((a * b).sum())
+
+  assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
+  assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)
+
+
+def test_positions_are_told_apart_in_bfloat16():
+  x = jnp.ones((1, 2, 1, 16), jnp.bfloat16)
+  turned = attention.rotate(x, jnp.array([[1000, 1001]]), theta=1e4)
+  assert np.abs(np.asarray(turned[0, 0] - turned[0, 1], np.float32)).max() > 0.1
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_no_gradient(remat):
+  groups = tiny.make_groups(4)
+  batch = tiny.pack(groups)
+  base = tiny.make_policy()
+  params = tiny.make_params(base)
+
+  def grads(policy):
+    def loss(params):
+      hidden = policy.hidden_states(
+        params, batch.tokens, batch.positions, batch.segments, batch.branches
+      )
+      return jnp.square(hidden).sum()
+
+    return jax.jit(jax.grad(loss))(params)
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+    grads(base),
+    grads(tiny.make_policy(remat=remat)),
+  )
+
+
+def test_parameters_are_counted():
+  for tie in (True, False):
+    policy = tiny.make_policy(tie_embeddings=tie)
+    leaves = jax.tree.leaves(policy.abstract_params())
+    assert sum(leaf.size for leaf in leaves) == policy.config.num_params()
+
+
+def test_compute_dtype_is_that_of_hidden_states():
+  policy = tiny.make_policy(compute_dtype="bfloat16")
+  params = tiny.make_params(policy)
+  batch = tiny.pack(tiny.make_groups(2))
+  hidden = policy.hidden_states(
+    params, batch.tokens, batch.positions, batch.segments, batch.branches
+  )
+  assert hidden.dtype == jnp.bfloat16
+  assert jax.tree.leaves(params)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"num_kv_heads": 3}, "num_kv_heads=3"),
+    ({"head_dim": 15}, "head_dim=15"),
+    ({"remat": "some"}, "Known: none, full, dots"),
+    ({"compute_dtype": "float16"}, "compute_dtype='float16'"),
+  ],
+)
+def test_impossible_shapes_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    tiny.make_policy(**fields)

@@ -1,0 +1,134 @@
+"""Sampling: the cache, the filters, repeatability."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.models import generate
+from tests import tiny
+
+EOS = 95
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def all_logits(policy, params, tokens):
+  positions = jnp.arange(tokens.shape[1])[None]
+  hidden = policy.hidden_states(
+    params, tokens, positions, jnp.ones_like(tokens), jnp.zeros_like(tokens)
+  )
+  return hidden[0] @ policy.unembedding(params)
+
+
+def next_logits(policy, params, tokens):
+  """Logits after a sequence, without a cache; what follows it is not seen."""
+  padded = np.zeros((1, 32), np.int32)
+  padded[0, : len(tokens)] = tokens
+  return np.asarray(all_logits(policy, params, padded))[len(tokens) - 1]
+
+
+def sample(policy, params, prompts, **kwargs):
+  settings = {
+    "seed": 3,
+    "max_response_tokens": 12,
+    "temperature": 1.0,
+    "eos_id": EOS,
+  }
+  return generate.sample(policy, params, prompts, **(settings | kwargs))
+
+
+@pytest.fixture(scope="module")
+def model():
+  policy = tiny.make_policy()
+  return policy, tiny.make_params(policy)
+
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
+
+
+def test_greedy_with_a_cache_equals_the_uncached_forward(model):
+  for prompt, response in zip(
+    PROMPTS, sample(*model, PROMPTS, temperature=0.0), strict=True
+  ):
+    tokens = list(prompt)
+    for token in response:
+      assert token == next_logits(*model, tokens).argmax()
+      tokens.append(token)
+
+
+def test_seeded_sampling_equals_the_uncached_forward(model):
+  responses = sample(*model, PROMPTS, temperature=0.7)
+  base = jax.random.key(3)
+  for index, (prompt, response) in enumerate(
+    zip(PROMPTS, responses, strict=True)
+  ):
+    tokens = list(prompt)
+    for place, token in enumerate(response):
+      key = jax.random.fold_in(jax.random.fold_in(base, index), place)
+      logits = next_logits(*model, tokens) / 0.7
+      assert token == jax.random.categorical(key, logits)
+      tokens.append(token)
+
+
+def test_batch_size_does_not_change_samples(model):
+  one = sample(*model, PROMPTS, batch_size=1)
+  assert one == sample(*model, PROMPTS, batch_size=3)
+  assert one == sample(*model, PROMPTS, batch_size=64)
+  assert one[2:] == sample(*model, PROMPTS[2:], first_index=2)
+
+
+def test_seeds_differ(model):
+  assert sample(*model, PROMPTS) != sample(*model, PROMPTS, seed=4)
+
+
+def test_responses_stop_at_eos_and_keep_it(model):
+  policy, params = model
+  responses = sample(policy, params, [[1]] * 64, max_response_tokens=200)
+  ended = [r for r in responses if r[-1] == EOS]
+  assert ended, "an untrained model ends within 200 tokens now and then"
+  assert all(EOS not in r[:-1] for r in responses)
+  assert all(len(r) == 200 for r in responses if r[-1] != EOS)
+
+
+def test_sampled_frequencies_are_the_softmax(model):
+  policy, params = model
+  responses = sample(policy, params, [[1, 2]] * 4000, max_response_tokens=1)
+  counts = np.bincount([r[0] for r in responses], minlength=96)
+  probs = np.asarray(jax.nn.softmax(next_logits(policy, params, [1, 2])))
+  spread = np.sqrt(4000 * probs * (1 - probs))
+  assert (np.abs(counts - 4000 * probs) < 5 * spread + 1).all()
+
+
+def test_filters_equal_a_loop():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(6, 30)).astype(np.float32) * 3
+  for top_k, top_p in ((0, 0.5), (0, 0.9), (5, 1.0), (1, 1.0), (7, 0.6)):
+    kept = np.isfinite(
+      generate.filter_logits(jnp.asarray(logits), top_k=top_k, top_p=top_p)
+    )
+    for row, mask in zip(logits, kept, strict=True):
+      order = np.argsort(-row)[: top_k or None]
+      probs = np.exp(row[order]) / np.exp(row[order]).sum()
+      wanted, mass = set(), 0.0
+      for token, prob in zip(order, probs, strict=True):
+        if mass >= top_p:
+          break
+        wanted.add(int(token))
+        mass += prob
+      assert set(np.flatnonzero(mask)) == wanted
+
+
+@pytest.mark.parametrize(
+  ("prompts", "kwargs", "message"),
+  [
+    ([[1], []], {}, "hold no tokens"),
+    ([[1]], {"temperature": -1.0}, "temperature=-1"),
+    ([[1]], {"top_p": 0.0}, "top_p=0"),
+    ([[1] * 500], {"max_response_tokens": 20}, "max_positions=512"),
+  ],
+)
+def test_bad_requests_are_refused(model, prompts, kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    sample(*model, prompts, **kwargs)

@@ -1,0 +1,212 @@
+"""Hugging Face checkpoints: what is read, and what is refused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dpo_jax import mesh as mesh_lib
+from dpo_jax.models import generate, hf
+from dpo_jax.models.decoder import Policy
+
+
+def load(folder, **overrides):
+  policy = Policy(hf.load_config(str(folder), **overrides))
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shardings = jax.tree.map(lambda _: device, policy.abstract_params())
+  return policy, hf.load_params(str(folder), policy, shardings)
+
+
+@pytest.fixture
+def stories(real_data):
+  return real_data / "stories260k"
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A tiny random checkpoint with uneven dimensions, written by hand."""
+  config = {
+    "model_type": "llama",
+    "vocab_size": 48,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+  }
+  rng = np.random.default_rng(0)
+
+  def draw(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+  tensors = {
+    "model.embed_tokens.weight": draw(48, 12),
+    "model.norm.weight": draw(12),
+    "lm_head.weight": draw(48, 12),
+  }
+  for i in range(2):
+    shapes = {
+      "self_attn.q_proj": (24, 12),
+      "self_attn.k_proj": (12, 12),
+      "self_attn.v_proj": (12, 12),
+      "self_attn.o_proj": (12, 24),
+      "mlp.gate_proj": (20, 12),
+      "mlp.up_proj": (20, 12),
+      "mlp.down_proj": (12, 20),
+      "input_layernorm": (12,),
+      "post_attention_layernorm": (12,),
+    }
+    for name, shape in shapes.items():
+      tensors[f"model.layers.{i}.{name}.weight"] = draw(*shape)
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  save_file(tensors, tmp_path / "model.safetensors")
+  return tmp_path
+
+
+def rewrite(folder, change):
+  tensors = load_file(folder / "model.safetensors")
+  change(tensors)
+  save_file(tensors, folder / "model.safetensors")
+
+
+def reconfigure(folder, **fields):
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_kernels_are_the_checkpoint_transposed(folder):
+  _, params = load(folder)
+  tensors = load_file(folder / "model.safetensors")
+  for layer in range(2):
+    weight = tensors[f"model.layers.{layer}.self_attn.q_proj.weight"]
+    kernel = params["layers"]["query"]["kernel"][layer]
+    # Row 6 h + i of the checkpoint is channel i of head h.
+    for head, channel in ((0, 0), (1, 5), (3, 2)):
+      np.testing.assert_array_equal(
+        kernel[:, head, channel], weight[6 * head + channel]
+      )
+    weight = tensors[f"model.layers.{layer}.self_attn.o_proj.weight"]
+    kernel = params["layers"]["attention_out"]["kernel"][layer]
+    np.testing.assert_array_equal(kernel[3, 2], weight[:, 6 * 3 + 2])
+    weight = tensors[f"model.layers.{layer}.mlp.down_proj.weight"]
+    kernel = params["layers"]["down"]["kernel"][layer]
+    np.testing.assert_array_equal(kernel, weight.T)
+
+
+def test_a_mesh_holds_the_same_numbers(folder):
+  policy, params = load(folder)
+  mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  shardings = mesh_lib.param_shardings(policy.abstract_params(), mesh)
+  sharded = hf.load_params(str(folder), policy, shardings)
+  kernel = sharded["layers"]["query"]["kernel"]
+  assert kernel.addressable_shards[0].data.shape == (2, 6, 2, 6)
+  jax.tree.map(np.testing.assert_array_equal, params, sharded)
+
+
+def test_param_dtype_is_ours_to_choose(folder):
+  _, params = load(folder, param_dtype="bfloat16")
+  assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
+
+
+def test_all_faults_of_a_checkpoint_are_named_at_once(folder):
+  def spoil(tensors):
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(24, np.float32)
+    tensors["lm_head.weight"] = np.zeros((40, 12), np.float32)
+
+  rewrite(folder, spoil)
+  with pytest.raises(ValueError) as error:
+    load(folder)
+  for part in (
+    "3 faults",
+    "missing model.norm.weight",
+    "unexpected model.layers.0.self_attn.q_proj.bias",
+    "lm_head.weight is [40, 12], wanted [48, 12]",
+  ):
+    assert part in str(error.value)
+
+
+def test_nan_weights_are_refused(folder):
+  def spoil(tensors):
+    tensors["model.norm.weight"][3] = np.nan
+
+  rewrite(folder, spoil)
+  with pytest.raises(ValueError, match=r"model\.norm\.weight holds a NaN"):
+    load(folder)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"model_type": "gpt2"}, "model_type='gpt2'"),
+    ({"rope_scaling": {"factor": 8.0}}, "rope_scaling"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters"),
+    ({"attention_bias": True}, "attention_bias=True"),
+    ({"sliding_window": 4096}, "sliding_window=4096"),
+  ],
+)
+def test_what_the_decoder_does_not_do_is_refused(folder, fields, message):
+  reconfigure(folder, **fields)
+  with pytest.raises(ValueError, match=message):
+    hf.load_config(str(folder))
+
+
+def test_missing_files_are_named(tmp_path, folder):
+  with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    hf.load_config(str(tmp_path / "nowhere"))
+  (folder / "model.safetensors").unlink()
+  with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors"):
+    load(folder)
+
+
+def test_stories_continue_as_they_should(stories):
+  """The greedy continuation that the checkpoint's own notes give."""
+  tokenizers = pytest.importorskip("tokenizers")
+  policy, params = load(stories)
+  tokenizer = tokenizers.Tokenizer.from_file(str(stories / "tokenizer.json"))
+  ids = tokenizer.encode("Once upon a time").ids
+  out = generate.sample(
+    policy,
+    params,
+    [ids],
+    seed=0,
+    max_response_tokens=60,
+    temperature=0.0,
+    eos_id=2,
+  )
+  assert tokenizer.decode(out[0]).startswith(
+    ", there was a little girl named Lily. She loved to play outside in the"
+    " park. One day, she saw a big, red ball."
+  )
+
+
+@pytest.mark.slow
+def test_logits_agree_with_transformers(stories, folder, tmp_path):
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  reconfigure(folder, architectures=["LlamaForCausalLM"])
+  copy = tmp_path / "stories"
+  shutil.copytree(stories, copy)
+  for path in (folder, copy):
+    policy, params = load(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    vocab = policy.config.vocab_size
+    tokens = np.random.default_rng(0).integers(0, vocab, (2, 50))
+    with torch.no_grad():
+      theirs = model(torch.tensor(tokens)).logits.numpy()
+    hidden = policy.hidden_states(
+      params,
+      tokens,
+      np.broadcast_to(np.arange(50), tokens.shape),
+      np.ones_like(tokens),
+      np.zeros_like(tokens),
+    )
+    ours = hidden @ policy.unembedding(params)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)

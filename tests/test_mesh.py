@@ -1,0 +1,195 @@
+"""One device = eight = pmap = accumulation: the objective does not move."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpo_jax import mesh as mesh_lib
+from dpo_jax import step as step_lib
+from dpo_jax.losses import build_objective
+from dpo_jax.types import TrainState
+from tests import tiny
+
+MESHES = [
+  {"data": 1, "fsdp": 1, "tensor": 1},
+  {"data": 8, "fsdp": 1, "tensor": 1},
+  {"data": 1, "fsdp": 8, "tensor": 1},
+  {"data": 2, "fsdp": 2, "tensor": 2},
+  {"data": 4, "fsdp": 1, "tensor": 2},
+]
+
+
+def make_batch(num_rows=16):
+  groups = tiny.make_groups(30)
+  ref_logps = np.random.default_rng(1).normal(-30, 3, (30, 2))
+  return tiny.pack(
+    groups, num_rows=num_rows, ref_logps=ref_logps.astype(np.float32)
+  )
+
+
+def run_step(
+  sizes,
+  *,
+  loss="dpo",
+  parallelism="jit",
+  accumulation_steps=1,
+  is_frozen=False,
+  num_steps=2,
+):
+  """Two SGD steps: parameters and metrics on the host."""
+  devices = jax.devices()[: np.prod(list(sizes.values()))]
+  placement = mesh_lib.Placement(
+    mesh_lib.make_mesh(sizes, devices), parallelism
+  )
+  policy = tiny.make_policy()
+  params = tiny.make_params(policy)
+  optimizer = optax.sgd(1e-2)
+  state = TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    ref_params=tiny.make_params(policy, seed=1) if is_frozen else None,
+  )
+  shardings = mesh_lib.state_shardings(state, params, placement.mesh)
+  state = placement.place_state(jax.device_put(state, shardings))
+  step = placement.compile_step(
+    step_lib.make_train_step(
+      policy,
+      build_objective({"name": loss}),
+      optimizer,
+      optax.constant_schedule(1e-2),
+      accumulation_steps=accumulation_steps,
+      chunk_size=16,
+      axis_name=placement.axis_name,
+    ),
+    shardings,
+  )
+  if parallelism == "jit":
+    step = mesh_lib.on_mesh(placement.mesh)(step)
+  batch = placement.place_training_batch(make_batch())
+  if is_frozen:
+    batch = batch.replace(ref_logps=None)
+  history = []
+  for _ in range(num_steps):
+    state, metrics = step(state, batch)
+    history.append(placement.fetch(metrics))
+  params = jax.device_get(placement.gather_state(state).params)
+  return params, history
+
+
+def assert_same_run(one, other, tolerance=1e-5):
+  for a, b in zip(one[1], other[1], strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_allclose(
+        a[name], b[name], rtol=2 * tolerance, atol=tolerance, err_msg=name
+      )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=tolerance, atol=tolerance
+    ),
+    one[0],
+    other[0],
+  )
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  return {loss: run_step(MESHES[0], loss=loss) for loss in ("dpo", "sft")}
+
+
+@pytest.mark.parametrize("loss", ["dpo", "sft"])
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+def test_every_mesh_takes_the_same_steps(one_device, sizes, loss):
+  assert_same_run(one_device[loss], run_step(sizes, loss=loss))
+
+
+@pytest.mark.parametrize("loss", ["dpo", "sft"])
+def test_pmap_takes_the_same_steps(one_device, loss):
+  run = run_step(MESHES[1], loss=loss, parallelism="pmap")
+  assert_same_run(one_device[loss], run)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "sft"])
+@pytest.mark.parametrize(
+  ("sizes", "parallelism", "parts"),
+  [(MESHES[0], "jit", 4), (MESHES[1], "jit", 2), (MESHES[1], "pmap", 2)],
+)
+def test_accumulation_takes_the_same_steps(
+  one_device, loss, sizes, parallelism, parts
+):
+  run = run_step(
+    sizes, loss=loss, parallelism=parallelism, accumulation_steps=parts
+  )
+  assert_same_run(one_device[loss], run)
+
+
+@pytest.mark.parametrize("parallelism", ["jit", "pmap"])
+def test_a_frozen_reference_takes_the_same_steps_everywhere(parallelism):
+  one = run_step(MESHES[0], is_frozen=True)
+  assert_same_run(
+    one, run_step(MESHES[1], is_frozen=True, parallelism=parallelism)
+  )
+
+
+def test_parameters_are_really_split():
+  mesh = mesh_lib.make_mesh(MESHES[3])
+  params = tiny.make_policy().abstract_params()
+  shardings = mesh_lib.param_shardings(params, mesh)
+  kernel = shardings["layers"]["query"]["kernel"]
+  assert kernel.shard_shape((2, 64, 4, 16)) == (2, 32, 2, 16)
+  assert shardings["embedding"].shard_shape((96, 64)) == (48, 32)
+
+
+def test_moments_lie_as_their_parameters_do():
+  mesh = mesh_lib.make_mesh(MESHES[3])
+  params = tiny.make_policy().abstract_params()
+  state = jax.eval_shape(optax.adam(1e-3).init, params)
+  shardings = mesh_lib.state_shardings(state, params, mesh)
+  wanted = mesh_lib.param_shardings(params, mesh)
+  assert shardings[0].mu == wanted
+  assert shardings[0].count.is_fully_replicated
+
+
+def test_split_rows_gives_every_part_its_share():
+  batch = make_batch(num_rows=16)
+  parts = step_lib.split_rows(batch, 4)
+  assert parts.tokens.shape == (4, 4, 64)
+  for part in range(4):
+    np.testing.assert_array_equal(parts.tokens[part], batch.tokens[part::4])
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ({"data": 3, "fsdp": 1, "tensor": 1}, "takes 3 devices, and there are 8"),
+    ({"data": -1, "fsdp": -1, "tensor": 1}, "one of them may be -1"),
+    ({"data": -1, "fsdp": 1}, "must give data, fsdp, tensor"),
+    ({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1}, "must give"),
+    ({"data": 0, "fsdp": 1, "tensor": 1}, "must be positive"),
+  ],
+)
+def test_impossible_meshes_are_refused(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    mesh_lib.make_mesh(sizes)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused():
+  mesh = mesh_lib.make_mesh({"data": 1, "fsdp": 1, "tensor": 8})
+  with pytest.raises(ValueError) as error:
+    mesh_lib.param_shardings(tiny.make_policy().abstract_params(), mesh)
+  assert "layers/key/kernel has a dimension of 2" in str(error.value)
+  assert "layers/query/kernel has a dimension of 4" in str(error.value)
+
+
+def test_an_uncovered_parameter_is_refused():
+  mesh = mesh_lib.make_mesh(MESHES[1])
+  with pytest.raises(ValueError, match="router matches no partition rule"):
+    mesh_lib.param_shardings({"router": jnp.zeros(3)}, mesh)
+
+
+def test_pmap_wants_all_devices_on_data():
+  with pytest.raises(ValueError, match="must be on the mesh axis 'data'"):
+    mesh_lib.Placement(mesh_lib.make_mesh(MESHES[3]), "pmap")
