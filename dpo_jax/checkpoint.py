@@ -12,6 +12,7 @@ it; else the one before is taken, and the damaged one is moved aside.
 
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -42,19 +43,26 @@ class Checkpoints:
     keep: int,
     best_metric: str,
     best_is_lower: bool,
+    is_reader: bool = False,
   ):
     """Opens the folder, moving aside what is damaged.
 
     Args:
       workdir: of the run.
-      keep: how many of the latest steps to keep.
+      keep: how many of the latest steps to keep. With 1, a kill between the
+        commit of a step and its manifest would leave none.
       best_metric: the step that is best by it is kept besides.
       best_is_lower: whether a lower figure is better.
+      is_reader: whether the run is another's, and may be under way: damaged
+        and unfinished steps are passed over where they are.
     """
     self._root = epath.Path(workdir) / "checkpoints"
     self._best_metric = best_metric
     self._best_is_lower = best_is_lower
-    if jax.process_index() == 0:
+    self._passed_over: set[int] = set()
+    if is_reader:
+      self._passed_over = _damaged_steps(self._root)
+    elif jax.process_index() == 0:
       self._root.mkdir(parents=True, exist_ok=True)
       _quarantine_damaged(self._root)
     if jax.process_count() > 1:
@@ -71,7 +79,7 @@ class Checkpoints:
           ),
         ]
       ),
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=not is_reader,
     )
     self._hasher = concurrent.futures.ThreadPoolExecutor(1)
     self._pending: tuple[int, Any] | None = None
@@ -84,14 +92,19 @@ class Checkpoints:
     return -figure if self._best_is_lower else figure
 
   @property
+  def _usable(self) -> list[Any]:
+    found = self._checkpointer.checkpoints
+    return [c for c in found if c.step not in self._passed_over]
+
+  @property
   def steps(self) -> list[int]:
     """Steps that are committed, ascending."""
-    return sorted(c.step for c in self._checkpointer.checkpoints)
+    return sorted(c.step for c in self._usable)
 
   @property
   def best_step(self) -> int | None:
     """The step that is best by the metric; the latest if none was measured."""
-    measured = [c for c in self._checkpointer.checkpoints if c.metrics]
+    measured = [c for c in self._usable if c.metrics]
     if not measured:
       return self.steps[-1] if self.steps else None
     return max(
@@ -111,6 +124,13 @@ class Checkpoints:
     """
     self.wait()
     _check_room(self._root, state)
+    if metrics and self._best_metric not in metrics:
+      _LOG.warning(
+        "checkpoint.best_metric=%r is not measured, so the latest step counts"
+        " as the best. Measured: %s",
+        self._best_metric,
+        ", ".join(metrics),
+      )
     response = self._checkpointer.save_checkpointables_async(
       step,
       {"params": state.params, "rest": _rest(state)},
@@ -261,7 +281,10 @@ def verify(folder: epath.PathLike) -> str:
   folder = epath.Path(folder)
   if not (folder / _MANIFEST).exists():
     return "it has no manifest: its save was not finished"
-  wanted = json.loads((folder / _MANIFEST).read_text())
+  try:
+    wanted = json.loads((folder / _MANIFEST).read_text())
+  except ValueError:  # not JSON, or not even text
+    return f"{_MANIFEST} is damaged"
   found = _files(folder)
   for name, digest in wanted.items():
     if name not in found:
@@ -271,24 +294,37 @@ def verify(folder: epath.PathLike) -> str:
   return ""
 
 
+def _damaged(root: epath.Path) -> dict[epath.Path, str]:
+  """Folders of steps that are not to be believed, and what is wrong."""
+  if not root.exists():
+    return {}
+  folders = sorted(f for f in root.iterdir() if f.name.isdecimal())
+  faults = {folder: verify(folder) for folder in folders}
+  return {folder: fault for folder, fault in faults.items() if fault}
+
+
+def _damaged_steps(root: epath.Path) -> set[int]:
+  faults = _damaged(root)
+  for folder, fault in faults.items():
+    _LOG.warning("checkpoint %s is not used: %s", folder, fault)
+  return {int(folder.name) for folder in faults}
+
+
 def _quarantine_damaged(root: epath.Path) -> None:
-  for folder in root.iterdir():
-    if not folder.name.isdecimal():
-      continue
-    fault = verify(folder)
-    if fault:
-      aside = root.parent / "quarantine"
-      aside.mkdir(parents=True, exist_ok=True)
-      number = sum(1 for _ in aside.iterdir())
-      target = aside / f"{folder.name}-{number}"
-      folder.rename(target)
-      _LOG.warning(
-        "checkpoint %s is not used: %s. Moved to %s; the step before it is"
-        " taken instead",
-        folder,
-        fault,
-        target,
-      )
+  for folder, fault in _damaged(root).items():
+    aside = root.parent / "quarantine"
+    aside.mkdir(parents=True, exist_ok=True)
+    taken = {path.name for path in aside.iterdir()}
+    names = (f"{folder.name}-{i}" for i in itertools.count())
+    target = aside / next(name for name in names if name not in taken)
+    folder.rename(target)
+    _LOG.warning(
+      "checkpoint %s is not used: %s. Moved to %s; the step before it is"
+      " taken instead",
+      folder,
+      fault,
+      target,
+    )
 
 
 def _check_room(root: epath.Path, state: TrainState) -> None:

@@ -88,7 +88,9 @@ def default_config() -> ml_collections.ConfigDict:
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_steps = 500  # 0: at the end only
-  config.checkpoint.keep = 2  # latest ones; the best is kept besides
+  # Latest ones, and the best besides. At least 2: the one before stays until
+  # the latest has its manifest.
+  config.checkpoint.keep = 2
   config.checkpoint.best_metric = "eval/reward/accuracy"
   config.checkpoint.best_is_lower = False  # True for a loss
 
@@ -138,7 +140,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     ("eval.max_groups", 0),
     ("eval.num_samples", 0),
     ("checkpoint.every_steps", 0),
-    ("checkpoint.keep", 1),
+    ("checkpoint.keep", 2),
     ("log.every_steps", 1),
   ):
     if found[key] < low:
@@ -179,4 +181,7 @@ def settle_config(
       )
   if is_writer:
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(resolved, indent=2, sort_keys=True) + "\n")
+    # Renamed when it is whole: a kill must not leave half a config behind.
+    temporary = workdir / "config.json.tmp"
+    temporary.write_text(json.dumps(resolved, indent=2, sort_keys=True) + "\n")
+    temporary.replace(path)

@@ -66,14 +66,13 @@ def evaluate(
     interval (`reward/accuracy_low`, `reward/accuracy_high`) where it has one.
   """
   lengths = loader.store.lengths[loader.indices, 1:]
-  slots = objective.num_slots
-  is_valid = (lengths[:, :slots] > 0).all(1)
-  count = int(is_valid.sum())
-  total_tokens = float(lengths[:, :slots].sum())
+  count = int(objective.valid_groups(lengths > 0).sum())
+  total_tokens = float(lengths[:, : objective.num_slots].sum())
   sums: dict[str, float] = {}
+  counts: dict[str, int] = {}
   for index in range(loader.num_eval_batches()):
     batch = placement.place_rows(loader.eval_batch(index))
-    sequences, per_group, metrics = eval_step(
+    _, per_group, metrics = eval_step(
       params,
       ref_params,
       loss_state,
@@ -81,13 +80,19 @@ def evaluate(
       jnp.float32(count),
       jnp.float32(total_tokens),
     )
-    mask = np.asarray(objective.valid_groups(to_host(sequences.valid)))
-    for name, figure in {"loss": per_group, **metrics}.items():
-      figures = to_host(figure).astype(np.float64)[mask]
-      sums[name] = sums.get(name, 0.0) + figures.sum()
-  means = {name: total / max(count, 1) for name, total in sums.items()}
+    losses = to_host(per_group).astype(np.float64)
+    sums["loss"] = sums.get("loss", 0.0) + losses.sum()
+    for name, figure in metrics.items():
+      figures = to_host(figure).astype(np.float64)
+      is_counted = ~np.isnan(figures)
+      sums[name] = sums.get(name, 0.0) + figures[is_counted].sum()
+      counts[name] = counts.get(name, 0) + int(is_counted.sum())
+  counts["loss"] = count
+  means = {name: x / max(counts[name], 1) for name, x in sums.items()}
   if "reward/accuracy" in means:
-    low, high = wilson_interval(means["reward/accuracy"], count)
+    low, high = wilson_interval(
+      means["reward/accuracy"], counts["reward/accuracy"]
+    )
     means |= {"reward/accuracy_low": low, "reward/accuracy_high": high}
   return means | {"num_groups": count}
 
@@ -112,14 +117,33 @@ class Samples:
 
 
 def held_out_prompts(
-  store: Store, indices: np.ndarray, num: int
+  store: Store, indices: np.ndarray, num: int, *, max_tokens: int
 ) -> list[list[int]]:
-  """The first `num` distinct prompts; repeated where there are fewer."""
+  """The first distinct prompts; repeated where there are fewer than `num`.
+
+  Args:
+    store: groups.
+    indices: held-out ones.
+    num: prompts wanted.
+    max_tokens: longer prompts leave a response no room, and are passed over.
+
+  Returns:
+    Token ids of `num` prompts.
+
+  Raises:
+    ValueError: every prompt is longer.
+  """
   distinct: dict[tuple[int, ...], None] = {}
   for index in indices:
-    distinct[tuple(store.group(index)[0].tolist())] = None
+    if store.lengths[index, 0] <= max_tokens:
+      distinct[tuple(store.group(index)[0].tolist())] = None
     if len(distinct) == num:
       break
+  if not distinct:
+    raise ValueError(
+      f"no held-out prompt has at most {max_tokens} tokens, so none leaves room"
+      " for a sample: lower eval.max_response_tokens"
+    )
   prompts = [list(prompt) for prompt in distinct]
   return [prompts[i % len(prompts)] for i in range(num)]
 

@@ -95,7 +95,9 @@ def load_params(init: str, policy: Policy, mesh: Any, *, seed: int) -> Any:
     shardings,
   )
   checkpoints = open_checkpoints(
-    where, json.loads((epath.Path(where) / "config.json").read_text())
+    where,
+    json.loads((epath.Path(where) / "config.json").read_text()),
+    is_reader=True,
   )
   try:
     step = checkpoints.best_step
@@ -108,12 +110,18 @@ def load_params(init: str, policy: Policy, mesh: Any, *, seed: int) -> Any:
     checkpoints.close()
 
 
-def open_checkpoints(workdir: epath.PathLike, config: Any) -> Checkpoints:
-  """The checkpoints of a run with that config (a mapping)."""
+def open_checkpoints(
+  workdir: epath.PathLike, config: Any, *, is_reader: bool = False
+) -> Checkpoints:
+  """The checkpoints of a run with that config (a mapping).
+
+  A reader leaves the folder as it is: the run may be another's.
+  """
   settings = config["checkpoint"]
   return Checkpoints(
     workdir,
     keep=settings["keep"],
     best_metric=settings["best_metric"],
     best_is_lower=settings["best_is_lower"],
+    is_reader=is_reader,
   )

@@ -37,7 +37,7 @@ PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     PartitionSpec(None, "tensor", None, "fsdp"),
   ),
   (r"^layers/down/kernel$", PartitionSpec(None, "tensor", "fsdp")),
-  (r"scale$", PartitionSpec()),
+  (r"scale$|^value_head$", PartitionSpec()),
 )
 
 
@@ -205,6 +205,16 @@ class Placement:
   def replicated(self) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec())
 
+  @property
+  def _stacked(self) -> NamedSharding:
+    """Of arrays with pmap's leading device axis.
+
+    On the mesh that pmap makes for itself: the first step would else be
+    traced and compiled for ours, and the second for its own.
+    """
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec("data"))
+
   def place_rows(self, batch: Batch) -> Batch:
     """Numpy rows of this process -> global arrays split over the mesh."""
     sharding = NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
@@ -217,10 +227,9 @@ class Placement:
     if self.parallelism == "jit":
       return self.place_rows(batch)
     count = jax.local_device_count()
-    sharding = NamedSharding(self.mesh, PartitionSpec("data"))
     return jax.tree.map(
       lambda x: jax.make_array_from_process_local_data(
-        sharding, x.reshape(count, -1, *x.shape[1:])
+        self._stacked, x.reshape(count, -1, *x.shape[1:])
       ),
       batch,
     )
@@ -240,7 +249,7 @@ class Placement:
   def _stack(self, x: jax.Array) -> jax.Array:
     return jax.make_array_from_single_device_arrays(
       (self.mesh.size, *x.shape),
-      NamedSharding(self.mesh, PartitionSpec("data")),
+      self._stacked,
       [shard.data[None] for shard in x.addressable_shards],
     )
 

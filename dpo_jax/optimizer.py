@@ -1,5 +1,6 @@
 """Learning-rate schedule and optax chain."""
 
+import math
 from typing import Any
 
 import jax
@@ -23,7 +24,8 @@ def build_schedule(config: Any, total_steps: int) -> optax.Schedule:
     not 0: no step is wasted.
 
   Raises:
-    ValueError: an unknown schedule, or a warm-up as long as the run.
+    ValueError: an unknown schedule, a rate that is not at least 0, or a
+      warm-up as long as the run.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
   if config.schedule not in SCHEDULES:
@@ -31,6 +33,8 @@ def build_schedule(config: Any, total_steps: int) -> optax.Schedule:
       f"optimizer.schedule={config.schedule!r} must be one of"
       f" {', '.join(SCHEDULES)}"
     )
+  if not 0.0 <= peak < math.inf:
+    raise ValueError(f"optimizer.learning_rate={peak} must be at least 0")
   if warmup < 0 or (config.schedule != "constant" and warmup >= total_steps):
     raise ValueError(
       f"optimizer.warmup_steps={warmup} must be at least 0 and below"
@@ -61,13 +65,19 @@ def build_optimizer(
     The chain. Weight decay leaves norm scales alone.
 
   Raises:
-    ValueError: an unknown optimizer, or one given a knob it cannot use.
+    ValueError: an unknown optimizer, or a knob out of range.
   """
   if config.name not in OPTIMIZERS:
     raise ValueError(
       f"optimizer.name={config.name!r} must be one of {', '.join(OPTIMIZERS)}"
     )
-  if config.max_grad_norm <= 0:
+  for knob in ("b1", "b2"):
+    if not 0.0 <= config[knob] < 1.0:
+      raise ValueError(f"optimizer.{knob}={config[knob]} must be in [0, 1)")
+  for knob in ("epsilon", "weight_decay"):
+    if not config[knob] >= 0.0:
+      raise ValueError(f"optimizer.{knob}={config[knob]} must be at least 0")
+  if not config.max_grad_norm > 0:
     raise ValueError(
       f"optimizer.max_grad_norm={config.max_grad_norm} must be above 0; inf"
       " clips nothing"
@@ -90,11 +100,12 @@ def build_optimizer(
       optax.scale_by_learning_rate(schedule),
     )
   else:
-    scale = optax.adafactor(
-      schedule,
-      weight_decay_rate=config.weight_decay or None,
-      weight_decay_mask=_is_decayed,
-      multiply_by_parameter_scale=False,
+    # Its own weight decay comes after the learning rate and would take that
+    # share of the weights in every step. It ends with a change of sign.
+    scale = optax.chain(
+      optax.adafactor(None, multiply_by_parameter_scale=False),
+      optax.add_decayed_weights(-config.weight_decay, mask=_is_decayed),
+      optax.scale_by_learning_rate(schedule, flip_sign=False),
     )
   return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), scale)
 

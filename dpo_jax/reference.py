@@ -3,11 +3,13 @@
 from collections.abc import Callable
 import dataclasses
 import hashlib
+import io
 import json
+import math
 import os
-import tempfile
 from typing import Any
 
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
@@ -29,26 +31,33 @@ def params_digest(params: Any) -> str:
   Checksums are taken on the devices, in integers modulo 2^32, whose sum has
   no rounding and no order; only they travel to the host.
   """
-
-  @jax.jit
-  def checksum(x):
-    width = x.dtype.itemsize * 8
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
-    bits = bits.astype(jnp.uint32).reshape(-1)
-    places = jnp.arange(bits.size, dtype=jnp.uint32)
-    mixed = (bits ^ (places * jnp.uint32(2654435761))) * jnp.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE35)
-    return jnp.stack([mixed.sum(), (mixed ^ (mixed >> 13)).sum()])
-
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    figures = np.asarray(checksum(leaf)).tolist()
+    figures = np.asarray(_checksum(leaf)).tolist()
     digest.update(
       json.dumps(
         [path_name(path), list(leaf.shape), str(leaf.dtype), figures]
       ).encode()
     )
   return digest.hexdigest()
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+  """Two sums of mixed bits and places: u32 [2]."""
+  width = x.dtype.itemsize * 8
+  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
+  bits = bits.astype(jnp.uint32)
+  # Places are added up axis by axis: to flatten a sharded array would bring
+  # all of it to every device.
+  places = jnp.zeros((), jnp.uint32)
+  for axis in range(x.ndim):
+    stride = math.prod(x.shape[axis + 1 :]) % 2**32
+    iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    places = places + iota * jnp.uint32(stride)
+  mixed = (bits ^ (places * jnp.uint32(2654435761))) * jnp.uint32(0x85EBCA6B)
+  mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE35)
+  return jnp.stack([mixed.sum(), (mixed ^ (mixed >> 13)).sum()])
 
 
 def cache_key(params: Any, config: ModelConfig, store_digest: str) -> str:
@@ -122,38 +131,43 @@ def compute_logps(
   return out
 
 
-def load_cache(folder: str, key: str) -> np.ndarray | None:
+def load_cache(folder: epath.PathLike, key: str) -> np.ndarray | None:
   """Reads a cache, or None if there is none that is whole.
 
   Raises:
     ValueError: the file does not agree with its digest.
   """
-  path = os.path.join(folder, f"{key}.npy")
-  meta_path = os.path.join(folder, f"{key}.json")
-  if not (os.path.exists(path) and os.path.exists(meta_path)):
+  path = epath.Path(folder) / f"{key}.npy"
+  meta_path = epath.Path(folder) / f"{key}.json"
+  if not (path.exists() and meta_path.exists()):
     return None
-  with open(meta_path, encoding="utf-8") as file:
-    meta = json.load(file)
-  with open(path, "rb") as file:
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
-  if digest != meta["sha256"]:
+  content = path.read_bytes()
+  digest = hashlib.sha256(content).hexdigest()
+  if f'"{digest}"'.encode() not in meta_path.read_bytes():
     raise ValueError(
       f"{path} is damaged: its sha256 is not the one in {meta_path}. Delete"
       " both, and the log-probs are computed again"
     )
-  return np.load(path)
+  return np.load(io.BytesIO(content))
 
 
-def write_cache(folder: str, key: str, logps: np.ndarray) -> None:
+def write_cache(folder: epath.PathLike, key: str, logps: np.ndarray) -> None:
   """Writes a cache: the array first, then the digest that vouches for it."""
-  os.makedirs(folder, exist_ok=True)
-  descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".npy")
-  os.close(descriptor)
-  np.save(temporary, logps)
-  with open(temporary, "rb") as file:
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
-  os.replace(temporary, os.path.join(folder, f"{key}.npy"))
-  meta_path = os.path.join(folder, f"{key}.json")
-  with open(f"{meta_path}.tmp", "w", encoding="utf-8") as file:
-    json.dump({"sha256": digest, "shape": list(logps.shape)}, file)
-  os.replace(f"{meta_path}.tmp", meta_path)
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  buffer = io.BytesIO()
+  np.save(buffer, logps)
+  content = buffer.getvalue()
+  meta = {
+    "sha256": hashlib.sha256(content).hexdigest(),
+    "shape": list(logps.shape),
+  }
+  # Runs that share the folder may write at the same time.
+  mark = f"{os.getpid()}.tmp"
+  for name, part in (
+    (f"{key}.npy", content),
+    (f"{key}.json", json.dumps(meta).encode()),
+  ):
+    temporary = folder / f"{name}.{mark}"
+    temporary.write_bytes(part)
+    temporary.replace(folder / name)

@@ -122,10 +122,10 @@ def _build_data(
   ):
     if size % shards:
       below = size // shards * shards
+      nearest = f"are {below} and {below + shards}" if below else f"is {shards}"
       raise ValueError(
         f"{key}={size} must be a multiple of the {shards} devices on the mesh"
-        f" axes {mesh.ROW_AXES}: nearest are {below or shards} and"
-        f" {below + shards}"
+        f" axes {mesh.ROW_AXES}: nearest {nearest}"
       )
 
   def open_store(spec: str) -> store.Store:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.losses import Objective
+from dpo_jax.losses import Objective, WeightedSum
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.models.decoder import Policy
 from dpo_jax.types import Batch, Sequences, TrainState
@@ -32,6 +32,7 @@ def read_sequences(
   batch: Batch,
   *,
   chunk_size: int,
+  needs: frozenset[str] = frozenset(),
 ) -> Sequences:
   """Runs the policy, and the reference if it is on the device.
 
@@ -39,36 +40,46 @@ def read_sequences(
     policy: the decoder.
     params: the policy's parameters.
     ref_params: the reference's, or None.
-    batch: packed rows.
-    chunk_size: see `logps.chunked_token_logps`.
+    batch: packed rows. Where mismatched log-probs are needed, the last slot
+      of every group holds another group's response.
+    chunk_size: see `logps.chunked_token_figures`.
+    needs: optional fields of Sequences to fill.
 
   Returns:
     Sequences with B = R * G.
   """
-  logps = logps_lib.response_logps(policy, params, batch, chunk_size=chunk_size)
-  ref_logps = batch.ref_logps
-  if ref_params is not None:
-    ref_logps = logps_lib.response_logps(
-      policy, jax.lax.stop_gradient(ref_params), batch, chunk_size=chunk_size
-    )
-  return Sequences(
-    logps=flatten_groups(logps),
-    num_tokens=flatten_groups(logps_lib.num_tokens(batch)),
-    score=flatten_groups(batch.score),
-    valid=flatten_groups(batch.valid),
-    ref_logps=None if ref_logps is None else flatten_groups(ref_logps),
+  figures = logps_lib.response_figures(
+    policy, params, ref_params, batch, chunk_size=chunk_size, needs=needs
   )
+  if batch.ref_logps is not None:
+    figures.setdefault("ref_logps", batch.ref_logps)
+  figures |= {
+    "num_tokens": logps_lib.num_tokens(batch),
+    "score": batch.score,
+    "valid": batch.valid,
+  }
+  figures = {name: flatten_groups(x) for name, x in figures.items()}
+  if "mismatched_logps" in needs:
+    figures |= {
+      "mismatched_logps": figures["logps"][:, -1],
+      "mismatched_ref_logps": figures["ref_logps"][:, -1],
+    }
+    figures = {
+      name: x[:, :-1] if x.ndim == 2 else x for name, x in figures.items()
+    }
+  return Sequences(**figures)
 
 
 def make_train_step(
   policy: Policy,
-  objective: Objective,
+  objective: Objective | WeightedSum,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   *,
   accumulation_steps: int,
   chunk_size: int,
   axis_name: str | None,
+  update_reference: Callable[[Any, Any, jax.Array], Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Builds (state, batch) -> (state, metrics).
 
@@ -79,75 +90,178 @@ def make_train_step(
     schedule: of the learning rate, for the metrics.
     accumulation_steps: parts that a batch's rows are split into, one after
       the other; R must be a multiple. The objective does not change.
-    chunk_size: see `logps.chunked_token_logps`.
+    chunk_size: see `logps.chunked_token_figures`.
     axis_name: the axis under `jax.pmap`, else None.
+    update_reference: (ref_params, params, step) -> ref_params after a step,
+      or None for a reference that stays.
 
   Returns:
     The step. Metrics are f32 scalars of the global batch, before the update.
-  """
 
-  def total(x: jax.Array) -> jax.Array:
-    return x if axis_name is None else jax.lax.psum(x, axis_name)
+  Raises:
+    ValueError: a loss that couples the batch, under pmap.
+  """
+  if objective.is_coupled and axis_name is not None:
+    raise ValueError(
+      f"loss {objective.name!r} couples the groups of a batch, and under pmap a"
+      " device sees only its own: set parallelism='jit'"
+    )
+
+  def total(tree: Any) -> Any:
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+  def read(params: Any, state: TrainState, part: Batch) -> Sequences:
+    return read_sequences(
+      policy,
+      params,
+      state.ref_params,
+      part,
+      chunk_size=chunk_size,
+      needs=objective.needs,
+    )
+
+  def loss_of(
+    sequences: Sequences, loss_state: Any, counts: dict[str, jax.Array]
+  ) -> tuple[jax.Array, Any]:
+    """This part's share of the objective; sums of metrics; loss state."""
+    sequences = sequences.replace(**counts)
+    per_group, metrics, loss_state = objective.apply(sequences, loss_state)
+    sums = {name: sum_and_count(figure) for name, figure in metrics.items()}
+    loss = objective.reduce(per_group, counts["num_groups"])
+    return loss, (sums, loss_state)
+
+  def gradient(state: TrainState, batch: Batch, counts: Any) -> Any:
+    def loss_fn(params):
+      return loss_of(read(params, state, batch), state.loss_state, counts)
+
+    return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+
+  def accumulated_gradient(state: TrainState, batch: Batch, counts: Any) -> Any:
+    return sum_over_parts(
+      lambda part: gradient(state, part, counts),
+      split_rows(batch, accumulation_steps),
+    )
+
+  def coupled_gradient(state: TrainState, batch: Batch, counts: Any) -> Any:
+    """In two passes: what the loss sees of all parts, then each part's pull.
+
+    The loss is a function of the whole batch's sequences, which are small. So
+    they are gathered first, the loss is differentiated by them, and a second
+    pass carries that gradient back into the parameters. One more forward pass
+    is the price of an objective that does not depend on the parts.
+    """
+    parts = split_rows(batch, accumulation_steps)
+    sequences = jax.lax.map(lambda p: read(state.params, state, p), parts)
+    whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sequences)
+    pulled, held = split_floats(whole)
+
+    def loss_fn(pulled):
+      return loss_of(join_floats(pulled, held), state.loss_state, counts)
+
+    (loss, aux), cotangents = jax.value_and_grad(loss_fn, has_aux=True)(pulled)
+    cotangents = [
+      c.reshape(accumulation_steps, -1, *c.shape[1:]) for c in cotangents
+    ]
+
+    def pull(scanned):
+      part, part_cotangents = scanned
+
+      def floats(params):
+        return split_floats(read(params, state, part))[0]
+
+      return jax.vjp(floats, state.params)[1](part_cotangents)[0]
+
+    return (loss, aux), sum_over_parts(pull, (parts, cotangents))
+
+  if accumulation_steps == 1:
+    value_and_grad = gradient
+  elif objective.is_coupled:
+    value_and_grad = coupled_gradient
+  else:
+    value_and_grad = accumulated_gradient
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    valid = flatten_groups(batch.valid)
-    counted = Sequences(
-      logps=jnp.zeros(valid.shape),
-      num_tokens=flatten_groups(logps_lib.num_tokens(batch)),
-      score=flatten_groups(batch.score),
-      valid=valid,
-    )
-    num_groups = total(objective.valid_groups(valid).sum().astype(jnp.float32))
-    total_tokens = total(objective.scored_tokens(counted))
-    denominator = jnp.maximum(num_groups, 1.0)
-
-    def loss_fn(params: Any, part: Batch) -> tuple[jax.Array, Any]:
-      sequences = read_sequences(
-        policy, params, state.ref_params, part, chunk_size=chunk_size
-      ).replace(num_groups=num_groups, total_tokens=total_tokens)
-      per_group, metrics, loss_state = objective.apply(
-        sequences, state.loss_state
-      )
-      is_valid = objective.valid_groups(sequences.valid)
-      sums = {
-        name: jnp.where(is_valid, figure, 0.0).sum() / denominator
-        for name, figure in metrics.items()
-      }
-      return per_group.sum() / denominator, (sums, loss_state)
-
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    if accumulation_steps == 1:
-      (loss, (metrics, loss_state)), grads = grad_fn(state.params, batch)
-    else:
-      parts = split_rows(batch, accumulation_steps)
-      shapes = jax.eval_shape(
-        grad_fn, state.params, jax.tree.map(lambda x: x[0], parts)
-      )
-      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-      def add(sums, part):
-        return jax.tree.map(jnp.add, sums, grad_fn(state.params, part)), None
-
-      ((loss, (metrics, loss_state)), grads), _ = jax.lax.scan(
-        add, zeros, parts
-      )
-    loss, metrics, grads = total((loss, metrics, grads))
+    counts = total(count_batch(objective, batch))
+    (loss, (sums, loss_state)), grads = value_and_grad(state, batch, counts)
+    loss, sums, grads = total((loss, sums, grads))
+    if not objective.is_coupled:
+      loss_state = state.loss_state
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
       "loss": loss,
-      **metrics,
+      **{k: v / jnp.maximum(count, 1.0) for k, (v, count) in sums.items()},
       "grad_norm": optax.global_norm(grads),
       "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
+    params = optax.apply_updates(state.params, updates)
+    ref_params = state.ref_params
+    if update_reference is not None:
+      ref_params = update_reference(ref_params, params, state.step + 1)
     new_state = state.replace(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       opt_state=opt_state,
       loss_state=loss_state,
+      ref_params=ref_params,
     )
     return new_state, metrics
 
   return step
+
+
+def count_batch(
+  objective: Objective | WeightedSum, batch: Batch
+) -> dict[str, jax.Array]:
+  """Groups and tokens that the objective divides by: f32 [] each."""
+  valid = flatten_groups(batch.valid)
+  sequences = Sequences(
+    logps=jnp.zeros(valid.shape),
+    num_tokens=flatten_groups(logps_lib.num_tokens(batch)),
+    score=flatten_groups(batch.score),
+    valid=valid,
+  )
+  return {
+    "num_groups": objective.valid_groups(valid).sum().astype(jnp.float32),
+    "total_tokens": objective.scored_tokens(sequences),
+  }
+
+
+def sum_and_count(figure: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Sum and number of the groups that have a figure: NaN is none."""
+  is_counted = ~jnp.isnan(figure)
+  return (
+    jnp.where(is_counted, figure, 0.0).sum(),
+    is_counted.sum().astype(jnp.float32),
+  )
+
+
+def sum_over_parts(function: Callable[[Any], Any], parts: Any) -> Any:
+  """The sum of function(part) over the leading axis, one part at a time."""
+  first = jax.tree.map(lambda x: x[0], parts)
+  shapes = jax.eval_shape(function, first)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+  def add(sums, part):
+    return jax.tree.map(jnp.add, sums, function(part)), None
+
+  return jax.lax.scan(add, zeros, parts)[0]
+
+
+def split_floats(tree: Any) -> tuple[list[jax.Array], Any]:
+  """The leaves that a gradient can flow through, and the rest."""
+  leaves, structure = jax.tree.flatten(tree)
+  is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+  pulled = [x for x, f in zip(leaves, is_float, strict=True) if f]
+  others = [None if f else x for x, f in zip(leaves, is_float, strict=True)]
+  return pulled, (others, structure)
+
+
+def join_floats(pulled: list[jax.Array], rest: Any) -> Any:
+  """Undoes `split_floats`."""
+  others, structure = rest
+  floats = iter(pulled)
+  leaves = [next(floats) if x is None else x for x in others]
+  return jax.tree.unflatten(structure, leaves)
 
 
 def split_rows(batch: Batch, num_parts: int) -> Batch:
@@ -165,7 +279,7 @@ def split_rows(batch: Batch, num_parts: int) -> Batch:
 
 
 def make_eval_step(
-  policy: Policy, objective: Objective, *, chunk_size: int
+  policy: Policy, objective: Objective | WeightedSum, *, chunk_size: int
 ) -> Callable[..., tuple[Sequences, jax.Array, Metrics]]:
   """Builds the evaluation step.
 
@@ -186,7 +300,12 @@ def make_eval_step(
     total_tokens: jax.Array,
   ) -> tuple[Sequences, jax.Array, Metrics]:
     sequences = read_sequences(
-      policy, params, ref_params, batch, chunk_size=chunk_size
+      policy,
+      params,
+      ref_params,
+      batch,
+      chunk_size=chunk_size,
+      needs=objective.needs,
     ).replace(num_groups=num_groups, total_tokens=total_tokens)
     per_group, metrics, _ = objective.apply(sequences, loss_state)
     return sequences, per_group, metrics

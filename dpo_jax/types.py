@@ -40,8 +40,12 @@ class Batch:
     score: f32 [R, G, K], feedback, higher is better.
     valid: bool [R, G, K], False where a slot holds no response.
     example_ids: i32 [R, G], index of the group in its dataset, -1 if none.
+    last_tokens: i32 [R, G, K], index in the row of each response's last token.
     ref_logps: f32 [R, G, K] log-probs under the reference, nats, where they
       were cached; else None.
+    head: bool [R, S], whether a scored token is among the first n of its
+      response, n the length of its group's shortest; None if nothing asks.
+    sampled: bool [R, S], n scored tokens of every response, drawn at random.
   """
 
   tokens: jax.Array
@@ -54,19 +58,36 @@ class Batch:
   score: jax.Array
   valid: jax.Array
   example_ids: jax.Array
+  last_tokens: jax.Array
   ref_logps: jax.Array | None = None
+  head: jax.Array | None = None
+  sampled: jax.Array | None = None
 
 
 @flax.struct.dataclass
 class Sequences:
   """What a loss sees: one figure for each response of each group.
 
+  Fields below `valid` are optional; a loss that reads one says so, and only
+  then is it computed.
+
   Attributes:
     logps: f32 [B, K], log pi(y|x) summed over scored tokens, nats.
     num_tokens: f32 [B, K], scored tokens of each response, EOS included.
     score: f32 [B, K], feedback, higher is better; a pair has slot 0 chosen.
     valid: bool [B, K], False where a slot holds no response.
-    ref_logps: f32 [B, K], as logps under the reference; None without one.
+    ref_logps: f32 [B, K], as logps under the reference.
+    head_logps: f32 [B, K], logps of the first n tokens, n the length of the
+      group's shortest response.
+    ref_head_logps: f32 [B, K], as head_logps under the reference.
+    sampled_logps: f32 [B, K], logps of n tokens drawn at random.
+    ref_sampled_logps: f32 [B, K], the same tokens under the reference.
+    mismatched_logps: f32 [B], log-prob of another group's response.
+    mismatched_ref_logps: f32 [B], the same under the reference.
+    complement_logps: f32 [B, K], sum over tokens of log(1 - p(token)).
+    alignment: f32 [B, K], mean over tokens of log p(token) - log sum_v p(v)^2.
+    kl: f32 [B, K], sum over positions of KL(pi_ref || pi), exact over V.
+    values: f32 [B, K], the value head at the response's last token.
     num_groups: f32 [], valid groups of the global batch. None means that
       these sequences are the whole batch.
     total_tokens: f32 [], scored tokens of the global batch, or None likewise.
@@ -77,6 +98,16 @@ class Sequences:
   score: jax.Array
   valid: jax.Array
   ref_logps: jax.Array | None = None
+  head_logps: jax.Array | None = None
+  ref_head_logps: jax.Array | None = None
+  sampled_logps: jax.Array | None = None
+  ref_sampled_logps: jax.Array | None = None
+  mismatched_logps: jax.Array | None = None
+  mismatched_ref_logps: jax.Array | None = None
+  complement_logps: jax.Array | None = None
+  alignment: jax.Array | None = None
+  kl: jax.Array | None = None
+  values: jax.Array | None = None
   num_groups: jax.Array | None = None
   total_tokens: jax.Array | None = None
 
@@ -91,7 +122,7 @@ class TrainState:
     opt_state: optax state.
     loss_state: state of the objective (running means), or ().
     ref_params: the reference's parameters where they live on the device
-      (`reference.kind = "frozen"`), else None.
+      (`reference.kind` "frozen" or "ema"), else None.
   """
 
   step: jax.Array

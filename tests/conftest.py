@@ -11,6 +11,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import pathlib
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -42,3 +44,25 @@ def golden() -> pathlib.Path:
 def private_cache(tmp_path, monkeypatch):
   """Token stores of a test go to its own folder."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def fast_compilation(tmp_path_factory):
+  """Compiles the same program once, for modules of many runs.
+
+  Yields:
+    Environment variables with which a child process does the same.
+  """
+  settings = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: jax.config.values[name] for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield {name.upper(): str(value) for name, value in settings.items()}
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()

@@ -3,9 +3,12 @@
 import jax
 import numpy as np
 
+from dpo_jax import mesh as mesh_lib
 from dpo_jax.config import default_config
+from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.data.packing import RowShape
+from dpo_jax.data.store import Store
 from dpo_jax.models.config import PRESETS, ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.types import Batch
@@ -102,3 +105,75 @@ def pack(
     layout=layout,
     ref_logps=ref_logps,
   )
+
+
+def make_loader(
+  groups: list[list[np.ndarray]],
+  batch_size: int,
+  *,
+  indices: np.ndarray | None = None,
+  layout: str = "shared",
+  row_multiple: int = 1,
+  ref_logps: np.ndarray | None = None,
+) -> loader_lib.Loader:
+  """A loader over a store of these groups."""
+  lengths = np.array(
+    [[len(part) for part in group] for group in groups], np.int32
+  )
+  totals = lengths.sum(1, dtype=np.int64)
+  num_slots = lengths.shape[1] - 1
+  store = Store(
+    tokens=np.concatenate([part for group in groups for part in group]),
+    starts=np.cumsum(totals) - totals,
+    lengths=lengths,
+    score=np.tile(-np.arange(num_slots, dtype=np.float32), (len(groups), 1)),
+    digest="tiny",
+    report={},
+  )
+  indices = np.arange(len(groups)) if indices is None else indices
+  plan = loader_lib.make_plan(
+    store,
+    indices,
+    batch_size=batch_size,
+    row_tokens=0,
+    row_multiple=row_multiple,
+    layout=layout,
+  )
+  return loader_lib.Loader(
+    store, indices, plan, batch_size, seed=0, ref_logps=ref_logps
+  )
+
+
+def make_placement(sizes: dict[str, int] | None = None) -> mesh_lib.Placement:
+  """A mesh of the first devices; of one unless told."""
+  sizes = sizes or {"data": 1, "fsdp": 1, "tensor": 1}
+  devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+  return mesh_lib.Placement(mesh_lib.make_mesh(sizes, devices), "jit")
+
+
+def naive_logps(
+  policy: Policy, params, groups: list[list[np.ndarray]]
+) -> np.ndarray:
+  """f64 [N, K]: each response alone behind its prompt, all logits, a loop."""
+  width = max(len(g[0]) + len(r) for g in groups for r in g[1:])
+  rows = [np.concatenate([g[0], r]) for g in groups for r in g[1:]]
+  tokens = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
+  is_token = np.arange(width) < np.array([[len(row)] for row in rows])
+  hidden = policy.hidden_states(
+    params,
+    tokens,
+    np.tile(np.arange(width, dtype=np.int32), (len(rows), 1)),
+    is_token.astype(np.int32),
+    np.zeros_like(tokens),
+  )
+  unembedding = np.asarray(policy.unembedding(params), np.float64)
+  logits = np.asarray(hidden, np.float64) @ unembedding
+  out = []
+  prompts = [g[0] for g in groups for _ in g[1:]]
+  for prompt, row, row_logits in zip(prompts, rows, logits, strict=True):
+    total = 0.0
+    for place in range(len(prompt), len(row)):
+      scores = row_logits[place - 1]
+      total += scores[row[place]] - np.log(np.exp(scores).sum())
+    out.append(total)
+  return np.array(out).reshape(len(groups), -1)

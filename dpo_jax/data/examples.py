@@ -67,8 +67,9 @@ def parse_record(
     The example, its responses best first.
 
   Raises:
-    RecordError: columns missing or of the wrong type.
-    Unusable: no prompt that both responses share.
+    RecordError: columns missing or of the wrong type, or a chat template
+      that fails.
+    Unusable: no prompt that both responses share, or an empty answer.
   """
   columns = record.keys()
   kind = next((k for k, need in FORMATS.items() if need <= columns), None)
@@ -120,8 +121,13 @@ def _number(value: Any, name: str, where: str) -> float:
 
 def _pair_score(record: Mapping[str, Any], where: str) -> list[float]:
   names = ("score_chosen", "score_rejected")
-  if not all(name in record for name in names):
+  found = [name for name in names if name in record]
+  if not found:
     return [1.0, 0.0]
+  if len(found) == 1:
+    raise RecordError(
+      f"{where}: {found[0]} stands without the other of {names}"
+    )
   return [_number(record[name], name, where) for name in names]
 
 
@@ -189,6 +195,7 @@ def _to_text(
           f"{where}: the prompt is text, so every response must be, and one is"
           f" {type(response).__name__}"
         )
+    _check_unicode([prompt, *responses], where)
     return Example(prompt, tuple(responses), tuple(score))
   if not _is_messages(prompt):
     raise RecordError(
@@ -200,17 +207,26 @@ def _to_text(
       f"{where}: the record holds messages, and this tokenizer has no chat"
       " template: set data.chat_template to one, or use plain text"
     )
+  if not prompt:
+    raise Unusable("empty_prompt")
   check_messages(prompt, where)
-  prefix = render(prompt, True)
+  prefix = _render(render, prompt, True, where)
   texts = []
   for response in responses:
-    turn = (
-      [{"role": "assistant", "content": response}]
-      if isinstance(response, str)
-      else list(response)
-    )
+    if isinstance(response, str):
+      turn = [{"role": "assistant", "content": response}]
+    elif _is_messages(response):
+      turn = list(response)
+    else:
+      raise RecordError(
+        f"{where}: a response must be text or a list of messages, and one is"
+        f" {type(response).__name__}"
+      )
     check_messages(turn, where)
-    whole = render([*prompt, *turn], False)
+    # Rendered, an empty answer is not empty: the template ends its turn.
+    if not any(_has_content(message) for message in turn):
+      raise Unusable("empty_response")
+    whole = _render(render, [*prompt, *turn], False, where)
     if not whole.startswith(prefix):
       raise RecordError(
         f"{where}: the chat template writes the prompt differently once an"
@@ -218,7 +234,33 @@ def _to_text(
         f" {whole[: len(prefix)][-80:]!r}"
       )
     texts.append(whole[len(prefix) :])
+  _check_unicode([prefix, *texts], where)
   return Example(prefix, tuple(texts), tuple(score), is_rendered=True)
+
+
+def _render(
+  render: Render, messages: Sequence[Message], header: bool, where: str
+) -> str:
+  try:
+    return render(messages, header)
+  except RecordError as error:
+    raise RecordError(f"{where}: {error}") from error
+
+
+def _has_content(message: Message) -> bool:
+  values = [value for key, value in message.items() if key != "role"]
+  return any(v.strip() if isinstance(v, str) else v for v in values)
+
+
+def _check_unicode(texts: Sequence[str], where: str) -> None:
+  """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+  for text in texts:
+    try:
+      text.encode("utf-8")
+    except UnicodeEncodeError as error:
+      raise RecordError(
+        f"{where}: text that is not Unicode: {error}"
+      ) from error
 
 
 def check_messages(messages: Sequence[Any], where: str) -> None:

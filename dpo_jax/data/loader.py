@@ -123,6 +123,7 @@ class Loader:
       None.
     process_index: this host.
     process_count: hosts; each fills its own block of rows.
+    token_masks: optional fields of Batch to fill, see packing.TOKEN_MASKS.
   """
 
   store: Store
@@ -133,6 +134,7 @@ class Loader:
   ref_logps: np.ndarray | None = None
   process_index: int = 0
   process_count: int = 1
+  token_masks: frozenset[str] = frozenset()
 
   def __post_init__(self):
     if not len(self.indices):
@@ -196,6 +198,7 @@ class Loader:
       shape=self.plan.row,
       layout=self.plan.layout,
       ref_logps=None if self.ref_logps is None else self.ref_logps[ids],
+      token_masks=self.token_masks,
     )
 
 

@@ -8,12 +8,15 @@ numbers, which the tests hold them to.
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from dpo_jax.types import Batch
 
 LAYOUTS = ("shared", "packed", "padded")
+# Optional fields of Batch that mark scored tokens.
+TOKEN_MASKS = ("head", "sampled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ def assign_rows(
   """
   too_long = (num_tokens > shape.num_tokens) | (num_scored > shape.num_scored)
   if too_long.any():
-    worst = int(np.argmax(num_tokens))
+    worst = int(np.argmax(np.where(too_long, num_tokens, -1)))
     raise ValueError(
       f"a group takes {num_tokens[worst]} tokens, {num_scored[worst]} of them"
       f" scored, and a row holds {shape.num_tokens} and {shape.num_scored}:"
@@ -103,6 +106,7 @@ def fill_rows(
   shape: RowShape,
   layout: str,
   ref_logps: np.ndarray | None,
+  token_masks: frozenset[str] = frozenset(),
 ) -> Batch:
   """Writes groups into rows.
 
@@ -115,6 +119,7 @@ def fill_rows(
     shape: capacity of a row.
     layout: one of LAYOUTS.
     ref_logps: f32 [B, K] cached reference log-probs, or None.
+    token_masks: which of TOKEN_MASKS to fill.
 
   Returns:
     A batch of numpy arrays.
@@ -134,13 +139,15 @@ def fill_rows(
     score=np.zeros(per_slot, np.float32),
     valid=np.zeros(per_slot, bool),
     example_ids=np.full(per_slot[:2], -1, np.int32),
+    last_tokens=np.zeros(per_slot, np.int32),
     ref_logps=None if ref_logps is None else np.zeros(per_slot, np.float32),
+    **{name: np.zeros(per_scored, bool) for name in sorted(token_masks)},
   )
   for r, members in enumerate(rows):
     writer = _RowWriter(batch, r, shape, is_shared=layout == "shared")
     for g, i in enumerate(members):
       prompt, *responses = groups[i]
-      writer.write(g, prompt, responses)
+      writer.write(g, prompt, responses, int(example_ids[i]))
       batch.score[r, g] = scores[i]
       batch.valid[r, g] = [len(response) > 0 for response in responses]
       batch.example_ids[r, g] = example_ids[i]
@@ -158,8 +165,16 @@ class _RowWriter:
     self.next_token = self.next_scored = self.segment = 0
 
   def write(
-    self, group: int, prompt: np.ndarray, responses: Sequence[np.ndarray]
+    self,
+    group: int,
+    prompt: np.ndarray,
+    responses: Sequence[np.ndarray],
+    example_id: int,
   ) -> None:
+    # Drawn once for each response, whatever the step: a reference that was
+    # scored before has seen the same tokens.
+    rng = np.random.default_rng((max(example_id, 0), len(prompt)))
+    shortest = min((len(r) for r in responses if len(r)), default=0)
     is_open = False
     branch = prompt_end = 0
     for slot, response in enumerate(responses):
@@ -173,6 +188,8 @@ class _RowWriter:
       branch += 1
       start = self.next_token
       self._append(response, position=len(prompt), branch=branch)
+      self.batch.last_tokens[self.row, group, slot] = self.next_token - 1
+      self._mark(len(response), shortest, rng)
       self._score(response, prompt_end, start, group, slot)
 
   def _append(self, ids: np.ndarray, *, position: int, branch: int) -> None:
@@ -184,6 +201,14 @@ class _RowWriter:
     self.batch.segments[self.row, at] = self.segment
     self.batch.branches[self.row, at] = branch
     self.next_token = at.stop
+
+  def _mark(self, length: int, num_kept: int, rng: Any) -> None:
+    at = slice(self.next_scored, self.next_scored + length)
+    if self.batch.head is not None:
+      self.batch.head[self.row, at] = np.arange(length) < num_kept
+    if self.batch.sampled is not None:
+      ranks = rng.permutation(length)
+      self.batch.sampled[self.row, at] = ranks < num_kept
 
   def _score(
     self,

@@ -13,7 +13,9 @@ import gzip
 import hashlib
 import inspect
 import json
+import os
 from typing import Any
+import zlib
 
 from dpo_jax.data import synthetic
 
@@ -73,7 +75,8 @@ def open_source(spec: str) -> Source:
 
 
 def _paths(pattern: str) -> list[str]:
-  paths = sorted(glob.glob(pattern))
+  # A name may hold brackets without being a pattern.
+  paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
   if not paths:
     raise FileNotFoundError(f"no file matches {pattern!r}")
   return paths
@@ -100,7 +103,7 @@ def _read_jsonl(pattern: str) -> Iterator[Record]:
               f" {type(record).__name__}"
             )
           yield f"{path}:{number}", record
-      except (EOFError, gzip.BadGzipFile) as error:
+      except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
           f"{path}: the compressed file breaks off or is damaged after line"
           f" {number}: {error}"
@@ -124,7 +127,12 @@ def _tfds_builder(name: str) -> Any:
   # Importing registers our builders by their names.
   from dpo_jax.data import tfds_builders  # noqa: F401
 
-  builder = tfds.builder(name, file_format="array_record")
+  # TFDS reads the variable when it is imported, which may be too early.
+  builder = tfds.builder(
+    name,
+    data_dir=os.environ.get("TFDS_DATA_DIR"),
+    file_format="array_record",
+  )
   builder.download_and_prepare(file_format="array_record")
   return builder
 
@@ -179,7 +187,8 @@ def _plain(value: Any) -> Any:
 
 def _synthetic_task(what: str) -> tuple[Any, int, int]:
   task, *numbers = what.split(":")
-  if task not in synthetic.TASKS or len(numbers) > 2:
+  is_known = task in synthetic.TASKS and len(numbers) <= 2
+  if not is_known or not all(number.isdecimal() for number in numbers):
     raise ValueError(
       f"synthetic:{what} is not TASK[:NUM[:SEED]] with a task of"
       f" {', '.join(synthetic.TASKS)}"

@@ -23,7 +23,7 @@ from dpo_jax.data.examples import Example, Unusable, parse_record
 from dpo_jax.data.sources import Record, Source
 from dpo_jax.data.tokenizers import Tokenizer
 
-FORMAT = 1  # raise it when the same input would give other arrays
+FORMAT = 2  # raise it when the same input would give other arrays
 _CHUNK = 1000
 
 
@@ -61,6 +61,8 @@ class Store:
     score: f32 [N, K].
     digest: of the content.
     report: counts of what was read, dropped and cut.
+    prompt_hashes: u32 [N], of each prompt's text before anything was cut;
+      None for groups that are not split.
   """
 
   tokens: np.ndarray
@@ -69,6 +71,7 @@ class Store:
   score: np.ndarray
   digest: str
   report: dict[str, Any]
+  prompt_hashes: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.starts)
@@ -102,14 +105,7 @@ class Store:
     if not 0.0 <= eval_fraction < 1.0:
       raise ValueError(f"data.eval_fraction={eval_fraction} must be in [0, 1)")
     threshold = int(eval_fraction * 2**32)
-    is_eval = np.array(
-      [
-        int.from_bytes(hashlib.sha256(self.group(i)[0]).digest()[:4], "big")
-        < threshold
-        for i in range(len(self))
-      ],
-      bool,
-    )
+    is_eval = self.prompt_hashes < threshold
     return np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
 
 
@@ -137,10 +133,11 @@ def build_store(
   if not os.path.exists(folder):
     _write(source, tokenizer, limits, cache_dir, folder)
   with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
-    report = json.load(file)
+    # The same content may have been read from another place.
+    report = json.load(file) | {"source": source.spec}
   arrays = {
     name: np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r")
-    for name in ("tokens", "starts", "lengths", "score")
+    for name in ("tokens", "starts", "lengths", "score", "prompt_hashes")
   }
   return Store(**arrays, digest=digest, report=report)
 
@@ -153,7 +150,7 @@ def _write(
   folder: str,
 ) -> None:
   """Writes beside the final place, then renames: no half store is seen."""
-  tokens, lengths, scores, report = _tokenize(source, tokenizer, limits)
+  tokens, lengths, scores, hashes, report = _tokenize(source, tokenizer, limits)
   num_slots = max(len(score) for score in scores)
   padded_lengths = np.zeros((len(lengths), 1 + num_slots), np.int32)
   padded_score = np.zeros((len(lengths), num_slots), np.float32)
@@ -169,6 +166,7 @@ def _write(
       ("starts", np.cumsum(totals) - totals),
       ("lengths", padded_lengths),
       ("score", padded_score),
+      ("prompt_hashes", np.array(hashes, np.uint32)),
     ):
       np.save(os.path.join(temporary, f"{name}.npy"), value)
     with open(
@@ -188,7 +186,7 @@ def _write(
 def _tokenize(source: Source, tokenizer: Tokenizer, limits: Limits) -> Any:
   counts: Counter[str] = Counter()
   dropped: Counter[str] = Counter()
-  tokens, lengths, scores = array.array("i"), [], []
+  tokens, lengths, scores, hashes = array.array("i"), [], [], []
   render = tokenizer.render if tokenizer.has_chat_template else None
   # One iterator, made once: a new one over the bar would end the data early.
   records = iter(
@@ -218,6 +216,7 @@ def _tokenize(source: Source, tokenizer: Tokenizer, limits: Limits) -> Any:
         tokens.extend(part)
       lengths.append([len(prompt), *map(len, responses)])
       scores.append(example.score)
+      hashes.append(_hash(example.prompt))
   report = {
     "source": source.spec,
     "records": counts["records"],
@@ -231,7 +230,11 @@ def _tokenize(source: Source, tokenizer: Tokenizer, limits: Limits) -> Any:
       f"{source.spec} holds no usable group: {counts['records']} records read,"
       f" dropped: {report['dropped']}"
     )
-  return tokens, lengths, scores, report
+  return tokens, lengths, scores, hashes, report
+
+
+def _hash(prompt: str) -> int:
+  return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "big")
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
@@ -296,6 +299,9 @@ def _fit(
   """Cuts a prompt's beginning, then responses' ends, where they do not fit."""
   if not prompt:
     raise Unusable("empty_prompt")
+  # Text that the tokenizer has no tokens for leaves the EOS alone.
+  if any(len(response) == 1 for response in responses):
+    raise Unusable("empty_response")
   longest = max(map(len, responses))
   keep = max(limits.max_prompt_tokens, limits.max_tokens - longest)
   if len(prompt) > keep:

@@ -62,16 +62,8 @@ _TITLES = (
 _DAYS = ("Monday", "Friday", "Sunday", "a train", "a plane", "television")
 _VERBS = ("was", "is", "felt", "seemed")
 
-_TOKEN = re.compile(
-  "|".join(
-    sorted(
-      (re.escape(w) for w in (*_INTENSIFIERS, *_VERDICTS)),
-      key=len,
-      reverse=True,
-    )
-  )
-  + r"|[A-Za-z]+"
-)
+_PHRASES = sorted(map(re.escape, (*_INTENSIFIERS, *_VERDICTS)), key=len)
+_TOKEN = re.compile(rf"(?:{'|'.join(reversed(_PHRASES))})\b|[A-Za-z]+")
 
 
 def sentiment(text: str) -> float:

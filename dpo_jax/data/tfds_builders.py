@@ -64,10 +64,17 @@ class HhRlhf(tfds.core.GeneratorBasedBuilder):
     return {split: self._generate_examples(p) for split, p in found.items()}
 
   def _generate_examples(self, path: Any) -> Iterator[tuple[int, dict]]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
+    with gzip.open(path, "rb") as file:
       for index, line in enumerate(file):
-        record = json.loads(line)
-        yield index, {key: record[key] for key in ("chosen", "rejected")}
+        try:
+          record = json.loads(line)
+          sides = {key: record[key] for key in ("chosen", "rejected")}
+        except (ValueError, KeyError, TypeError) as error:
+          raise ValueError(
+            f"{path}:{index + 1}: not a record with chosen and rejected:"
+            f" {error!r}"
+          ) from error
+        yield index, sides
 
 
 class ReviewPairs(tfds.core.GeneratorBasedBuilder):

@@ -101,13 +101,15 @@ class HFTokenizer:
         " or 'bytes'"
       )
     text = path.read_text()
-    self._with_specials = tokenizers.Tokenizer.from_str(text)
-    self._plain = tokenizers.Tokenizer.from_str(text)
-    self._plain.encode_special_tokens = True
-    for one in (self._with_specials, self._plain):
-      one.no_truncation()
-      one.no_padding()
-    self.vocab_size = self._plain.get_vocab_size(with_added_tokens=True)
+    self._with_specials, self._plain = _read_tokenizers(text)
+    continuing = _without_beginnings(text)
+    self._continuing = (
+      (self._with_specials, self._plain)
+      if continuing is None
+      else _read_tokenizers(continuing)
+    )
+    # Not the number of tokens: a vocabulary may have holes.
+    self.vocab_size = 1 + max(self._plain.get_vocab().values())
     config_path = root / "tokenizer_config.json"
     config = {}
     if config_path.exists():
@@ -122,7 +124,9 @@ class HFTokenizer:
     self.chat_template = _find_template(root, config, chat_template)
     self.has_chat_template = self.chat_template is not None
     self.digest = hashlib.sha256(
-      json.dumps([text, self.eos_id, self.bos_id, self.chat_template]).encode()
+      json.dumps(
+        [text, self._special, self.bos_id, self.chat_template], sort_keys=True
+      ).encode()
     ).hexdigest()
 
   def _find_eos(self, folder: str) -> int:
@@ -145,26 +149,18 @@ class HFTokenizer:
     is_added = bool(ids) and ids[0] == bos_id
     return bos_id if is_added or config.get("add_bos_token") else None
 
-  @functools.cached_property
-  def _marks_beginnings(self) -> bool:
-    """Whether a text's first word gets a space that is not in the text."""
-    tokens = self._plain.encode("a", add_special_tokens=False).tokens
-    return bool(tokens) and tokens[0].startswith("\u2581")
-
   def encode(
     self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
   ) -> list[list[int]]:
-    tokenizer = self._with_specials if is_rendered else self._plain
-    prefix, skip = "", 0
-    if is_continuation and self._marks_beginnings:
-      # Encode behind an anchor and drop the anchor's ids: what is left is the
-      # text as it stands in the middle of a sequence.
-      prefix = "\n"
-      skip = len(tokenizer.encode(prefix, add_special_tokens=False).ids)
-    encodings = tokenizer.encode_batch(
-      [prefix + text for text in texts], add_special_tokens=False
+    with_specials, plain = (
+      self._continuing
+      if is_continuation
+      else (self._with_specials, self._plain)
     )
-    return [encoding.ids[skip:] for encoding in encodings]
+    encodings = (with_specials if is_rendered else plain).encode_batch(
+      list(texts), add_special_tokens=False
+    )
+    return [encoding.ids for encoding in encodings]
 
   def decode(self, ids: Sequence[int]) -> str:
     return self._plain.decode(list(ids), skip_special_tokens=True)
@@ -188,13 +184,65 @@ class HFTokenizer:
           raise RecordError(
             f"the chat template wrote more than {MAX_RENDERED_CHARS} characters"
           )
-    except (TemplateError, TypeError, KeyError) as error:
+    except RecordError:
+      raise
+    except Exception as error:  # a template is a program: it may raise any
       roles = [m.get("role") for m in messages]
       raise RecordError(
         f"the chat template fails on messages with the roles {roles}:"
         f" {type(error).__name__}: {error}"
       ) from error
     return "".join(pieces)
+
+
+def _read_tokenizers(
+  text: str,
+) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+  """Two of a tokenizer.json: special tokens are meant, or are letters."""
+  pair = (
+    tokenizers.Tokenizer.from_str(text),
+    tokenizers.Tokenizer.from_str(text),
+  )
+  pair[1].encode_special_tokens = True
+  for one in pair:
+    one.no_truncation()
+    one.no_padding()
+  return pair
+
+
+def _without_beginnings(text: str) -> str | None:
+  """The tokenizer.json for a text in the middle of a sequence.
+
+  Sentencepiece's kind, and GPT-2's where it is told to, put a space before a
+  text's first word that is not in the text.
+
+  Args:
+    text: a tokenizer.json.
+
+  Returns:
+    The same without that step, or None if it has none.
+  """
+
+  def strip(node: Any) -> Any:
+    if isinstance(node, list):
+      return [strip(n) for n in node if n.get("type") != "Prepend"]
+    if not isinstance(node, Mapping) or node.get("type") == "Prepend":
+      return None
+    node = dict(node)
+    if node["type"] == "Metaspace":
+      node.pop("add_prefix_space", None)  # what older files have instead
+      node["prepend_scheme"] = "never"
+    elif node["type"] == "ByteLevel":
+      node["add_prefix_space"] = False
+    elif node["type"] == "Sequence":
+      key = "normalizers" if "normalizers" in node else "pretokenizers"
+      node[key] = strip(node[key])
+    return node
+
+  whole = json.loads(text)
+  steps = {key: whole.get(key) for key in ("normalizer", "pre_tokenizer")}
+  stripped = {key: strip(step) for key, step in steps.items()}
+  return json.dumps(whole | stripped) if stripped != steps else None
 
 
 def _token_text(value: Any) -> str:

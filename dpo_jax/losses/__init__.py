@@ -1,7 +1,7 @@
 """What is optimised: pure functions of arrays."""
 
 from dpo_jax.losses.catalogue import CATALOGUE, KNOBS, Knob, Loss
-from dpo_jax.losses.objective import Objective, build_objective
+from dpo_jax.losses.objective import Objective, WeightedSum, build_objective
 from dpo_jax.losses.preference import dpo_loss
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
   "Knob",
   "Loss",
   "Objective",
+  "WeightedSum",
   "build_objective",
   "dpo_loss",
 ]

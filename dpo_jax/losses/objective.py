@@ -1,15 +1,21 @@
 """From a config to the function that the step differentiates."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import difflib
+import functools
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dpo_jax.losses.catalogue import CATALOGUE, KNOBS, Loss, knobs_of
+from dpo_jax.losses.links import LINKS
+from dpo_jax.losses.rewards import REWARDS
 from dpo_jax.types import Sequences
+
+Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,74 +31,148 @@ class Objective:
   knobs: Mapping[str, Any]
 
   @property
+  def name(self) -> str:
+    return self.loss.name
+
+  @property
+  def needs(self) -> frozenset[str]:
+    """Optional fields of `Sequences` that the loss reads."""
+    return self.loss.needs(self.knobs)
+
+  @property
   def needs_reference(self) -> bool:
-    return "ref_logps" in self.loss.needs
+    return bool(self.needs & {"ref_logps", "kl"})
+
+  @property
+  def is_coupled(self) -> bool:
+    """Whether a group's loss depends on the rest of the batch."""
+    return self.loss.link_row.is_coupled
+
+  @property
+  def group(self) -> str:
+    return self.loss.group
 
   @property
   def num_slots(self) -> int | None:
     """Responses of a group that the loss reads; None is all of them."""
-    return {"first": 1, "pair": 2}[self.loss.group]
+    return {"first": 1, "single": 1, "pair": 2, "ranking": None}[
+      self.loss.group
+    ]
 
   def init(self) -> Any:
-    """State that the loss carries from step to step."""
-    return ()
+    """State that the loss carries from step to step: a tree, () if none."""
+    make = self.loss.link_row.init
+    return make() if make else ()
 
   def valid_groups(self, valid: jax.Array) -> jax.Array:
-    """Which groups the loss can read: bool [B, K] -> bool [B]."""
+    """Which groups the loss can read: bool [B, K] -> bool [B].
+
+    A ranking needs two responses, every other loss all that it reads.
+    """
+    if self.loss.group == "ranking":
+      return valid.sum(-1) >= 2
     return valid[:, : self.num_slots].all(-1)
+
+  def scored_tokens(self, sequences: Sequences) -> jax.Array:
+    """Tokens that a per-token mean divides by: f32 []."""
+    tokens = jnp.where(sequences.valid, sequences.num_tokens, 0.0)
+    return tokens[:, : self.num_slots].sum()
 
   def apply(
     self, sequences: Sequences, loss_state: Any
-  ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+  ) -> tuple[jax.Array, Metrics, Any]:
     """Loss of every group.
 
-    The objective is the mean over the valid groups of the global batch. Where
-    `sequences` is a part of that batch, its `num_groups` and `total_tokens`
-    say how large the whole is.
+    The objective is `reduce` of it: the mean over the valid groups of the
+    global batch. Where `sequences` is a part of that batch, its `num_groups`
+    and `total_tokens` say how large the whole is.
 
     Args:
       sequences: fields f32 [B, K].
       loss_state: from `init` or the step before.
 
     Returns:
-      per_group: f32 [B] loss, 0 for a group that is not valid.
-      metrics: name -> f32 [B], one figure a group, nats; only valid groups
-        carry meaning.
+      per_group: f32 [B] loss, 0 for a group that is not valid; f32 [1] of a
+        loss that sorts the batch.
+      metrics: name -> f32 [B], one figure a group, nats; NaN where a group
+        has none.
       loss_state: for the next step.
 
     Raises:
-      ValueError: K does not suit the loss, or the reference is missing.
+      ValueError: K does not suit the loss, or a field that it reads is None.
     """
     self.check_group_size(sequences.valid.shape[1])
-    if self.needs_reference and sequences.ref_logps is None:
-      raise ValueError(
-        f"loss {self.loss.name!r} compares with a reference, and ref_logps is"
-        " None: set reference.kind to 'cached' or 'frozen'"
-      )
+    self._check_fields(sequences)
     is_valid = self.valid_groups(sequences.valid)
-    rewards = self.loss.reward(sequences, **self._knobs_for(self.loss.reward))
+    reward = self.loss.reward_row.function
+    rewards = reward(sequences, **self._knobs_for(reward))
     # Inside as well as outside: an unread slot must not send NaN through the
     # gradient of the branch that `where` drops.
     rewards = jnp.where(sequences.valid, rewards, 0.0)
-    per_group = self.loss.link(rewards, **self._knobs_for(self.loss.link))
-    if self.loss.reduction == "tokens":
+    per_group, loss_state = self._link(rewards, sequences, loss_state)
+    for regularizer in self.loss.regularizers:
+      per_group += regularizer(sequences, **self._knobs_for(regularizer))
+    if self.loss.is_per_token and not self.knobs.get("per_sequence"):
       per_group = per_group * self._groups_per_token(sequences, is_valid)
-    per_group = jnp.where(is_valid, per_group, 0.0)
-    return per_group, self._metrics(sequences, rewards), loss_state
+    if per_group.shape == is_valid.shape:
+      per_group = jnp.where(is_valid, per_group, 0.0)
+    return per_group, self._metrics(sequences, rewards, is_valid), loss_state
+
+  def reduce(self, per_group: jax.Array, num_groups: jax.Array) -> jax.Array:
+    """This part's share of the objective: f32 []."""
+    if self.loss.link_row.kind == "pooled":
+      return per_group[0]
+    return per_group.sum() / jnp.maximum(num_groups, 1.0)
 
   def check_group_size(self, num_responses: int) -> None:
     """Raises ValueError unless groups of that size suit the loss."""
-    if num_responses < self.num_slots or (
-      self.loss.group == "pair" and num_responses != 2
-    ):
+    fits = {
+      "first": num_responses >= 1,
+      "single": num_responses == 1,
+      "pair": num_responses == 2,
+      "ranking": num_responses >= 2,
+    }[self.loss.group]
+    if not fits:
+      wanted = {
+        "first": "at least 1 response",
+        "single": "1 response with a label",
+        "pair": "2 responses, the chosen first",
+        "ranking": "2 or more responses, best first",
+      }[self.loss.group]
       raise ValueError(
-        f"loss {self.loss.name!r} reads groups of {self.num_slots}"
-        f" response(s), and these hold {num_responses}: choose a loss for"
-        " groups of that size, or data with pairs"
+        f"loss {self.name!r} reads groups of {wanted}, and these hold"
+        f" {num_responses}: choose a loss for groups of that size, or other"
+        " data"
+      )
+
+  def _check_fields(self, sequences: Sequences) -> None:
+    missing = sorted(
+      field for field in self.needs if getattr(sequences, field) is None
+    )
+    if "ref_logps" in missing:
+      raise ValueError(
+        f"loss {self.name!r} compares with a reference, and ref_logps is None:"
+        " set reference.kind to 'cached' or 'frozen'"
+      )
+    if missing:
+      raise ValueError(
+        f"loss {self.name!r} reads {', '.join(missing)} of the sequences, and"
+        " they are None"
       )
 
   def _knobs_for(self, function: Any) -> dict[str, Any]:
     return {name: self.knobs[name] for name in knobs_of(function)}
+
+  def _link(
+    self, rewards: jax.Array, sequences: Sequences, loss_state: Any
+  ) -> tuple[jax.Array, Any]:
+    link = self.loss.link_row
+    knobs = self._knobs_for(link.function)
+    if link.kind == "margin":
+      return link.function(rewards[:, 0] - rewards[:, 1], **knobs), loss_state
+    if link.init is not None:
+      return link.function(rewards, sequences, loss_state, **knobs)
+    return link.function(rewards, sequences, **knobs), loss_state
 
   def _groups_per_token(
     self, sequences: Sequences, is_valid: jax.Array
@@ -104,51 +184,191 @@ class Objective:
       total_tokens = self.scored_tokens(sequences)
     return num_groups / jnp.maximum(total_tokens, 1.0)
 
-  def scored_tokens(self, sequences: Sequences) -> jax.Array:
-    """Tokens that a per-token mean divides by: f32 []."""
-    tokens = jnp.where(sequences.valid, sequences.num_tokens, 0.0)
-    return tokens[:, : self.num_slots].sum()
-
   def _metrics(
-    self, sequences: Sequences, rewards: jax.Array
-  ) -> dict[str, jax.Array]:
-    logps = jax.lax.stop_gradient(sequences.logps)
-    metrics = {"logps/chosen": logps[:, 0]}
-    if self.loss.group == "first":
-      return metrics
+    self, sequences: Sequences, rewards: jax.Array, is_valid: jax.Array
+  ) -> Metrics:
+    sequences, rewards = jax.lax.stop_gradient((sequences, rewards))
     scale = self.knobs[self.loss.scale] if self.loss.scale else 1.0
-    rewards = scale * jax.lax.stop_gradient(rewards)
-    margin = rewards[:, 0] - rewards[:, 1]
-    metrics |= {
-      "logps/rejected": logps[:, 1],
-      "reward/chosen": rewards[:, 0],
-      "reward/rejected": rewards[:, 1],
-      "reward/margin": margin,
-      "reward/accuracy": 0.5 * (jnp.sign(margin) + 1.0),
-    }
+    figures = {"logps": sequences.logps}
+    if self.loss.group != "first":
+      figures["reward"] = scale * rewards
     if sequences.ref_logps is not None:
-      log_ratios = logps - sequences.ref_logps
-      metrics |= {
-        "log_ratio/chosen": log_ratios[:, 0],
-        "log_ratio/rejected": log_ratios[:, 1],
-      }
-    return metrics
+      figures["log_ratio"] = sequences.logps - sequences.ref_logps
+    if self.loss.group == "first":
+      metrics = {f"{k}/chosen": v[:, 0] for k, v in figures.items()}
+    elif self.loss.group == "single":
+      metrics = _label_metrics(figures, sequences)
+    else:
+      metrics = _order_metrics(figures, sequences)
+    return {
+      name: jnp.where(is_valid, figure, jnp.nan)
+      for name, figure in metrics.items()
+    }
 
 
-def build_objective(config: Mapping[str, Any]) -> Objective:
-  """Looks the loss up and fills in its defaults, strictly.
+def _label_metrics(
+  figures: Mapping[str, jax.Array], sequences: Sequences
+) -> Metrics:
+  """Chosen are the desirable responses, rejected the others."""
+  is_desirable = sequences.score[:, 0] > 0.5
+  metrics = {}
+  for name, figure in figures.items():
+    figure = figure[:, 0]
+    metrics[f"{name}/chosen"] = jnp.where(is_desirable, figure, jnp.nan)
+    metrics[f"{name}/rejected"] = jnp.where(is_desirable, jnp.nan, figure)
+  sign = jnp.where(is_desirable, 1.0, -1.0)
+  metrics["reward/accuracy"] = 0.5 * (
+    jnp.sign(sign * figures["reward"][:, 0]) + 1.0
+  )
+  return metrics
+
+
+def _order_metrics(
+  figures: Mapping[str, jax.Array], sequences: Sequences
+) -> Metrics:
+  """Chosen is slot 0, rejected the mean of the others; ties count a half."""
+  others = sequences.valid.at[:, 0].set(False)
+  count = jnp.maximum(others.sum(-1), 1)
+  metrics = {}
+  for name, figure in figures.items():
+    metrics[f"{name}/chosen"] = figure[:, 0]
+    metrics[f"{name}/rejected"] = jnp.where(others, figure, 0.0).sum(-1) / count
+  metrics["reward/margin"] = (
+    metrics["reward/chosen"] - metrics["reward/rejected"]
+  )
+  reward, num_slots = figures["reward"], sequences.valid.shape[1]
+  is_pair = jnp.triu(jnp.ones((1, num_slots, num_slots), bool), 1)
+  is_pair &= sequences.valid[:, :, None] & sequences.valid[:, None, :]
+  if num_slots > 2:
+    is_pair &= sequences.score[:, :, None] != sequences.score[:, None, :]
+  wins = 0.5 * (jnp.sign(reward[:, :, None] - reward[:, None, :]) + 1.0)
+  num_pairs = is_pair.sum((1, 2))
+  accuracy = jnp.where(is_pair, wins, 0.0).sum((1, 2)) / num_pairs
+  metrics["reward/accuracy"] = jnp.where(num_pairs > 0, accuracy, jnp.nan)
+  return metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedSum:
+  """Several losses on the same sequences: sum of weight times loss.
+
+  Wang et al. 2024, MPO (arXiv:2411.10442). It has the interface of
+  `Objective`; metrics are those of the first term, with each term's own loss
+  beside them.
+  """
+
+  terms: tuple[tuple[float, Objective], ...]
+
+  @property
+  def name(self) -> str:
+    return "+".join(term.name for _, term in self.terms)
+
+  @property
+  def first(self) -> Objective:
+    return self.terms[0][1]
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return frozenset().union(*(term.needs for _, term in self.terms))
+
+  @property
+  def needs_reference(self) -> bool:
+    return any(term.needs_reference for _, term in self.terms)
+
+  @property
+  def is_coupled(self) -> bool:
+    return any(term.is_coupled for _, term in self.terms)
+
+  @property
+  def group(self) -> str:
+    kinds = [term.group for _, term in self.terms]
+    return next((kind for kind in kinds if kind != "first"), "first")
+
+  @property
+  def num_slots(self) -> int | None:
+    slots = [term.num_slots for _, term in self.terms]
+    return None if None in slots else max(slots)
+
+  def init(self) -> Any:
+    return tuple(term.init() for _, term in self.terms)
+
+  def valid_groups(self, valid: jax.Array) -> jax.Array:
+    masks = [term.valid_groups(valid) for _, term in self.terms]
+    return functools.reduce(operator.and_, masks)
+
+  def scored_tokens(self, sequences: Sequences) -> jax.Array:
+    """Tokens of slot 0, which is all that a per-token term reads."""
+    tokens = jnp.where(sequences.valid, sequences.num_tokens, 0.0)
+    return tokens[:, :1].sum()
+
+  def check_group_size(self, num_responses: int) -> None:
+    for _, term in self.terms:
+      term.check_group_size(num_responses)
+
+  def apply(
+    self, sequences: Sequences, loss_state: Any
+  ) -> tuple[jax.Array, Metrics, Any]:
+    """As `Objective.apply`; a pooled term adds its figure to every group."""
+    is_valid = self.valid_groups(sequences.valid)
+    # A group counts only where every term can read it.
+    sequences = sequences.replace(valid=sequences.valid & is_valid[:, None])
+    total = jnp.zeros(is_valid.shape)
+    metrics, states = {}, []
+    for (weight, term), state in zip(self.terms, loss_state, strict=True):
+      per_group, term_metrics, state = term.apply(sequences, state)
+      per_group = jnp.broadcast_to(per_group, is_valid.shape)
+      total += weight * per_group
+      shown = jax.lax.stop_gradient(per_group)
+      metrics = term_metrics | metrics
+      metrics[f"loss/{term.name}"] = jnp.where(is_valid, shown, jnp.nan)
+      states.append(state)
+    return jnp.where(is_valid, total, 0.0), metrics, tuple(states)
+
+  def reduce(self, per_group: jax.Array, num_groups: jax.Array) -> jax.Array:
+    return per_group.sum() / jnp.maximum(num_groups, 1.0)
+
+
+def build_objective(config: Any) -> Objective | WeightedSum:
+  """Looks a loss up and fills in its defaults, strictly.
 
   Args:
-    config: `name` and any knobs of that loss; a dict or a ConfigDict. A knob
-      that is None counts as not set.
+    config: `name`, any knobs of that loss, and `reward` or `link` to replace
+      the row's by another; a dict or a ConfigDict. A value of None counts as
+      not set. Or a list of such, each with a `weight`.
 
   Returns:
     The objective, every knob of its loss set.
 
   Raises:
-    ValueError: unknown loss; a knob that does not exist, that this loss does
+    ValueError: unknown loss, reward or link; a combination that makes no
+      sense, with the reason; a knob that does not exist, that this loss does
       not read, or whose value is out of range.
   """
+  if not isinstance(config, Sequence):
+    return _build_one(config)
+  if not config:
+    raise ValueError("a list of losses must hold at least one")
+  terms = []
+  for entry in config:
+    settings = dict(entry.items())
+    weight = settings.pop("weight", None)
+    if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+      raise ValueError(
+        f"loss {settings.get('name')!r} of a list needs a weight above 0, and"
+        f" has {weight!r}"
+      )
+    terms.append((float(weight), _build_one(settings)))
+  if len({term.name for _, term in terms}) != len(terms):
+    raise ValueError("a list of losses names one of them twice")
+  kinds = {term.group for _, term in terms} - {"first"}
+  if len(kinds) > 1:
+    raise ValueError(
+      f"the losses of a list read groups of different kinds: {sorted(kinds)}"
+    )
+  return WeightedSum(tuple(terms))
+
+
+def _build_one(config: Mapping[str, Any]) -> Objective:
   given = {k: v for k, v in config.items() if v is not None}
   name = given.pop("name", None)
   if name not in CATALOGUE:
@@ -156,7 +376,9 @@ def build_objective(config: Mapping[str, Any]) -> Objective:
       f"loss.name={name!r} is not in the catalogue."
       f"{did_you_mean(str(name), CATALOGUE)} Known: {', '.join(CATALOGUE)}"
     )
-  loss = CATALOGUE[name]
+  loss = _recombine(
+    CATALOGUE[name], given.pop("reward", None), given.pop("link", None)
+  )
   for key, value in given.items():
     if key not in KNOBS:
       raise ValueError(
@@ -169,14 +391,69 @@ def build_objective(config: Mapping[str, Any]) -> Objective:
         f" It reads: {_listed(loss.knobs)}"
       )
     KNOBS[key].check(key, value)
-  return Objective(loss, {**loss.defaults, **given})
+    if key in loss.ranges:
+      loss.ranges[key].check(key, value)
+  knobs = {k: v for k, v in loss.defaults.items() if k in loss.knobs} | given
+  unset = [key for key in loss.knobs if key not in knobs]
+  if unset:
+    raise ValueError(
+      f"loss {name!r} with reward {loss.reward!r} and link {loss.link!r} has"
+      f" no default for {_listed(unset)}: set it"
+    )
+  for key in given:
+    if not loss.is_read(key, knobs):
+      raise ValueError(
+        f"loss.{key}={given[key]} is set, but loss {name!r} reads it only with"
+        + ", ".join(
+          f" {knob}={value!r}"
+          for what, knob, value in loss.conditions
+          if what == key
+        )
+      )
+  return Objective(loss, knobs)
 
 
-def did_you_mean(name: str, known: Any) -> str:
+def _recombine(loss: Loss, reward: str | None, link: str | None) -> Loss:
+  """A row with another reward or link, if that makes sense."""
+  for kind, chosen, known in (
+    ("reward", reward, REWARDS),
+    ("link", link, LINKS),
+  ):
+    if chosen is not None and chosen not in known:
+      raise ValueError(
+        f"loss.{kind}={chosen!r} is unknown.{did_you_mean(chosen, known)}"
+        f" Known: {', '.join(known)}"
+      )
+  if reward is None and link is None:
+    return loss
+  row = dataclasses.replace(
+    loss, reward=reward or loss.reward, link=link or loss.link
+  )
+  if link is not None and LINKS[link].kind != loss.link_row.kind:
+    raise ValueError(
+      f"loss {loss.name!r} cannot take link {link!r}: it is a"
+      f" {LINKS[link].kind} link, and the row's is a {loss.link_row.kind} link"
+    )
+  if row.link_row.kind == "pooled":
+    raise ValueError(
+      f"link {row.link!r} sorts log-probs themselves, so it takes no other"
+      " reward"
+    )
+  if row.link_row.needs_anchor and not row.reward_row.is_anchored:
+    raise ValueError(
+      f"link {row.link!r} holds each reward by itself against a constant, so"
+      f" 0 must mean that policy and reference agree; reward {row.reward!r} has"
+      " no such zero. A margin link would do"
+    )
+  scale = loss.scale if loss.scale in row.knobs else None
+  return dataclasses.replace(row, scale=scale)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
   """' Did you mean 'x'?' for the nearest known name, or ''."""
   nearest = difflib.get_close_matches(name, list(known), n=1)
   return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def _listed(names: tuple[str, ...]) -> str:
+def _listed(names: Sequence[str]) -> str:
   return ", ".join(names) if names else "no hyper-parameters"

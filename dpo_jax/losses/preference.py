@@ -44,7 +44,7 @@ def dpo_loss(
   chosen, rejected, ref_chosen, ref_rejected = (
     x.astype(jnp.float32) for x in arrays
   )
-  log_ratios = jnp.stack([chosen - ref_chosen, rejected - ref_rejected], -1)
+  margins = (chosen - ref_chosen) - (rejected - ref_rejected)
   return links.smoothed_logistic(
-    log_ratios, beta=beta, label_smoothing=label_smoothing
+    margins, beta=beta, label_smoothing=label_smoothing
   )

@@ -1,28 +1,44 @@
 """A response's reward, in nats: the quantity that a link compares.
 
 Every function takes `Sequences` with [B, K] fields and returns f32 [B, K].
-Slots that hold no response give a finite number, which links must not read.
+Keyword-only arguments are knobs. Slots that hold no response give a finite
+number, which links must not read.
+
+An anchored reward is 0 where the policy equals its reference, so that a link
+may hold it against a constant; any other says something only in a margin.
 """
 
 from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.losses.numerics import log1mexp, safe_exp
 from dpo_jax.types import Sequences
 
-
-def needs(*fields: str) -> Callable[[Callable], Callable]:
-  """Marks a function as reading optional fields of `Sequences`."""
-
-  def mark(function: Callable) -> Callable:
-    function.needs = fields
-    return function
-
-  return mark
+DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 
 
-@needs("ref_logps")
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """A reward and what it asks for.
+
+  Attributes:
+    function: Sequences -> f32 [B, K].
+    needs: optional fields of Sequences that it reads.
+    is_anchored: whether it is 0 where the policy equals its reference.
+  """
+
+  function: Callable[..., jax.Array]
+  needs: frozenset[str] = frozenset()
+  is_anchored: bool = False
+
+
+def _lengths(sequences: Sequences) -> jax.Array:
+  return jnp.maximum(sequences.num_tokens, 1.0)
+
+
 def log_ratio(sequences: Sequences) -> jax.Array:
   """log pi(y|x) / pi_ref(y|x), the implicit reward of DPO without its beta.
 
@@ -32,13 +48,14 @@ def log_ratio(sequences: Sequences) -> jax.Array:
   return sequences.logps - sequences.ref_logps
 
 
-@needs("ref_logps")
 def mean_log_ratio(sequences: Sequences) -> jax.Array:
-  """`log_ratio` divided by the response's number of scored tokens."""
-  return log_ratio(sequences) / jnp.maximum(sequences.num_tokens, 1.0)
+  """`log_ratio` divided by the response's number of scored tokens.
+
+  Lambert et al. 2024, Tulu 3 (arXiv:2411.15124)
+  """
+  return log_ratio(sequences) / _lengths(sequences)
 
 
-@needs("ref_logps")
 def summed_or_mean_log_ratio(
   sequences: Sequences, *, length_normalize: bool
 ) -> jax.Array:
@@ -50,6 +67,143 @@ def summed_or_mean_log_ratio(
   return mean_log_ratio(sequences) if length_normalize else log_ratio(sequences)
 
 
+def penalized_log_ratio(
+  sequences: Sequences, *, beta: float, alpha: float
+) -> jax.Array:
+  """Log-ratio of the optimum for the reward r - alpha |y|, times 1 / beta.
+
+  Park et al. 2024 (arXiv:2403.19159). The optimum of E[r - alpha |y|] - beta
+  KL has r = beta log_ratio + alpha |y| + const, so the length enters with a
+  plus: a chosen response that is longer needs less of a log-ratio.
+  """
+  return log_ratio(sequences) + alpha / beta * sequences.num_tokens
+
+
+def desensitized_log_ratio(sequences: Sequences, *, alpha: float) -> jax.Array:
+  """Log-ratio whose tokens beyond the pair's shorter length count alpha.
+
+  Liu et al. 2024 (arXiv:2409.06411), policy and reference alike.
+  """
+  head = sequences.head_logps - sequences.ref_head_logps
+  return alpha * log_ratio(sequences) + (1.0 - alpha) * head
+
+
+def sampled_log_ratio(sequences: Sequences) -> jax.Array:
+  """Log-ratio summed over as many tokens as the shorter response has.
+
+  Lu et al. 2024 (arXiv:2406.10957) The tokens are drawn once for
+  each response, by the data pipeline, so that a reference can be cached.
+  """
+  return sequences.sampled_logps - sequences.ref_sampled_logps
+
+
+def f_divergence(
+  sequences: Sequences, *, divergence: str, alpha: float
+) -> jax.Array:
+  """f'(u), u = pi / pi_ref: the reward whose optimum an f-divergence has.
+
+  Wang et al. 2023 (arXiv:2309.16240), additive constants dropped.
+  Worked out in r = log u, so that no r overflows.
+  """
+  r = log_ratio(sequences)
+  if divergence == "reverse_kl":
+    return r
+  if divergence == "forward_kl":
+    return -safe_exp(-r)
+  if divergence == "jensen_shannon":
+    return jnp.log(2.0) + jax.nn.log_sigmoid(r)
+  return (1.0 - safe_exp(-alpha * r)) / alpha
+
+
+def forward_kl(sequences: Sequences) -> jax.Array:
+  """-pi_ref / pi + 1: `f_divergence` of the forward KL, anchored."""
+  return 1.0 - safe_exp(-log_ratio(sequences))
+
+
+def chi_squared(sequences: Sequences) -> jax.Array:
+  """u + log u: the link function of mixed chi-squared regularisation.
+
+  Huang et al. 2024 (arXiv:2407.13399) The constant 1 that would
+  anchor it cancels in every margin.
+  """
+  r = log_ratio(sequences)
+  return safe_exp(r) + r
+
+
 def logps(sequences: Sequences) -> jax.Array:
   """log pi(y|x): reference-free."""
   return sequences.logps
+
+
+def mean_logps(sequences: Sequences) -> jax.Array:
+  """log pi(y|x) / |y|: Meng et al. 2024 (arXiv:2405.14734)"""
+  return sequences.logps / _lengths(sequences)
+
+
+def summed_or_mean_logps(
+  sequences: Sequences, *, per_sequence: bool
+) -> jax.Array:
+  """`logps`, or `mean_logps` if every sequence is to count the same."""
+  return mean_logps(sequences) if per_sequence else logps(sequences)
+
+
+def mean_prob(sequences: Sequences) -> jax.Array:
+  """Inverse perplexity: Xiao et al. 2025 (arXiv:2502.00883)"""
+  return jnp.exp(mean_logps(sequences))
+
+
+def power_mean_prob(sequences: Sequences, *, alpha: float) -> jax.Array:
+  """(1 - p^-alpha) / alpha, p the length-mean probability.
+
+  Gupta et al. 2025, AlphaPO (arXiv:2501.03884); alpha -> 0 is log p.
+  """
+  log_p = mean_logps(sequences)
+  if alpha == 0.0:
+    return log_p
+  return (1.0 - safe_exp(-alpha * log_p)) / alpha
+
+
+def log_odds(sequences: Sequences) -> jax.Array:
+  """log p / (1 - p), p the length-mean probability.
+
+  Hong et al. 2024, ORPO (arXiv:2403.07691)
+  """
+  log_p = mean_logps(sequences)
+  return log_p - log1mexp(log_p)
+
+
+def values(sequences: Sequences) -> jax.Array:
+  """What a value head gives for the response's last token."""
+  return sequences.values
+
+
+_REFERENCE = frozenset({"ref_logps"})
+
+REWARDS: dict[str, Reward] = {
+  "log_ratio": Reward(log_ratio, _REFERENCE, is_anchored=True),
+  "mean_log_ratio": Reward(mean_log_ratio, _REFERENCE, is_anchored=True),
+  "summed_or_mean_log_ratio": Reward(
+    summed_or_mean_log_ratio, _REFERENCE, is_anchored=True
+  ),
+  "penalized_log_ratio": Reward(penalized_log_ratio, _REFERENCE),
+  "desensitized_log_ratio": Reward(
+    desensitized_log_ratio,
+    _REFERENCE | {"head_logps", "ref_head_logps"},
+    is_anchored=True,
+  ),
+  "sampled_log_ratio": Reward(
+    sampled_log_ratio,
+    _REFERENCE | {"sampled_logps", "ref_sampled_logps"},
+    is_anchored=True,
+  ),
+  "f_divergence": Reward(f_divergence, _REFERENCE),
+  "forward_kl": Reward(forward_kl, _REFERENCE, is_anchored=True),
+  "chi_squared": Reward(chi_squared, _REFERENCE),
+  "logps": Reward(logps),
+  "mean_logps": Reward(mean_logps),
+  "summed_or_mean_logps": Reward(summed_or_mean_logps),
+  "mean_prob": Reward(mean_prob),
+  "power_mean_prob": Reward(power_mean_prob),
+  "log_odds": Reward(log_odds),
+  "values": Reward(values, frozenset({"values"})),
+}

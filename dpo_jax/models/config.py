@@ -23,6 +23,7 @@ class ModelConfig:
     rope_theta: base of the rotary embedding.
     norm_eps: added to the variance in RMSNorm.
     tie_embeddings: whether the output projection is the embedding.
+    value_head: whether a scalar is read off the hidden states.
     param_dtype: dtype of the parameters that are trained.
     compute_dtype: dtype of matmuls and activations; norms, softmax and
       log-probs are float32 whatever it is.
@@ -41,6 +42,7 @@ class ModelConfig:
   rope_theta: float = 10_000.0
   norm_eps: float = 1e-5
   tie_embeddings: bool = True
+  value_head: bool = False
   param_dtype: str = "float32"
   compute_dtype: str = "float32"
   remat: str = "none"
@@ -75,7 +77,8 @@ class ModelConfig:
     embeddings = self.vocab_size * self.d_model
     if not self.tie_embeddings:
       embeddings *= 2
-    return embeddings + self.num_layers * layer + self.d_model
+    value_head = self.d_model if self.value_head else 0
+    return embeddings + self.num_layers * layer + self.d_model + value_head
 
 
 # Shapes for models trained from scratch; the vocabulary comes from the

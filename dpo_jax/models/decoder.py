@@ -141,6 +141,10 @@ class Decoder(nnx.Module):
     if not config.tie_embeddings:
       head = 0.02 * jax.random.normal(rngs.params(), shape[::-1])
       self.head = nnx.Param(head.astype(config.param_dtype))
+    if config.value_head:
+      # Zero: every response starts with the same value.
+      zeros = jnp.zeros((config.d_model,), config.param_dtype)
+      self.value_head = nnx.Param(zeros)
 
   def __call__(
     self,

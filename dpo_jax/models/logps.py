@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.losses.numerics import log1mexp
 from dpo_jax.models.decoder import Policy
 from dpo_jax.types import Batch
 
@@ -26,34 +27,94 @@ def chunked_token_logps(
     hidden: [R, S, D] states that predict.
     unembedding: [D, V].
     targets: i32 [R, S].
-    chunk_size: positions of a row projected at once; memory is
-      R * chunk_size * V floats.
+    chunk_size: see `chunked_token_figures`.
 
   Returns:
     f32 [R, S], nats; the log-softmax is float32 whatever the dtype of hidden.
   """
-  num_rows, length, width = hidden.shape
+  return chunked_token_figures(
+    hidden,
+    unembedding,
+    targets,
+    chunk_size=chunk_size,
+    figures=frozenset({"logps"}),
+  )["logps"]
+
+
+def chunked_token_figures(
+  hidden: jax.Array,
+  unembedding: jax.Array,
+  targets: jax.Array,
+  *,
+  chunk_size: int,
+  figures: frozenset[str],
+  ref_hidden: jax.Array | None = None,
+  ref_unembedding: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+  """Everything that losses ask of the vocabulary, in one pass over it.
+
+  Args:
+    hidden: [R, S, D] states that predict.
+    unembedding: [D, V].
+    targets: i32 [R, S].
+    chunk_size: positions of a row projected at once; memory is
+      R * chunk_size * V floats.
+    figures: of "logps", log p(target); "ref_logps", the reference's;
+      "alignment", log p(target) - log sum_v p(v)^2, without a gradient;
+      "complement_logps", log(1 - p(target)); "kl", KL(pi_ref || pi) over the
+      vocabulary.
+    ref_hidden: as hidden, of the reference, for "ref_logps" and "kl".
+    ref_unembedding: the reference's.
+
+  Returns:
+    Those figures, f32 [R, S] each, nats.
+  """
+  num_rows, length, _ = hidden.shape
   chunk_size = min(chunk_size, length)
   num_chunks = -(-length // chunk_size)
   padding = num_chunks * chunk_size - length
-  hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-  targets = jnp.pad(targets, ((0, 0), (0, padding)))
 
-  @jax.checkpoint
-  def chunk_logps(hidden, targets):
+  def log_softmax(hidden, unembedding):
     logits = jnp.einsum(
       "rsd,dv->rsv", hidden, unembedding, preferred_element_type=jnp.float32
     )
-    target_logits = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return target_logits - jax.nn.logsumexp(logits, axis=-1)
+    return logits, jax.nn.logsumexp(logits, axis=-1)
 
-  # Chunks lead, rows stay whole: rows are what the mesh splits.
-  chunks = (
-    hidden.reshape(num_rows, num_chunks, chunk_size, width).swapaxes(0, 1),
-    targets.reshape(num_rows, num_chunks, chunk_size).swapaxes(0, 1),
+  def at_target(logits, lse, targets):
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return chosen - lse
+
+  @jax.checkpoint
+  def chunk_figures(hidden, ref_hidden, targets):
+    logits, lse = log_softmax(hidden, unembedding)
+    logps = at_target(logits, lse, targets)
+    out = {"logps": logps}
+    if "complement_logps" in figures:
+      out["complement_logps"] = log1mexp(logps)
+    if "alignment" in figures:
+      collision = jax.nn.logsumexp(2.0 * logits, axis=-1) - 2.0 * lse
+      out["alignment"] = jax.lax.stop_gradient(logps - collision)
+    if ref_hidden is not None:
+      ref_logits, ref_lse = log_softmax(ref_hidden, ref_unembedding)
+      out["ref_logps"] = at_target(ref_logits, ref_lse, targets)
+      if "kl" in figures:
+        ref_logps = ref_logits - ref_lse[..., None]
+        ratio = ref_logps - (logits - lse[..., None])
+        out["kl"] = (jnp.exp(ref_logps) * ratio).sum(-1)
+    return {name: out[name] for name in figures}
+
+  def in_chunks(x):
+    """[R, S, ...] -> [chunks, R, chunk_size, ...]: rows stay whole, since
+    they are what the mesh splits."""
+    x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+    shape = (num_rows, num_chunks, chunk_size, *x.shape[2:])
+    return x.reshape(shape).swapaxes(0, 1)
+
+  chunks = jax.tree.map(in_chunks, (hidden, ref_hidden, targets))
+  out = jax.lax.map(lambda chunk: chunk_figures(*chunk), chunks)
+  return jax.tree.map(
+    lambda x: x.swapaxes(0, 1).reshape(num_rows, -1)[:, :length], out
   )
-  logps = jax.lax.map(lambda chunk: chunk_logps(*chunk), chunks)
-  return logps.swapaxes(0, 1).reshape(num_rows, -1)[:, :length]
 
 
 def sum_by_slot(
@@ -93,19 +154,84 @@ def response_logps(
     policy: the decoder.
     params: its parameters.
     batch: packed rows.
-    chunk_size: see `chunked_token_logps`.
+    chunk_size: see `chunked_token_figures`.
 
   Returns:
     f32 [R, G, K], nats; 0 where a slot holds no response.
   """
-  hidden = policy.hidden_states(
-    params, batch.tokens, batch.positions, batch.segments, batch.branches
-  )
-  predicting = jnp.take_along_axis(hidden, batch.predictors[..., None], axis=1)
-  token_logps = chunked_token_logps(
+  return response_figures(
+    policy, params, None, batch, chunk_size=chunk_size, needs=frozenset()
+  )["logps"]
+
+
+def response_figures(
+  policy: Policy,
+  params: Any,
+  ref_params: Any,
+  batch: Batch,
+  *,
+  chunk_size: int,
+  needs: frozenset[str],
+) -> dict[str, jax.Array]:
+  """What a loss asks of every response, from one forward pass.
+
+  Args:
+    policy: the decoder.
+    params: its parameters.
+    ref_params: the reference's, or None; no gradient flows into them.
+    batch: packed rows.
+    chunk_size: see `chunked_token_figures`.
+    needs: optional fields of Sequences that are wanted besides `logps`, and
+      besides `ref_logps` where there are ref_params.
+
+  Returns:
+    Fields of Sequences, f32 [R, G, K] each; 0 where a slot has no response.
+  """
+
+  def states(params):
+    hidden = policy.hidden_states(
+      params, batch.tokens, batch.positions, batch.segments, batch.branches
+    )
+    return hidden, take_positions(hidden, batch.predictors)
+
+  hidden, predicting = states(params)
+  token_fields = {"alignment", "complement_logps", "kl"} & needs
+  ref_predicting = ref_unembedding = None
+  if ref_params is not None:
+    ref_params = jax.lax.stop_gradient(ref_params)
+    ref_predicting = states(ref_params)[1]
+    ref_unembedding = policy.unembedding(ref_params)
+    token_fields |= {"ref_logps"}
+  tokens = chunked_token_figures(
     predicting,
     policy.unembedding(params),
     batch.targets,
     chunk_size=chunk_size,
+    figures=frozenset(token_fields | {"logps"}),
+    ref_hidden=ref_predicting,
+    ref_unembedding=ref_unembedding,
   )
-  return sum_by_slot(token_logps, batch.slots, batch.valid.shape[1:])
+  group_shape = batch.valid.shape[1:]
+  figures = {
+    name: sum_by_slot(values, batch.slots, group_shape)
+    for name, values in tokens.items()
+  }
+  if "alignment" in figures:
+    figures["alignment"] /= jnp.maximum(num_tokens(batch), 1.0)
+  for mask in ("head", "sampled"):
+    for side in ("", "ref_"):
+      field = f"{side}{mask}_logps"
+      if field in needs and f"{side}logps" in tokens:
+        values = jnp.where(getattr(batch, mask), tokens[f"{side}logps"], 0.0)
+        figures[field] = sum_by_slot(values, batch.slots, group_shape)
+  if "values" in needs:
+    places = batch.last_tokens.reshape(batch.last_tokens.shape[0], -1)
+    last = take_positions(hidden, places).astype(jnp.float32)
+    values = last @ params["value_head"].astype(jnp.float32)
+    figures["values"] = values.reshape(batch.valid.shape)
+  return figures
+
+
+def take_positions(hidden: jax.Array, places: jax.Array) -> jax.Array:
+  """States at places of each row: [R, T, D], i32 [R, S] -> [R, S, D]."""
+  return jnp.take_along_axis(hidden, places[..., None], axis=1)

@@ -1,0 +1,44 @@
+"""Functions that stay finite, gradients too, where the plain ones do not."""
+
+import jax
+import jax.numpy as jnp
+
+# exp(80) is 6e34: a thousand times below the largest float32.
+_LARGEST_EXPONENT = 80.0
+
+
+def safe_exp(x: jax.Array) -> jax.Array:
+  """exp(x), continued by its tangent above x = 80.
+
+  A loss that holds exp of a log-ratio overflows float32 at 89. The tangent
+  keeps value and gradient finite and the gradient's sign right.
+
+  Args:
+    x: f32 [...].
+
+  Returns:
+    f32 [...], exact up to 80.
+  """
+  below = jnp.minimum(x, _LARGEST_EXPONENT)
+  above = jnp.maximum(x - _LARGEST_EXPONENT, 0.0)
+  return jnp.exp(below) * (1.0 + above)
+
+
+def log1mexp(x: jax.Array) -> jax.Array:
+  """log(1 - exp(x)) for x <= 0, accurate near 0 and far from it.
+
+  At x = 0 the figure is -inf; x is held below -1e-6, where it is -13.8.
+
+  Args:
+    x: f32 [...], log-probabilities.
+
+  Returns:
+    f32 [...].
+  """
+  x = jnp.minimum(x, -1e-6)
+  is_near = x > -0.6931472
+  # Each branch sees only arguments that it is good for, or the gradient of
+  # the branch not taken would be NaN.
+  near = jnp.log(-jnp.expm1(jnp.where(is_near, x, -0.5)))
+  far = jnp.log1p(-jnp.exp(jnp.where(is_near, -1.0, x)))
+  return jnp.where(is_near, near, far)

@@ -1,0 +1,358 @@
+"""The loader: a batch is a function of (seed, step)."""
+
+from collections import Counter
+import dataclasses
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.data import packing
+from dpo_jax.data.loader import Loader, make_plan, prefetch
+from dpo_jax.data.store import Store
+from tests import tiny
+
+
+def make_store(groups):
+  """A store in memory; scores tell the groups apart."""
+  lengths = np.array([[len(part) for part in group] for group in groups])
+  totals = lengths.sum(1)
+  num, num_slots = len(groups), lengths.shape[1] - 1
+  return Store(
+    tokens=np.concatenate([part for group in groups for part in group]),
+    starts=np.cumsum(totals) - totals,
+    lengths=lengths.astype(np.int32),
+    score=np.arange(num * num_slots, dtype=np.float32).reshape(num, -1),
+    digest="",
+    report={},
+  )
+
+
+def make_loader(
+  num=23,
+  batch_size=5,
+  seed=0,
+  *,
+  indices=None,
+  row_tokens=64,
+  row_multiple=4,
+  layout="shared",
+  groups=None,
+  **fields,
+):
+  store = make_store(groups or tiny.make_groups(num))
+  indices = np.arange(len(store)) if indices is None else np.array(indices)
+  plan = make_plan(
+    store,
+    indices,
+    batch_size=batch_size,
+    row_tokens=row_tokens,
+    row_multiple=row_multiple,
+    layout=layout,
+  )
+  return Loader(store, indices, plan, batch_size, seed, **fields)
+
+
+def groups_of(batch):
+  """Which groups a batch holds, ascending."""
+  return sorted(batch.example_ids[batch.example_ids >= 0].tolist())
+
+
+def assert_equal(one, other):
+  leaves = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+  for a, b in leaves:
+    np.testing.assert_array_equal(a, b)
+
+
+# batch(seed, step).
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+  loader, other = make_loader(seed=3), make_loader(seed=3)
+  steps = [7, 0, 30, 7]
+  first = {step: loader.batch(step) for step in steps}
+  for step in reversed(steps):
+    assert_equal(first[step], other.batch(step))
+  assert groups_of(first[0]) != groups_of(first[7])
+
+
+@pytest.mark.parametrize("batch_size", [5, 23, 30])
+def test_every_step_has_exactly_batch_size_groups(batch_size):
+  loader = make_loader(num=23, batch_size=batch_size)
+  for step in range(10):
+    batch = loader.batch(step)
+    assert len(groups_of(batch)) == batch_size
+    assert groups_of(batch) == sorted(loader.order(step).tolist())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 23, 30])
+def test_every_group_comes_once_an_epoch(batch_size):
+  """Epochs follow each other without a gap, also within a batch."""
+  num = 23
+  loader = make_loader(num=num, batch_size=batch_size)
+  num_steps = -(-4 * num // batch_size)
+  stream = np.concatenate([loader.order(s) for s in range(num_steps)])
+  epochs = [stream[e * num : (e + 1) * num].tolist() for e in range(4)]
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(num))
+  assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_only_the_given_groups_are_used():
+  indices = [3, 4, 8, 15, 16, 20]
+  loader = make_loader(indices=indices, batch_size=3)
+  seen = Counter(i for step in range(4) for i in loader.order(step).tolist())
+  assert seen == dict.fromkeys(indices, 2)
+
+
+def test_another_seed_is_another_order():
+  orders = {tuple(make_loader(seed=s).order(0).tolist()) for s in range(20)}
+  assert len(orders) == 20
+
+
+def test_a_batch_holds_tokens_scores_and_references_of_its_groups():
+  ref_logps = -np.arange(46, dtype=np.float32).reshape(23, 2)
+  loader = make_loader(batch_size=6, ref_logps=ref_logps)
+  batch = loader.batch(4)
+  for r, g in np.argwhere(batch.example_ids >= 0):
+    i = int(batch.example_ids[r, g])
+    np.testing.assert_array_equal(batch.score[r, g], [2 * i, 2 * i + 1])
+    np.testing.assert_array_equal(batch.ref_logps[r, g], ref_logps[i])
+    for k in range(2):
+      scored = batch.targets[r][batch.slots[r] == g * 2 + k]
+      np.testing.assert_array_equal(scored, loader.store.group(i)[1 + k])
+
+
+def test_a_loader_without_groups_is_refused():
+  loader = make_loader()
+  with pytest.raises(ValueError, match="at least one group"):
+    dataclasses.replace(loader, indices=np.array([], int))
+
+
+# Processes.
+
+
+@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_processes_hold_the_rows_of_the_batch_between_them(
+  process_count, layout
+):
+  fields = dict(num=23, batch_size=7, row_multiple=4, layout=layout)
+  whole = make_loader(**fields)
+  parts = [
+    make_loader(**fields, process_index=p, process_count=process_count)
+    for p in range(process_count)
+  ]
+  for step in (0, 1, 5):
+    batches = [part.batch(step) for part in parts]
+    rows = {len(batch.tokens) for batch in batches}
+    assert len(rows) == 1
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+    assert_equal(joined, whole.batch(step))
+  for index in range(whole.num_eval_batches()):
+    batches = [part.eval_batch(index) for part in parts]
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+    assert_equal(joined, whole.eval_batch(index))
+
+
+def test_a_process_may_have_no_groups():
+  fields = dict(num=3, batch_size=1, row_multiple=4)
+  batches = [
+    make_loader(**fields, process_index=p, process_count=4).batch(0)
+    for p in range(4)
+  ]
+  assert [len(groups_of(batch)) for batch in batches] == [1, 0, 0, 0]
+  assert {batch.tokens.shape for batch in batches} == {(1, 64)}
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 23, 40])
+def test_eval_batches_cover_every_group_once(batch_size):
+  loader = make_loader(num=23, batch_size=batch_size)
+  sizes, seen = [], []
+  for index in range(loader.num_eval_batches()):
+    found = groups_of(loader.eval_batch(index))
+    sizes.append(len(found))
+    seen += found
+  assert sorted(seen) == list(range(23))
+  assert set(sizes[:-1]) <= {batch_size}
+  assert 1 <= sizes[-1] <= batch_size
+
+
+def test_eval_batches_go_by_length_and_not_by_seed():
+  loaders = [make_loader(seed=s) for s in (0, 1)]
+  longest = 0
+  totals = loaders[0].store.lengths.sum(1)
+  for index in range(loaders[0].num_eval_batches()):
+    batch, other = (loader.eval_batch(index) for loader in loaders)
+    assert_equal(batch, other)
+    found = totals[groups_of(batch)]
+    assert found.min() >= longest
+    longest = found.max()
+
+
+# Shapes.
+
+
+@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@pytest.mark.parametrize("row_tokens", [0, 64])
+def test_row_counts_come_from_the_plan(layout, row_tokens):
+  loader = make_loader(
+    num=60, batch_size=10, row_tokens=row_tokens, layout=layout
+  )
+  plan = loader.plan
+  assert list(plan.row_counts) == sorted(set(plan.row_counts))
+  assert all(count % 4 == 0 for count in plan.row_counts)
+  counts = Counter()
+  for step in range(40):
+    batch = loader.batch(step)
+    counts[batch.tokens.shape[0]] += 1
+    assert batch.tokens.shape[1] == plan.row.num_tokens
+    assert batch.targets.shape[1] == plan.row.num_scored
+    assert batch.valid.shape[1:] == (plan.row.num_groups, 2)
+  assert set(counts) <= set(plan.row_counts)
+
+
+def test_the_largest_row_count_holds_the_worst_batch():
+  """One group in fifty fills a row; a batch of such groups alone must fit."""
+  small = tiny.make_groups(49)
+  big = [np.full(20, 1, np.int32)] * 3
+  loader = make_loader(groups=[*small, big], batch_size=6, row_multiple=1)
+  assert loader.plan.row_counts[0] < 6
+  worst = dataclasses.replace(loader, indices=np.full(6, 49))
+  batch = worst.batch(0)
+  assert groups_of(batch) == [49] * 6
+  assert batch.tokens.shape[0] == loader.plan.row_counts[-1] == 6
+
+
+def test_groups_of_one_row_are_limited_by_the_plan():
+  """A batch of the shortest groups would put more into a row than trials."""
+  groups = [[np.full(n, 1, np.int32)] * 3 for n in [1] * 6 + [10] * 60]
+  loader = make_loader(groups=groups, batch_size=6, row_multiple=1)
+  assert loader.plan.row.num_groups < 6
+  shortest = dataclasses.replace(loader, indices=np.arange(6))
+  batch = shortest.batch(0)
+  assert groups_of(batch) == list(range(6))
+
+
+def test_a_plan_s_rows_take_the_groups_that_fit():
+  groups = [[np.full(7, 1, np.int32)] * 3] * 20  # 21 tokens: three in 64
+  loader = make_loader(groups=groups, batch_size=8, row_multiple=1)
+  assert loader.plan.row.num_groups == 3
+  assert loader.plan.row_counts == (3, 8)
+
+
+def test_a_plan_is_the_same_on_every_process():
+  assert make_loader(seed=0).plan == make_loader(seed=1).plan
+
+
+def test_a_plan_without_row_tokens_holds_the_longest_group():
+  for layout in packing.LAYOUTS:
+    loader = make_loader(row_tokens=0, layout=layout)
+    taken = packing.group_tokens(loader.store.lengths, layout)
+    assert loader.plan.row.num_tokens >= taken.max()
+    assert loader.plan.row.num_tokens % 64 == 0
+
+
+def test_rows_that_are_too_short_are_told_what_would_do():
+  groups = [[np.full(30, 1, np.int32)] * 3, *tiny.make_groups(5)]
+  with pytest.raises(ValueError) as caught:
+    make_loader(groups=groups, row_tokens=64)
+  message = str(caught.value)
+  assert "data.row_tokens=64" in message
+  assert "takes 90 tokens" in message
+  assert "set it to 128 or more" in message
+  assert make_loader(groups=groups, row_tokens=128).plan.row.num_tokens == 128
+
+
+def test_an_unknown_layout_is_told_the_known_ones():
+  with pytest.raises(ValueError, match="'sharde' must be one of shared, pack"):
+    make_loader(layout="sharde")
+
+
+# prefetch.
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize(("start", "stop"), [(0, 8), (3, 4), (5, 5), (6, 2)])
+def test_prefetch_keeps_the_order(start, stop, depth):
+  results = list(prefetch(lambda i: i * i, start, stop, depth=depth))
+  assert results == [i * i for i in range(start, stop)]
+
+
+def test_prefetch_works_ahead_of_its_reader():
+  second = threading.Event()
+
+  def make(index):
+    if index == 1:
+      second.set()
+    return index
+
+  results = prefetch(make, 0, 5)
+  assert next(results) == 0
+  assert second.wait(10)
+  results.close()
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_prefetch_makes_no_more_than_its_depth_ahead(depth):
+  made = []
+  results = prefetch(made.append, 0, 100, depth=depth)
+  for _ in range(4):
+    next(results)
+  time.sleep(0.05)
+  assert len(made) <= 4 + depth
+  results.close()
+
+
+def test_prefetch_stops_when_its_reader_does():
+  made = []
+  before = set(threading.enumerate())
+  results = prefetch(made.append, 0, 1000)
+  for _ in results:
+    break
+  results.close()
+  assert set(threading.enumerate()) <= before
+  assert len(made) <= 3
+  count = len(made)
+  time.sleep(0.05)
+  assert len(made) == count
+
+
+def test_what_was_prefetched_in_vain_is_not_made():
+  made, release = [], threading.Event()
+
+  def make(index):
+    made.append(index)
+    if index:
+      release.wait(10)
+
+  results = prefetch(make, 0, 100, depth=6)
+  next(results)
+  # Closing waits for the one that is being made, and for no other.
+  threading.Timer(0.3, release.set).start()
+  results.close()
+  assert made in ([0], [0, 1])
+
+
+def test_an_exception_comes_where_its_result_would_have():
+  def make(index):
+    if index == 3:
+      raise OSError("Input/output error")
+    return index
+
+  results = prefetch(make, 0, 6)
+  assert [next(results) for _ in range(3)] == [0, 1, 2]
+  with pytest.raises(OSError, match="Input/output error"):
+    next(results)
+
+
+def test_prefetched_batches_are_the_loader_s():
+  loader = make_loader()
+  batches = list(prefetch(loader.batch, 2, 8))
+  for step, batch in zip(range(2, 8), batches, strict=True):
+    assert_equal(batch, loader.batch(step))

@@ -1,0 +1,531 @@
+"""The store: limits, drops, its address, its writing, its split."""
+
+from collections import Counter
+import dataclasses
+import gzip
+import itertools
+import json
+import os
+
+import numpy as np
+import pytest
+
+from dpo_jax.data import sources, store, synthetic
+from dpo_jax.data.examples import RecordError
+from dpo_jax.data.store import Limits, build_store
+from dpo_jax.data.tokenizers import ByteTokenizer, HFTokenizer
+from tests.data import folders
+
+BOS, EOS = ByteTokenizer.bos_id, ByteTokenizer.eos_id
+BYTES = ByteTokenizer()
+LIMITS = Limits(100, 50)
+
+
+@dataclasses.dataclass
+class Listed:
+  """A source of given records."""
+
+  records: list[dict]
+  spec: str = "listed:records"
+  digest: str = "of the content"
+
+  def __iter__(self):
+    for i, record in enumerate(self.records):
+      yield f"{self.spec}:{i + 1}", record
+
+
+def pair(prompt, chosen, rejected="no"):
+  return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def build(records, tmp_path, limits=LIMITS, tokenizer=BYTES):
+  """A store of its own, however often a test asks for one."""
+  folder = tmp_path / f"store_{len(list(tmp_path.iterdir()))}"
+  return build_store(Listed(records), tokenizer, limits, str(folder))
+
+
+def texts(opened, index):
+  """A group's parts as text, `[` for BOS and `]` for EOS."""
+  marks = {BOS: "[", EOS: "]"}
+  return [
+    "".join(marks.get(i) or chr(i) for i in part.tolist())
+    for part in opened.group(index)
+  ]
+
+
+# What is stored.
+
+
+def test_a_group_is_its_prompt_and_its_responses(tmp_path):
+  opened = build([pair("ab", " c", " de"), pair("f", "g", "h")], tmp_path)
+  assert [texts(opened, i) for i in range(2)] == [
+    ["[ab", " c]", " de]"],
+    ["[f", "g]", "h]"],
+  ]
+  np.testing.assert_array_equal(opened.lengths, [[3, 3, 4], [2, 2, 2]])
+  np.testing.assert_array_equal(opened.starts, [0, 10])
+  np.testing.assert_array_equal(opened.score, [[1, 0], [1, 0]])
+  assert (len(opened), opened.num_slots) == (2, 2)
+
+
+def test_groups_of_uneven_size_leave_slots_empty(tmp_path):
+  ranking = {"prompt": "p", "responses": ["a", "bb", "c"], "scores": [1, 3, 2]}
+  opened = build([pair("p", "x"), ranking], tmp_path)
+  assert texts(opened, 0) == ["[p", "x]", "no]", ""]
+  assert texts(opened, 1) == ["[p", "bb]", "c]", "a]"]
+  np.testing.assert_array_equal(opened.score, [[1, 0, 0], [3, 2, 1]])
+  np.testing.assert_array_equal(opened.lengths[0], [2, 2, 3, 0])
+
+
+def test_first_slots_keeps_the_best_responses(tmp_path):
+  records = [
+    {"prompt": f"p{i}", "responses": ["a", "b", "c"], "scores": [i, 1, 2]}
+    for i in range(3)
+  ]
+  opened = build(records, tmp_path)
+  two = opened.first_slots(2)
+  assert [texts(two, i) for i in range(3)] == [
+    ["[p0", "c]", "b]"],
+    ["[p1", "c]", "a]"],
+    ["[p2", "a]", "c]"],
+  ]
+  np.testing.assert_array_equal(two.score, opened.score[:, :2])
+  assert opened.first_slots(3) is opened
+
+
+def test_every_record_of_a_large_source_arrives(tmp_path):
+  """More than three chunks of the tokenizer, and in the order of the source."""
+  num = 3 * store._CHUNK + 501
+  opened = build_store(
+    sources.open_source(f"synthetic:review_pairs:{num}"),
+    BYTES,
+    Limits(400, 200),
+    str(tmp_path),
+  )
+  expected = [
+    [f"[{r['prompt']}", f"{r['chosen']}]", f"{r['rejected']}]"]
+    for r in synthetic.review_pairs(num, 0)
+    if r["chosen"] != r["rejected"]
+  ]
+  assert opened.report["records"] == num
+  assert len(opened) == len(expected)
+  assert [texts(opened, i) for i in range(len(opened))] == expected
+
+
+# Limits: tokens of "bytes" are letters, plus BOS and EOS.
+
+
+@pytest.mark.parametrize(
+  ("record", "expected"),
+  [
+    # 11 + 3 tokens fit in 20: the prompt's limit of 8 does not count.
+    (pair("abcdefghij", "xy"), ["[abcdefghij", "xy]", "no]"]),
+    # 11 + 11 do not: the prompt gives two, and keeps its BOS.
+    (pair("abcdefghij", "x" * 10), ["[cdefghij", "x" * 10 + "]", "no]"]),
+    # The prompt is down to 8, so the response loses its end, and its EOS.
+    (pair("abcdefghij", "x" * 15), ["[defghij", "x" * 12, "no]"]),
+    # A short prompt is not cut, and leaves the response the room.
+    (pair("ab", "x" * 30), ["[ab", "x" * 17, "no]"]),
+    # The longest response decides, whichever it is.
+    (pair("abcdefghij", "xy", "z" * 15), ["[defghij", "xy]", "z" * 12]),
+    # Just fits.
+    (pair("abcdefgh", "x" * 10), ["[abcdefgh", "x" * 10 + "]", "no]"]),
+    (pair("abcdefg", "x" * 11), ["[abcdefg", "x" * 11 + "]", "no]"]),
+  ],
+)
+def test_a_prompt_loses_its_beginning_then_a_response_its_end(
+  tmp_path, record, expected
+):
+  opened = build([record], tmp_path, Limits(20, 8))
+  assert texts(opened, 0) == expected
+  assert opened.report["prompts_cut"] == (expected[0] != f"[{record['prompt']}")
+  assert opened.report["responses_cut"] == sum(
+    not text.endswith("]") for text in expected[1:]
+  )
+
+
+def test_a_prompt_without_bos_loses_its_beginning_too(tmp_path):
+  folder = folders.write_folder(tmp_path / "tokenizer", add_bos_token=False)
+  tokenizer = HFTokenizer(folder)
+  prompt = "what does the cat say and the dog"
+  whole = tokenizer.encode([prompt], is_rendered=False, is_continuation=False)[
+    0
+  ]
+  assert len(whole) > 5
+  opened = build(
+    [pair(prompt, "x y z " * 9)], tmp_path, Limits(20, 5), tokenizer
+  )
+  assert opened.group(0)[0].tolist() == whole[-5:]
+  assert opened.lengths[0, 1] == 15
+
+
+def test_limits_hold_for_any_lengths(tmp_path):
+  rng = np.random.default_rng(0)
+  records = [
+    pair("p" * rng.integers(1, 40), "c" * rng.integers(1, 40), "r")
+    for _ in range(200)
+  ]
+  opened = build(records, tmp_path, Limits(24, 9))
+  for i, record in enumerate(records):
+    prompt, *responses = texts(opened, i)
+    whole_prompt = "[" + record["prompt"]
+    longest = len(record["chosen"]) + 1
+    assert max(len(prompt) + len(r) for r in responses) <= 24
+    # Nothing is cut that need not be.
+    if len(whole_prompt) + longest <= 24:
+      assert (prompt, responses[0]) == (whole_prompt, record["chosen"] + "]")
+    else:
+      assert len(prompt) + len(responses[0]) == 24 or len(prompt) <= 9
+      assert len(prompt) >= min(9, len(whole_prompt))
+    assert prompt[0] == "["
+
+
+@pytest.mark.parametrize(("most", "prompt"), [(10, 10), (10, 0), (5, 9)])
+def test_limits_that_leave_no_room_are_refused(most, prompt):
+  with pytest.raises(ValueError, match=f"max_prompt_tokens={prompt} must be"):
+    Limits(most, prompt)
+
+
+# Drops.
+
+
+def test_what_is_dropped_is_counted_by_reason(tmp_path):
+  talk = "\n\nHuman: a\n\nAssistant: x"
+  records = [
+    pair("p", ""),
+    pair("p", "a", " \n"),
+    {"prompt": "p", "completion": "\t"},
+    pair("p", "same", "same"),
+    {"chosen": talk, "rejected": talk},
+    {"chosen": talk, "rejected": talk.replace("Human: a", "Human: b")},
+    {"chosen": talk, "rejected": talk + "\n\nHuman: b\n\nAssistant: y"},
+    pair("p", "good"),
+  ]
+  opened = build(records, tmp_path)
+  assert opened.report == {
+    "source": "listed:records",
+    "records": 8,
+    "groups": 1,
+    "dropped": {
+      "empty_response": 3,
+      "identical_responses": 2,
+      "prompts_differ": 2,
+    },
+    "prompts_cut": 0,
+    "responses_cut": 0,
+  }
+  assert texts(opened, 0) == ["[p", "good]", "no]"]
+
+
+def test_responses_that_a_cut_makes_identical_are_dropped(tmp_path):
+  records = [pair("p", "x" * 40 + "a", "x" * 40 + "b"), pair("p", "a")]
+  opened = build(records, tmp_path, Limits(20, 8))
+  assert opened.report["dropped"] == {"identical_responses": 1}
+  assert len(build(records, tmp_path, Limits(60, 8))) == 2
+
+
+def test_a_ranking_is_dropped_only_if_all_its_responses_are_the_same(tmp_path):
+  records = [
+    {"prompt": "p", "responses": list(letters), "scores": [1, 2, 3]}
+    for letters in ("aaa", "aab", "baa")
+  ]
+  opened = build(records, tmp_path)
+  assert opened.report["dropped"] == {"identical_responses": 1}
+  assert [texts(opened, i)[1:] for i in range(2)] == [
+    ["b]", "a]", "a]"],
+    ["a]", "a]", "b]"],
+  ]
+
+
+def test_an_empty_prompt_needs_a_bos(tmp_path):
+  records = [pair("", "the cat"), pair("what", "the cat")]
+  assert texts(build(records, tmp_path), 0)[0] == "["
+  folder = folders.write_folder(tmp_path / "tokenizer", add_bos_token=False)
+  opened = build(records, tmp_path, tokenizer=HFTokenizer(folder))
+  assert opened.report["dropped"] == {"empty_prompt": 1}
+
+
+def test_text_without_tokens_is_an_empty_response(tmp_path):
+  """A vocabulary without the letters, and without an unknown token."""
+  trained = folders.train_pieces("prepend")
+  content = json.loads(trained.to_str())
+  content["model"]["unk_token"] = None
+  trained = type(trained).from_str(json.dumps(content))
+  tokenizer = HFTokenizer(folders.write_folder(tmp_path / "tokenizer", trained))
+  records = [pair("the cat", "日本", "the dog"), pair("the cat", "the dog")]
+  opened = build(records, tmp_path, tokenizer=tokenizer)
+  assert opened.report["dropped"] == {"empty_response": 1}
+
+
+def test_no_usable_group_is_an_error_that_tells_why(tmp_path):
+  records = [pair("p", "x", "x"), pair("p", "x", ""), pair("p", "")]
+  with pytest.raises(ValueError) as caught:
+    build(records, tmp_path)
+  message = str(caught.value)
+  assert "listed:records holds no usable group: 3 records" in message
+  assert "'identical_responses': 1" in message
+  assert "'empty_response': 2" in message
+
+
+def test_no_records_at_all_is_an_error(tmp_path):
+  with pytest.raises(ValueError, match="no usable group: 0 records"):
+    build([], tmp_path)
+
+
+# Faults of the source.
+
+
+def test_an_io_error_in_the_middle_leaves_no_store(tmp_path):
+  class Failing(Listed):
+    def __iter__(self):
+      for i in range(store._CHUNK + 5):
+        yield f"{i}", pair(f"p{i}", "x")
+      raise OSError("Input/output error")
+
+  with pytest.raises(OSError, match="Input/output error"):
+    build_store(Failing([]), BYTES, LIMITS, str(tmp_path))
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_record_stops_the_run_and_is_named(tmp_path):
+  with pytest.raises(RecordError, match=r"^listed:records:2: found the colum"):
+    build([pair("p", "x"), {"promt": "p"}], tmp_path)
+
+
+def test_formats_may_be_mixed_in_one_source(tmp_path):
+  opened = build(
+    [
+      pair("p", "x"),
+      {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "x"},
+      {"prompt": "p", "completion": "c", "label": False},
+      {
+        "chosen": "\n\nHuman: q\n\nAssistant: a",
+        "rejected": "\n\nHuman: q\n\nAssistant: b",
+      },
+    ],
+    tmp_path,
+  )
+  assert [texts(opened, i) for i in range(3)] == [
+    ["[p", "x]", "no]"],
+    ["[p", "c]", ""],
+    ["[\n\nHuman: q\n\nAssistant:", " a]", " b]"],
+  ]
+  assert opened.report["dropped"] == {"prompts_differ": 1}
+
+
+# The address.
+
+
+class Unread(Listed):
+  """A source that must not be read."""
+
+  def __iter__(self):
+    raise AssertionError("the source was read again")
+
+
+def test_a_store_is_tokenized_once(tmp_path):
+  records = [pair("p", "x"), pair("q", "yy")]
+  first = build_store(Listed(records), BYTES, LIMITS, str(tmp_path))
+  again = build_store(Unread(records), BYTES, LIMITS, str(tmp_path))
+  assert again.digest == first.digest
+  assert again.report == first.report
+  for i in range(2):
+    assert texts(again, i) == texts(first, i)
+  np.testing.assert_array_equal(again.score, first.score)
+  np.testing.assert_array_equal(again.prompt_hashes, first.prompt_hashes)
+
+
+def test_the_address_is_of_content_tokenizer_and_limits(tmp_path):
+  records = [pair("p", "x")]
+  tokenizer = HFTokenizer(folders.write_folder(tmp_path / "tokenizer"))
+  cache = str(tmp_path / "cache")
+  digests = [
+    build_store(source, ids, limits, cache).digest
+    for source, ids, limits in (
+      (Listed(records), BYTES, LIMITS),
+      (Listed(records, digest="other content"), BYTES, LIMITS),
+      (Listed(records), tokenizer, LIMITS),
+      (Listed(records), BYTES, Limits(101, 50)),
+      (Listed(records), BYTES, Limits(100, 51)),
+    )
+  ]
+  assert len(set(digests)) == len(digests)
+  assert sorted(os.listdir(cache)) == sorted(digests)
+
+
+def test_a_moved_file_is_the_same_store_under_its_new_name(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text(json.dumps(pair("p", "x")) + "\n")
+  cache = str(tmp_path / "cache")
+
+  def opened(spec):
+    source = sources.open_source(spec)
+    return build_store(source, BYTES, LIMITS, cache)
+
+  first = opened(f"jsonl:{path}")
+  path.rename(tmp_path / "b.jsonl")
+  second = opened(f"jsonl:{tmp_path}/b.jsonl")
+  assert second.digest == first.digest
+  assert second.report["source"] == f"jsonl:{tmp_path}/b.jsonl"
+  path.write_text(json.dumps(pair("p", "y")) + "\n")
+  assert opened(f"jsonl:{path}").digest != first.digest
+
+
+# The writing.
+
+
+@pytest.mark.parametrize("fails_at", range(1, 6))
+def test_a_half_written_store_is_never_seen(tmp_path, monkeypatch, fails_at):
+  save, calls = np.save, []
+
+  def full(path, value):
+    calls.append(path)
+    save(path, value)
+    if len(calls) == fails_at:
+      raise OSError("No space left on device")
+
+  monkeypatch.setattr(np, "save", full)
+  arguments = [Listed([pair("p", "x")]), BYTES, LIMITS, str(tmp_path)]
+  with pytest.raises(OSError, match="No space left"):
+    build_store(*arguments)
+  assert os.listdir(tmp_path) == []
+  monkeypatch.setattr(np, "save", save)
+  assert texts(build_store(*arguments), 0) == ["[p", "x]", "no]"]
+
+
+def test_a_folder_that_a_killed_process_left_is_not_a_store(
+  tmp_path, monkeypatch
+):
+  class Killed(BaseException):
+    pass
+
+  def die(*unused, **unused_too):
+    raise Killed
+
+  arguments = [Listed([pair("p", "x")]), BYTES, LIMITS, str(tmp_path)]
+  monkeypatch.setattr(np, "save", die)
+  # A killed process does not clean up.
+  monkeypatch.setattr(store.shutil, "rmtree", lambda *unused, **more: None)
+  with pytest.raises(Killed):
+    build_store(*arguments)
+  monkeypatch.undo()
+  [left] = os.listdir(tmp_path)
+  opened = build_store(*arguments)
+  assert texts(opened, 0) == ["[p", "x]", "no]"]
+  assert set(os.listdir(tmp_path)) == {left, opened.digest}
+
+
+def test_a_faster_process_s_store_is_used(tmp_path):
+  records = [pair("p", "x"), pair("q", "y")]
+  arguments = [BYTES, LIMITS, str(tmp_path)]
+
+  class Overtaken(Listed):
+    """While it is read, another process writes the same store."""
+
+    def __iter__(self):
+      build_store(Listed(self.records), *arguments)
+      yield from super().__iter__()
+
+  opened = build_store(Overtaken(records), *arguments)
+  assert os.listdir(tmp_path) == [opened.digest]
+  assert [texts(opened, i)[0] for i in range(2)] == ["[p", "[q"]
+
+
+# The split.
+
+
+def records_by_prompt(num_prompts, copies=3):
+  return [
+    pair(f"prompt {i}", f"yes {copy}" * (1 + 5 * copy))
+    for copy in range(copies)
+    for i in range(num_prompts)
+  ]
+
+
+def prompts_of(records, indices):
+  return {records[i]["prompt"] for i in indices}
+
+
+def test_no_prompt_is_on_both_sides_of_the_split(tmp_path):
+  records = records_by_prompt(100)
+  train, held_out = build(records, tmp_path).split(0.3)
+  assert sorted([*train, *held_out]) == list(range(300))
+  assert not prompts_of(records, train) & prompts_of(records, held_out)
+  # 100 prompts, 30 expected, standard deviation 4.6.
+  assert 15 <= len(held_out) / 3 <= 45
+
+
+def test_no_prompt_is_on_both_sides_where_prompts_are_cut_unevenly(tmp_path):
+  """A long response shortens its prompt; it is the same prompt all the same."""
+  records = [
+    pair(f"{i} {'x' * 40}", "y" * length)
+    for i in range(60)
+    for length in (4, 9)
+  ]
+  opened = build(records, tmp_path, Limits(32, 10))
+  assert opened.lengths[0, 0] != opened.lengths[1, 0]
+  train, held_out = opened.split(0.5)
+  assert not prompts_of(records, train) & prompts_of(records, held_out)
+
+
+def test_a_prompt_stays_on_its_side_when_data_are_added(tmp_path):
+  few, many = records_by_prompt(40), records_by_prompt(90)
+  sides = []
+  for records in (few, many):
+    train, held_out = build(records, tmp_path).split(0.25)
+    assert len(held_out)
+    sides.append((prompts_of(records, train), prompts_of(records, held_out)))
+  assert sides[0][0] <= sides[1][0]
+  assert sides[0][1] <= sides[1][1]
+
+
+def test_a_larger_part_holds_out_what_a_smaller_did(tmp_path):
+  opened = build(records_by_prompt(100), tmp_path)
+  parts = [set(opened.split(f)[1].tolist()) for f in (0.0, 0.1, 0.4, 0.9)]
+  assert not parts[0]
+  assert all(a < b for a, b in itertools.pairwise(parts))
+
+
+@pytest.mark.parametrize("fraction", [1.0, 1.5, -0.1])
+def test_a_fraction_that_is_none_is_refused(tmp_path, fraction):
+  opened = build([pair("p", "x")], tmp_path)
+  with pytest.raises(ValueError, match=f"eval_fraction={fraction}"):
+    opened.split(fraction)
+
+
+# Real data.
+
+
+def test_real_transcripts_are_kept_or_counted(real_data, tmp_path):
+  path = real_data / "hh_harmless_base_half.jsonl.gz"
+  expected, kept = Counter(), []
+  with gzip.open(path, "rt", encoding="utf-8") as file:
+    for line in file:
+      record = json.loads(line)
+      sides = []
+      for name in ("chosen", "rejected"):
+        at = record[name].rindex("\n\nAssistant:") + len("\n\nAssistant:")
+        sides.append((record[name][:at], record[name][at:]))
+      (prompt, chosen), (other, rejected) = sides
+      if prompt != other:
+        expected["prompts_differ"] += 1
+      elif not chosen.strip() or not rejected.strip():
+        expected["empty_response"] += 1
+      elif chosen == rejected:
+        expected["identical_responses"] += 1
+      else:
+        kept.append((prompt, chosen, rejected))
+  opened = build_store(
+    sources.open_source(f"jsonl:{path}"),
+    BYTES,
+    Limits(10_000, 5_000),
+    str(tmp_path),
+  )
+  assert opened.report["dropped"] == dict(expected)
+  assert expected["prompts_differ"] and expected["empty_response"]
+  assert opened.report["records"] == len(kept) + expected.total() == 1156
+  for i, parts in enumerate(kept):
+    assert tuple(map(BYTES.decode, opened.group(i))) == parts
+  train, held_out = opened.split(0.1)
+  prompts = [{kept[i][0] for i in side} for side in (train, held_out)]
+  assert not prompts[0] & prompts[1]

@@ -1,0 +1,431 @@
+"""Ids of text: one BOS, one EOS, exact borders, and a sandbox."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import processors
+
+from dpo_jax.data import packing, sources, store
+from dpo_jax.data.examples import RecordError
+from dpo_jax.data.tokenizers import (
+  MAX_RENDERED_CHARS,
+  ByteTokenizer,
+  HFTokenizer,
+  load_tokenizer,
+)
+from tests.data import folders
+from tests.data.folders import BOS, CHAT_TEMPLATE, EOS, write_folder
+
+USER = {"role": "user", "content": "what is the answer"}
+YES = {"role": "assistant", "content": "the cat"}
+NO = {"role": "assistant", "content": "the dog ran"}
+PAIR = {
+  "prompt": "what is the answer",
+  "chosen": " the cat",
+  "rejected": " the dog ran away",
+}
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+  return HFTokenizer(write_folder(tmp_path / "tokenizer"))
+
+
+def groups_of(records, tokenizer, tmp_path, max_tokens=200):
+  path = tmp_path / "records.jsonl"
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  opened = store.build_store(
+    sources.open_source(f"jsonl:{path}"),
+    tokenizer,
+    store.Limits(max_tokens, max_tokens // 2),
+    str(tmp_path / "stores"),
+  )
+  assert len(opened) == len(records)
+  return [[p.tolist() for p in opened.group(i)] for i in range(len(opened))]
+
+
+def encode(tokenizer, text, *, is_continuation=True, is_rendered=False):
+  return tokenizer.encode(
+    [text], is_rendered=is_rendered, is_continuation=is_continuation
+  )[0]
+
+
+def assert_one_bos_and_one_eos(group, bos_id, eos_id):
+  prompt, *responses = group
+  assert prompt[0] == bos_id
+  assert bos_id not in prompt[1:]
+  assert eos_id not in prompt
+  for response in responses:
+    assert response[-1] == eos_id
+    assert eos_id not in response[:-1]
+    assert bos_id not in response
+
+
+# BOS and EOS.
+
+
+def test_a_prompt_has_one_bos_and_a_response_one_eos(tokenizer, tmp_path):
+  [group] = groups_of([PAIR], tokenizer, tmp_path)
+  assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+  assert_one_bos_and_one_eos(group, 0, 1)
+  texts = [tokenizer.decode(part) for part in group]
+  assert texts == list(PAIR.values())
+
+
+def test_a_tokenizer_that_adds_both_does_not_double_them(tmp_path):
+  trained = folders.train_bytes()
+  trained.post_processor = processors.TemplateProcessing(
+    single=f"{BOS} $A {EOS}", special_tokens=[(BOS, 0), (EOS, 1)]
+  )
+  both = trained.encode("a").ids
+  assert (both[0], both[-1]) == (0, 1)
+  folder = write_folder(tmp_path / "tokenizer", trained, add_bos_token=None)
+  [group] = groups_of([PAIR], HFTokenizer(folder), tmp_path)
+  assert_one_bos_and_one_eos(group, 0, 1)
+
+
+def test_a_tokenizer_that_adds_no_bos_gets_none(tmp_path):
+  folder = write_folder(tmp_path / "tokenizer", add_bos_token=False)
+  tokenizer = HFTokenizer(folder)
+  assert tokenizer.bos_id is None
+  [group] = groups_of([PAIR], tokenizer, tmp_path)
+  assert all(0 not in part for part in group)
+  assert [tokenizer.decode(part) for part in group] == list(PAIR.values())
+
+
+def test_eos_is_scored(tokenizer, tmp_path):
+  [group] = groups_of([PAIR], tokenizer, tmp_path)
+  batch = packing.fill_rows(
+    [[0]],
+    [[np.array(part, np.int32) for part in group]],
+    np.zeros((1, 2), np.float32),
+    np.arange(1),
+    shape=packing.RowShape(128, 128, 1, 2),
+    layout="shared",
+    ref_logps=None,
+  )
+  for slot, response in enumerate(group[1:]):
+    scored = batch.targets[0][batch.slots[0] == slot].tolist()
+    assert scored == response
+    assert scored[-1] == tokenizer.eos_id
+
+
+def test_a_pad_token_that_is_the_eos_changes_nothing(tmp_path):
+  padded = folders.train_bytes()
+  padded.enable_padding(pad_id=1, pad_token=EOS, length=50)
+  padded.enable_truncation(3)
+  groups = []
+  for name, trained, config in (
+    ("plain", folders.train_bytes(), {}),
+    ("padded", padded, {"pad_token": EOS}),
+  ):
+    folder = write_folder(tmp_path / name, trained, **config)
+    groups.append(groups_of([PAIR], HFTokenizer(folder), tmp_path / name))
+  assert groups[0] == groups[1]
+  assert_one_bos_and_one_eos(groups[1][0], 0, 1)
+
+
+def test_special_tokens_spelled_in_plain_text_are_letters(tokenizer, tmp_path):
+  record = {
+    "prompt": f"{BOS}ignore this{EOS}<|user|>",
+    "chosen": f" stop{EOS} here",
+    "rejected": f"{EOS}",
+  }
+  [group] = groups_of([record], tokenizer, tmp_path)
+  assert_one_bos_and_one_eos(group, 0, 1)
+  special = set(range(len(folders.SPECIALS)))
+  assert special.isdisjoint([*group[0][1:], *group[1][:-1], *group[2][:-1]])
+  assert [tokenizer.decode(part) for part in group] == list(record.values())
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+  folder = write_folder(tmp_path, eos_token=None)
+  with pytest.raises(ValueError, match="name it as eos_token"):
+    HFTokenizer(folder)
+  folder = write_folder(tmp_path, eos_token="<end>")
+  with pytest.raises(ValueError, match=r"no EOS token \('<end>'\)"):
+    HFTokenizer(folder)
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"tokenizer\.json .*'bytes'"):
+    load_tokenizer(str(tmp_path))
+
+
+def test_special_tokens_may_be_spelled_as_objects(tmp_path):
+  folder = write_folder(
+    tmp_path, eos_token={"content": EOS, "lstrip": False, "special": True}
+  )
+  assert HFTokenizer(folder).eos_id == 1
+
+
+# Borders.
+
+
+def test_no_token_straddles_the_border(tokenizer, tmp_path):
+  record = {"prompt": "the ans", "completion": "wer is"}
+  joined = encode(tokenizer, "the answer is")
+  [(prompt, response)] = groups_of([record], tokenizer, tmp_path)
+  # As one text there is a token of both sides, so this can go wrong.
+  assert [0, *joined, 1] != prompt + response
+  assert tokenizer.decode(prompt) == "the ans"
+  assert tokenizer.decode(response) == "wer is"
+
+
+def piece_tokenizers(tmp_path):
+  for kind in ("prepend", "metaspace"):
+    trained = folders.train_pieces(kind)
+    folder = write_folder(tmp_path / kind, trained)
+    yield trained, HFTokenizer(folder)
+  trained = folders.train_bytes(add_prefix_space=True)
+  yield trained, HFTokenizer(write_folder(tmp_path / "bytes", trained))
+
+
+@pytest.mark.parametrize(
+  "text", ["the cat", " the cat", "\nthe cat", "\n\nthe cat", "  the", "t", " "]
+)
+def test_a_response_keeps_its_border_whatever_a_tokenizer_prepends(
+  tmp_path, text
+):
+  """The pieces of a response spell it, and no space besides."""
+  for trained, tokenizer in piece_tokenizers(tmp_path):
+    ids = encode(tokenizer, text)
+    spelled = "".join(trained.id_to_token(i) for i in ids)
+    for mark, letter in (("\u2581", " "), ("\u0120", " "), ("\u010a", "\n")):
+      spelled = spelled.replace(mark, letter)
+    assert spelled == text
+
+
+def test_a_prompt_is_encoded_as_the_tokenizer_means_it(tmp_path):
+  for trained, tokenizer in piece_tokenizers(tmp_path):
+    ids = encode(tokenizer, "the cat", is_continuation=False)
+    assert ids == trained.encode("the cat", add_special_tokens=False).ids
+    assert ids == encode(tokenizer, " the cat")
+
+
+def test_a_real_sentencepiece_vocabulary_keeps_the_border(real_data, tmp_path):
+  tokenizer = load_tokenizer(str(real_data / "stories260k"))
+  assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (
+    512,
+    1,
+    2,
+  )
+  record = {
+    "prompt": "Once upon a time",
+    "chosen": ", there was a cat",
+    "rejected": " there</s> was",
+  }
+  [group] = groups_of([record], tokenizer, tmp_path)
+  assert_one_bos_and_one_eos(group, 1, 2)
+  spelled = [
+    "".join(tokenizer._plain.id_to_token(i) for i in ids).replace("\u2581", " ")
+    for ids in (group[0][1:], group[1][:-1], group[2][:-1])
+  ]
+  # A prompt is a beginning, and sentencepiece marks it as a word's.
+  assert spelled == [
+    " Once upon a time",
+    ", there was a cat",
+    " there</s> was",
+  ]
+
+
+# Chat templates.
+
+
+def test_a_template_that_writes_bos_and_eos_does_not_double_them(
+  tokenizer, tmp_path
+):
+  dialogue = [USER, YES, USER]
+  record = {"prompt": dialogue, "chosen": [YES], "rejected": [NO]}
+  [group] = groups_of([record], tokenizer, tmp_path)
+  prompt, *responses = group
+  assert prompt.count(0) == 1
+  assert prompt[0] == 0
+  # The EOS of the first answer belongs to the prompt.
+  assert prompt.count(1) == 1
+  user, assistant = 2, 3
+  assert [i for i in prompt if i < 5] == [
+    0,
+    user,
+    assistant,
+    1,
+    user,
+    assistant,
+  ]
+  for response, text in zip(responses, ("the cat", "the dog ran"), strict=True):
+    assert response == [*encode(tokenizer, text), 1]
+
+
+def test_a_template_that_writes_neither_gets_both(tmp_path):
+  template = CHAT_TEMPLATE.replace("bos_token", "''").replace(
+    "eos_token + ", ""
+  )
+  assert "os_token" not in template
+  folder = write_folder(tmp_path / "tokenizer", chat_template=template)
+  record = {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
+  [group] = groups_of([record], HFTokenizer(folder), tmp_path)
+  assert_one_bos_and_one_eos(group, 0, 1)
+
+
+def test_the_folder_may_hold_its_template_in_any_of_its_places(tmp_path):
+  first, second = "{{ 'first' }}", "{{ 'second' }}"
+  folder = write_folder(tmp_path, chat_template=first)
+  assert HFTokenizer(folder).render([], False) == "first"
+  named = [
+    {"name": "tool_use", "template": first},
+    {"name": "default", "template": second},
+  ]
+  write_folder(tmp_path, chat_template=named)
+  assert HFTokenizer(folder).render([], False) == "second"
+  (tmp_path / "chat_template.jinja").write_text("{{ 'third' }}")
+  assert HFTokenizer(folder).render([], False) == "third"
+  own = tmp_path / "own.jinja"
+  own.write_text("{{ 'own' }}")
+  tokenizer = load_tokenizer(folder, chat_template=str(own))
+  assert tokenizer.render([], False) == "own"
+
+
+def test_a_folder_without_template_has_none(tmp_path):
+  folder = write_folder(tmp_path, chat_template=None)
+  assert not HFTokenizer(folder).has_chat_template
+
+
+def test_a_template_reads_messages_tokens_and_the_header_flag(tmp_path):
+  template = (
+    "{{ bos_token }}{{ messages[0].content | tojson }}{{ eos_token }}"
+    "{{ add_generation_prompt }}"
+  )
+  folder = write_folder(tmp_path, chat_template=template)
+  message = {"role": "user", "content": '<é "x">'}
+  rendered = HFTokenizer(folder).render([message], True)
+  assert rendered == '<s>"<é \\"x\\">"</s>True'
+
+
+@pytest.mark.parametrize(
+  "template",
+  [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.popen('touch MARKER').read() }}",
+    "{{ raise_exception.__globals__['__builtins__'] }}",
+    "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "{{ messages.append(messages[0]) }}",
+    "{{ messages[0].update(role='system') }}",
+    "{% include '/etc/hostname' %}",
+  ],
+)
+def test_an_evil_template_is_refused_and_does_nothing(tmp_path, template):
+  marker = tmp_path / "marker"
+  template = template.replace("MARKER", str(marker))
+  folder = write_folder(tmp_path / "tokenizer", chat_template=template)
+  message = dict(USER)
+  with pytest.raises(RecordError, match="chat template fails"):
+    HFTokenizer(folder).render([message], True)
+  assert not marker.exists()
+  assert message == USER
+
+
+@pytest.mark.parametrize(
+  "template",
+  [
+    "{% for i in range(9000) %}{% for j in range(9000) %}{{ 'endless ' }}"
+    "{% endfor %}{% endfor %}",
+    "{{ 'x' * 3000000 }}",
+  ],
+)
+def test_endless_output_is_cut_short(tmp_path, template):
+  folder = write_folder(tmp_path, chat_template=template)
+  with pytest.raises(RecordError, match=f"more than {MAX_RENDERED_CHARS}"):
+    HFTokenizer(folder).render([USER], True)
+
+
+@pytest.mark.parametrize(
+  ("template", "message"),
+  [
+    ("{{ raise_exception('no system') }}", "no system"),
+    ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ("{{ messages[0].content.index('zzz') }}", "ValueError"),
+    ("{{ messages[0].content + 1 }}", "TypeError"),
+    ("{{ messages[0].nothing.at_all }}", "UndefinedError"),
+    ("{% for %}", "TemplateSyntaxError"),
+    ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
+  ],
+)
+def test_whatever_a_template_raises_is_a_record_error(
+  tmp_path, template, message
+):
+  folder = write_folder(tmp_path, chat_template=template)
+  with pytest.raises(RecordError, match=rf"roles \['user'\].*{message}"):
+    HFTokenizer(folder).render([USER], True)
+
+
+def test_a_real_chat_template_ends_a_response_once(real_data, tmp_path):
+  tokenizer = load_tokenizer(str(real_data / "tokenizers" / "chatml_6400"))
+  record = {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
+  [(prompt, chosen, rejected)] = groups_of([record], tokenizer, tmp_path)
+  for response, text in ((chosen, "the cat"), (rejected, "the dog ran")):
+    assert response.count(tokenizer.eos_id) == 1
+    assert response[-1] == tokenizer.eos_id
+    assert tokenizer.decode(response).strip().endswith(text)
+  turn = tokenizer._plain.token_to_id("<|im_start|>")
+  assert prompt.count(turn) == prompt.count(tokenizer.eos_id) + 1
+
+
+# The rest.
+
+
+def test_ids_are_below_the_vocabulary_even_with_holes_in_it(tmp_path):
+  folder = write_folder(tmp_path)
+  path = tmp_path / "tokenizer.json"
+  content = json.loads(path.read_text())
+  largest = max(content["model"]["vocab"].values())
+  token = next(t for t, i in content["model"]["vocab"].items() if i == largest)
+  content["model"]["vocab"][token] = largest + 100
+  path.write_text(json.dumps(content))
+  assert HFTokenizer(folder).vocab_size == largest + 101
+
+
+def test_the_digest_covers_what_decides_the_ids(tmp_path):
+  small = folders.train_bytes()
+  small.add_tokens(["answer"])
+  digests = [
+    HFTokenizer(write_folder(tmp_path / str(i), trained, **config)).digest
+    for i, (trained, config) in enumerate(
+      (
+        (None, {}),
+        (small, {}),
+        (None, {"add_bos_token": False}),
+        (None, {"eos_token": "<|user|>"}),
+        (None, {"chat_template": CHAT_TEMPLATE + " "}),
+        (None, {"chat_template": None}),
+        # Not a token of the vocabulary, but a template may write it.
+        (None, {"add_bos_token": False, "bos_token": "<begin>"}),
+        (None, {"pad_token": "<pad>"}),
+        (None, {}),
+      )
+    )
+  ]
+  assert digests[0] == digests[-1]
+  assert len(set(digests)) == len(digests) - 1
+
+
+@pytest.mark.parametrize("text", ["", "plain", "é 日本 🙂\n\x00", "<s></s>"])
+def test_bytes_round_trip(text):
+  tokenizer = ByteTokenizer()
+  ids = encode(tokenizer, text)
+  assert ids == list(text.encode())
+  assert tokenizer.decode([256, *ids, 257]) == text
+  assert max([*ids, tokenizer.bos_id, tokenizer.eos_id]) < tokenizer.vocab_size
+
+
+def test_bytes_of_a_cut_character_decode_to_a_replacement():
+  assert ByteTokenizer().decode(list("aé".encode())[:-1]) == "a\ufffd"
+
+
+def test_bytes_has_no_chat_template(tmp_path):
+  tokenizer = load_tokenizer("bytes")
+  assert isinstance(tokenizer, ByteTokenizer)
+  assert not tokenizer.has_chat_template
+  record = {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
+  with pytest.raises(RecordError, match=r"jsonl:1: .*data\.chat_template"):
+    groups_of([record], tokenizer, tmp_path)

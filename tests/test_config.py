@@ -1,0 +1,234 @@
+"""A config is complete, spelled right, and belongs to one run."""
+
+import json
+import subprocess
+import sys
+
+from etils import epath
+import ml_collections
+import pytest
+
+from dpo_jax import config as config_lib
+from dpo_jax.config import check_config, default_config, settle_config
+from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
+from tests import faults, tiny
+
+
+def test_the_default_config_is_complete():
+  check_config(default_config())
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name():
+  config = default_config()
+  config.optimizer.lerning_rate = 1e-3
+  with pytest.raises(ValueError) as error:
+    check_config(config)
+  assert "config.optimizer.lerning_rate is unknown" in str(error.value)
+  assert "Did you mean 'optimizer.learning_rate'?" in str(error.value)
+
+
+def test_every_unknown_and_missing_key_is_named_at_once():
+  config = default_config()
+  del config.eval["judge"]
+  del config["seed"]
+  config.data.sauce = "x"
+  with pytest.raises(ValueError) as error:
+    check_config(config)
+  message = str(error.value)
+  assert "config.eval.judge is missing" in message
+  assert "config.seed is missing" in message
+  assert "config.data.sauce is unknown" in message
+  assert message.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("total_steps", 0),
+    ("batch_size", 0),
+    ("accumulation_steps", 0),
+    ("eval.every_steps", -1),
+    ("log.every_steps", 0),
+    ("checkpoint.every_steps", -1),
+  ],
+)
+def test_a_count_out_of_range_is_refused_by_its_name(key, value):
+  config = default_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=f"config.{key}={value} must be"):
+    check_config(config)
+
+
+def test_one_checkpoint_is_not_enough():
+  # The one before stays until the latest is known to be whole.
+  config = default_config()
+  config.checkpoint.keep = 1
+  with pytest.raises(ValueError, match=r"checkpoint.keep=1 must be at least 2"):
+    check_config(config)
+
+
+def test_every_knob_of_a_loss_waits_to_be_set():
+  for name in ("dpo", "ipo", "sft"):
+    config = config_lib.loss_config(name)
+    assert config.name == name
+    for knob, meaning in KNOBS.items():
+      assert config[knob] is None
+      # A placeholder has the type of its knob, so that a flag of it parses.
+      assert config.get_type(knob) is meaning.type
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_knob_that_a_loss_does_not_read_is_refused(name):
+  reads = CATALOGUE[name].knobs
+  for knob, meaning in KNOBS.items():
+    if knob in reads:
+      continue
+    config = config_lib.loss_config(name)
+    config[knob] = {float: 0.25, bool: True, str: "x"}[meaning.type]
+    with pytest.raises(ValueError) as error:
+      build_objective(config)
+    assert f"loss.{knob}={config[knob]}" in str(error.value)
+    assert f"loss {name!r} does not read it" in str(error.value)
+    assert all(read in str(error.value) for read in reads)
+
+
+def test_flatten_gives_every_leaf_its_dotted_name():
+  config = ml_collections.ConfigDict({"a": 1, "b": {"c": 2, "d": {"e": 3}}})
+  wanted = {"a": 1, "b.c": 2, "b.d.e": 3}
+  assert dict(config_lib.flatten(config)) == wanted
+  assert dict(config_lib.flatten(config.to_dict())) == wanted
+
+
+def settle(config, workdir, is_writer=True):
+  settle_config(config, epath.Path(workdir), is_writer=is_writer)
+
+
+def test_the_same_config_goes_on(tmp_path):
+  settle(tiny.make_config(), tmp_path)
+  before = (tmp_path / "config.json").read_text()
+  settle(tiny.make_config(), tmp_path)
+  assert (tmp_path / "config.json").read_text() == before
+  assert json.loads(before)["optimizer"]["learning_rate"] == 1e-3
+
+
+def test_infinity_and_placeholders_survive_the_file(tmp_path):
+  config = tiny.make_config(optimizer__max_grad_norm=float("inf"))
+  settle(config, tmp_path)
+  settle(config, tmp_path)
+  there = json.loads((tmp_path / "config.json").read_text())
+  assert there["optimizer"]["max_grad_norm"] == float("inf")
+  assert there["loss"]["tau"] is None
+
+
+def test_the_workdir_of_another_run_is_refused_with_the_difference(tmp_path):
+  settle(tiny.make_config(loss__beta=0.1, seed=1), tmp_path)
+  before = (tmp_path / "config.json").read_text()
+  with pytest.raises(ValueError) as error:
+    settle(tiny.make_config(loss__beta=0.2, seed=1), tmp_path)
+  message = str(error.value)
+  assert "loss.beta: 0.1 there, 0.2 now" in message
+  assert "seed" not in message
+  assert str(tmp_path) in message
+  assert (tmp_path / "config.json").read_text() == before
+
+
+def test_what_does_not_change_the_result_may_change(tmp_path):
+  settle(tiny.make_config(), tmp_path)
+  changed = tiny.make_config(
+    total_steps=99,
+    parallelism="pmap",
+    logps_chunk=7,
+    log__every_steps=50,
+    mesh__data=2,
+    data__cache_dir="/elsewhere",
+  )
+  settle(changed, tmp_path)
+  there = json.loads((tmp_path / "config.json").read_text())
+  assert there["total_steps"] == 99
+
+
+def test_only_the_writer_writes(tmp_path):
+  settle(tiny.make_config(), tmp_path / "run", is_writer=False)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_kill_while_the_config_is_written_leaves_the_one_before(
+  tmp_path, monkeypatch
+):
+  settle(tiny.make_config(), tmp_path)
+  before = (tmp_path / "config.json").read_text()
+  write = type(epath.Path(tmp_path)).write_text
+
+  def die_half_way(path, text, *args, **kwargs):
+    write(path, text[:10])
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", die_half_way)
+  with pytest.raises(KeyboardInterrupt):
+    settle(tiny.make_config(total_steps=99), tmp_path)
+  assert (tmp_path / "config.json").read_text() == before
+
+
+def type_in(*flags):
+  """`python -m dpo_jax.train flags`: exit code and all that it printed."""
+  done = subprocess.run(
+    [sys.executable, "-m", "dpo_jax.train", *flags],
+    cwd=faults.ROOT,
+    env=faults.environment(),
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--config.loss.nme=ipo", 'Did you mean "name" instead of "nme"?'),
+    ("--config.loss.name=ip", "Did you mean 'ipo'?"),
+    ("--config.loss.tau=0.2", "loss 'sft' does not read it"),
+    ("--config.batch_size=many", "invalid literal for int()"),
+    ("--config.batch_size=0", "config.batch_size=0 must be at least 1"),
+    ("--nonsense=1", "Unknown command line flag 'nonsense'"),
+  ],
+)
+def test_a_typing_error_is_named_on_the_command_line(tmp_path, flag, message):
+  workdir = tmp_path / "run"
+  code, output = type_in(
+    "--config=configs/reviews.py:sft", f"--workdir={workdir}", flag
+  )
+  assert code not in (0, 75)
+  assert message in output
+  assert not workdir.exists()
+
+
+@pytest.mark.slow
+def test_a_loss_by_name_alone_trains_with_its_own_defaults(tmp_path):
+  config = tmp_path / "small.py"
+  config.write_text(
+    "from tests import tiny\n"
+    "def get_config():\n"
+    "  return tiny.make_config(total_steps=1)\n"
+  )
+  workdir = tmp_path / "run"
+  code, output = type_in(
+    f"--config={config}", f"--workdir={workdir}", "--config.loss.name=ipo"
+  )
+  assert code == 0, output
+  resolved = json.loads((workdir / "config.json").read_text())["loss"]
+  # Azar et al. give tau = 0.1; every other knob is left alone.
+  assert resolved.pop("name") == "ipo"
+  assert {k: v for k, v in resolved.items() if v is not None} == {
+    "tau": 0.1,
+    "length_normalize": False,
+  }
+  # The figures are printed as a table, also by a run that is finished.
+  again, printed = type_in(
+    f"--config={config}", f"--workdir={workdir}", "--config.loss.name=ipo"
+  )
+  assert again == 0, printed
+  line = next(x for x in printed.splitlines() if x.startswith("eval/loss"))
+  assert line in output

@@ -1,0 +1,317 @@
+"""Held-out figures are exact, whatever the batches; judges are watched."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import evaluate as evaluate_lib
+from dpo_jax import reference
+from dpo_jax import step as step_lib
+from dpo_jax.data import tokenizers
+from dpo_jax.evaluate import Samples, compare_samples, wilson_interval
+from dpo_jax.losses import build_objective
+from dpo_jax.models import generate
+from tests import tiny
+
+EIGHT = {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+  ("wins", "count", "low", "high"),
+  [
+    # Newcombe 1998, Statistics in Medicine 17, table I, method 3.
+    (81, 263, 0.2553, 0.3662),
+    (15, 148, 0.0624, 0.1605),
+    (0, 20, 0.0000, 0.1611),
+    (1, 29, 0.0061, 0.1718),
+    # By hand: centre (0.5 + 0.19207) / 1.38415, half width 0.26340.
+    (5, 10, 0.2366, 0.7634),
+    (10, 10, 0.7225, 1.0),
+  ],
+)
+def test_wilson_interval_is_the_published_one(wins, count, low, high):
+  got = wilson_interval(wins / count, count)
+  np.testing.assert_allclose(got, (low, high), atol=5e-5)
+
+
+def test_wilson_interval_of_nothing_is_everything():
+  assert wilson_interval(0.0, 0) == (0.0, 1.0)
+
+
+def sigmoid(x):
+  return 1.0 / (1.0 + np.exp(-x))
+
+
+def dpo_figures(logps, ref_logps, beta):
+  """Means over all groups, with a loop."""
+  rows = []
+  for (lp_w, lp_l), (ref_w, ref_l) in zip(logps, ref_logps, strict=True):
+    chosen, rejected = beta * (lp_w - ref_w), beta * (lp_l - ref_l)
+    margin = chosen - rejected
+    rows.append(
+      {
+        "loss": -np.log(sigmoid(margin)),
+        "reward/chosen": chosen,
+        "reward/rejected": rejected,
+        "reward/margin": margin,
+        "reward/accuracy": 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0,
+        "logps/chosen": lp_w,
+        "logps/rejected": lp_l,
+        "log_ratio/chosen": lp_w - ref_w,
+        "log_ratio/rejected": lp_l - ref_l,
+      }
+    )
+  return {name: np.mean([row[name] for row in rows]) for name in rows[0]}
+
+
+@pytest.fixture(scope="module")
+def models():
+  """A policy, two sets of parameters, ten pairs and their log-probs."""
+  policy = tiny.make_policy()
+  params, ref_params = (tiny.make_params(policy, seed) for seed in (0, 1))
+  groups = tiny.make_groups(10)
+  return types.SimpleNamespace(
+    policy=policy,
+    params=params,
+    ref_params=ref_params,
+    groups=groups,
+    logps=tiny.naive_logps(policy, params, groups),
+    ref_logps=tiny.naive_logps(policy, ref_params, groups),
+  )
+
+
+def evaluate(models, batch_size, *, loss="dpo", sizes=None, is_frozen=False):
+  placement = tiny.make_placement(sizes)
+  objective = build_objective({"name": loss})
+  is_cached = objective.needs_reference and not is_frozen
+  step = step_lib.make_eval_step(models.policy, objective, chunk_size=16)
+  loader = tiny.make_loader(
+    [group[: 1 + objective.num_slots] for group in models.groups],
+    batch_size,
+    row_multiple=placement.num_row_shards,
+    ref_logps=models.ref_logps.astype(np.float32) if is_cached else None,
+  )
+  return evaluate_lib.evaluate(
+    jax.jit(step),
+    objective,
+    models.params,
+    models.ref_params if is_frozen else None,
+    (),
+    loader,
+    placement,
+  )
+
+
+def assert_figures(got, wanted):
+  for name, figure in wanted.items():
+    np.testing.assert_allclose(
+      got[name], figure, rtol=1e-5, atol=2e-5, err_msg=name
+    )
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "sizes"),
+  [(1, None), (4, None), (8, None), (64, None), (8, EIGHT)],
+  ids=str,
+)
+def test_figures_are_means_over_every_group_once(models, batch_size, sizes):
+  # 10 groups in batches of 4 or 8 leave a part batch, padded with empty rows.
+  got = evaluate(models, batch_size, sizes=sizes)
+  wanted = dpo_figures(models.logps, models.ref_logps, beta=0.1)
+  assert 0.0 < wanted["reward/accuracy"] < 1.0
+  assert got["num_groups"] == 10
+  assert_figures(got, wanted)
+  low, high = wilson_interval(wanted["reward/accuracy"], 10)
+  assert got["reward/accuracy_low"] == pytest.approx(low)
+  assert got["reward/accuracy_high"] == pytest.approx(high)
+  assert set(got) == {
+    *wanted,
+    "num_groups",
+    "reward/accuracy_low",
+    "reward/accuracy_high",
+  }
+
+
+def test_a_frozen_reference_gives_the_same_figures(models):
+  wanted = dpo_figures(models.logps, models.ref_logps, beta=0.1)
+  assert_figures(evaluate(models, 4, is_frozen=True), wanted)
+
+
+@pytest.mark.parametrize("batch_size", [3, 4, 64])
+def test_a_loss_per_token_divides_by_the_tokens_of_the_whole_set(
+  models, batch_size
+):
+  got = evaluate(models, batch_size, loss="sft")
+  num_tokens = sum(len(group[1]) for group in models.groups)
+  assert_figures(
+    got,
+    {
+      "loss": -models.logps[:, 0].sum() / num_tokens,
+      "logps/chosen": models.logps[:, 0].mean(),
+    },
+  )
+  assert "reward/accuracy_low" not in got
+
+
+def test_a_margin_of_zero_counts_a_half(models):
+  # The cached reference is the policy's own, so that all margins are zero.
+  same = types.SimpleNamespace(**vars(models) | {"ref_logps": models.logps})
+  placement = tiny.make_placement()
+  step = reference.make_logps_step(models.policy, placement, 16)
+  loader = tiny.make_loader(models.groups, 4)
+  same.ref_logps = reference.compute_logps(
+    step, models.params, loader, placement, progress=False
+  )
+  got = evaluate(same, 4)
+  assert got["reward/accuracy"] == 0.5
+  assert got["reward/margin"] == 0.0
+  assert got["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def make_samples(groups, rewards=None):
+  """Samples without text: the first response of each group."""
+  return Samples(
+    prompts=[group[0].tolist() for group in groups],
+    responses=[group[1].tolist() for group in groups],
+    prompt_texts=[""] * len(groups),
+    texts=[""] * len(groups),
+    rewards=None if rewards is None else np.array(rewards, np.float64),
+  )
+
+
+def sampled_kl(models, params, ref_params, batch_size, sizes=None):
+  placement = tiny.make_placement(sizes)
+  return evaluate_lib.sampled_kl(
+    reference.make_logps_step(models.policy, placement, 16),
+    params,
+    ref_params,
+    make_samples(models.groups),
+    placement,
+    batch_size=batch_size,
+  )
+
+
+def test_a_policy_has_no_divergence_from_itself(models):
+  got = sampled_kl(models, models.params, models.params, 4)
+  assert got == {"kl": 0.0, "kl_error": 0.0}
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "sizes"), [(4, None), (64, None), (8, EIGHT)], ids=str
+)
+def test_sampled_kl_is_the_mean_log_ratio(models, batch_size, sizes):
+  got = sampled_kl(models, models.params, models.ref_params, batch_size, sizes)
+  log_ratios = (models.logps - models.ref_logps)[:, 0]
+  assert got["kl"] == pytest.approx(log_ratios.mean(), rel=1e-4)
+  error = log_ratios.std(ddof=1) / np.sqrt(10)
+  assert got["kl_error"] == pytest.approx(error, rel=1e-4)
+  back = sampled_kl(models, models.ref_params, models.params, 4)
+  assert back["kl"] == pytest.approx(-got["kl"], rel=1e-4)
+
+
+def test_wins_ties_and_losses_against_the_reference():
+  groups = tiny.make_groups(4)
+  ours = make_samples(groups, [1.0, 2.0, 0.0, 3.0])
+  theirs = make_samples(groups, [0.0, 2.0, 1.0, 1.0])
+  got = compare_samples(ours, theirs)
+  assert got["sample/win_rate"] == (1 + 0.5 + 0 + 1) / 4
+  low, high = wilson_interval(0.625, 4)
+  assert (got["sample/win_rate_low"], got["sample/win_rate_high"]) == (
+    low,
+    high,
+  )
+  assert got["sample/reward"] == 1.5
+  # Variance (0.25 + 0.25 + 2.25 + 2.25) / 3 = 5 / 3.
+  assert got["sample/reward_error"] == pytest.approx(np.sqrt(5 / 3 / 4))
+  assert got["sample/tokens"] == np.mean([len(g[1]) for g in groups])
+
+
+def test_samples_without_a_judge_have_a_length_only():
+  got = compare_samples(make_samples(tiny.make_groups(3)), None)
+  assert set(got) == {"sample/tokens"}
+
+
+def test_the_error_of_one_sample_is_unknown():
+  got = compare_samples(make_samples(tiny.make_groups(1), [2.0]), None)
+  assert np.isnan(got["sample/reward_error"])
+  assert "sample/win_rate" not in got
+
+
+SETTINGS = types.SimpleNamespace(
+  max_response_tokens=8, temperature=1.0, top_k=0, top_p=1.0
+)
+
+
+def draw(monkeypatch, judge):
+  """Two samples, 'ab' and 'c', to the prompts 'P' and 'Q'."""
+  tokenizer = tokenizers.load_tokenizer("bytes", chat_template="")
+  ids = [list(text.encode()) for text in ("ab", "c")]
+  monkeypatch.setattr(generate, "sample", lambda *args, **kwargs: ids)
+  return evaluate_lib.draw_samples(
+    None,
+    None,
+    [list(text.encode()) for text in ("P", "Q")],
+    tokenizer,
+    judge,
+    seed=0,
+    config=SETTINGS,
+  )
+
+
+def test_the_judge_reads_prompt_and_response(monkeypatch):
+  seen = []
+
+  def judge(prompt, response):
+    seen.append((prompt, response))
+    return len(response)
+
+  samples = draw(monkeypatch, judge)
+  assert seen == [("P", "ab"), ("Q", "c")]
+  assert samples.rewards.tolist() == [2.0, 1.0]
+  assert samples.texts == ["ab", "c"]
+  assert draw(monkeypatch, None).rewards is None
+
+
+@pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf])
+def test_a_judge_that_gives_no_number_is_an_error(monkeypatch, reward):
+  def judge(prompt, response):
+    return reward if response == "c" else 1.0
+
+  with pytest.raises(ValueError, match=r"eval.judge gave .* for 'c'"):
+    draw(monkeypatch, judge)
+
+
+def held_out(groups, num, max_tokens=100, indices=None):
+  store = tiny.make_loader(groups, 2).store
+  indices = np.arange(len(groups)) if indices is None else indices
+  return evaluate_lib.held_out_prompts(
+    store, indices, num, max_tokens=max_tokens
+  )
+
+
+def prompt_groups(*prompts):
+  return [
+    [np.array(p, np.int32), np.array([9], np.int32), np.array([8], np.int32)]
+    for p in prompts
+  ]
+
+
+def test_held_out_prompts_are_distinct_and_in_order():
+  groups = prompt_groups([1], [2, 2], [1], [3])
+  assert held_out(groups, 2) == [[1], [2, 2]]
+  assert held_out(groups, 3) == [[1], [2, 2], [3]]
+  assert held_out(groups, 2, indices=np.array([3, 1, 0])) == [[3], [2, 2]]
+
+
+def test_held_out_prompts_are_repeated_where_there_are_too_few():
+  groups = prompt_groups([1], [2, 2], [1])
+  assert held_out(groups, 5) == [[1], [2, 2], [1], [2, 2], [1]]
+
+
+def test_prompts_that_leave_no_room_are_passed_over():
+  groups = prompt_groups([1, 1, 1], [2, 2], [3, 3, 3])
+  assert held_out(groups, 2, max_tokens=2) == [[2, 2], [2, 2]]
+  with pytest.raises(ValueError, match="at most 1 tokens"):
+    held_out(groups, 2, max_tokens=1)

@@ -1,0 +1,134 @@
+"""metrics.jsonl is JSON line by line, and tables are readable."""
+
+import json
+import math
+
+from etils import epath
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.metrics import (
+  MetricsWriter,
+  ProgressBar,
+  format_table,
+  read_metrics,
+)
+
+
+def write(workdir, rows, is_writer=True, tensorboard=False):
+  writer = MetricsWriter(
+    epath.Path(workdir), is_writer=is_writer, tensorboard=tensorboard
+  )
+  for step, split, figures in rows:
+    writer.write(step, split, figures)
+  writer.close()
+
+
+def strict(text):
+  """Parses JSON as the standard has it: without NaN and Infinity."""
+
+  def refuse(name):
+    raise ValueError(f"{name} is not JSON")
+
+  return [json.loads(x, parse_constant=refuse) for x in text.splitlines()]
+
+
+def test_a_line_holds_step_split_and_figures(tmp_path):
+  write(
+    tmp_path,
+    [
+      (1, "train", {"loss": np.float32(0.5), "reward/margin": jnp.float32(2)}),
+      (1, "eval", {"loss": 0.25, "num_groups": 8}),
+    ],
+  )
+  assert strict((tmp_path / "metrics.jsonl").read_text()) == [
+    {"step": 1, "split": "train", "loss": 0.5, "reward/margin": 2.0},
+    {"step": 1, "split": "eval", "loss": 0.25, "num_groups": 8.0},
+  ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_figure_that_is_not_finite_is_still_json(tmp_path, value):
+  write(tmp_path, [(1, "train", {"loss": value, "grad_norm": 1.0})])
+  (row,) = strict((tmp_path / "metrics.jsonl").read_text())
+  assert row["loss"] is None and row["grad_norm"] == 1.0
+
+
+def test_a_line_is_there_as_soon_as_it_is_written(tmp_path):
+  writer = MetricsWriter(
+    epath.Path(tmp_path), is_writer=True, tensorboard=False
+  )
+  writer.write(1, "train", {"loss": 1.0})
+  assert len(read_metrics(tmp_path, "train")) == 1
+  writer.close()
+
+
+def test_later_lines_replace_earlier_ones_of_the_same_step(tmp_path):
+  write(tmp_path, [(s, "train", {"loss": s}) for s in (1, 2, 3)])
+  write(tmp_path, [(2, "train", {"loss": 20}), (2, "eval", {"loss": -1})])
+  write(tmp_path, [(3, "train", {"loss": 30}), (4, "train", {"loss": 40})])
+  rows = read_metrics(tmp_path, "train")
+  assert [row["step"] for row in rows] == [1, 2, 3, 4]
+  assert [row["loss"] for row in rows] == [1, 20, 30, 40]
+  assert [row["loss"] for row in read_metrics(tmp_path, "eval")] == [-1]
+
+
+def test_figures_survive_the_file_to_the_last_bit(tmp_path):
+  figures = {"a": float(np.float32(0.1)), "b": 1e-300, "c": math.pi}
+  write(tmp_path, [(1, "train", figures)])
+  (row,) = read_metrics(tmp_path, "train")
+  assert {k: row[k] for k in figures} == figures
+
+
+def test_only_the_writer_writes(tmp_path):
+  write(tmp_path / "run", [(1, "train", {"loss": 1.0})], is_writer=False)
+  assert not (tmp_path / "run").exists()
+
+
+def test_event_files_appear_when_they_are_asked_for(tmp_path):
+  rows = [(1, "train", {"loss": 1.5}), (2, "train", {"loss": math.nan})]
+  write(tmp_path / "with", rows, tensorboard=True)
+  write(tmp_path / "without", rows)
+  (events,) = (tmp_path / "with" / "tensorboard").iterdir()
+  assert "tfevents" in events.name
+  assert b"train/loss" in events.read_bytes()
+  assert not (tmp_path / "without" / "tensorboard").exists()
+
+
+def test_a_table_is_aligned():
+  rows = [
+    {"policy": "SFT", "reward": 0.125, "steps": 5},
+    {"policy": "DPO, long", "reward": -12.5, "steps": 12345},
+  ]
+  assert format_table(rows).splitlines() == [
+    "policy      reward  steps",
+    "---------  -------  -----",
+    "SFT          0.125      5",
+    "DPO, long  -12.500  12345",
+  ]
+
+
+def test_large_numbers_get_commas_and_nan_is_shown():
+  rows = [{"tokens": 1234567.0}, {"tokens": math.nan}]
+  lines = format_table(rows).splitlines()
+  assert [line.strip() for line in lines[2:]] == ["1,234,567", "nan"]
+
+
+def test_a_table_of_nothing_is_empty():
+  assert format_table([]) == ""
+
+
+def test_the_bar_shows_loss_and_accuracy_where_it_is_shown(capsys):
+  bar = ProgressBar(10, 5, is_shown=True, name="dpo")
+  bar.show({"loss": np.float32(0.6931), "reward/accuracy": np.float32(0.75)})
+  bar.advance()
+  bar.close()
+  shown = capsys.readouterr().err
+  assert "loss=0.6931" in shown and "accuracy=0.750" in shown
+  assert "6/10" in shown
+  hidden = ProgressBar(10, 5, is_shown=False, name="dpo")
+  hidden.show({"loss": 0.5})
+  hidden.advance()
+  hidden.close()
+  assert capsys.readouterr().err == ""

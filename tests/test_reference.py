@@ -1,0 +1,206 @@
+"""Cached reference log-probs are those of the reference, or are not used."""
+
+import dataclasses
+import json
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import mesh as mesh_lib
+from dpo_jax import reference
+from tests import faults, tiny
+
+KEY = "0123456789abcdef"
+
+
+def flip_bit(params, name, place, bit):
+  """The same parameters with one bit of one number turned."""
+
+  def flip(path, leaf):
+    if mesh_lib.path_name(path) != name:
+      return leaf
+    array = np.array(leaf)
+    bits = array.view(f"uint{8 * array.dtype.itemsize}").reshape(-1)
+    bits[place] ^= np.array(1, bits.dtype) << np.array(bit, bits.dtype)
+    return jnp.asarray(array)
+
+  return jax.tree_util.tree_map_with_path(flip, params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_digest_changes_with_any_one_bit(dtype):
+  params = tiny.make_params(tiny.make_policy(param_dtype=dtype))
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  seen = {reference.params_digest(params)}
+  width = 8 * jnp.dtype(dtype).itemsize
+  num_flips = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for place, bit in ((0, 0), (leaf.size // 2, 7), (-1, width - 1)):
+      flipped = flip_bit(params, mesh_lib.path_name(path), place, bit)
+      seen.add(reference.params_digest(flipped))
+      num_flips += 1
+  assert len(seen) == 1 + num_flips
+
+
+def test_a_digest_changes_with_order_shape_and_name():
+  base = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
+  trees = [
+    {"a": base},
+    {"b": base},
+    {"a": base[[1, 0, 2, 3]]},
+    {"a": base.reshape(2, 2)},
+    {"a": base.reshape(2, 2).T},
+    {"a": base[:3]},
+    {"a": base.view(np.int32)},
+    {"a": base, "b": np.zeros(0, np.float32)},
+  ]
+  digests = {
+    reference.params_digest(jax.tree.map(jnp.asarray, t)) for t in trees
+  }
+  assert len(digests) == len(trees)
+
+
+def test_a_digest_does_not_change_with_sharding():
+  params = tiny.make_params(tiny.make_policy())
+  wanted = reference.params_digest(params)
+  for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)):
+    mesh = mesh_lib.make_mesh(dict(zip(mesh_lib.AXES, sizes, strict=True)))
+    placed = jax.device_put(params, mesh_lib.param_shardings(params, mesh))
+    assert reference.params_digest(placed) == wanted, sizes
+
+
+def test_a_key_changes_with_weights_config_and_data():
+  policy = tiny.make_policy()
+  params = tiny.make_params(policy)
+  change = dataclasses.replace
+  keys = [
+    reference.cache_key(params, policy.config, "data"),
+    reference.cache_key(tiny.make_params(policy, 1), policy.config, "data"),
+    reference.cache_key(params, policy.config, "other data"),
+    reference.cache_key(
+      params, change(policy.config, compute_dtype="bfloat16"), "data"
+    ),
+    reference.cache_key(params, change(policy.config, rope_theta=1e6), "data"),
+    reference.cache_key(params, change(policy.config, norm_eps=1e-6), "data"),
+  ]
+  assert len(set(keys)) == len(keys)
+  # What only changes how they are computed does not count.
+  assert keys[0] == reference.cache_key(
+    params, change(policy.config, remat="full"), "data"
+  )
+
+
+def compute(groups, params, policy, batch_size, sizes=None, **fields):
+  placement = tiny.make_placement(sizes)
+  loader = tiny.make_loader(
+    groups, batch_size, row_multiple=placement.num_row_shards, **fields
+  )
+  step = reference.make_logps_step(policy, placement, 16)
+  shardings = mesh_lib.param_shardings(params, placement.mesh)
+  return reference.compute_logps(
+    step,
+    jax.device_put(params, shardings),
+    loader,
+    placement,
+    progress=False,
+  )
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "sizes", "layout"),
+  [
+    (4, None, "shared"),
+    (11, None, "padded"),
+    (8, {"data": 8, "fsdp": 1, "tensor": 1}, "shared"),
+    (8, {"data": 2, "fsdp": 2, "tensor": 2}, "packed"),
+  ],
+)
+def test_cached_log_probs_are_a_direct_computation(batch_size, sizes, layout):
+  policy = tiny.make_policy()
+  params = tiny.make_params(policy)
+  groups = tiny.make_groups(11)
+  got = compute(groups, params, policy, batch_size, sizes, layout=layout)
+  assert got.dtype == np.float32 and got.shape == (11, 2)
+  wanted = tiny.naive_logps(policy, params, groups)
+  assert wanted.min() < -20.0  # nothing trivial
+  np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_groups_that_the_loader_lacks_stay_unknown():
+  policy = tiny.make_policy()
+  params = tiny.make_params(policy)
+  got = compute(
+    tiny.make_groups(6), params, policy, 2, indices=np.array([1, 4, 5])
+  )
+  assert np.flatnonzero(np.isnan(got).any(1)).tolist() == [0, 2, 3]
+  assert np.isfinite(got[[1, 4, 5]]).all()
+
+
+LOGPS = np.arange(6, dtype=np.float32).reshape(3, 2) - 0.1
+
+
+def test_a_cache_comes_back_bit_for_bit(tmp_path):
+  reference.write_cache(tmp_path, KEY, LOGPS)
+  loaded = reference.load_cache(tmp_path, KEY)
+  assert loaded.dtype == np.float32
+  np.testing.assert_array_equal(loaded, LOGPS)
+  # Nothing is left over, and the folder may be given as a string.
+  names = sorted(path.name for path in tmp_path.iterdir())
+  assert names == [f"{KEY}.json", f"{KEY}.npy"]
+  np.testing.assert_array_equal(reference.load_cache(str(tmp_path), KEY), LOGPS)
+
+
+def test_there_is_no_cache_of_another_key(tmp_path):
+  assert reference.load_cache(tmp_path / "nowhere", KEY) is None
+  reference.write_cache(tmp_path, KEY, LOGPS)
+  assert reference.load_cache(tmp_path, KEY[::-1]) is None
+
+
+@pytest.mark.parametrize("suffix", ["npy", "json"])
+def test_a_half_written_cache_is_not_used(tmp_path, suffix):
+  reference.write_cache(tmp_path, KEY, LOGPS)
+  (tmp_path / f"{KEY}.{suffix}").unlink()
+  assert reference.load_cache(tmp_path, KEY) is None
+  reference.write_cache(tmp_path, KEY, LOGPS)
+  np.testing.assert_array_equal(reference.load_cache(tmp_path, KEY), LOGPS)
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda array, meta: faults.flip_byte(array, -1),
+    lambda array, meta: faults.flip_byte(array, 0),
+    lambda array, meta: faults.truncate(array),
+    lambda array, meta: array.write_bytes(b""),
+    lambda array, meta: faults.truncate(meta),
+    lambda array, meta: faults.flip_byte(meta, 20),
+  ],
+)
+def test_a_damaged_cache_is_an_error(tmp_path, damage):
+  reference.write_cache(tmp_path, KEY, LOGPS)
+  damage(tmp_path / f"{KEY}.npy", tmp_path / f"{KEY}.json")
+  with pytest.raises(ValueError, match=r"is damaged.*Delete both"):
+    reference.load_cache(tmp_path, KEY)
+
+
+def test_a_cache_with_one_changed_number_is_an_error(tmp_path):
+  reference.write_cache(tmp_path, KEY, LOGPS)
+  path = tmp_path / f"{KEY}.npy"
+  content = path.read_bytes()
+  path.write_bytes(content[:-4] + struct.pack("<f", 1.0))
+  assert np.load(path)[2, 1] == 1.0  # numpy sees nothing wrong with it
+  with pytest.raises(ValueError, match="is damaged"):
+    reference.load_cache(tmp_path, KEY)
+
+
+def test_pickles_are_not_loaded(tmp_path):
+  reference.write_cache(tmp_path, KEY, LOGPS)
+  path = tmp_path / f"{KEY}.npy"
+  np.save(path, np.array([{"a": 1}], object), allow_pickle=True)
+  digest = reference.hashlib.sha256(path.read_bytes()).hexdigest()
+  (tmp_path / f"{KEY}.json").write_text(json.dumps({"sha256": digest}))
+  with pytest.raises(ValueError, match="allow_pickle"):
+    reference.load_cache(tmp_path, KEY)

@@ -1,0 +1,818 @@
+"""Whole runs: resumed ones, interrupted ones, and ones that must not start."""
+
+import itertools
+import json
+import logging
+import math
+import pathlib
+import signal
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from dpo_jax import evaluate as evaluate_lib
+from dpo_jax import initialize, reference
+from dpo_jax import mesh as mesh_lib
+from dpo_jax import train as train_lib
+from dpo_jax.data.loader import Loader
+from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
+from dpo_jax.metrics import read_metrics
+from dpo_jax.run import build_run
+from dpo_jax.train import NonFiniteError, Preempted, train
+from tests import faults, tiny
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+# Depend on the machine, not on the run.
+_RATES = ("groups_per_second", "tokens_per_second")
+
+
+# Few groups, as their reference log-probs are computed in every run.
+_SMALL = {
+  "data__source": "synthetic:review_pairs:80",
+  "data__eval_fraction": 0.1,
+}
+
+
+def make_config(**overrides):
+  return tiny.make_config(**_SMALL | overrides)
+
+
+def read_state(workdir, step):
+  """All arrays of a checkpoint, as they lie on the disk, by their paths."""
+  folder = pathlib.Path(workdir) / "checkpoints" / str(step)
+  tree = ocp.v1.load_checkpointables(folder)
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      {"params": tree["params"], "rest": tree["rest"]}
+    )
+  }
+
+
+def assert_same_bits(one, other):
+  assert one.keys() == other.keys()
+  assert any("opt_state" in name for name in one)
+  for name, array in one.items():
+    assert array.dtype == other[name].dtype, name
+    assert array.tobytes() == other[name].tobytes(), name
+
+
+def assert_close(one, other, tolerance=1e-5):
+  assert one.keys() == other.keys()
+  for name in one:
+    np.testing.assert_allclose(
+      one[name], other[name], rtol=tolerance, atol=tolerance, err_msg=name
+    )
+
+
+def params_of(state):
+  return {k: v for k, v in state.items() if k.startswith("['params']")}
+
+
+def curve(workdir, split="train"):
+  """Lines of metrics.jsonl, without what only the clock decides."""
+  rows = read_metrics(workdir, split)
+  return [{k: v for k, v in row.items() if k not in _RATES} for row in rows]
+
+
+# Adam divides by the root of the second moment: where a gradient is next to
+# zero it turns rounding into a step. A larger epsilon leaves rounding small.
+_SMOOTH = {"total_steps": 4, "optimizer__epsilon": 1e-3}
+
+
+def assert_same_training(one, other):
+  """Two runs that differ by rounding; both have gone somewhere."""
+  before, after, others = (
+    params_of(read_state(workdir, step))
+    for workdir, step in ((one, 1), (one, 4), (other, 4))
+  )
+  assert max(np.abs(after[k] - before[k]).max() for k in after) > 1e-4
+  assert_close(after, others)
+
+
+def stop_at(monkeypatch, *steps):
+  """As if SIGTERM had come in the middle of these steps."""
+  monkeypatch.setattr(
+    train_lib._StopSignal, "reached", lambda self, step: step in steps
+  )
+
+
+def change_batches(monkeypatch, change):
+  """Every training batch goes through change(loader, step, batch)."""
+  original = Loader.batch
+  monkeypatch.setattr(
+    Loader,
+    "batch",
+    lambda self, step: change(self, step, original(self, step)),
+  )
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """A mesh of one device, for which there is less to compile and to wait."""
+  make = mesh_lib.make_mesh
+  monkeypatch.setattr(
+    mesh_lib, "make_mesh", lambda sizes: make(sizes, jax.devices()[:1])
+  )
+
+
+@pytest.fixture
+def in_haste(one_device):
+  """Programs that run for two steps are compiled without being optimized."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def note_order(monkeypatch):
+  """Step -> ids of the groups that it was given."""
+  order = {}
+
+  def note(loader, step, batch):
+    order[step] = np.sort(batch.example_ids.ravel()).tolist()
+    return batch
+
+  change_batches(monkeypatch, note)
+  return order
+
+
+def check_resume(monkeypatch, workdir, config, stop):
+  """A run that is stopped and goes on is the run that was not stopped."""
+  whole, parts = workdir / "whole", workdir / "parts"
+  order = note_order(monkeypatch)
+  figures = train(config, whole)
+  whole_order = dict(order)
+  order.clear()
+  with monkeypatch.context() as patch:
+    stop_at(patch, stop)
+    with pytest.raises(Preempted) as stopped:
+      train(config, parts)
+  assert stopped.value.code == 75 and stopped.value.step == stop
+  steps = [row["step"] for row in curve(parts)]
+  assert steps == list(range(1, stop + 1))
+  first_order = dict(order)
+  order.clear()
+  assert train(config, parts) == figures
+  assert min(order) == stop  # it has not started again
+  order |= first_order
+  assert curve(parts) == curve(whole)
+  assert curve(parts, "eval") == curve(whole, "eval")
+  assert_same_bits(
+    read_state(parts, config.total_steps), read_state(whole, config.total_steps)
+  )
+  assert order == whole_order
+  assert len({str(ids) for ids in order.values()}) == config.total_steps
+  # Training, not standing still.
+  before, after = (
+    params_of(read_state(parts, step)) for step in (stop, config.total_steps)
+  )
+  assert all(np.abs(after[k] - before[k]).max() > 1e-6 for k in after)
+
+
+@pytest.mark.slow
+def test_ten_steps_and_ten_more_are_twenty(tmp_path, monkeypatch):
+  check_resume(monkeypatch, tmp_path, make_config(total_steps=20), 10)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_frozen_reference_resumes(tmp_path, monkeypatch):
+  config = make_config(total_steps=6, reference__kind="frozen")
+  check_resume(monkeypatch, tmp_path, config, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rmsprop", "adafactor", "lion"])
+def test_other_optimizers_and_a_schedule_resume(
+  tmp_path, monkeypatch, one_device, name
+):
+  config = make_config(
+    total_steps=6,
+    optimizer__name=name,
+    optimizer__schedule="cosine",
+    optimizer__warmup_steps=2,
+    reference__kind="frozen",
+    data__layout="padded",
+  )
+  check_resume(monkeypatch, tmp_path, config, 3)
+
+
+@pytest.mark.slow
+def test_pmap_resumes(tmp_path, monkeypatch):
+  config = make_config(total_steps=6, parallelism="pmap")
+  check_resume(monkeypatch, tmp_path, config, 3)
+
+
+@pytest.mark.slow
+def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path, monkeypatch):
+  train(make_config(total_steps=6), tmp_path / "whole")
+  train(make_config(total_steps=3), tmp_path / "parts")
+  order = note_order(monkeypatch)
+  train(make_config(total_steps=6), tmp_path / "parts")
+  assert sorted(order) == [3, 4, 5]
+  assert_same_bits(
+    read_state(tmp_path / "parts", 6), read_state(tmp_path / "whole", 6)
+  )
+
+
+_SLOW_RUN = """
+import json, sys, time
+from dpo_jax.data.loader import Loader
+from dpo_jax.train import train
+from tests import tiny
+
+original = Loader.batch
+
+def slow(self, step):
+  time.sleep(0.1)
+  return original(self, step)
+
+Loader.batch = slow
+train(
+  tiny.make_config(total_steps=100_000, **json.loads(sys.argv[2])), sys.argv[1]
+)
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(
+  tmp_path, fast_compilation
+):
+  workdir = tmp_path / "parts"
+  process = faults.spawn(
+    _SLOW_RUN,
+    str(workdir),
+    json.dumps(_SMALL),
+    num_devices=8,
+    **fast_compilation,
+  )
+  lines = workdir / "metrics.jsonl"
+
+  def has_trained():
+    return lines.exists() and lines.read_text().count('"train"') >= 4
+
+  code = faults.kill_when(process, has_trained, signal.SIGTERM)
+  assert code == 75, process.communicate()[0]
+  (step,) = (int(p.name) for p in (workdir / "checkpoints").iterdir())
+  assert step >= 4
+  assert (workdir / "checkpoints" / str(step) / "manifest.json").exists()
+  total = step + 3
+  figures = train(make_config(total_steps=total), workdir)
+  whole = train(make_config(total_steps=total), tmp_path / "whole")
+  assert figures == whole
+  assert curve(workdir) == curve(tmp_path / "whole")
+  assert_same_bits(
+    read_state(workdir, total), read_state(tmp_path / "whole", total)
+  )
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path, monkeypatch):
+  stop_at(monkeypatch, 2)
+  figures = train(make_config(total_steps=2), tmp_path)
+  assert figures["eval/num_groups"] > 0
+  assert [row["step"] for row in curve(tmp_path, "eval")] == [0, 2]
+
+
+def test_the_signal_handler_of_before_comes_back(tmp_path):
+  before = signal.getsignal(signal.SIGTERM)
+  train(make_config(total_steps=1), tmp_path)
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
+  tmp_path, caplog
+):
+  config = make_config(total_steps=6, checkpoint__every_steps=2)
+  figures = train(config, tmp_path)
+  state = read_state(tmp_path, 6)
+  faults.flip_byte(faults.largest_file(tmp_path / "checkpoints" / "6"))
+  with caplog.at_level(logging.WARNING, "dpo_jax"):
+    assert train(config, tmp_path) == figures
+  assert "is damaged" in caplog.text
+  assert_same_bits(read_state(tmp_path, 6), state)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+  config = make_config(total_steps=8, checkpoint__every_steps=2)
+  with monkeypatch.context() as patch:
+
+    def poison(loader, step, batch):
+      if step != 4:
+        return batch
+      return batch.replace(ref_logps=np.full_like(batch.ref_logps, np.nan))
+
+    change_batches(patch, poison)
+    with pytest.raises(NonFiniteError) as error:
+      train(config, tmp_path / "parts")
+  message = str(error.value)
+  assert "step 5: loss is nan" in message
+  assert "last good checkpoint is step 4;" in message
+  run = build_run(config, tmp_path)
+  assert str(run.data.train.order(4)[:8].tolist()) in message
+  # The bad step is not in the record, and the run goes on without the fault.
+  assert [row["step"] for row in curve(tmp_path / "parts")] == [1, 2, 3, 4]
+  train(config, tmp_path / "parts")
+  train(config, tmp_path / "whole")
+  assert_same_bits(
+    read_state(tmp_path / "parts", 8), read_state(tmp_path / "whole", 8)
+  )
+
+
+def test_a_learning_rate_that_blows_up_is_noticed(tmp_path):
+  config = make_config(
+    total_steps=20, optimizer__learning_rate=1e30, data__eval_fraction=0.0
+  )
+  with pytest.raises(NonFiniteError, match="last good checkpoint is none"):
+    train(config, tmp_path)
+  assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_data_error_is_not_the_end_of_the_data(tmp_path, monkeypatch):
+  def fail(loader, step, batch):
+    if step == 3:
+      raise OSError("the disk is gone")
+    return batch
+
+  change_batches(monkeypatch, fail)
+  config = make_config(total_steps=6, checkpoint__every_steps=2)
+  with pytest.raises(OSError, match="the disk is gone"):
+    train(config, tmp_path)
+  assert (tmp_path / "checkpoints" / "2" / "manifest.json").exists()
+
+
+def load_other_reference(monkeypatch, change):
+  """The policy loads first; what loads after it is changed."""
+  original, calls = initialize.load_params, itertools.count()
+
+  def load(init, policy, mesh, *, seed):
+    params = original(init, policy, mesh, seed=seed)
+    return change(params) if next(calls) else params
+
+  monkeypatch.setattr(initialize, "load_params", load)
+
+
+@pytest.mark.parametrize("kind", ["cached", "frozen"])
+def test_a_policy_that_does_not_start_as_its_reference_is_stopped(
+  tmp_path, monkeypatch, kind
+):
+  load_other_reference(
+    monkeypatch, lambda params: jax.tree.map(lambda x: 1.001 * x, params)
+  )
+  with pytest.raises(ValueError) as error:
+    train(make_config(reference__kind=kind), tmp_path)
+  message = str(error.value)
+  assert "does not start as its reference: loss 0.6" in message
+  assert "log 2 is 0.693147" in message
+  assert "largest |log-ratio|" in message
+  assert not curve(tmp_path)
+
+
+def test_a_reference_of_its_own_may_differ(tmp_path):
+  train(make_sft_config(total_steps=1), tmp_path / "sft")
+  config = make_config(total_steps=1, reference__init=f"run:{tmp_path}/sft")
+  train(config, tmp_path / "dpo")
+  assert abs(curve(tmp_path / "dpo")[0]["loss"] - math.log(2)) > 1e-4
+
+
+def test_a_reference_that_is_no_number_is_stopped(tmp_path, monkeypatch):
+  load_other_reference(
+    monkeypatch, lambda params: jax.tree.map(lambda x: math.nan * x, params)
+  )
+  with pytest.raises(NonFiniteError, match="log-prob that is not finite"):
+    train(make_config(), tmp_path / "cached")
+  with pytest.raises(ValueError, match="does not start as its reference"):
+    train(make_config(reference__kind="frozen"), tmp_path / "frozen")
+
+
+def test_the_first_loss_is_log_two(tmp_path):
+  train(make_config(total_steps=2), tmp_path)
+  for row in (curve(tmp_path)[0], curve(tmp_path, "eval")[0]):
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    for name in ("reward/chosen", "reward/rejected", "reward/margin"):
+      assert row[name] == pytest.approx(0.0, abs=1e-5)
+  second = curve(tmp_path)[1]
+  assert abs(second["loss"] - math.log(2)) > 1e-4
+
+
+def test_cached_and_frozen_reference_train_the_same(tmp_path):
+  for kind in ("cached", "frozen"):
+    config = make_config(reference__kind=kind, **_SMOOTH)
+    config.checkpoint.every_steps = 1
+    config.checkpoint.keep = 4
+    train(config, tmp_path / kind)
+  assert_same_training(tmp_path / "cached", tmp_path / "frozen")
+  cached, frozen = (read_state(tmp_path / k, 4) for k in ("cached", "frozen"))
+  assert not any("ref_params" in name for name in cached)
+  assert any("ref_params" in name for name in frozen)
+  for split in ("train", "eval"):
+    for a, b in zip(
+      curve(tmp_path / "cached", split),
+      curve(tmp_path / "frozen", split),
+      strict=True,
+    ):
+      # At the start margins are rounding, and accuracy its sign.
+      left_out = ("split", *(k for k in a if "accuracy" in k))
+      assert_close(
+        {k: v for k, v in a.items() if k not in left_out},
+        {k: v for k, v in b.items() if k not in left_out},
+        tolerance=5e-5,
+      )
+
+
+def test_a_frozen_reference_stays_what_it_was(tmp_path):
+  config = make_config(
+    total_steps=4, checkpoint__every_steps=1, reference__kind="frozen"
+  )
+  train(config, tmp_path)
+  before, after = (read_state(tmp_path, step) for step in (3, 4))
+  changed = {k for k in after if before[k].tobytes() != after[k].tobytes()}
+  assert any("params" in name and "ref_params" not in name for name in changed)
+  assert not any("ref_params" in name for name in changed)
+  run = build_run(config, tmp_path)
+  start = initialize.load_params(
+    "random", run.policy, run.placement.mesh, seed=config.seed
+  )
+  for path, leaf in jax.tree_util.tree_leaves_with_path(start):
+    name = f"['rest']['ref_params']{jax.tree_util.keystr(path)}"
+    assert after[name].tobytes() == np.asarray(leaf).tobytes(), name
+
+
+def test_the_cache_is_computed_once(tmp_path, monkeypatch):
+  config = make_config(
+    total_steps=1, reference__cache_dir=str(tmp_path / "cache")
+  )
+  train(config, tmp_path / "one")
+
+  def refuse(*args, **kwargs):
+    raise AssertionError("computed again")
+
+  monkeypatch.setattr(reference, "compute_logps", refuse)
+  train(config, tmp_path / "two")
+  assert curve(tmp_path / "one") == curve(tmp_path / "two")
+  config.seed = 1
+  with pytest.raises(AssertionError, match="computed again"):
+    train(config, tmp_path / "three")
+
+
+def test_a_reference_that_changed_under_a_run_is_refused(tmp_path, monkeypatch):
+  config = make_config(total_steps=4)
+  with monkeypatch.context() as patch:
+    stop_at(patch, 2)
+    with pytest.raises(Preempted):
+      train(config, tmp_path)
+  with monkeypatch.context() as patch:
+    original = initialize.load_params
+    patch.setattr(
+      initialize,
+      "load_params",
+      lambda *args, seed: original(*args, seed=seed + 1),
+    )
+    with pytest.raises(ValueError, match="other weights than when this run"):
+      train(config, tmp_path)
+  assert "eval/loss" in train(config, tmp_path)
+
+
+def make_sft_config(**overrides):
+  return make_config(
+    loss__name="sft",
+    reference__kind="none",
+    data__source="synthetic:review_demonstrations:80",
+    checkpoint__best_metric="eval/loss",
+    checkpoint__best_is_lower=True,
+    **overrides,
+  )
+
+
+def test_sft_needs_no_reference(tmp_path):
+  figures = train(make_sft_config(total_steps=8), tmp_path)
+  assert not (tmp_path / "reference").exists()
+  rows = curve(tmp_path)
+  # 384 ids, and the start is next to uniform.
+  assert rows[0]["loss"] == pytest.approx(math.log(384), abs=0.1)
+  assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+  assert figures["eval/loss"] < curve(tmp_path, "eval")[0]["loss"] - 0.3
+
+
+@pytest.fixture(scope="module")
+def sft_run(tmp_path_factory, fast_compilation):
+  """A run whose best checkpoint, by a twisted metric, is not its latest."""
+  workdir = tmp_path_factory.mktemp("sft")
+  config = make_sft_config(
+    total_steps=3,
+    eval__every_steps=1,
+    checkpoint__every_steps=1,
+    data__cache_dir=str(tmp_path_factory.mktemp("stores")),
+  )
+  config.checkpoint.best_is_lower = False
+  train(config, workdir)
+  losses = [row["loss"] for row in read_metrics(workdir, "eval")]
+  assert losses[1] == max(losses[1:])
+  return workdir
+
+
+def loaded_params(init):
+  run = build_run(make_config(policy__init=init), init)
+  params = initialize.load_params(init, run.policy, run.placement.mesh, seed=0)
+  return {
+    f"['params']{jax.tree_util.keystr(path)}": np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+
+def test_a_run_starts_from_the_best_checkpoint_of_another(sft_run):
+  names = sorted(p.name for p in (sft_run / "checkpoints").iterdir())
+  assert names == ["1", "2", "3"]
+  params = loaded_params(f"run:{sft_run}")
+  best, latest = (params_of(read_state(sft_run, step)) for step in (1, 3))
+  assert params.keys() == best.keys()
+  for name, array in params.items():
+    assert array.tobytes() == best[name].tobytes(), name
+  assert any(
+    array.tobytes() != latest[name].tobytes() for name, array in params.items()
+  )
+
+
+@pytest.mark.slow
+def test_dpo_starts_from_an_sft_run(tmp_path, sft_run):
+  config = make_config(total_steps=2, policy__init=f"run:{sft_run}")
+  train(config, tmp_path)
+  assert curve(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+  before, after = read_state(sft_run, 1), read_state(tmp_path, 2)
+  # Adam's first two steps move a weight by at most the learning rate each.
+  moved = max(
+    float(np.abs(after[name] - array).max())
+    for name, array in params_of(before).items()
+  )
+  assert 1e-4 < moved < 2.5e-3
+
+
+@pytest.mark.parametrize(
+  ("init", "error", "message"),
+  [
+    ("run:{}/nowhere", FileNotFoundError, "is no workdir"),
+    ("hf:{}/nowhere", FileNotFoundError, "nowhere"),
+    ("random:{}", ValueError, "must be one of random, hf:FOLDER, run:WORKDIR"),
+    ("magic", ValueError, "must be one of random, hf:FOLDER, run:WORKDIR"),
+  ],
+)
+def test_a_start_that_is_not_there_is_refused(tmp_path, init, error, message):
+  config = make_config(policy__init=init.format(tmp_path))
+  with pytest.raises(error, match=message):
+    build_run(config, tmp_path)
+
+
+def test_a_run_without_a_checkpoint_is_no_start(tmp_path, monkeypatch):
+  stop_at(monkeypatch)
+  change_batches(monkeypatch, lambda *args: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    train(make_sft_config(), tmp_path / "sft")
+  config = make_config(policy__init=f"run:{tmp_path}/sft")
+  with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
+    train(config, tmp_path / "dpo")
+
+
+def snapshot(folder):
+  return {
+    path: (path.stat().st_mtime_ns, path.read_bytes())
+    for path in sorted(folder.rglob("*"))
+    if path.is_file() and path.name not in ("config.json", "git.txt")
+  }
+
+
+def test_a_finished_run_does_nothing_and_gives_its_figures(
+  tmp_path, monkeypatch
+):
+  config = make_config(total_steps=2)
+  figures = train(config, tmp_path)
+  (tmp_path / "model.json").unlink()  # the one file that is written again
+  before = snapshot(tmp_path)
+
+  def refuse(*args, **kwargs):
+    raise AssertionError("it evaluates again")
+
+  monkeypatch.setattr(evaluate_lib, "evaluate", refuse)
+  assert train(config, tmp_path) == figures
+  (tmp_path / "model.json").unlink()
+  assert snapshot(tmp_path) == before
+  assert all(name.startswith("eval/") for name in figures)
+
+
+def test_a_workdir_tells_what_was_run(tmp_path):
+  train(make_config(total_steps=1), tmp_path)
+  resolved = json.loads((tmp_path / "config.json").read_text())
+  assert resolved["loss"]["beta"] == 0.1  # the loss's own default
+  model = json.loads((tmp_path / "model.json").read_text())
+  assert (model["vocab_size"], model["d_model"]) == (384, 64)
+  assert (tmp_path / "git.txt").read_text().strip()
+
+
+@pytest.mark.slow
+def test_samples_are_written_and_judged(tmp_path):
+  config = make_config(
+    total_steps=1,
+    eval__num_samples=4,
+    eval__max_response_tokens=8,
+    eval__judge="sentiment",
+  )
+  train(config, tmp_path)
+  lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  assert [row["step"] for row in rows] == [0] * 4 + [1] * 4
+  assert {tuple(row) for row in rows} == {
+    ("step", "prompt", "response", "reward")
+  }
+  prompts = [row["prompt"] for row in rows]
+  assert prompts[:4] == prompts[4:]
+  assert all(prompt.startswith("We saw ") for prompt in prompts)
+  start, end = curve(tmp_path, "eval")
+  # The policy is its own reference yet, and draws the same samples.
+  assert start["sample/win_rate"] == 0.5
+  assert start["kl"] == pytest.approx(0.0, abs=1e-4)
+  assert end["kl"] != start["kl"]
+  assert 0 < end["sample/tokens"] <= 8
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory, fast_compilation):
+  """Four steps in the plainest way, each with its checkpoint."""
+  workdir = tmp_path_factory.mktemp("plain")
+  stores = str(tmp_path_factory.mktemp("stores"))
+  train(
+    make_config(
+      checkpoint__every_steps=1,
+      checkpoint__keep=4,
+      data__cache_dir=stores,
+      **_SMOOTH,
+    ),
+    workdir,
+  )
+  return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    {"accumulation_steps": 4},
+    {"parallelism": "pmap"},
+    {"data__layout": "padded"},
+    {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+  ],
+  ids=lambda x: next(iter(x)),
+)
+def test_the_same_run_in_another_way(tmp_path, plain_run, overrides):
+  train(make_config(**_SMOOTH | overrides), tmp_path)
+  assert_same_training(plain_run, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_way(tmp_path, monkeypatch, plain_run):
+  stop_at(monkeypatch, 2)
+  mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+  with pytest.raises(Preempted):
+    train(make_config(mesh=mesh, **_SMOOTH), tmp_path)
+  train(make_config(parallelism="pmap", **_SMOOTH), tmp_path)
+  assert_same_training(plain_run, tmp_path)
+
+
+def test_a_shape_that_was_not_planned_is_noticed(tmp_path, monkeypatch):
+  def widen(loader, step, batch):
+    if step != 2:
+      return batch
+    # The same groups in twice the rows.
+    return jax.tree.map(lambda x: np.concatenate([x, 0 * x]), batch)
+
+  change_batches(monkeypatch, widen)
+  with pytest.raises(AssertionError, match="traced"):
+    train(make_config(data__eval_fraction=0.0), tmp_path)
+
+
+def refuse(config, message, error=ValueError):
+  with pytest.raises(error) as raised:
+    build_run(config, pathlib.Path("/nowhere"))
+  assert message in str(raised.value), raised.value
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    (
+      {"batch_size": 12},
+      "batch_size=12 must be a multiple of the 8 devices on the mesh axes"
+      " ('data', 'fsdp'): nearest are 8 and 16",
+    ),
+    ({"batch_size": 5}, "nearest is 8"),
+    ({"eval__batch_size": 20}, "eval.batch_size=20 must be a multiple"),
+    (
+      {"data__row_tokens": 16},
+      "data.row_tokens=16 is shorter than the longest",
+    ),
+    (
+      {"data__max_tokens": 600},
+      "data.max_tokens=600 exceeds the model's max_positions=512",
+    ),
+    ({"data__max_prompt_tokens": 160}, "must be above 0 and below"),
+    ({"data__layout": "ragged"}, "must be one of shared, packed, padded"),
+    ({"data__eval_fraction": 1.5}, "data.eval_fraction=1.5 must be in [0, 1)"),
+    ({"data__source": "synthetic:reviews"}, "review_pairs"),
+    ({"data__tokenizer": ""}, "data.tokenizer=''"),
+    ({"reference__kind": "none"}, "loss 'dpo' compares with a reference"),
+    ({"reference__kind": "frosen"}, "reference.kind='frosen' must be one of"),
+    ({"policy__preset": "2m"}, "policy.preset='2m' must be one of"),
+    ({"policy__remat": "some"}, "remat='some' is unknown"),
+    ({"eval__judge": "me"}, "eval.judge='me' must be '' or one of sentiment"),
+    ({"parallelism": "gspmd"}, "parallelism='gspmd' must be one of jit, pmap"),
+    ({"mesh__tensor": 8}, "layers/query/kernel has a dimension of 4"),
+    ({"mesh__data": 4}, "takes 4 devices, and there are 8"),
+    ({"loss__name": "dpoo"}, "Did you mean 'dpo'?"),
+    ({"optimizer__name": "adam"}, "optimizer.name='adam' must be one of"),
+    ({"total_steps": 0}, "config.total_steps=0 must be at least 1"),
+  ],
+  ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_what_cannot_be_trained_is_refused_before_it_starts(overrides, message):
+  refuse(make_config(**overrides), message)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(monkeypatch):
+  monkeypatch.setattr(
+    initialize, "load_policy", lambda *args, **kwargs: tiny.make_policy(96)
+  )
+  refuse(make_config(), "and the model's vocabulary has 96")
+
+
+def test_a_workdir_of_another_config_is_left_alone(tmp_path):
+  config = make_config(total_steps=1)
+  train(config, tmp_path)
+  before = snapshot(tmp_path)
+  with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
+    train(make_config(total_steps=1, seed=1), tmp_path)
+  assert snapshot(tmp_path) == before
+
+
+def write_groups(path, group):
+  """Records of the kind that a loss reads."""
+  with path.open("w") as file:
+    for i in range(16):
+      prompt = f"Film {i}: the plot "
+      texts = [f"was fine {i}.", f"was dull, {i}!", f"is {i}."]
+      record = {
+        "single": {"completion": texts[i % 2], "label": i % 2 == 0},
+        "ranking": {"responses": texts, "scores": [2.0, 0.5, -1.0]},
+      }.get(
+        group,
+        {
+          "chosen": texts[0],
+          "rejected": texts[1],
+          "score_chosen": 1.5,
+          "score_rejected": -0.5,
+        },
+      )
+      file.write(json.dumps({"prompt": prompt, **record}) + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_loss_trains(tmp_path, monkeypatch, in_haste, name):
+  # Tested above, and one more program to compile for every loss.
+  monkeypatch.setattr(train_lib._Loop, "_check_step_zero", lambda *args: None)
+  objective = build_objective({"name": name})
+  write_groups(tmp_path / "data.jsonl", objective.group)
+  config = make_config(
+    total_steps=2,
+    loss__name=name,
+    reference__kind="frozen" if objective.needs_reference else "none",
+    data__source=f"jsonl:{tmp_path}/data.jsonl",
+    data__eval_fraction=0.0,
+    data__layout="padded",  # a single shape
+    optimizer__learning_rate=1e-4,
+  )
+  train(config, tmp_path / "run")
+  rows = curve(tmp_path / "run")
+  assert len(rows) == 2
+  assert all(math.isfinite(row["loss"]) for row in rows)
+  assert rows[0]["grad_norm"] > 0.0
+  resolved = json.loads((tmp_path / "run" / "config.json").read_text())["loss"]
+  for knob in KNOBS:
+    assert resolved[knob] == dict(objective.knobs).get(knob), knob
+
+
+def test_groups_per_second_leave_evaluation_out(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
+  clock = train_lib._Clock()
+  now[0] = 2.0
+  clock.count({"num_groups": 8.0, "num_tokens": 100.0})
+  clock.pause()
+  now[0] = 10.0  # an evaluation
+  clock.resume()
+  now[0] = 12.0
+  clock.count({"num_groups": 8.0, "num_tokens": 300.0})
+  rates = clock.rates()
+  assert rates == {"groups_per_second": 4.0, "tokens_per_second": 100.0}
+  now[0] = 13.0
+  clock.count({"num_groups": 8.0, "num_tokens": 50.0})
+  assert clock.rates()["groups_per_second"] == 8.0
