@@ -174,7 +174,7 @@ def type_in(*flags):
   done = subprocess.run(
     [sys.executable, "-m", "dpo_jax.train", *flags],
     cwd=faults.ROOT,
-    env=faults.environment(),
+    env=faults.environment() | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     capture_output=True,
     text=True,
     timeout=120,
@@ -211,7 +211,13 @@ def test_a_loss_by_name_alone_trains_with_its_own_defaults(tmp_path):
   config.write_text(
     "from tests import tiny\n"
     "def get_config():\n"
-    "  return tiny.make_config(total_steps=1)\n"
+    "  return tiny.make_config(\n"
+    "    total_steps=1,\n"
+    "    reference__kind='frozen',\n"
+    "    data__source='synthetic:review_pairs:40',\n"
+    "    data__eval_fraction=0.2,\n"
+    "    data__layout='padded',\n"
+    "  )\n"
   )
   workdir = tmp_path / "run"
   code, output = type_in(

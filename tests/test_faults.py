@@ -128,7 +128,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(
   tmp_path, fast_compilation
 ):
   rng = random.Random(1)
-  for _ in range(4):
+  for _ in range(3):
     code, output = run_until(
       tmp_path / "killed", fast_compilation, rng.randint(2, 7)
     )

@@ -1,0 +1,420 @@
+"""The laws that every row of the catalogue is under."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.test_util import check_grads
+import numpy as np
+import pytest
+
+from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
+from dpo_jax.types import Sequences
+from tests.losses import oracles
+
+NAMES = sorted(CATALOGUE)
+WIDTH = {"first": 1, "single": 1, "pair": 2, "ranking": 4}
+# Knobs beside the defaults that are worth a test of their own.
+VARIANTS = [(name, {}) for name in NAMES] + [
+  ("ipo", {"length_normalize": True}),
+  ("sft", {"per_sequence": True}),
+  ("unlikelihood", {"token_level": True}),
+  ("alphapo", {"alpha": -0.25}),
+  ("kto", {"desirable_weight": 1.3, "undesirable_weight": 0.4}),
+  ("f_dpo", {"divergence": "forward_kl"}),
+  ("f_dpo", {"divergence": "jensen_shannon"}),
+  ("f_dpo", {"divergence": "alpha", "alpha": 0.3}),
+  ("aot", {"label_smoothing": 0.2}),
+]
+PAIRS = [name for name in NAMES if CATALOGUE[name].group == "pair"]
+MARGIN_ON_LOG_RATIOS = [
+  name
+  for name in PAIRS
+  if CATALOGUE[name].reward in ("log_ratio", "summed_or_mean_log_ratio")
+  and CATALOGUE[name].link_row.kind == "margin"
+  and not CATALOGUE[name].regularizers  # these read single log-ratios
+]
+LOGISTIC = [
+  name for name in MARGIN_ON_LOG_RATIOS if "logistic" in CATALOGUE[name].link
+]
+
+
+def make_sequences(num_slots, num=6, seed=0, scale=5.0):
+  """Random groups with every optional field, fp32."""
+  rng = np.random.default_rng(seed)
+  shape = (num, num_slots)
+  n = rng.integers(1, 40, shape).astype(np.float32)
+  logps = -n * rng.uniform(0.2, 2.0, shape)
+  gaps = {k: rng.normal(0, scale, shape) for k in ("ref", "head", "sampled")}
+  score = -np.sort(-rng.uniform(0, 4, shape), axis=1)
+  if num_slots == 1:
+    score = (np.arange(num) % 2).astype(float)[:, None]
+  fields = {
+    "logps": logps,
+    "num_tokens": n,
+    "score": score,
+    "ref_logps": logps + gaps["ref"],
+    "head_logps": 0.5 * logps,
+    "ref_head_logps": 0.5 * logps + gaps["head"],
+    "sampled_logps": 0.4 * logps,
+    "ref_sampled_logps": 0.4 * logps + gaps["sampled"],
+    "mismatched_logps": logps[:, 0] - 3.0,
+    "mismatched_ref_logps": logps[:, 0] - 3.0 - rng.normal(4, 2, num),
+    "complement_logps": -rng.uniform(0.1, 3.0, shape) * n,
+    "alignment": -rng.uniform(0.0, 1.0, shape),
+    "kl": rng.uniform(0, 3, shape),
+    "values": rng.normal(0, 2, shape),
+  }
+  fields = {k: jnp.asarray(v, jnp.float32) for k, v in fields.items()}
+  return Sequences(**fields, valid=jnp.ones(shape, bool))
+
+
+def as_groups(sequences):
+  """The same as float64 lists, for the oracles."""
+  short = {
+    "logps": "lp",
+    "ref_logps": "ref",
+    "num_tokens": "n",
+    "score": "score",
+    "head_logps": "head",
+    "ref_head_logps": "ref_head",
+    "sampled_logps": "sampled",
+    "ref_sampled_logps": "ref_sampled",
+    "mismatched_logps": "other_lp",
+    "mismatched_ref_logps": "other_ref",
+    "complement_logps": "complement",
+    "alignment": "alignment",
+    "kl": "kl",
+    "values": "values",
+  }
+  num = sequences.logps.shape[0]
+  return [
+    {
+      key: np.asarray(getattr(sequences, field), np.float64)[i].tolist()
+      for field, key in short.items()
+    }
+    for i in range(num)
+  ]
+
+
+def build(name, **knobs):
+  return build_objective({"name": name, **knobs})
+
+
+def losses_of(objective, sequences):
+  return objective.apply(sequences, objective.init())[0]
+
+
+def mean_loss(objective, sequences):
+  per_group = losses_of(objective, sequences)
+  count = objective.valid_groups(sequences.valid).sum()
+  return objective.reduce(per_group, count)
+
+
+def sequences_for(name, **kwargs):
+  return make_sequences(WIDTH[CATALOGUE[name].group], **kwargs)
+
+
+def test_every_row_has_an_oracle():
+  assert [n for n in NAMES if not hasattr(oracles, n)] == []
+
+
+@pytest.mark.parametrize(("name", "knobs"), VARIANTS, ids=str)
+def test_figures_equal_a_float64_loop(name, knobs):
+  objective = build(name, **knobs)
+  sequences = sequences_for(name)
+  wanted = oracles.loss(name, as_groups(sequences), objective.knobs)
+  # In float64, where only the formula can differ...
+  with jax.enable_x64(True):
+    wide = jax.tree.map(
+      lambda x: (
+        jnp.asarray(np.asarray(x, np.float64)) if x.dtype != bool else x
+      ),
+      sequences,
+    )
+    # (the objective's state is float32 by design, hence not 1e-12)
+    exact = np.asarray(losses_of(objective, wide))
+  np.testing.assert_allclose(exact, wanted, rtol=1e-6, atol=1e-9)
+  # ...and in float32, the dtype of training.
+  ours = losses_of(objective, sequences)
+  assert ours.dtype == jnp.float32
+  np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=2e-6)
+
+
+def test_golden_figures(golden):
+  figures = json.loads((golden / "losses.json").read_text())
+  with jax.enable_x64(True):
+    fields = ("logps", "ref_logps", "num_tokens", "score")
+    sequences = Sequences(
+      **{f: jnp.asarray(figures[f], jnp.float64) for f in fields},
+      valid=jnp.ones((7, 2), bool),
+    )
+    for name, entries in figures["losses"].items():
+      for entry in entries:
+        ours = losses_of(build(name, **entry["kwargs"]), sequences)
+        np.testing.assert_allclose(
+          ours, entry["loss"], rtol=1e-5, err_msg=f"{name} {entry['kwargs']}"
+        )
+
+
+# Under a stop-gradient these hold a mean of the batch, which a finite
+# difference moves and a gradient must not: the test below is for them.
+SHIFTED = ("bco", "bco_pair", "beta_dpo")
+
+
+@pytest.mark.parametrize(
+  ("name", "knobs"), [v for v in VARIANTS if v[0] not in SHIFTED], ids=str
+)
+def test_gradients_equal_finite_differences(name, knobs):
+  objective = build(name, **knobs)
+  with jax.enable_x64(True):
+    sequences = jax.tree.map(
+      lambda x: (
+        jnp.asarray(np.asarray(x, np.float64)) if x.dtype != bool else x
+      ),
+      sequences_for(name, scale=2.0),
+    )
+
+    def loss(logps):
+      return mean_loss(objective, sequences.replace(logps=logps))
+
+    check_grads(loss, (sequences.logps,), order=1, modes=["rev"], eps=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bco", "bco_pair", "beta_dpo", "kto"])
+def test_no_gradient_flows_through_what_the_batch_gives(name):
+  """The gradient of one group's loss is zero on every other group."""
+  objective = build(name)
+  sequences = sequences_for(name)
+  jacobian = jax.jacobian(
+    lambda logps: losses_of(objective, sequences.replace(logps=logps))
+  )(sequences.logps)
+  for i in range(6):
+    others = np.delete(np.asarray(jacobian[i]), i, axis=0)
+    np.testing.assert_array_equal(others, 0.0)
+    assert np.abs(jacobian[i, i]).max() > 0
+
+
+@pytest.mark.parametrize(("name", "knobs"), VARIANTS, ids=str)
+@pytest.mark.parametrize("size", [0.0, 50.0, 500.0])
+def test_extreme_log_ratios_stay_finite(name, knobs, size):
+  objective = build(name, **knobs)
+  width = WIDTH[CATALOGUE[name].group]
+  signs = np.array(np.meshgrid(*[[-1.0, 0.0, 1.0]] * min(width, 2)))
+  signs = signs.reshape(min(width, 2), -1).T
+  signs = np.pad(signs, ((0, 0), (0, width - signs.shape[1])))
+  for length in (1.0, 30.0):
+    ref_logps = jnp.full(signs.shape, -500.0)
+    sequences = make_sequences(width, num=len(signs)).replace(
+      logps=jnp.asarray(ref_logps + size * signs, jnp.float32),
+      ref_logps=ref_logps,
+      num_tokens=jnp.full(signs.shape, length),
+    )
+
+    def loss(logps, sequences=sequences):
+      return mean_loss(objective, sequences.replace(logps=logps))
+
+    value, grad = jax.value_and_grad(loss)(sequences.logps)
+    assert jnp.isfinite(value), (name, length)
+    assert jnp.isfinite(grad).all(), (name, length)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_groups_change_nothing_bit_for_bit(name):
+  """Whatever stands in a group that is not valid, NaN and inf included."""
+  objective = build(name)
+  sequences = sequences_for(name)
+
+  def pad(filler):
+    def one(x):
+      rest = ((0, 0),) * (x.ndim - 1)
+      if x.dtype == bool:
+        return jnp.pad(x, ((0, 2), *rest))
+      return jnp.pad(x, ((0, 2), *rest), constant_values=filler)
+
+    return jax.tree.map(one, sequences)
+
+  def value_and_grad(sequences):
+    return jax.value_and_grad(
+      lambda logps: mean_loss(objective, sequences.replace(logps=logps))
+    )(sequences.logps)
+
+  first, other = (value_and_grad(pad(filler)) for filler in (0.0, -77.0))
+  assert first[0] == other[0]
+  np.testing.assert_array_equal(first[1], other[1])
+  np.testing.assert_array_equal(first[1][6:], 0.0)
+  bare = value_and_grad(sequences)
+  np.testing.assert_allclose(first[0], bare[0], rtol=1e-6)
+  np.testing.assert_allclose(first[1][:6], bare[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_order_of_groups_changes_nothing(name):
+  objective = build(name)
+  sequences = sequences_for(name)
+  order = jnp.array([3, 1, 5, 0, 4, 2])
+  shuffled = jax.tree.map(lambda x: x[order], sequences)
+  one, other = losses_of(objective, sequences), losses_of(objective, shuffled)
+  if one.shape == (6,):
+    one = one[order]
+  np.testing.assert_allclose(one, other, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", MARGIN_ON_LOG_RATIOS)
+def test_a_constant_on_both_log_ratios_moves_no_margin_loss(name):
+  sequences = sequences_for(name)
+  moved = sequences.replace(logps=sequences.logps + 2.0)
+  np.testing.assert_allclose(
+    losses_of(build(name), sequences),
+    losses_of(build(name), moved),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_swapping_the_pair_negates_its_margin(name):
+  objective = build(name)
+  sequences = sequences_for(name)
+  swapped = jax.tree.map(lambda x: x[:, ::-1] if x.ndim == 2 else x, sequences)
+  one = objective.apply(sequences, objective.init())[1]
+  other = objective.apply(swapped, objective.init())[1]
+  np.testing.assert_array_equal(one["reward/margin"], -other["reward/margin"])
+  np.testing.assert_array_equal(
+    one["reward/accuracy"], 1.0 - other["reward/accuracy"]
+  )
+
+
+@pytest.mark.parametrize("name", LOGISTIC)
+def test_policy_equal_to_reference_gives_log_2_and_a_tie(name):
+  objective = build(name)
+  sequences = sequences_for(name)
+  sequences = sequences.replace(ref_logps=sequences.logps)
+  per_group, metrics, _ = objective.apply(sequences, objective.init())
+  np.testing.assert_allclose(per_group, math.log(2), rtol=1e-6)
+  np.testing.assert_array_equal(metrics["reward/margin"], 0.0)
+  np.testing.assert_array_equal(metrics["reward/accuracy"], 0.5)
+
+
+@pytest.mark.parametrize(
+  ("name", "knobs"),
+  [
+    ("cdpo", {"label_smoothing": 0.0}),
+    ("robust_dpo", {"label_smoothing": 0.0}),
+    ("plackett_luce", {}),
+    ("f_dpo", {"divergence": "reverse_kl"}),
+    ("ld_dpo", {"alpha": 1.0}),
+    ("r_dpo", {"alpha": 0.0}),
+    ("odpo", {"alpha": 0.0}),
+    ("dpop", {"penalty_weight": 0.0}),
+    ("rpo", {"sft_weight": 0.0}),
+    ("tdpo", {"alpha": 0.0}),
+    ("dpo_shift", {"shift": 1.0}),
+    ("beta_dpo", {"alpha": 0.0}),
+  ],
+  ids=str,
+)
+def test_limits_are_dpo(name, knobs):
+  sequences = make_sequences(2)
+  np.testing.assert_allclose(
+    losses_of(build(name, beta=0.2, **knobs), sequences),
+    losses_of(build("dpo", beta=0.2), sequences),
+    rtol=1e-5,
+  )
+
+
+def test_alphapo_tends_to_simpo():
+  sequences = make_sequences(2)
+  wanted = losses_of(build("simpo"), sequences)
+  for alpha, tolerance in ((0.0, 1e-6), (1e-3, 5e-3)):
+    ours = losses_of(build("alphapo", alpha=alpha), sequences)
+    np.testing.assert_allclose(ours, wanted, rtol=tolerance)
+
+
+def test_robust_loss_on_flipped_labels_is_in_the_mean_the_clean_loss():
+  e = 0.2
+  sequences = make_sequences(2)
+  flipped = jax.tree.map(lambda x: x[:, ::-1] if x.ndim == 2 else x, sequences)
+  robust = functools.partial(losses_of, build("robust_dpo", label_smoothing=e))
+  expected = (1 - e) * robust(sequences) + e * robust(flipped)
+  np.testing.assert_allclose(
+    expected, losses_of(build("dpo"), sequences), rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize("e", [0.1, 0.3])
+def test_cdpo_is_flat_where_it_should_be(e):
+  """The gradient vanishes iff sigmoid(beta D) = 1 - e."""
+  beta = 0.5
+  target = math.log((1 - e) / e) / beta
+  sequences = make_sequences(2, num=1).replace(
+    logps=jnp.array([[target - 3.0, -3.0]]), ref_logps=jnp.zeros((1, 2))
+  )
+  objective = build("cdpo", beta=beta, label_smoothing=e)
+
+  def slope(shift):
+    return jax.grad(
+      lambda lp: mean_loss(objective, sequences.replace(logps=lp))
+    )(sequences.logps + jnp.array([[shift, 0.0]]))[0, 0]
+
+  assert abs(slope(0.0)) < 1e-6
+  assert slope(-1.0) < -1e-3
+  assert slope(1.0) > 1e-3
+
+
+def test_rankings_with_ties_and_gaps():
+  """Hand figures: z = (2, 1, 0), beta 1."""
+  objective = build("plackett_luce", beta=1.0)
+
+  def loss(score, valid=(True, True, True)):
+    sequences = Sequences(
+      logps=jnp.array([[2.0, 1.0, 0.0]]),
+      ref_logps=jnp.zeros((1, 3)),
+      num_tokens=jnp.ones((1, 3)),
+      score=jnp.array([score]),
+      valid=jnp.array([valid]),
+    )
+    return float(losses_of(objective, sequences)[0])
+
+  e = math.e
+  first = math.log((e**2 + e + 1) / e**2)
+  second = math.log((e + 1) / e)
+  assert loss([3.0, 2.0, 1.0]) == pytest.approx(first + second, rel=1e-5)
+  tied = math.log((e**2 + 1) / e**2) + second
+  assert loss([3.0, 3.0, 1.0]) == pytest.approx(tied, rel=1e-5)
+  assert loss([1.0, 1.0, 1.0]) == 0.0
+  two = math.log((e**2 + 1) / e**2)
+  assert loss([3.0, 2.0, 1.0], (True, False, True)) == pytest.approx(two, 1e-5)
+  assert loss([3.0, 2.0, 1.0], (True, False, False)) == 0.0
+
+
+def test_running_means_are_those_of_all_steps():
+  objective = build("bco_pair")
+  state = objective.init()
+  means = []
+  for seed in range(3):
+    sequences = make_sequences(2, seed=seed)
+    _, _, state = objective.apply(sequences, state)
+    ratios = np.asarray(sequences.logps - sequences.ref_logps, np.float64)
+    means.append(0.1 * ratios.mean())
+    assert float(state["mean"]) == pytest.approx(np.mean(means), rel=1e-4)
+
+
+def test_a_response_without_tokens_counts_as_one_token():
+  """No 0 / 0 in a length mean."""
+  for name in ("simpo", "ipo", "orpo", "length_normalized_dpo"):
+    knobs = {"length_normalize": True} if name == "ipo" else {}
+    sequences = make_sequences(2)
+    sequences = sequences.replace(num_tokens=sequences.num_tokens.at[0].set(0))
+    assert jnp.isfinite(losses_of(build(name, **knobs), sequences)).all()
+
+
+def test_every_default_is_in_range_and_every_knob_has_one():
+  for loss in CATALOGUE.values():
+    assert set(loss.defaults) == set(loss.knobs), loss.name
+    for knob, value in loss.defaults.items():
+      loss.ranges.get(knob, KNOBS[knob]).check(knob, value)
+  used = {knob for loss in CATALOGUE.values() for knob in loss.knobs}
+  assert used == set(KNOBS)

@@ -1,0 +1,172 @@
+"""build_objective: strict, and composed by config."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from dpo_jax.losses import build_objective, dpo_loss
+from tests.losses.test_catalogue import losses_of, make_sequences
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    ({"name": "dpoo"}, "Did you mean 'dpo'"),
+    ({"name": None}, "not in the catalogue"),
+    ({"name": "dpo", "tau": 0.1}, "does not read it. It reads: beta"),
+    ({"name": "dpo", "betta": 0.1}, "Did you mean 'beta'"),
+    ({"name": "dpo", "beta": 0.0}, r"outside \(0, inf\)"),
+    ({"name": "dpo", "beta": float("nan")}, r"outside \(0, inf\)"),
+    ({"name": "dpo", "beta": "0.1"}, "must be a float"),
+    ({"name": "dpo", "label_smoothing": 0.1}, "does not read it"),
+    ({"name": "cdpo", "label_smoothing": 0.5}, r"outside \[0, 0.5\)"),
+    ({"name": "cdpo", "label_smoothing": -0.1}, r"outside \[0, 0.5\)"),
+    ({"name": "exo", "label_smoothing": 0.0}, "infinite loss"),
+    ({"name": "ipo", "length_normalize": 1}, "must be a bool"),
+    ({"name": "f_dpo", "divergence": "tv"}, "must be one of reverse_kl"),
+    ({"name": "f_dpo", "alpha": 0.3}, "only with divergence='alpha'"),
+    ({"name": "simper", "beta": 0.1}, "no hyper-parameters"),
+    ({"name": "dpo", "reward": "logp"}, "Did you mean 'logps'"),
+    ({"name": "dpo", "link": "nca"}, "is unknown"),
+    ({"name": "dpo", "link": "noise_contrastive"}, "is a group link"),
+    ({"name": "dpo", "link": "squared"}, "no default for tau"),
+    ({"name": "nca", "reward": "logps"}, "no such zero"),
+    ({"name": "aot", "reward": "logps"}, "takes no other reward"),
+    ([], "at least one"),
+    ([{"name": "dpo"}], "needs a weight above 0"),
+    ([{"name": "dpo", "weight": -1}], "needs a weight above 0"),
+    ([{"name": "dpo", "weight": 1}] * 2, "one of them twice"),
+    (
+      [{"name": "dpo", "weight": 1}, {"name": "kto", "weight": 1}],
+      "groups of different kinds",
+    ),
+  ],
+  ids=str,
+)
+def test_bad_configs_are_refused(config, message):
+  with pytest.raises(ValueError, match=message):
+    build_objective(config)
+
+
+def test_a_config_dict_with_placeholders_is_read():
+  config = ml_collections.ConfigDict({"name": "ipo"})
+  config.tau = ml_collections.config_dict.placeholder(float)
+  config.beta = ml_collections.config_dict.placeholder(float)
+  assert build_objective(config).knobs == {
+    "tau": 0.1,
+    "length_normalize": False,
+  }
+
+
+def test_combinations_that_no_paper_printed():
+  sequences = make_sequences(2)
+  r = np.asarray(sequences.logps - sequences.ref_logps, np.float64)
+  n = np.asarray(sequences.num_tokens, np.float64)
+  ours = losses_of(
+    build_objective({"name": "ipo", "reward": "mean_log_ratio", "tau": 0.5}),
+    sequences,
+  )
+  margin = r[:, 0] / n[:, 0] - r[:, 1] / n[:, 1]
+  np.testing.assert_allclose(ours, (margin - 1.0) ** 2, rtol=1e-4)
+  ours = losses_of(
+    build_objective({"name": "hinge", "reward": "forward_kl"}), sequences
+  )
+  margin = -np.exp(-r[:, 0]) + np.exp(-r[:, 1])
+  np.testing.assert_allclose(ours, np.maximum(0, 1 - 0.1 * margin), rtol=1e-4)
+
+
+def test_reference_free_dpo_is_a_reward():
+  objective = build_objective({"name": "dpo", "reward": "logps"})
+  assert not objective.needs_reference
+  sequences = make_sequences(2).replace(ref_logps=None)
+  margin = np.asarray(sequences.logps[:, 0] - sequences.logps[:, 1])
+  np.testing.assert_allclose(
+    losses_of(objective, sequences), np.logaddexp(0, -0.1 * margin), rtol=1e-5
+  )
+
+
+def test_a_list_is_the_weighted_sum():
+  sequences = make_sequences(2)
+  objective = build_objective(
+    [
+      {"name": "dpo", "weight": 0.8, "beta": 0.3},
+      {"name": "bco_pair", "weight": 0.2},
+      {"name": "sft", "weight": 1.0},
+    ]
+  )
+  per_group, metrics, state = objective.apply(sequences, objective.init())
+  parts = {
+    name: losses_of(build_objective({"name": name, **knobs}), sequences)
+    for name, knobs in (
+      ("dpo", {"beta": 0.3}),
+      ("bco_pair", {}),
+      ("sft", {}),
+    )
+  }
+  wanted = 0.8 * parts["dpo"] + 0.2 * parts["bco_pair"] + parts["sft"]
+  np.testing.assert_allclose(per_group, wanted, rtol=1e-5)
+  for name, figure in parts.items():
+    np.testing.assert_allclose(metrics[f"loss/{name}"], figure, rtol=1e-6)
+  assert objective.is_coupled
+  assert float(state[1]["count"]) == 1.0
+
+
+def test_missing_fields_are_named():
+  sequences = make_sequences(2).replace(ref_logps=None, kl=None)
+  with pytest.raises(ValueError, match="ref_logps is None"):
+    losses_of(build_objective({"name": "dpo"}), sequences)
+  sequences = make_sequences(2).replace(kl=None)
+  with pytest.raises(ValueError, match="reads kl of the sequences"):
+    losses_of(build_objective({"name": "tdpo"}), sequences)
+
+
+@pytest.mark.parametrize(
+  ("name", "num_slots"), [("dpo", 3), ("dpo", 1), ("kto", 2), ("sft", 0)]
+)
+def test_groups_of_another_size_are_refused(name, num_slots):
+  with pytest.raises(ValueError, match=f"these hold {num_slots}"):
+    build_objective({"name": name}).check_group_size(num_slots)
+
+
+def test_dpo_loss_by_hand():
+  """beta 0.5, log-ratios 2 and -2: -log sigmoid(2) = 0.126928."""
+  loss = dpo_loss(
+    jnp.array([-1.0]),
+    jnp.array([-7.0]),
+    jnp.array([-3.0]),
+    jnp.array([-5.0]),
+    beta=0.5,
+  )
+  np.testing.assert_allclose(loss, [0.126928], rtol=1e-5)
+  smoothed = dpo_loss(
+    jnp.array([-1.0]),
+    jnp.array([-7.0]),
+    jnp.array([-3.0]),
+    jnp.array([-5.0]),
+    beta=0.5,
+    label_smoothing=0.25,
+  )
+  # 0.75 * 0.126928 + 0.25 * 2.126928
+  np.testing.assert_allclose(smoothed, [0.626928], rtol=1e-5)
+
+
+def test_dpo_loss_is_float32_and_checks_shapes():
+  half = jnp.zeros(3, jnp.bfloat16)
+  assert dpo_loss(half, half, half, half, beta=0.1).dtype == jnp.float32
+  with pytest.raises(AssertionError):
+    dpo_loss(half, half, half, jnp.zeros((3, 1)), beta=0.1)
+
+
+def test_dpo_gradient_weight_is_the_papers():
+  """d loss / d lp_w = -beta sigmoid(-beta D): 2305.18290, sec. 4."""
+  rng = np.random.default_rng(0)
+  args = [jnp.asarray(rng.normal(-20, 3, 5), jnp.float32) for _ in range(4)]
+  chosen, rejected = jax.grad(
+    lambda w, x: dpo_loss(w, x, *args[2:], beta=0.3).sum(), (0, 1)
+  )(*args[:2])
+  margin = np.asarray((args[0] - args[2]) - (args[1] - args[3]), np.float64)
+  weight = 0.3 / (1 + np.exp(0.3 * margin))
+  np.testing.assert_allclose(chosen, -weight, rtol=1e-4)
+  np.testing.assert_allclose(rejected, weight, rtol=1e-4)
