@@ -39,11 +39,8 @@ def get_config(stage: str = "dpo"):
   config.total_steps = 685
   if stage == "sft":
     config.loss = loss_config("sft")
-    config.reference.kind = "none"
     config.checkpoint.best_metric = "eval/loss"
     config.checkpoint.best_is_lower = True
-  elif stage == "dpo":
-    config.loss.beta = 0.1
-  else:
+  elif stage != "dpo":
     raise ValueError(f"hh.py:{stage}: the stage must be 'sft' or 'dpo'")
   return config

@@ -31,7 +31,6 @@ def get_config(stage: str = "dpo"):
     config.data.source = "synthetic:review_demonstrations:20000"
     config.total_steps = 400
     config.loss = loss_config("sft")
-    config.reference.kind = "none"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 20
@@ -41,7 +40,6 @@ def get_config(stage: str = "dpo"):
   elif stage == "dpo":
     config.data.source = "synthetic:review_pairs:4000"
     config.total_steps = 100
-    config.loss.beta = 0.3
     config.optimizer.learning_rate = 1e-4
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_steps = 10

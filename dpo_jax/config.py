@@ -18,6 +18,9 @@ from dpo_jax.losses.objective import did_you_mean
 def loss_config(name: str) -> ml_collections.ConfigDict:
   """A loss by name; every knob is a placeholder until it is set."""
   config = ml_collections.ConfigDict({"name": name})
+  # Names in losses/rewards.py and losses/links.py, to replace the row's own.
+  config.reward = config_dict.placeholder(str)
+  config.link = config_dict.placeholder(str)
   for knob, meaning in KNOBS.items():
     config[knob] = config_dict.placeholder(meaning.type)
   return config
@@ -51,6 +54,8 @@ def default_config() -> ml_collections.ConfigDict:
   config.data.chat_template = ""  # a jinja file; "": the tokenizer's own
   config.data.max_tokens = 512  # prompt + response (2305.18290's repository)
   config.data.max_prompt_tokens = 256  # kept of a prompt that is too long
+  # Pairs become two responses with a label each, for a loss that reads those.
+  config.data.split_pairs = True
   config.data.row_tokens = 0  # of a packed row; 0: as the longest group needs
   config.data.layout = "shared"  # or "packed", "padded": data/packing.py
   config.data.cache_dir = ""  # token stores; "": ~/.cache/dpo_jax
@@ -59,8 +64,14 @@ def default_config() -> ml_collections.ConfigDict:
 
   config.reference = ml_collections.ConfigDict()
   # "cached": log-probs computed once; "frozen": a copy runs in every step;
-  # "none": for losses that read no reference.
-  config.reference.kind = "cached"
+  # "ema": a copy that follows the policy (TR-DPO); "none": for losses that
+  # read no reference. "auto" is "none" where it can be, "frozen" where a loss
+  # reads more of the reference than sums, and else "cached".
+  config.reference.kind = "auto"
+  # TR-DPO (arXiv:2404.09656): every so many steps the reference becomes
+  # alpha * policy + (1 - alpha) * reference; 1 is a hard update.
+  config.reference.alpha = config_dict.placeholder(float)  # ema only: 0.6
+  config.reference.every_steps = config_dict.placeholder(int)  # ema only: 512
   config.reference.init = ""  # as policy.init; "": the policy's own start
   config.reference.cache_dir = ""  # "": WORKDIR/reference
 
@@ -78,6 +89,9 @@ def default_config() -> ml_collections.ConfigDict:
   config.eval = ml_collections.ConfigDict()
   config.eval.every_steps = 100  # 0: at the start and the end only
   config.eval.batch_size = 64  # groups
+  # Losses to measure besides, from the same forward pass: ("ipo", "kto").
+  config.eval.losses = ()
+  config.eval.save_logps = True  # of every group: see experiments/replay.py
   config.eval.max_groups = 0  # held-out groups to read; 0: all
   config.eval.num_samples = 0  # responses sampled at the start and the end
   config.eval.max_response_tokens = 128  # of a sample, EOS included
@@ -120,8 +134,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   All missing and unknown keys are named at once, unknown ones with the
   nearest that exists. Values are checked where they are used.
   """
-  wanted = dict(flatten(default_config()))
-  found = dict(flatten(config))
+  # A loss, or a list of them, is checked by `build_objective`.
+  wanted, found = (
+    {k: v for k, v in flatten(c) if k.partition(".")[0] != "loss"}
+    for c in (default_config(), config)
+  )
+  if "loss" not in config:
+    raise ValueError("config.loss is missing")
   faults = [
     f"config.{key} is unknown.{did_you_mean(key, wanted)}"
     for key in found

@@ -2,22 +2,27 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import io
 import math
 from typing import Any
 
+from etils import epath
 import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.loader import Loader
-from dpo_jax.data.store import Store
+from dpo_jax.data.store import Store, part_starts
 from dpo_jax.data.tokenizers import Tokenizer
 from dpo_jax.judges import Judge
-from dpo_jax.losses import Objective
+from dpo_jax.losses import Objective, WeightedSum
 from dpo_jax.mesh import Placement
 from dpo_jax.models import generate
 from dpo_jax.models.decoder import Policy
 from dpo_jax.reference import compute_logps, to_host
+
+# Fields of Sequences, [N, K] or [N], and the groups' ids.
+Records = dict[str, np.ndarray]
 
 _Z95 = 1.959963984540054
 
@@ -43,13 +48,13 @@ def wilson_interval(fraction: float, count: int) -> tuple[float, float]:
 
 def evaluate(
   eval_step: Callable[..., Any],
-  objective: Objective,
+  objective: Objective | WeightedSum,
   params: Any,
   ref_params: Any,
   loss_state: Any,
   loader: Loader,
   placement: Placement,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Records]:
   """Means over every held-out group, each counted once.
 
   Args:
@@ -62,17 +67,19 @@ def evaluate(
     placement: mesh.
 
   Returns:
-    `loss`, the objective's metrics, and the bounds of the accuracy's 95 %
-    interval (`reward/accuracy_low`, `reward/accuracy_high`) where it has one.
+    The figures: `loss`, the objective's metrics, `displacement`'s, and the
+    bounds of the accuracy's 95 % interval (`reward/accuracy_low`,
+    `reward/accuracy_high`) where it has one. And what every group gave, for
+    `write_records`.
   """
   lengths = loader.store.lengths[loader.indices, 1:]
   count = int(objective.valid_groups(lengths > 0).sum())
   total_tokens = float(lengths[:, : objective.num_slots].sum())
-  sums: dict[str, float] = {}
-  counts: dict[str, int] = {}
+  by_name: dict[str, list[np.ndarray]] = {}
+  parts: list[Records] = []
   for index in range(loader.num_eval_batches()):
     batch = placement.place_rows(loader.eval_batch(index))
-    _, per_group, metrics = eval_step(
+    sequences, per_group, metrics = eval_step(
       params,
       ref_params,
       loss_state,
@@ -80,21 +87,97 @@ def evaluate(
       jnp.float32(count),
       jnp.float32(total_tokens),
     )
-    losses = to_host(per_group).astype(np.float64)
-    sums["loss"] = sums.get("loss", 0.0) + losses.sum()
-    for name, figure in metrics.items():
-      figures = to_host(figure).astype(np.float64)
-      is_counted = ~np.isnan(figures)
-      sums[name] = sums.get(name, 0.0) + figures[is_counted].sum()
-      counts[name] = counts.get(name, 0) + int(is_counted.sum())
-  counts["loss"] = count
-  means = {name: x / max(counts[name], 1) for name, x in sums.items()}
-  if "reward/accuracy" in means:
-    low, high = wilson_interval(
-      means["reward/accuracy"], counts["reward/accuracy"]
+    ids = to_host(batch.example_ids).reshape(-1)
+    is_group = ids >= 0
+    for name, figure in {"loss": per_group, **metrics}.items():
+      by_name.setdefault(name, []).append(to_host(figure)[is_group])
+    fields = {
+      field.name: to_host(getattr(sequences, field.name))[is_group]
+      for field in dataclasses.fields(sequences)
+      if getattr(getattr(sequences, field.name), "ndim", 0)
+    }
+    parts.append({"example_ids": ids[is_group], **fields})
+  columns = {
+    name: np.concatenate(x).astype(np.float64) for name, x in by_name.items()
+  }
+  records = {
+    name: np.concatenate([part[name] for part in parts]) for name in parts[0]
+  }
+  figures = {
+    name: float(np.nansum(x) / max((~np.isnan(x)).sum(), 1))
+    for name, x in columns.items()
+  }
+  # Groups that the loss cannot read have a loss of 0, and do not count.
+  figures["loss"] = float(columns["loss"].sum() / max(count, 1))
+  if "reward/accuracy" in figures:
+    num = int((~np.isnan(columns["reward/accuracy"])).sum())
+    low, high = wilson_interval(figures["reward/accuracy"], num)
+    figures |= {"reward/accuracy_low": low, "reward/accuracy_high": high}
+  if "reward/margin" in columns:
+    figures |= displacement(columns["reward/margin"], records["num_tokens"])
+  return figures | {"num_groups": count}, records
+
+
+def displacement(
+  margins: np.ndarray, num_tokens: np.ndarray
+) -> dict[str, float]:
+  """Where the pull of the loss goes: why chosen log-probs may fall.
+
+  Args:
+    margins: f64 [N], beta D, the margin of rewards; NaN where there is none.
+    num_tokens: f32 [N, K], slot 0 chosen.
+
+  Returns:
+    `pull/0.1` to `pull/1.0`: the fraction of groups whose weight in DPO's
+    gradient, sigmoid(-beta D), is at most that and above the mark before;
+    and `length_margin_correlation`, of chosen minus rejected length with the
+    margin, 0 where either does not vary.
+  """
+  is_counted = ~np.isnan(margins)
+  margins = margins[is_counted]
+  others = num_tokens[is_counted, 1:]
+  present = np.maximum((others > 0).sum(1), 1)
+  gaps = num_tokens[is_counted, 0] - others.sum(1) / present
+  pulls = 0.5 * (1.0 - np.tanh(0.5 * margins))
+  marks = np.linspace(0.0, 1.0, 11)
+  bins = np.clip(np.searchsorted(marks, pulls, side="left"), 1, 10)
+  counts = np.bincount(bins, minlength=11)[1:]
+  figures = {
+    f"pull/{mark:.1f}": float(n / max(len(margins), 1))
+    for mark, n in zip(marks[1:], counts, strict=True)
+  }
+  varies = len(margins) > 1 and margins.std() > 0 and gaps.std() > 0
+  correlation = np.corrcoef(gaps, margins)[0, 1] if varies else 0.0
+  return figures | {"length_margin_correlation": float(correlation)}
+
+
+def write_records(workdir: epath.Path, step: int, records: Records) -> None:
+  """Writes WORKDIR/eval_logps/STEP.npz, for `experiments.replay`."""
+  folder = workdir / "eval_logps"
+  folder.mkdir(parents=True, exist_ok=True)
+  buffer = io.BytesIO()
+  np.savez(buffer, **records)
+  (folder / f"{step}.npz").write_bytes(buffer.getvalue())
+
+
+def read_records(workdir: epath.PathLike) -> dict[int, Records]:
+  """What `write_records` wrote, by step.
+
+  Raises:
+    FileNotFoundError: nothing there.
+  """
+  folder = epath.Path(workdir) / "eval_logps"
+  paths = sorted(folder.glob("*.npz")) if folder.exists() else []
+  if not paths:
+    raise FileNotFoundError(
+      f"{folder} holds no log-probs: train with eval.save_logps=True and held-"
+      "out data"
     )
-    means |= {"reward/accuracy_low": low, "reward/accuracy_high": high}
-  return means | {"num_groups": count}
+  out = {}
+  for path in sorted(paths, key=lambda path: int(path.stem)):
+    with np.load(io.BytesIO(path.read_bytes())) as file:
+      out[int(path.stem)] = dict(file)
+  return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,10 +350,9 @@ def sampled_kl(
     for part in pair
   ]
   lengths = np.array([len(p) for p in parts], np.int32).reshape(-1, 2)
-  totals = lengths.sum(1, dtype=np.int64)
   store = Store(
     tokens=np.concatenate(parts),
-    starts=np.cumsum(totals) - totals,
+    starts=part_starts(lengths),
     lengths=lengths,
     score=np.ones((len(lengths), 1), np.float32),
     digest="samples",

@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.mesh import param_shardings
@@ -16,13 +17,16 @@ from dpo_jax.models.decoder import Policy
 KINDS = ("random", "hf:FOLDER", "run:WORKDIR")
 
 
-def load_policy(config: Any, *, vocab_size: int) -> Policy:
+def load_policy(
+  config: Any, *, vocab_size: int, value_head: bool = False
+) -> Policy:
   """The decoder that `config.policy` describes.
 
   Args:
     config: `config.policy`.
     vocab_size: ids that the tokenizer may give; the embedding of random
       weights is that large, rounded up to a multiple of 128.
+    value_head: whether the loss reads values.
 
   Returns:
     The decoder, without parameters.
@@ -35,6 +39,7 @@ def load_policy(config: Any, *, vocab_size: int) -> Policy:
     "param_dtype": config.param_dtype,
     "compute_dtype": config.compute_dtype,
     "remat": config.remat,
+    "value_head": value_head,
   }
   kind, _, where = config.init.partition(":")
   if kind == "random" and not where:
@@ -52,7 +57,9 @@ def load_policy(config: Any, *, vocab_size: int) -> Policy:
     path = epath.Path(where) / "model.json"
     if not path.exists():
       raise FileNotFoundError(f"{path} does not exist: {where} is no workdir")
-    return Policy(ModelConfig(**{**json.loads(path.read_text()), **ours}))
+    recorded = json.loads(path.read_text())
+    ours["value_head"] |= recorded.get("value_head", False)
+    return Policy(ModelConfig(**{**recorded, **ours}))
   raise ValueError(
     f"policy.init={config.init!r} must be one of {', '.join(KINDS)}"
   )
@@ -81,9 +88,17 @@ def load_params(init: str, policy: Policy, mesh: Any, *, seed: int) -> Any:
     FileNotFoundError: a run without a checkpoint.
     ValueError: weights of another shape.
   """
+  kind, _, where = init.partition(":")
+  if policy.config.value_head and not _has_value_head(kind, where):
+    # What it starts from has none: it begins at zero, as a random one does.
+    headless = dataclasses.replace(policy.config, value_head=False)
+    params = load_params(init, Policy(headless), mesh, seed=seed)
+    abstract = policy.abstract_params()["value_head"]
+    sharding = param_shardings({"value_head": abstract}, mesh)["value_head"]
+    zeros = jnp.zeros(abstract.shape, abstract.dtype, device=sharding)
+    return {**params, "value_head": zeros}
   abstract = policy.abstract_params()
   shardings = param_shardings(abstract, mesh)
-  kind, _, where = init.partition(":")
   if kind == "random":
     make = jax.jit(policy.init, out_shardings=shardings)
     return make(jax.random.key(seed))
@@ -108,6 +123,13 @@ def load_params(init: str, policy: Policy, mesh: Any, *, seed: int) -> Any:
     return checkpoints.restore_params(targets, step=step)
   finally:
     checkpoints.close()
+
+
+def _has_value_head(kind: str, where: str) -> bool:
+  if kind == "run":
+    recorded = json.loads((epath.Path(where) / "model.json").read_text())
+    return recorded.get("value_head", False)
+  return kind == "random"
 
 
 def open_checkpoints(

@@ -17,12 +17,96 @@ import numpy as np
 from tqdm import tqdm
 
 from dpo_jax.data.loader import Loader
+from dpo_jax.losses import Objective, WeightedSum
 from dpo_jax.mesh import Placement, on_mesh, path_name
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 
-KINDS = ("cached", "frozen", "none")
+KINDS = ("auto", "cached", "frozen", "ema", "none")
+# Fields of Sequences that a cache of log-probs does not hold.
+LIVE_FIELDS = frozenset({"kl", "ref_head_logps", "ref_sampled_logps"})
+
+
+def resolve(config: Any, objective: Objective | WeightedSum) -> None:
+  """Settles `config.reference`: which kind, and the knobs of TR-DPO.
+
+  Args:
+    config: `config.reference`, changed in place.
+    objective: what reads the reference.
+
+  Raises:
+    ValueError: an unknown kind, one that the loss cannot do with, or knobs
+      that the kind does not read.
+  """
+  if config.kind not in KINDS:
+    raise ValueError(
+      f"reference.kind={config.kind!r} must be one of {', '.join(KINDS)}"
+    )
+  live = sorted(objective.needs & LIVE_FIELDS)
+  if config.kind == "auto":
+    if not objective.needs_reference:
+      config.kind = "none"
+    else:
+      config.kind = "frozen" if live else "cached"
+  if objective.needs_reference and config.kind == "none":
+    raise ValueError(
+      f"loss {objective.name!r} compares with a reference: set reference.kind"
+      " to 'cached' or 'frozen', or loss.reward to one without a reference"
+    )
+  if live and config.kind == "cached":
+    raise ValueError(
+      f"loss {objective.name!r} reads {', '.join(live)}, and a cache holds"
+      " summed log-probs only: set reference.kind='frozen'"
+    )
+  defaults = {"alpha": 0.6, "every_steps": 512}
+  for knob, default in defaults.items():
+    value = getattr(config, knob)
+    if config.kind != "ema" and value is not None:
+      raise ValueError(
+        f"reference.{knob}={value} is set, and only reference.kind='ema' reads"
+        f" it; the kind is {config.kind!r}"
+      )
+    if config.kind == "ema" and value is None:
+      setattr(config, knob, default)
+  if config.kind == "ema" and not (
+    0.0 < config.alpha <= 1.0 and config.every_steps >= 1
+  ):
+    raise ValueError(
+      f"reference.alpha={config.alpha} must be in (0, 1], and"
+      f" reference.every_steps={config.every_steps} at least 1"
+    )
+
+
+def make_update(config: Any) -> Callable[[Any, Any, jax.Array], Any] | None:
+  """How a reference follows the policy: Gorbatovski et al. 2024, TR-DPO.
+
+  arXiv:2404.09656: soft for alpha < 1, hard for alpha = 1.
+
+  Args:
+    config: `config.reference`, resolved.
+
+  Returns:
+    (ref_params, params, steps taken) -> ref_params, or None for a reference
+    that stays.
+  """
+  if config.kind != "ema":
+    return None
+  alpha, every_steps = config.alpha, config.every_steps
+
+  def follow(ref_params, params):
+    def mix(old, new):
+      wide = (1.0 - alpha) * old.astype(jnp.float32)
+      return (wide + alpha * new.astype(jnp.float32)).astype(old.dtype)
+
+    return jax.tree.map(mix, ref_params, params)
+
+  def update(ref_params, params, step):
+    return jax.lax.cond(
+      step % every_steps == 0, follow, lambda old, _: old, ref_params, params
+    )
+
+  return update
 
 
 def params_digest(params: Any) -> str:

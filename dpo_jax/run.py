@@ -16,10 +16,10 @@ import numpy as np
 import optax
 
 from dpo_jax import config as config_lib
-from dpo_jax import initialize, judges, mesh, optimizer, reference
+from dpo_jax import initialize, judges, mesh, optimizer, reference, step
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import sources, store, tokenizers
-from dpo_jax.losses import Objective, build_objective
+from dpo_jax.data import packing, sources, store, tokenizers
+from dpo_jax.losses import Objective, WeightedSum, build_objective
 from dpo_jax.models.decoder import Policy
 
 _LOG = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class Run:
 
   config: Any
   workdir: epath.Path
-  objective: Objective
+  objective: Objective | WeightedSum
+  eval_objectives: tuple[Objective, ...]
   placement: mesh.Placement
   policy: Policy
   data: Data
@@ -58,24 +59,19 @@ def build_run(config: Any, workdir: epath.Path) -> Run:
   config_lib.check_config(config)
   config = config.copy_and_resolve_references()
   objective = build_objective(config.loss)
-  config.loss.update(objective.knobs)
-  if config.reference.kind not in reference.KINDS:
-    raise ValueError(
-      f"reference.kind={config.reference.kind!r} must be one of"
-      f" {', '.join(reference.KINDS)}"
-    )
-  if objective.needs_reference and config.reference.kind == "none":
-    raise ValueError(
-      f"loss {config.loss.name!r} compares with a reference: set"
-      " reference.kind to 'cached' or 'frozen'"
-    )
+  _resolve_loss(config, objective)
+  reference.resolve(config.reference, objective)
+  eval_objectives = _eval_objectives(config, objective)
   judge = judges.get_judge(config.eval.judge)
   placement = mesh.Placement(mesh.make_mesh(config.mesh), config.parallelism)
+  step.check_coupling(objective, placement.axis_name)
   tokenizer = tokenizers.load_tokenizer(
     _tokenizer_folder(config), chat_template=config.data.chat_template
   )
   policy = initialize.load_policy(
-    config.policy, vocab_size=tokenizer.vocab_size
+    config.policy,
+    vocab_size=tokenizer.vocab_size,
+    value_head="values" in objective.needs,
   )
   mesh.param_shardings(policy.abstract_params(), placement.mesh)
   schedule = optimizer.build_schedule(config.optimizer, config.total_steps)
@@ -83,13 +79,55 @@ def build_run(config: Any, workdir: epath.Path) -> Run:
     config=config,
     workdir=workdir,
     objective=objective,
+    eval_objectives=eval_objectives,
     placement=placement,
     policy=policy,
-    data=_build_data(config, tokenizer, objective, policy, placement),
+    data=_build_data(
+      config, tokenizer, objective, eval_objectives, policy, placement
+    ),
     optimizer=optimizer.build_optimizer(config.optimizer, schedule),
     schedule=schedule,
     judge=judge,
   )
+
+
+def _resolve_loss(config: Any, objective: Objective | WeightedSum) -> None:
+  """Writes every knob that the loss reads into the config."""
+  resolved = objective.to_dict()
+  if isinstance(resolved, dict):
+    config.loss.update(resolved)
+  else:
+    with config.ignore_type():
+      config.loss = tuple(resolved)
+
+
+def _eval_objectives(
+  config: Any, objective: Objective | WeightedSum
+) -> tuple[Objective, ...]:
+  """The losses of `eval.losses`, each of which this run can measure."""
+  others = tuple(build_objective({"name": n}) for n in config.eval.losses)
+  # What depends on the run: the rest comes with every forward pass.
+  absent = {"values", "mismatched_logps", "mismatched_ref_logps"}
+  absent -= objective.needs
+  if config.reference.kind not in ("frozen", "ema"):
+    absent |= reference.LIVE_FIELDS
+  if not objective.needs_reference:
+    absent |= reference.LIVE_FIELDS | {"ref_logps"}
+  for other in others:
+    missing = sorted(other.needs & absent)
+    if missing:
+      raise ValueError(
+        f"eval.losses: {other.name!r} reads {', '.join(missing)}, which a run"
+        f" of loss {objective.name!r} with reference.kind="
+        f"{config.reference.kind!r} does not have"
+      )
+    if other.group not in ("first", objective.group):
+      raise ValueError(
+        f"eval.losses: {other.name!r} reads groups of the kind"
+        f" {other.group!r}, and loss {objective.name!r} of the kind"
+        f" {objective.group!r}"
+      )
+  return others
 
 
 def _tokenizer_folder(config: Any) -> str:
@@ -106,7 +144,8 @@ def _tokenizer_folder(config: Any) -> str:
 def _build_data(
   config: Any,
   tokenizer: tokenizers.Tokenizer,
-  objective: Objective,
+  objective: Objective | WeightedSum,
+  eval_objectives: tuple[Objective, ...],
   policy: Policy,
   placement: mesh.Placement,
 ) -> Data:
@@ -128,6 +167,11 @@ def _build_data(
         f" axes {mesh.ROW_AXES}: nearest {nearest}"
       )
 
+  read = objective.needs.union(*(o.needs for o in eval_objectives))
+  token_masks = frozenset(
+    mask for mask in packing.TOKEN_MASKS if f"{mask}_logps" in read
+  )
+
   def open_store(spec: str) -> store.Store:
     opened = store.build_store(
       sources.open_source(spec),
@@ -136,10 +180,15 @@ def _build_data(
       config.data.cache_dir or default_cache_dir(),
     )
     _check_ids(opened, policy.config.vocab_size)
-    if opened.num_slots > 1 or objective.num_slots != 1:
-      objective.check_group_size(opened.num_slots)
     _log_report(opened.report)
-    return opened.first_slots(objective.num_slots or opened.num_slots)
+    is_split = config.data.split_pairs and opened.num_slots == 2
+    if is_split and objective.group == "single":
+      opened = opened.split_pairs()
+    objective.check_group_size(opened.num_slots)
+    opened = opened.first_slots(objective.num_slots or opened.num_slots)
+    if "mismatched_logps" in objective.needs:
+      opened = opened.with_mismatched(config.seed, config.data.max_tokens)
+    return opened
 
   def make_loader(
     groups: store.Store, indices: np.ndarray, batch_size: int, parts: int
@@ -160,6 +209,7 @@ def _build_data(
       config.seed,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
+      token_masks=token_masks,
     )
 
   groups = open_store(config.data.source)
@@ -200,7 +250,7 @@ def _check_ids(groups: store.Store, vocab_size: int) -> None:
   largest = int(groups.tokens.max())
   if largest >= vocab_size:
     place = int(np.argmax(groups.tokens))
-    group = int(np.searchsorted(groups.starts, place, "right")) - 1
+    group = int(np.searchsorted(groups.starts[:, 0], place, "right")) - 1
     raise ValueError(
       f"{groups.report['source']}: group {group} holds the token id {largest},"
       f" and the model's vocabulary has {vocab_size}: the tokenizer is not"

@@ -5,7 +5,7 @@ before the forward pass, so that the sum over devices and accumulation steps
 is the objective itself: splitting a batch differently changes rounding only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -101,11 +101,7 @@ def make_train_step(
   Raises:
     ValueError: a loss that couples the batch, under pmap.
   """
-  if objective.is_coupled and axis_name is not None:
-    raise ValueError(
-      f"loss {objective.name!r} couples the groups of a batch, and under pmap a"
-      " device sees only its own: set parallelism='jit'"
-    )
+  check_coupling(objective, axis_name)
 
   def total(tree: Any) -> Any:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
@@ -209,6 +205,17 @@ def make_train_step(
   return step
 
 
+def check_coupling(
+  objective: Objective | WeightedSum, axis_name: str | None
+) -> None:
+  """Raises ValueError for a batch-coupled loss under pmap."""
+  if objective.is_coupled and axis_name is not None:
+    raise ValueError(
+      f"loss {objective.name!r} couples the groups of a batch, and under pmap a"
+      " device sees only its own: set parallelism='jit'"
+    )
+
+
 def count_batch(
   objective: Objective | WeightedSum, batch: Batch
 ) -> dict[str, jax.Array]:
@@ -279,17 +286,28 @@ def split_rows(batch: Batch, num_parts: int) -> Batch:
 
 
 def make_eval_step(
-  policy: Policy, objective: Objective | WeightedSum, *, chunk_size: int
+  policy: Policy,
+  objective: Objective | WeightedSum,
+  *,
+  chunk_size: int,
+  others: Sequence[Objective] = (),
 ) -> Callable[..., tuple[Sequences, jax.Array, Metrics]]:
   """Builds the evaluation step.
+
+  Args:
+    policy: the decoder.
+    objective: what is trained.
+    chunk_size: see `logps.chunked_token_figures`.
+    others: losses to measure besides, from the same forward pass.
 
   Returns:
     (params, ref_params, loss_state, batch, num_groups, total_tokens) ->
     (sequences, per-group loss f32 [B], per-group metrics f32 [B]).
     `num_groups` and `total_tokens` count the whole evaluation set, so that
     the sum of all losses divided by `num_groups` is exact however the set is
-    cut into batches.
+    cut into batches. A loss that sorts a batch sorts the evaluation's.
   """
+  needs = objective.needs.union(*(other.needs for other in others))
 
   def step(
     params: Any,
@@ -300,14 +318,52 @@ def make_eval_step(
     total_tokens: jax.Array,
   ) -> tuple[Sequences, jax.Array, Metrics]:
     sequences = read_sequences(
-      policy,
-      params,
-      ref_params,
-      batch,
-      chunk_size=chunk_size,
-      needs=objective.needs,
+      policy, params, ref_params, batch, chunk_size=chunk_size, needs=needs
     ).replace(num_groups=num_groups, total_tokens=total_tokens)
     per_group, metrics, _ = objective.apply(sequences, loss_state)
-    return sequences, per_group, metrics
+    for other in others:
+      metrics |= measure(other, sequences)
+    return sequences, spread(objective, per_group, sequences), metrics
 
   return step
+
+
+def measure(objective: Objective, sequences: Sequences) -> Metrics:
+  """What a loss would make of these sequences, f32 [B] each.
+
+  Returns:
+    `NAME/loss`; `NAME/margin` of a loss with one; and `NAME/gradient_weight`,
+    the size of its pull on the first response's log-prob.
+  """
+
+  def total(logps):
+    per_group, metrics, _ = objective.apply(
+      sequences.replace(logps=logps), objective.init()
+    )
+    return spread(objective, per_group, sequences).sum(), (per_group, metrics)
+
+  pull, (per_group, metrics) = jax.grad(total, has_aux=True)(sequences.logps)
+  is_valid = objective.valid_groups(sequences.valid)
+  figures = {
+    "loss": spread(objective, per_group, sequences),
+    "gradient_weight": jnp.abs(pull[:, 0]),
+  }
+  figures = {
+    name: jnp.where(is_valid, figure, jnp.nan)
+    for name, figure in figures.items()
+  }
+  if "reward/margin" in metrics:
+    figures["margin"] = metrics["reward/margin"]
+  return {f"{objective.name}/{name}": x for name, x in figures.items()}
+
+
+def spread(
+  objective: Objective | WeightedSum,
+  per_group: jax.Array,
+  sequences: Sequences,
+) -> jax.Array:
+  """f32 [B] losses; the figure of a sorted batch stands for each group."""
+  is_valid = objective.valid_groups(sequences.valid)
+  if per_group.shape == is_valid.shape:
+    return per_group
+  return jnp.where(is_valid, per_group[0], 0.0)

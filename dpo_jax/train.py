@@ -176,11 +176,12 @@ class _Loop:
       )
 
     abstract_params = run.policy.abstract_params()
-    is_frozen = (
-      config.reference.kind == "frozen" and run.objective.needs_reference
+    is_live = (
+      config.reference.kind in ("frozen", "ema")
+      and run.objective.needs_reference
     )
     abstract = jax.eval_shape(
-      fresh, abstract_params, abstract_params if is_frozen else None
+      fresh, abstract_params, abstract_params if is_live else None
     )
     shardings = mesh.state_shardings(
       abstract, abstract_params, run.placement.mesh
@@ -196,7 +197,7 @@ class _Loop:
       return state, shardings
     params = self._load(config.policy.init)
     # Loaded again, not copied by reference: the policy's buffers are donated.
-    ref_params = self._load(self._reference_init()) if is_frozen else None
+    ref_params = self._load(self._reference_init()) if is_live else None
     state = jax.jit(fresh, out_shardings=shardings)(params, ref_params)
     return state, shardings
 
@@ -209,8 +210,8 @@ class _Loop:
     )
 
   def _reference_params(self, state: TrainState) -> Any:
-    """The reference's parameters; loaded anew if not on the device."""
-    if state.ref_params is not None:
+    """What the reference began as; loaded anew if not on the device."""
+    if state.ref_params is not None and self.config.reference.kind == "frozen":
       return state.ref_params
     return self._load(self._reference_init())
 
@@ -301,7 +302,10 @@ class _Loop:
   def _build_eval(self) -> None:
     run = self.run
     step = step_lib.make_eval_step(
-      run.policy, run.objective, chunk_size=self.config.logps_chunk
+      run.policy,
+      run.objective,
+      chunk_size=self.config.logps_chunk,
+      others=run.eval_objectives,
     )
     self.eval_step = self.on_mesh(
       jax.jit(step, out_shardings=run.placement.replicated)
@@ -361,6 +365,7 @@ class _Loop:
       accumulation_steps=config.accumulation_steps,
       chunk_size=config.logps_chunk,
       axis_name=placement.axis_name,
+      update_reference=reference.make_update(config.reference),
     )
     limit = len(self.train_loader.plan.row_counts)
     chex.clear_trace_counter()
@@ -373,7 +378,7 @@ class _Loop:
       config.total_steps,
       start,
       is_shown=config.log.progress and run.is_writer,
-      name=config.loss.name,
+      name=run.objective.name,
     )
     clock = _Clock()
     state = placement.place_state(state)
@@ -457,7 +462,7 @@ class _Loop:
     """Held-out figures; samples too at the start and the end."""
     if self.eval_loader is None:
       return
-    figures = evaluate_lib.evaluate(
+    figures, records = evaluate_lib.evaluate(
       self.eval_step,
       self.run.objective,
       state.params,
@@ -466,6 +471,8 @@ class _Loop:
       self.eval_loader,
       self.run.placement,
     )
+    if self.config.eval.save_logps and self.run.is_writer:
+      evaluate_lib.write_records(self.run.workdir, step, records)
     if is_edge and self.ref_samples is not None:
       samples = self._sample(state.params)
       figures |= evaluate_lib.compare_samples(samples, self.ref_samples)

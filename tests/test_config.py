@@ -228,6 +228,8 @@ def test_a_loss_by_name_alone_trains_with_its_own_defaults(tmp_path):
   # Azar et al. give tau = 0.1; every other knob is left alone.
   assert resolved.pop("name") == "ipo"
   assert {k: v for k, v in resolved.items() if v is not None} == {
+    "reward": "summed_or_mean_log_ratio",
+    "link": "squared",
     "tau": 0.1,
     "length_normalize": False,
   }

@@ -101,7 +101,7 @@ def evaluate(models, batch_size, *, loss="dpo", sizes=None, is_frozen=False):
     (),
     loader,
     placement,
-  )
+  )[0]
 
 
 def assert_figures(got, wanted):

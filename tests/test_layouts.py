@@ -1,5 +1,7 @@
 """Padded = packed = packed with shared prompts: loss and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,12 +36,11 @@ def assert_same(results, tolerance=1e-5):
   first, *others = results
   for other in others:
     np.testing.assert_allclose(other[0], first[0], rtol=tolerance)
-    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(first[1]))
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance * scale),
-      first[1],
-      other[1],
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(first[1]))
+    same = functools.partial(
+      np.testing.assert_allclose, atol=tolerance * largest
     )
+    jax.tree.map(same, first[1], other[1])
 
 
 def text_groups(tokenizer, num, tmp_path, spec):

@@ -23,7 +23,7 @@ from dpo_jax.data.examples import Example, Unusable, parse_record
 from dpo_jax.data.sources import Record, Source
 from dpo_jax.data.tokenizers import Tokenizer
 
-FORMAT = 2  # raise it when the same input would give other arrays
+FORMAT = 3  # raise it when the same input would give other arrays
 _CHUNK = 1000
 
 
@@ -55,7 +55,7 @@ class Store:
 
   Attributes:
     tokens: i32 [total], every group's prompt and then its responses.
-    starts: i64 [N], where each group starts in `tokens`.
+    starts: i64 [N, 1 + K], where each part starts in `tokens`.
     lengths: i32 [N, 1 + K], tokens of the prompt and of each response; 0
       where there is no response.
     score: f32 [N, K].
@@ -82,9 +82,8 @@ class Store:
 
   def group(self, index: int) -> list[np.ndarray]:
     """Prompt and responses of a group: K + 1 arrays of ids, i32."""
-    start = self.starts[index]
-    ends = start + np.cumsum(self.lengths[index])
-    return np.split(self.tokens[start : ends[-1]], ends[:-1] - start)
+    parts = zip(self.starts[index], self.lengths[index], strict=True)
+    return [self.tokens[start : start + length] for start, length in parts]
 
   def first_slots(self, num_slots: int) -> "Store":
     """The same groups with their first responses only."""
@@ -92,8 +91,57 @@ class Store:
       return self
     return dataclasses.replace(
       self,
+      starts=self.starts[:, : 1 + num_slots],
       lengths=self.lengths[:, : 1 + num_slots],
       score=self.score[:, :num_slots],
+    )
+
+  def split_pairs(self) -> "Store":
+    """Every pair as two groups of one response: label 1 chosen, 0 rejected."""
+
+    def apart(x: np.ndarray) -> np.ndarray:
+      # [N, 1 + 2] -> [2 N, 1 + 1]: each response behind the pair's prompt.
+      return np.stack([x[:, [0, 1]], x[:, [0, 2]]], 1).reshape(-1, 2)
+
+    hashes = self.prompt_hashes
+    return dataclasses.replace(
+      self,
+      starts=apart(self.starts),
+      lengths=apart(self.lengths),
+      score=np.tile(np.float32([[1.0], [0.0]]), (len(self), 1)),
+      digest=f"{self.digest}/split_pairs",
+      prompt_hashes=None if hashes is None else np.repeat(hashes, 2),
+    )
+
+  def with_mismatched(self, seed: int, max_tokens: int) -> "Store":
+    """Adds a slot with the first response of another group, for KTO.
+
+    Which one is drawn once, so that its reference can be cached.
+
+    Args:
+      seed: of the draw.
+      max_tokens: prompt and response together; a longer response is cut.
+
+    Returns:
+      Groups of K + 1 responses, the last one mismatched.
+
+    Raises:
+      ValueError: fewer than two groups.
+    """
+    if len(self) < 2:
+      raise ValueError("mismatched responses need at least two groups")
+    # Along one cycle through all groups nobody meets himself.
+    cycle = np.random.default_rng(seed).permutation(len(self))
+    other = np.empty(len(self), np.int64)
+    other[cycle] = np.roll(cycle, 1)
+    room = max_tokens - self.lengths[:, :1]
+    lengths = np.minimum(self.lengths[other, 1:2], room)
+    return dataclasses.replace(
+      self,
+      starts=np.concatenate([self.starts, self.starts[other, 1:2]], 1),
+      lengths=np.concatenate([self.lengths, lengths], 1),
+      score=np.pad(self.score, ((0, 0), (0, 1))),
+      digest=f"{self.digest}/mismatched_{seed}_{max_tokens}",
     )
 
   def split(self, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -142,6 +190,12 @@ def build_store(
   return Store(**arrays, digest=digest, report=report)
 
 
+def part_starts(lengths: np.ndarray) -> np.ndarray:
+  """Where parts start that lie end to end: [N, P] lengths -> i64 [N, P]."""
+  ends = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape)
+  return ends - lengths
+
+
 def _write(
   source: Source,
   tokenizer: Tokenizer,
@@ -157,13 +211,12 @@ def _write(
   for row, (length, score) in enumerate(zip(lengths, scores, strict=True)):
     padded_lengths[row, : len(length)] = length
     padded_score[row, : len(score)] = score
-  totals = padded_lengths.sum(1, dtype=np.int64)
   os.makedirs(cache_dir, exist_ok=True)
   temporary = tempfile.mkdtemp(dir=cache_dir, prefix="writing_")
   try:
     for name, value in (
       ("tokens", np.frombuffer(tokens, np.int32)),
-      ("starts", np.cumsum(totals) - totals),
+      ("starts", part_starts(padded_lengths)),
       ("lengths", padded_lengths),
       ("score", padded_score),
       ("prompt_hashes", np.array(hashes, np.uint32)),

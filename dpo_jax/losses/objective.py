@@ -34,6 +34,16 @@ class Objective:
   def name(self) -> str:
     return self.loss.name
 
+  def to_dict(self) -> dict[str, Any]:
+    """What `build_objective` makes this objective of."""
+    row = self.loss
+    return {
+      "name": row.name,
+      "reward": row.reward,
+      "link": row.link,
+      **self.knobs,
+    }
+
   @property
   def needs(self) -> frozenset[str]:
     """Optional fields of `Sequences` that the loss reads."""
@@ -263,9 +273,9 @@ class WeightedSum:
   def name(self) -> str:
     return "+".join(term.name for _, term in self.terms)
 
-  @property
-  def first(self) -> Objective:
-    return self.terms[0][1]
+  def to_dict(self) -> list[dict[str, Any]]:
+    """What `build_objective` makes this objective of."""
+    return [{**term.to_dict(), "weight": w} for w, term in self.terms]
 
   @property
   def needs(self) -> frozenset[str]:
@@ -424,7 +434,7 @@ def _recombine(loss: Loss, reward: str | None, link: str | None) -> Loss:
         f"loss.{kind}={chosen!r} is unknown.{did_you_mean(chosen, known)}"
         f" Known: {', '.join(known)}"
       )
-  if reward is None and link is None:
+  if reward in (None, loss.reward) and link in (None, loss.link):
     return loss
   row = dataclasses.replace(
     loss, reward=reward or loss.reward, link=link or loss.link

@@ -11,18 +11,17 @@ import pytest
 
 from dpo_jax.data import packing
 from dpo_jax.data.loader import Loader, make_plan, prefetch
-from dpo_jax.data.store import Store
+from dpo_jax.data.store import Store, part_starts
 from tests import tiny
 
 
 def make_store(groups):
   """A store in memory; scores tell the groups apart."""
   lengths = np.array([[len(part) for part in group] for group in groups])
-  totals = lengths.sum(1)
   num, num_slots = len(groups), lengths.shape[1] - 1
   return Store(
     tokens=np.concatenate([part for group in groups for part in group]),
-    starts=np.cumsum(totals) - totals,
+    starts=part_starts(lengths),
     lengths=lengths.astype(np.int32),
     score=np.arange(num * num_slots, dtype=np.float32).reshape(num, -1),
     digest="",

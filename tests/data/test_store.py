@@ -63,7 +63,7 @@ def test_a_group_is_its_prompt_and_its_responses(tmp_path):
     ["[f", "g]", "h]"],
   ]
   np.testing.assert_array_equal(opened.lengths, [[3, 3, 4], [2, 2, 2]])
-  np.testing.assert_array_equal(opened.starts, [0, 10])
+  np.testing.assert_array_equal(opened.starts[:, 0], [0, 10])
   np.testing.assert_array_equal(opened.score, [[1, 0], [1, 0]])
   assert (len(opened), opened.num_slots) == (2, 2)
 
