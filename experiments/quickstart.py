@@ -92,25 +92,23 @@ def plot(workdir: str, path: str) -> None:
   held_out = read_metrics(f"{workdir}/dpo", "eval")
   figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
   panels = (
-    ("SFT loss (nats per token)", sft, {"loss": "train"}),
-    ("DPO loss (nats)", dpo, {"loss": "train"}),
-    ("DPO accuracy", dpo, {"reward/accuracy": "train"}),
+    ("SFT loss (nats per token)", sft, {"loss": ""}),
+    ("DPO loss (nats)", dpo, {"loss": ""}),
+    ("DPO accuracy", dpo, {"reward/accuracy": ""}),
     (
       "log-ratio to the reference (nats)",
       dpo,
-      {"log_ratio/chosen": "chosen", "log_ratio/rejected": "rejected"},
+      {"log_ratio/chosen": "chosen, ", "log_ratio/rejected": "rejected, "},
     ),
   )
   for axis, (title, rows, lines) in zip(axes.flat, panels, strict=False):
     for name, label in lines.items():
-      axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=label)
-      if rows is dpo:
-        axis.plot(
-          [r["step"] for r in held_out],
-          [r[name] for r in held_out],
-          "o--",
-          label=f"{label}, held out",
-        )
+      curves = [(rows, "-", "training batch")]
+      curves += [(held_out, "o--", "held out")] if rows is dpo else []
+      for points, style, split in curves:
+        steps = [row["step"] for row in points]
+        figures = [row[name] for row in points]
+        axis.plot(steps, figures, style, label=f"{label}{split}")
     axis.set(title=title, xlabel="step")
     axis.legend()
     axis.grid(alpha=0.3)
@@ -121,7 +119,8 @@ def plot(workdir: str, path: str) -> None:
     [row["reward"] for row in rows],
     color=("tab:gray", "tab:blue"),
   )
-  axis.bar_label(bars, fmt="%.2f")
+  axis.bar_label(bars, fmt="%.2f", padding=2)
+  axis.margins(y=0.12)
   axis.axhline(0, color="black", linewidth=0.8)
   axis.set(title="ground-truth reward of samples")
   text = "\n".join(
