@@ -83,6 +83,7 @@ def pack(
   num_tokens: int = 64,
   num_rows: int | None = None,
   ref_logps: np.ndarray | None = None,
+  token_masks: frozenset[str] = frozenset(),
 ) -> Batch:
   """Packs groups into rows of `num_tokens`."""
   lengths = np.array([[len(part) for part in group] for group in groups])
@@ -104,6 +105,7 @@ def pack(
     shape=shape,
     layout=layout,
     ref_logps=ref_logps,
+    token_masks=token_masks,
   )
 
 

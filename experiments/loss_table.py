@@ -1,0 +1,91 @@
+"""Every loss of the catalogue for a few steps, from one SFT policy.
+
+  python -m experiments.loss_table [--workdir=runs/loss_table] [--steps=30]
+      [--losses=dpo,ipo]
+
+Each is trained by its name alone, with its own defaults, on the synthetic
+review task. A run that is finished is not run again. This is a check that
+each loss trains, at one learning rate: it compares no losses.
+"""
+
+import math
+import os
+from typing import Any
+
+from absl import app, flags
+
+from configs import reviews
+from dpo_jax.losses import CATALOGUE
+from dpo_jax.metrics import format_table, read_metrics
+from dpo_jax.train import show_progress_logs, train
+
+
+def sft_config(steps: int) -> Any:
+  """The policy that every loss starts from."""
+  config = reviews.get_config("sft")
+  config.total_steps = steps
+  return config
+
+
+def loss_config(workdir: str, name: str, steps: int) -> Any:
+  """One loss, by its name alone."""
+  config = reviews.get_config("dpo")
+  config.loss.name = name
+  config.policy.init = f"run:{workdir}/sft"
+  config.total_steps = steps
+  config.data.source = "synthetic:review_pairs:1500"
+  config.eval.every_steps = 0
+  config.eval.max_groups = 128
+  config.eval.num_samples = 64
+  config.checkpoint.best_metric = "eval/loss"
+  config.checkpoint.best_is_lower = True
+  return config
+
+
+def collect(workdir: str, name: str) -> dict[str, Any]:
+  """A row of the table."""
+  train_rows = read_metrics(f"{workdir}/{name}", "train")
+  last = read_metrics(f"{workdir}/{name}", "eval")[-1]
+  figures = [v for row in train_rows for v in (row["loss"], row["grad_norm"])]
+  speeds = sorted(row["groups_per_second"] for row in train_rows[1:])
+  is_finite = all(v is not None and math.isfinite(v) for v in figures)
+  return {
+    "loss": name,
+    "finite": "yes" if is_finite else "NO",
+    "first": f"{train_rows[0]['loss']:.4g}",
+    "last": f"{train_rows[-1]['loss']:.4g}",
+    "accuracy": _figure(last.get("reward/accuracy")),
+    "margin": _figure(last.get("reward/margin")),
+    "KL": _figure(last.get("kl")),
+    "reward": _figure(last.get("sample/reward")),
+    "groups/s": f"{speeds[len(speeds) // 2]:.1f}" if speeds else "-",
+  }
+
+
+def _figure(value: float | None) -> str:
+  return "-" if value is None else f"{value:.3f}"
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+  show_progress_logs()
+  workdir, steps = flags.FLAGS.workdir, flags.FLAGS.steps
+  names = flags.FLAGS.losses or list(CATALOGUE)
+  train(sft_config(flags.FLAGS.sft_steps), os.path.join(workdir, "sft"))
+  rows = []
+  for name in names:
+    train(loss_config(workdir, name, steps), os.path.join(workdir, name))
+    rows.append(collect(workdir, name))
+  table = format_table(rows)
+  with open(os.path.join(workdir, "table.txt"), "w", encoding="utf-8") as file:
+    file.write(table + "\n")
+  print("\n" + table)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", "runs/loss_table", "folder of all runs")
+  flags.DEFINE_integer("steps", 30, "of each loss")
+  flags.DEFINE_integer("sft_steps", 400, "of the policy they start from")
+  flags.DEFINE_list("losses", [], "names; all of the catalogue if empty")
+  app.run(main)

@@ -1,0 +1,213 @@
+"""Any loss on log-probs that were saved, without the model.
+
+  python -m experiments.replay --workdir=runs/dpo [--losses=dpo,ipo,hinge]
+
+Evaluation writes every held-out group's log-probs to WORKDIR/eval_logps. From
+these this prints, for each loss that they suffice for, its value, accuracy
+and the size of its pull, at the first and the last evaluation; how well
+sigmoid(beta D) is calibrated; and draws displacement.png: where chosen and
+rejected log-probs went, and which pairs still pull.
+"""
+
+import json
+import os
+from typing import Any
+
+from absl import app, flags
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+from dpo_jax.evaluate import (
+  Records,
+  displacement,
+  read_records,
+  wilson_interval,
+)
+from dpo_jax.losses import CATALOGUE, Objective, build_objective
+from dpo_jax.metrics import format_table
+from dpo_jax.step import measure
+from dpo_jax.types import Sequences
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def to_sequences(records: Records) -> Sequences:
+  """The saved fields as what a loss reads."""
+  fields = {k: jnp.asarray(v) for k, v in records.items() if k != "example_ids"}
+  return Sequences(**fields)
+
+
+def objectives_for(
+  sequences: Sequences, names: list[str]
+) -> tuple[list[Objective], dict[str, str]]:
+  """Losses that these log-probs suffice for, and why others are left out."""
+  chosen, left_out = [], {}
+  for name in names:
+    objective = build_objective({"name": name})
+    missing = sorted(
+      field for field in objective.needs if getattr(sequences, field) is None
+    )
+    try:
+      objective.check_group_size(sequences.valid.shape[1])
+    except ValueError:
+      left_out[name] = f"reads groups of the kind {objective.group!r}"
+      continue
+    if missing:
+      left_out[name] = f"reads {', '.join(missing)}, which were not saved"
+    else:
+      chosen.append(objective)
+  return chosen, left_out
+
+
+def replay(objective: Objective, sequences: Sequences) -> dict[str, Any]:
+  """A row of the table: what a loss makes of these log-probs."""
+  per_group, metrics, _ = objective.apply(sequences, objective.init())
+  count = objective.valid_groups(sequences.valid).sum()
+  figures = measure(objective, sequences)
+  accuracy = np.asarray(metrics.get("reward/accuracy", jnp.array([jnp.nan])))
+  accuracy = accuracy[~np.isnan(accuracy)]
+  row = {
+    "loss": float(objective.reduce(per_group, count)),
+    "pull": float(jnp.nanmean(figures[f"{objective.name}/gradient_weight"])),
+  }
+  if not len(accuracy):
+    return row | {"accuracy": "", "95 % interval": ""}
+  low, high = wilson_interval(float(accuracy.mean()), len(accuracy))
+  return row | {
+    "accuracy": float(accuracy.mean()),
+    "95 % interval": f"{low:.3f} to {high:.3f}",
+  }
+
+
+def calibration(margins: np.ndarray, num_bins: int = 5) -> list[dict[str, Any]]:
+  """Does a pair predicted with probability p come out so, p of the time?
+
+  Each pair is read in the order that the policy prefers, so p = sigmoid(|z|)
+  is at least a half.
+
+  Args:
+    margins: f64 [N], z = beta D.
+    num_bins: bins of equal width between 0.5 and 1.
+
+  Returns:
+    Rows of the table; empty bins are left out.
+  """
+  confidence = 1.0 / (1.0 + np.exp(-np.abs(margins)))
+  is_right = 0.5 * (np.sign(margins) + 1.0)
+  edges = np.linspace(0.5, 1.0, num_bins + 1)
+  bins = np.clip(np.digitize(confidence, edges) - 1, 0, num_bins - 1)
+  rows = []
+  for index in range(num_bins):
+    mask = bins == index
+    if not mask.any():
+      continue
+    rows.append(
+      {
+        "predicted": f"{edges[index]:.1f} to {edges[index + 1]:.1f}",
+        "pairs": int(mask.sum()),
+        "mean prediction": float(confidence[mask].mean()),
+        "right": float(is_right[mask].mean()),
+      }
+    )
+  return rows
+
+
+def pair_margins(records: Records, beta: float) -> np.ndarray:
+  """beta D of every valid pair, f64."""
+  log_ratios = (records["logps"] - records["ref_logps"]).astype(np.float64)
+  is_pair = records["valid"].all(1)
+  return beta * (log_ratios[is_pair, 0] - log_ratios[is_pair, 1])
+
+
+def plot(by_step: dict[int, Records], beta: float, path: str) -> None:
+  """The displacement of log-probs over training."""
+  figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
+  steps = sorted(by_step)
+  for slot, name in ((0, "chosen"), (1, "rejected")):
+    ratios = [
+      (by_step[s]["logps"] - by_step[s]["ref_logps"])[:, slot] for s in steps
+    ]
+    means = np.array([r.mean() for r in ratios])
+    errors = np.array([r.std() / np.sqrt(len(r)) for r in ratios])
+    axes[0].errorbar(steps, means, 2 * errors, marker="o", label=name)
+  axes[0].axhline(0, color="black", linewidth=0.8)
+  axes[0].legend()
+  axes[0].set(title="mean log-ratio (nats), 2 standard errors", xlabel="step")
+  last = by_step[steps[-1]]
+  margins = pair_margins(last, beta)
+  pulls = 1.0 / (1.0 + np.exp(margins))
+  axes[1].hist(pulls, bins=np.linspace(0, 1, 11))
+  axes[1].set(
+    title="weight in the gradient, sigmoid(-beta D)", ylabel="held-out pairs"
+  )
+  is_pair = last["valid"].all(1)
+  gaps = last["num_tokens"][is_pair, 0] - last["num_tokens"][is_pair, 1]
+  figures = displacement(margins, last["num_tokens"][is_pair])
+  axes[2].scatter(gaps, margins, s=6, alpha=0.5)
+  axes[2].set(
+    title=f"correlation {figures['length_margin_correlation']:.2f}",
+    xlabel="chosen minus rejected length (tokens)",
+    ylabel="beta D",
+  )
+  rates, lows, highs = [], [], []
+  for step in steps:
+    z = pair_margins(by_step[step], beta)
+    rate = float((0.5 * (np.sign(z) + 1)).mean())
+    low, high = wilson_interval(rate, len(z))
+    rates.append(rate)
+    lows.append(rate - low)
+    highs.append(high - rate)
+  axes[3].errorbar(steps, rates, [lows, highs], marker="o", capsize=3)
+  axes[3].axhline(0.5, color="black", linewidth=0.8)
+  axes[3].set(title="accuracy, 95 % interval", xlabel="step")
+  figure.savefig(path, dpi=90)
+  plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+  workdir = flags.FLAGS.workdir
+  by_step = read_records(workdir)
+  with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
+    trained = json.load(file)["loss"]
+  beta = (trained.get("beta") if isinstance(trained, dict) else None) or 0.1
+  names = flags.FLAGS.losses or sorted(CATALOGUE)
+  steps = sorted(by_step)
+  first, last = (to_sequences(by_step[s]) for s in (steps[0], steps[-1]))
+  chosen, left_out = objectives_for(last, names)
+  rows = []
+  for objective in chosen:
+    before, after = (
+      jax.device_get(replay(objective, s)) for s in (first, last)
+    )
+    rows.append(
+      {
+        "name": objective.name,
+        f"loss at {steps[0]}": before["loss"],
+        f"loss at {steps[-1]}": after["loss"],
+        "pull": f"{after['pull']:.2e}",
+        "accuracy": after["accuracy"],
+        "95 % interval": after["95 % interval"],
+      }
+    )
+  print(format_table(rows))
+  for name, reason in left_out.items():
+    print(f"left out: {name} {reason}")
+  if by_step[steps[-1]].get("ref_logps") is None:
+    return
+  if by_step[steps[-1]]["logps"].shape[1] == 2:
+    print(f"\ncalibration of sigmoid(beta D), beta {beta:g}")
+    print(format_table(calibration(pair_margins(by_step[steps[-1]], beta))))
+    path = os.path.join(workdir, "displacement.png")
+    plot(by_step, beta, path)
+    print(f"\nfigure: {path}")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "of a run", required=True)
+  flags.DEFINE_list("losses", [], "names; all of the catalogue if empty")
+  app.run(main)
