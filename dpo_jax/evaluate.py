@@ -54,6 +54,7 @@ def evaluate(
   loss_state: Any,
   loader: Loader,
   placement: Placement,
+  others: Sequence[Objective] = (),
 ) -> tuple[dict[str, float], Records]:
   """Means over every held-out group, each counted once.
 
@@ -65,6 +66,7 @@ def evaluate(
     loss_state: of the objective.
     loader: the held-out groups.
     placement: mesh.
+    others: losses that the step measures besides, in its order.
 
   Returns:
     The figures: `loss`, the objective's metrics, `displacement`'s, and the
@@ -73,19 +75,20 @@ def evaluate(
     `write_records`.
   """
   lengths = loader.store.lengths[loader.indices, 1:]
-  count = int(objective.valid_groups(lengths > 0).sum())
-  total_tokens = float(lengths[:, : objective.num_slots].sum())
+  counts = [
+    {
+      "num_groups": jnp.float32(one.valid_groups(lengths > 0).sum()),
+      "total_tokens": jnp.float32(lengths[:, : one.num_slots].sum()),
+    }
+    for one in (objective, *others)
+  ]
+  count = int(counts[0]["num_groups"])
   by_name: dict[str, list[np.ndarray]] = {}
   parts: list[Records] = []
   for index in range(loader.num_eval_batches()):
     batch = placement.place_rows(loader.eval_batch(index))
     sequences, per_group, metrics = eval_step(
-      params,
-      ref_params,
-      loss_state,
-      batch,
-      jnp.float32(count),
-      jnp.float32(total_tokens),
+      params, ref_params, loss_state, batch, counts
     )
     ids = to_host(batch.example_ids).reshape(-1)
     is_group = ids >= 0
@@ -128,9 +131,10 @@ def displacement(
     num_tokens: f32 [N, K], slot 0 chosen.
 
   Returns:
-    `pull/0.1` to `pull/1.0`: the fraction of groups whose weight in DPO's
-    gradient, sigmoid(-beta D), is at most that and above the mark before;
-    and `length_margin_correlation`, of chosen minus rejected length with the
+    `pull/0.0` to `pull/1.0`: the fraction of groups whose weight in DPO's
+    gradient, sigmoid(-beta D), rounds to that; a policy that equals its
+    reference has all in the middle of `pull/0.5`. And
+    `length_margin_correlation`, of chosen minus rejected length with the
     margin, 0 where either does not vary.
   """
   is_counted = ~np.isnan(margins)
@@ -139,12 +143,10 @@ def displacement(
   present = np.maximum((others > 0).sum(1), 1)
   gaps = num_tokens[is_counted, 0] - others.sum(1) / present
   pulls = 0.5 * (1.0 - np.tanh(0.5 * margins))
-  marks = np.linspace(0.0, 1.0, 11)
-  bins = np.clip(np.searchsorted(marks, pulls, side="left"), 1, 10)
-  counts = np.bincount(bins, minlength=11)[1:]
+  counts = np.bincount(np.rint(10 * pulls).astype(int), minlength=11)
   figures = {
-    f"pull/{mark:.1f}": float(n / max(len(margins), 1))
-    for mark, n in zip(marks[1:], counts, strict=True)
+    f"pull/{tenth / 10:.1f}": float(n / max(len(margins), 1))
+    for tenth, n in enumerate(counts)
   }
   varies = len(margins) > 1 and margins.std() > 0 and gaps.std() > 0
   correlation = np.corrcoef(gaps, margins)[0, 1] if varies else 0.0

@@ -301,11 +301,12 @@ def make_eval_step(
     others: losses to measure besides, from the same forward pass.
 
   Returns:
-    (params, ref_params, loss_state, batch, num_groups, total_tokens) ->
-    (sequences, per-group loss f32 [B], per-group metrics f32 [B]).
-    `num_groups` and `total_tokens` count the whole evaluation set, so that
-    the sum of all losses divided by `num_groups` is exact however the set is
-    cut into batches. A loss that sorts a batch sorts the evaluation's.
+    (params, ref_params, loss_state, batch, counts) -> (sequences, per-group
+    loss f32 [B], per-group metrics f32 [B]). `counts` holds `num_groups` and
+    `total_tokens` of the whole evaluation set, for the objective and then for
+    each of the others, so that the sum of all losses divided by `num_groups`
+    is exact however the set is cut into batches. A loss that sorts a batch
+    sorts the evaluation's.
   """
   needs = objective.needs.union(*(other.needs for other in others))
 
@@ -314,15 +315,16 @@ def make_eval_step(
     ref_params: Any,
     loss_state: Any,
     batch: Batch,
-    num_groups: jax.Array,
-    total_tokens: jax.Array,
+    counts: Sequence[dict[str, jax.Array]],
   ) -> tuple[Sequences, jax.Array, Metrics]:
     sequences = read_sequences(
       policy, params, ref_params, batch, chunk_size=chunk_size, needs=needs
-    ).replace(num_groups=num_groups, total_tokens=total_tokens)
-    per_group, metrics, _ = objective.apply(sequences, loss_state)
-    for other in others:
-      metrics |= measure(other, sequences)
+    )
+    per_group, metrics, _ = objective.apply(
+      sequences.replace(**counts[0]), loss_state
+    )
+    for other, its_counts in zip(others, counts[1:], strict=True):
+      metrics |= measure(other, sequences.replace(**its_counts))
     return sequences, spread(objective, per_group, sequences), metrics
 
   return step

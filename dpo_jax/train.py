@@ -318,6 +318,10 @@ class _Loop:
     if not (run.objective.needs_reference and starts_as_reference):
       return
     batch = run.placement.place_rows(self.train_loader.batch(0))
+    counts = {
+      "num_groups": jnp.float32(config.batch_size),
+      "total_tokens": jnp.float32(1),  # no loss with a reference divides by it
+    }
     sequences, per_group, _ = jax.tree.map(
       reference.to_host,
       self.eval_step(
@@ -325,8 +329,7 @@ class _Loop:
         state.ref_params,
         state.loss_state,
         batch,
-        jnp.float32(config.batch_size),
-        jnp.float32(1),
+        [counts] * (1 + len(run.eval_objectives)),
       ),
     )
     log_ratios = np.where(
@@ -470,6 +473,7 @@ class _Loop:
       state.loss_state,
       self.eval_loader,
       self.run.placement,
+      self.run.eval_objectives,
     )
     if self.config.eval.save_logps and self.run.is_writer:
       evaluate_lib.write_records(self.run.workdir, step, records)

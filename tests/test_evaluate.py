@@ -129,6 +129,8 @@ def test_figures_are_means_over_every_group_once(models, batch_size, sizes):
   assert set(got) == {
     *wanted,
     "num_groups",
+    "length_margin_correlation",
+    *(f"pull/{tenth / 10}" for tenth in range(11)),
     "reward/accuracy_low",
     "reward/accuracy_high",
   }

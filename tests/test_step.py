@@ -289,8 +289,9 @@ def test_other_losses_come_from_the_same_forward_pass(model):
   step = step_lib.make_eval_step(
     policy, build_objective({"name": "dpo"}), chunk_size=16, others=others
   )
+  counts = {"num_groups": jnp.float32(6), "total_tokens": jnp.float32(1)}
   sequences, _, metrics = jax.jit(step)(
-    params, ref_params, (), batch, jnp.float32(6), jnp.float32(1)
+    params, ref_params, (), batch, [counts] * 5
   )
   is_valid = np.asarray(sequences.valid.all(1))
   for other in others:

@@ -8,7 +8,7 @@ from dpo_jax.config import default_config
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.data.packing import RowShape
-from dpo_jax.data.store import Store
+from dpo_jax.data.store import Store, part_starts
 from dpo_jax.models.config import PRESETS, ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.types import Batch
@@ -122,11 +122,10 @@ def make_loader(
   lengths = np.array(
     [[len(part) for part in group] for group in groups], np.int32
   )
-  totals = lengths.sum(1, dtype=np.int64)
   num_slots = lengths.shape[1] - 1
   store = Store(
     tokens=np.concatenate([part for group in groups for part in group]),
-    starts=np.cumsum(totals) - totals,
+    starts=part_starts(lengths),
     lengths=lengths,
     score=np.tile(-np.arange(num_slots, dtype=np.float32), (len(groups), 1)),
     digest="tiny",

@@ -381,13 +381,14 @@ def dynamic_logistic(
 
 
 def _class_means() -> State:
-  zero = jnp.float32(0.0)
-  return {
-    "desirable": zero,
-    "desirable_count": zero,
-    "undesirable": zero,
-    "undesirable_count": zero,
-  }
+  # An array each: a step donates its state, and no buffer twice.
+  names = (
+    "desirable",
+    "desirable_count",
+    "undesirable",
+    "undesirable_count",
+  )
+  return {name: jnp.float32(0.0) for name in names}
 
 
 def binary(

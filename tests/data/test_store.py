@@ -14,6 +14,7 @@ from dpo_jax.data import sources, store, synthetic
 from dpo_jax.data.examples import RecordError
 from dpo_jax.data.store import Limits, build_store
 from dpo_jax.data.tokenizers import ByteTokenizer, HFTokenizer
+from tests import tiny
 from tests.data import folders
 
 BOS, EOS = ByteTokenizer.bos_id, ByteTokenizer.eos_id
@@ -529,3 +530,48 @@ def test_real_transcripts_are_kept_or_counted(real_data, tmp_path):
   train, held_out = opened.split(0.1)
   prompts = [{kept[i][0] for i in side} for side in (train, held_out)]
   assert not prompts[0] & prompts[1]
+
+
+def pairs_store():
+  return tiny.make_loader(tiny.make_groups(5), 2).store
+
+
+def test_split_pairs_become_two_labelled_groups():
+  store = pairs_store()
+  split = store.split_pairs()
+  assert len(split) == 10
+  assert split.digest != store.digest
+  for i in range(5):
+    prompt, chosen, rejected = store.group(i)
+    for j, (response, label) in enumerate(((chosen, 1.0), (rejected, 0.0))):
+      parts = split.group(2 * i + j)
+      np.testing.assert_array_equal(parts[0], prompt)
+      np.testing.assert_array_equal(parts[1], response)
+      assert split.score[2 * i + j].tolist() == [label]
+
+
+def test_mismatched_responses_are_those_of_other_groups():
+  store = pairs_store().split_pairs()
+  mismatched = store.with_mismatched(seed=3, max_tokens=1000)
+  responses = [store.group(i)[1].tolist() for i in range(len(store))]
+  taken = [mismatched.group(i)[2].tolist() for i in range(len(store))]
+  # Every response is somebody's mismatch once, and nobody's is his own.
+  assert sorted(taken) == sorted(responses)
+  assert all(a != b for a, b in zip(taken, responses, strict=True))
+  assert mismatched.score[:, 1].tolist() == [0.0] * len(store)
+  other = store.with_mismatched(seed=4, max_tokens=1000)
+  assert other.digest != mismatched.digest
+
+
+def test_a_mismatched_response_is_cut_to_the_room_that_is_left():
+  store = pairs_store().first_slots(1)
+  mismatched = store.with_mismatched(seed=0, max_tokens=13)
+  totals = mismatched.lengths[:, 0] + mismatched.lengths[:, 2]
+  assert totals.max() == 13
+  assert mismatched.lengths[:, 2].min() > 0
+
+
+def test_one_group_has_no_mismatch():
+  one = tiny.make_loader(tiny.make_groups(1, 1), 1).store
+  with pytest.raises(ValueError, match="at least two groups"):
+    one.with_mismatched(seed=0, max_tokens=99)

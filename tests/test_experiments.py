@@ -1,0 +1,186 @@
+"""What users run by name: quickstart, replay, the documents of the losses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dpo_jax import evaluate as evaluate_lib
+from dpo_jax.evaluate import displacement, read_records
+from dpo_jax.losses import build_objective
+from dpo_jax.metrics import read_metrics
+from dpo_jax.train import train
+from experiments import loss_docs, replay
+from tests.tiny import make_config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """A short run with other losses measured besides."""
+  workdir = tmp_path_factory.mktemp("run")
+  config = make_config(
+    total_steps=3,
+    mesh__data=8,
+    eval__losses=("ipo", "hinge", "sft", "wpo"),
+    eval__max_groups=12,
+    data__eval_fraction=0.3,
+    data__cache_dir=str(workdir / "cache"),
+  )
+  train(config, workdir / "dpo")
+  return workdir / "dpo"
+
+
+def test_docs_are_those_of_the_catalogue():
+  """If this fails: python -m experiments.loss_docs."""
+  written = (loss_docs.FOLDER / "losses.md").read_text(encoding="utf-8")
+  assert written == loss_docs.render()
+
+
+def test_every_loss_has_a_curve_of_its_own():
+  margins = np.array([-2.0, 0.0, 2.0], np.float32)
+  loss, slope = loss_docs.curve("dpo", margins)
+  np.testing.assert_allclose(loss, np.log1p(np.exp(-0.1 * margins)), rtol=1e-5)
+  np.testing.assert_allclose(
+    slope, -0.1 / (1 + np.exp(0.1 * margins)), rtol=1e-5
+  )
+
+
+def test_replayed_figures_are_the_evaluations(trained):
+  last = read_metrics(trained, "eval")[-1]
+  sequences = replay.to_sequences(read_records(trained)[3])
+  for name in ("dpo", "ipo", "hinge", "sft", "wpo"):
+    objective = build_objective({"name": name})
+    row = replay.replay(objective, sequences)
+    wanted = last["loss"] if name == "dpo" else last[f"{name}/loss"]
+    assert row["loss"] == pytest.approx(wanted, rel=1e-4), name
+    if name != "dpo":
+      assert row["pull"] == pytest.approx(
+        last[f"{name}/gradient_weight"], rel=1e-4
+      )
+  dpo = replay.replay(build_objective({"name": "dpo"}), sequences)
+  assert dpo["accuracy"] == pytest.approx(last["reward/accuracy"])
+
+
+def test_replay_says_what_it_leaves_out(trained):
+  sequences = replay.to_sequences(read_records(trained)[3])
+  chosen, left_out = replay.objectives_for(sequences, ["dpo", "tdpo", "kto"])
+  assert [objective.name for objective in chosen] == ["dpo"]
+  assert left_out["tdpo"] == "reads kl, which were not saved"
+  assert "'single'" in left_out["kto"]
+
+
+def test_replay_draws_the_displacement(trained, tmp_path):
+  replay.plot(read_records(trained), 0.1, str(tmp_path / "figure.png"))
+  assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_replay_of_a_run_without_log_probs_is_explained(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"eval\.save_logps=True"):
+    read_records(tmp_path)
+
+
+def test_calibration_by_hand():
+  z = np.log(np.array([1.5, 1 / 1.5, 4.0, 9.0]))  # p = .6 .6 .8 .9
+  rows = replay.calibration(z * np.array([1, 1, 1, -1]), num_bins=2)
+  assert [row["pairs"] for row in rows] == [2, 2]
+  assert rows[0]["mean prediction"] == pytest.approx(0.6)
+  assert rows[0]["right"] == 0.5
+  assert rows[1]["mean prediction"] == pytest.approx(0.85)
+  assert rows[1]["right"] == 0.5
+
+
+def test_displacement_by_hand():
+  """Weights .5, .1, .9 and lengths that rise with the margin."""
+  margins = np.array([0.0, np.log(9.0), -np.log(9.0), np.nan])
+  lengths = np.array([[5, 5], [9, 5], [1, 5], [3, 3]])
+  figures = displacement(margins, lengths)
+  assert figures["pull/0.5"] == pytest.approx(1 / 3)
+  assert figures["pull/0.1"] == pytest.approx(1 / 3)
+  assert figures["pull/0.9"] == pytest.approx(1 / 3)
+  assert figures["pull/1.0"] == 0.0
+  assert figures["length_margin_correlation"] == pytest.approx(1.0)
+  still = displacement(np.zeros(3), lengths[:3])
+  assert still["length_margin_correlation"] == 0.0
+  assert still["pull/0.5"] == 1.0
+
+
+def test_records_come_back_as_they_were(tmp_path):
+  records = {"logps": np.array([[1.5, -2.0]], np.float32)}
+  evaluate_lib.write_records(evaluate_lib.epath.Path(tmp_path), 7, records)
+  back = read_records(tmp_path)
+  assert list(back) == [7]
+  np.testing.assert_array_equal(back[7]["logps"], records["logps"])
+
+
+@pytest.mark.parametrize(
+  ("loss", "others", "message"),
+  [
+    ("dpo", ("tdpo",), "reads kl, which a run of loss 'dpo'"),
+    ("dpo", ("kto",), "reads mismatched_logps"),
+    ("dpo", ("bco",), "groups of the kind 'single'"),
+    ("dpo", ("reward_model",), "reads values"),
+    ("simpo", ("dpo",), "reads ref_logps"),
+    ("dpo", ("ipoo",), "Did you mean 'ipo'"),
+  ],
+)
+def test_losses_that_a_run_cannot_measure_are_refused(
+  tmp_path, loss, others, message
+):
+  config = make_config(loss__name=loss, eval__losses=others)
+  with pytest.raises(ValueError, match=message):
+    train(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_tr_dpo_moves_the_reference_and_resumes(tmp_path):
+  """Hard updates every step: the loss stays at log 2 from then on."""
+  shared = dict(
+    reference__kind="ema",
+    data__layout="padded",
+    data__eval_fraction=0.0,
+    checkpoint__every_steps=2,
+  )
+  config = make_config(
+    total_steps=4,
+    reference__alpha=1.0,
+    reference__every_steps=1,
+    **shared,
+  )
+  train(config, tmp_path / "hard")
+  losses = [row["loss"] for row in read_metrics(tmp_path / "hard", "train")]
+  np.testing.assert_allclose(losses, np.log(2), atol=1e-4)
+  soft = make_config(
+    total_steps=4, reference__alpha=0.5, reference__every_steps=2, **shared
+  )
+  train(soft, tmp_path / "whole")
+  half = make_config(
+    total_steps=2, reference__alpha=0.5, reference__every_steps=2, **shared
+  )
+  train(half, tmp_path / "parts")
+  train(soft, tmp_path / "parts")
+  whole, parts = (
+    [row["loss"] for row in read_metrics(tmp_path / name, "train")]
+    for name in ("whole", "parts")
+  )
+  assert whole == parts
+  assert abs(whole[3] - np.log(2)) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_list_of_losses_trains(tmp_path):
+  config = make_config(
+    total_steps=2, data__layout="padded", data__eval_fraction=0.0
+  )
+  del config.loss
+  config.loss = (
+    {"name": "dpo", "weight": 0.8},
+    {"name": "sft", "weight": 1.0},
+  )
+  train(config, tmp_path)
+  rows = read_metrics(tmp_path, "train")
+  for row in rows:
+    wanted = 0.8 * row["loss/dpo"] + row["loss/sft"]
+    assert row["loss"] == pytest.approx(wanted, rel=1e-5)
+  resolved = json.loads((tmp_path / "config.json").read_text())["loss"]
+  assert [term["name"] for term in resolved] == ["dpo", "sft"]
+  assert resolved[0]["beta"] == 0.1
