@@ -148,7 +148,8 @@ def displacement(
     f"pull/{tenth / 10:.1f}": float(n / max(len(margins), 1))
     for tenth, n in enumerate(counts)
   }
-  varies = len(margins) > 1 and margins.std() > 0 and gaps.std() > 0
+  # Margins of a policy at its reference differ by rounding alone.
+  varies = len(margins) > 1 and margins.std() > 1e-4 and gaps.std() > 0
   correlation = np.corrcoef(gaps, margins)[0, 1] if varies else 0.0
   return figures | {"length_margin_correlation": float(correlation)}
 
