@@ -56,7 +56,9 @@ class Checkpoints:
       is_reader: whether the run is another's, and may be under way: damaged
         and unfinished steps are passed over where they are.
     """
-    self._root = epath.Path(workdir) / "checkpoints"
+    root = epath.Path(workdir) / "checkpoints"
+    # Orbax wants an absolute path, and a bucket's has no absolute form.
+    self._root = root if "://" in str(workdir) else root.absolute()
     self._best_metric = best_metric
     self._best_is_lower = best_is_lower
     self._passed_over: set[int] = set()

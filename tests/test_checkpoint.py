@@ -147,6 +147,18 @@ def test_a_state_comes_back_bit_for_bit_with_its_types(tmp_path):
   }
 
 
+def test_a_relative_workdir_is_as_good_as_another(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  state, target = place(make_state())
+  checkpoints = open_checkpoints("runs/first")
+  checkpoints.save(3, state, None)
+  checkpoints.close()
+  assert (tmp_path / "runs/first/checkpoints/3/manifest.json").exists()
+  checkpoints = open_checkpoints("runs/first")
+  assert_same_bits(state, checkpoints.restore(target))
+  checkpoints.close()
+
+
 @pytest.mark.parametrize("there", MESHES[3:], ids=str)
 def test_a_state_comes_back_on_any_mesh(tmp_path, there):
   source = make_state()
