@@ -1,7 +1,11 @@
 """Attention, and the masks that packed rows need."""
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+
+# Of a score that is masked: finite, so that no gradient is NaN.
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def shared_prompt_mask(segments: jax.Array, branches: jax.Array) -> jax.Array:
@@ -26,23 +30,101 @@ def shared_prompt_mask(segments: jax.Array, branches: jax.Array) -> jax.Array:
   return causal & same_segment & (same_branch | in_prompt)
 
 
-def attend(
-  queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
-) -> jax.Array:
-  """Softmax attention with grouped key and value heads.
+@flax.struct.dataclass
+class Rows:
+  """Packed rows, as attention sees them; made once for all layers.
 
-  Scores and softmax are float32; scores are divided by sqrt(head_dim).
+  Attributes:
+    positions: i32 [R, T], of a token in its own prompt + response.
+    mask: bool [R, T, T], see `shared_prompt_mask`.
+  """
+
+  positions: jax.Array
+  mask: jax.Array
+
+
+def make_rows(
+  positions: jax.Array, segments: jax.Array, branches: jax.Array
+) -> Rows:
+  """Prepares rows for `attend_rows`: i32 [R, T] each, see `types.Batch`."""
+  return Rows(positions, shared_prompt_mask(segments, branches))
+
+
+def attend_rows(
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  rows: Rows,
+  *,
+  window: jax.Array | None,
+  scale: float,
+  soft_cap: float | None,
+) -> jax.Array:
+  """Attention of packed rows with shared prompts.
+
+  Args:
+    queries: [R, T, H, head_dim].
+    keys: [R, T, num_kv_heads, head_dim].
+    values: like keys.
+    rows: from `make_rows`.
+    window: i32 [], a token sees this many positions, itself included; counted
+      in positions, not in places of the row. None: all.
+    scale: of the scores.
+    soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: none.
+
+  Returns:
+    [R, T, H, head_dim] in the dtype of queries.
+  """
+  mask = rows.mask
+  if window is not None:
+    mask &= in_window(rows.positions, rows.positions, window)
+  return attend(queries, keys, values, mask, scale=scale, soft_cap=soft_cap)
+
+
+def in_window(
+  query_positions: jax.Array, key_positions: jax.Array, window: jax.Array
+) -> jax.Array:
+  """Whether a key is among a query's last `window`: [B, T], [B, J] -> bool
+  [B, T, J]."""
+  distance = query_positions[:, :, None] - key_positions[:, None, :]
+  return distance < window
+
+
+def attend(
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  mask: jax.Array,
+  *,
+  scale: float,
+  soft_cap: float | None,
+) -> jax.Array:
+  """Softmax attention with grouped key and value heads, all scores at once.
+
+  Scores and softmax are float32.
 
   Args:
     queries: [B, T, H, head_dim].
     keys: [B, J, num_kv_heads, head_dim].
     values: like keys.
-    mask: bool [B, T, J], true where a query sees a key.
+    mask: bool [B, T, J], true where a query sees a key; no row is empty.
+    scale: of the scores.
+    soft_cap: see `attend_rows`.
 
   Returns:
     [B, T, H, head_dim] in the dtype of queries.
   """
-  return jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None])
+  batch, length, num_heads, head_dim = queries.shape
+  grouped = queries.reshape(batch, length, keys.shape[2], -1, head_dim)
+  scores = scale * jnp.einsum(
+    "btkgd,bjkd->bkgtj", grouped, keys, preferred_element_type=jnp.float32
+  )
+  if soft_cap is not None:
+    scores = soft_cap * jnp.tanh(scores / soft_cap)
+  scores = jnp.where(mask[:, None, None], scores, _MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  out = jnp.einsum("bkgtj,bjkd->btkgd", weights, values)
+  return out.reshape(batch, length, num_heads, head_dim)
 
 
 def rotate(x: jax.Array, positions: jax.Array, *, theta: float) -> jax.Array:

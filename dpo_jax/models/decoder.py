@@ -82,6 +82,7 @@ class Layer(nnx.Module):
     queries = (c.d_model, c.num_heads, c.head_dim)
     keys = (c.d_model, c.num_kv_heads, c.head_dim)
     self.rope_theta = c.rope_theta
+    self.scale = c.head_dim**-0.5
     self.attention_norm = RMSNorm(c)
     self.query = project(queries, contract=1, std=std)
     self.key = project(keys, contract=1, std=std)
@@ -98,7 +99,7 @@ class Layer(nnx.Module):
     self,
     x: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    rows: attention.Rows | None,
     cache: Cache | None,
   ) -> tuple[jax.Array, Cache | None]:
     normed = self.attention_norm(x)
@@ -115,7 +116,21 @@ class Layer(nnx.Module):
       keys = cache[0].at[rows, positions].set(keys)
       values = cache[1].at[rows, positions].set(values)
       cache = (keys, values)
-    x = x + self.attention_out(attention.attend(queries, keys, values, mask))
+      mask = jnp.arange(keys.shape[1]) <= positions[..., None]
+      attended = attention.attend(
+        queries, keys, values, mask, scale=self.scale, soft_cap=None
+      )
+    else:
+      attended = attention.attend_rows(
+        queries,
+        keys,
+        values,
+        rows,
+        window=None,
+        scale=self.scale,
+        soft_cap=None,
+      )
+    x = x + self.attention_out(attended)
     normed = self.mlp_norm(x)
     return x + self.down(
       jax.nn.silu(self.gate(normed)) * self.up(normed)
@@ -150,7 +165,7 @@ class Decoder(nnx.Module):
     self,
     tokens: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    rows: attention.Rows | None = None,
     cache: Cache | None = None,
   ) -> tuple[jax.Array, Cache | None]:
     """Hidden states after the final norm.
@@ -158,7 +173,7 @@ class Decoder(nnx.Module):
     Args:
       tokens: i32 [B, T].
       positions: i32 [B, T].
-      mask: bool [B, T, J]; J is T, or the cache's length.
+      rows: the same tokens as packed rows, where there is no cache.
       cache: keys and values of earlier tokens, or None.
 
     Returns:
@@ -172,7 +187,7 @@ class Decoder(nnx.Module):
     def body(x, scanned):
       params, layer_cache = scanned
       layer = nnx.merge(graph, params)
-      x, layer_cache = layer(keep_rows_apart(x), positions, mask, layer_cache)
+      x, layer_cache = layer(keep_rows_apart(x), positions, rows, layer_cache)
       return x, layer_cache
 
     if config.remat != "none":
@@ -238,8 +253,8 @@ class Policy:
     branches: jax.Array,
   ) -> jax.Array:
     """Hidden states of packed rows: i32 [R, T] each -> [R, T, D]."""
-    mask = attention.shared_prompt_mask(segments, branches)
-    return self._bind(params)(tokens, positions, mask)[0]
+    rows = attention.make_rows(positions, segments, branches)
+    return self._bind(params)(tokens, positions, rows)[0]
 
   def init_cache(self, batch_size: int, length: int) -> Cache:
     """An empty cache for `length` positions."""
@@ -263,9 +278,7 @@ class Policy:
     Returns:
       Hidden states [B, T, D], and the new cache.
     """
-    length = cache[0].shape[2]
-    mask = jnp.arange(length) <= positions[..., None]
-    return self._bind(params)(tokens, positions, mask, cache)
+    return self._bind(params)(tokens, positions, None, cache)
 
   def unembedding(self, params: Any) -> jax.Array:
     """The output projection, [D, V], in the compute dtype."""
