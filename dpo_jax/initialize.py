@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.mesh import param_shardings
 from dpo_jax.models import hf
-from dpo_jax.models.config import PRESETS, ModelConfig
+from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
+from dpo_jax.models.presets import PRESETS
 
 KINDS = ("random", "hf:FOLDER", "run:WORKDIR")
 
@@ -49,7 +50,7 @@ def load_policy(
       )
     rounded = -(-vocab_size // 128) * 128
     return Policy(
-      ModelConfig(vocab_size=rounded, **PRESETS[config.preset], **ours)
+      ModelConfig(**{**PRESETS[config.preset], "vocab_size": rounded, **ours})
     )
   if kind == "hf" and where:
     return Policy(hf.load_config(where, **ours))
@@ -59,7 +60,7 @@ def load_policy(
       raise FileNotFoundError(f"{path} does not exist: {where} is no workdir")
     recorded = json.loads(path.read_text())
     ours["value_head"] |= recorded.get("value_head", False)
-    return Policy(ModelConfig(**{**recorded, **ours}))
+    return Policy(ModelConfig.from_dict({**recorded, **ours}))
   raise ValueError(
     f"policy.init={config.init!r} must be one of {', '.join(KINDS)}"
   )

@@ -70,9 +70,15 @@ def test_a_kill_loses_no_acknowledged_checkpoint(tmp_path):
     # Nothing that was acknowledged is lost; a step whose manifest was written
     # just before the kill may be there although nobody was told.
     assert int(first.split()[1]) in (safe, safe + 1), first
-    time.sleep(rng.uniform(0.0, 0.8))
+    # At any moment of a save, however fast this machine is just now.
+    output, start = first, time.monotonic()
+    num_saves = rng.randint(1, 3)
+    for _ in range(num_saves):
+      output += process.stdout.readline()
+    a_save = (time.monotonic() - start) / num_saves
+    time.sleep(rng.uniform(0.0, 1.0) * a_save)
     process.send_signal(signal.SIGKILL)
-    output = first + process.communicate()[0]
+    output += process.communicate()[0]
     assert process.returncode == -signal.SIGKILL
     safe = max(said(output, "restored") + said(output, "safe"))
     names = [p.name for p in (tmp_path / "checkpoints").iterdir()]
@@ -81,7 +87,7 @@ def test_a_kill_loses_no_acknowledged_checkpoint(tmp_path):
     killed_in_a_save += is_unfinished or bool(
       verify(tmp_path / "checkpoints" / str(latest))
     )
-  assert safe > 10
+  assert safe >= 10
   assert killed_in_a_save >= 2  # else these kills prove nothing
 
 

@@ -13,8 +13,9 @@ from dpo_jax import reference
 from dpo_jax import step as step_lib
 from dpo_jax.config import default_config
 from dpo_jax.losses import CATALOGUE, build_objective
-from dpo_jax.models.config import PRESETS, ModelConfig
+from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
+from dpo_jax.models.presets import PRESETS
 from dpo_jax.types import TrainState
 from tests import tiny
 
@@ -28,7 +29,7 @@ def log_probs(policy, params, tokens):
   hidden = policy.hidden_states(
     params, tokens, positions, jnp.ones_like(tokens), jnp.zeros_like(tokens)
   )
-  return jax.nn.log_softmax(hidden[0] @ policy.unembedding(params)), hidden[0]
+  return jax.nn.log_softmax(policy.readout(params).logits(hidden[0])), hidden[0]
 
 
 def per_token(policy, params, prompt, response):

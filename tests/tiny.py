@@ -9,8 +9,9 @@ from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.data.packing import RowShape
 from dpo_jax.data.store import Store, part_starts
-from dpo_jax.models.config import PRESETS, ModelConfig
+from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
+from dpo_jax.models.presets import PRESETS
 from dpo_jax.types import Batch
 
 
@@ -167,8 +168,7 @@ def naive_logps(
     is_token.astype(np.int32),
     np.zeros_like(tokens),
   )
-  unembedding = np.asarray(policy.unembedding(params), np.float64)
-  logits = np.asarray(hidden, np.float64) @ unembedding
+  logits = np.asarray(policy.readout(params).logits(hidden), np.float64)
   out = []
   prompts = [g[0] for g in groups for _ in g[1:]]
   for prompt, row, row_logits in zip(prompts, rows, logits, strict=True):

@@ -125,28 +125,3 @@ def attend(
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
   out = jnp.einsum("bkgtj,bjkd->btkgd", weights, values)
   return out.reshape(batch, length, num_heads, head_dim)
-
-
-def rotate(x: jax.Array, positions: jax.Array, *, theta: float) -> jax.Array:
-  """Rotary position embedding, channel i paired with i + head_dim / 2.
-
-  Su et al. 2021 (arXiv:2104.09864), in the pairing of Hugging Face's Llama
-  checkpoints. Angles are float32: in bfloat16 positions above 256 collide.
-
-  Args:
-    x: [B, T, H, head_dim].
-    positions: i32 [B, T].
-    theta: base of the frequencies.
-
-  Returns:
-    Like x.
-  """
-  half = x.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[..., None, None].astype(jnp.float32) * frequencies
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], -1
-  )
-  return turned.astype(x.dtype)

@@ -1,15 +1,104 @@
-"""What a decoder looks like, and presets by name."""
+"""What a decoder looks like: the few fields in which families differ."""
 
+from collections.abc import Mapping
 import dataclasses
+import math
+import re
 from typing import Any
 
 REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+QK_NORMS = ("", "head", "full")
+# Projections of a layer, which adapters may be put on.
+PROJECTIONS = (
+  "query",
+  "key",
+  "value",
+  "attention_out",
+  "gate",
+  "up",
+  "down",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched for contexts beyond training.
+
+  Attributes:
+    kind: "linear" divides all frequencies by `factor`; "llama3" divides the
+      slow ones and blends between (Llama 3.1's report, sec. 3.4.2).
+    factor: above 1.
+    low_freq_factor: llama3: wavelengths longer than original_positions over
+      this are divided.
+    high_freq_factor: llama3: those shorter than original_positions over this
+      are left alone.
+    original_positions: llama3: context of pre-training.
+  """
+
+  kind: str
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_positions: int = 8192
+
+  def __post_init__(self):
+    if self.kind not in ("linear", "llama3"):
+      raise ValueError(
+        f"rope scaling {self.kind!r} is unknown. Known: linear, llama3"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Low-rank adapters: W + scale A B (Hu et al. 2021, arXiv:2106.09685).
+
+  Attributes:
+    rank: columns of A and rows of B.
+    alpha: scale is alpha / rank, or alpha / sqrt(rank).
+    targets: regular expression; projections that it matches whole get an
+      adapter.
+    is_rank_stabilized: scale by the root of the rank, so that it need not be
+      tuned with it (Kalajdzievski 2023, rsLoRA, arXiv:2312.03732).
+  """
+
+  rank: int
+  alpha: float
+  targets: str = ".*"
+  is_rank_stabilized: bool = False
+
+  def __post_init__(self):
+    if self.rank < 1 or not self.alpha > 0:
+      raise ValueError(
+        f"lora.rank={self.rank} must be at least 1 and lora.alpha={self.alpha}"
+        " above 0"
+      )
+    try:
+      pattern = re.compile(self.targets)
+    except re.error as error:
+      raise ValueError(
+        f"lora.targets={self.targets!r} is no regular expression: {error}"
+      ) from error
+    if not any(pattern.fullmatch(name) for name in PROJECTIONS):
+      raise ValueError(
+        f"lora.targets={self.targets!r} matches none of"
+        f" {', '.join(PROJECTIONS)}"
+      )
+
+  @property
+  def scale(self) -> float:
+    root = math.sqrt(self.rank) if self.is_rank_stabilized else self.rank
+    return self.alpha / root
+
+  def has(self, projection: str) -> bool:
+    """Whether a projection gets an adapter."""
+    return re.fullmatch(self.targets, projection) is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Shape of a Llama-family decoder.
+  """Shape of a decoder. The defaults are Llama's.
 
   Attributes:
     vocab_size: V, rows of the embedding.
@@ -18,10 +107,36 @@ class ModelConfig:
     num_heads: H, query heads.
     num_kv_heads: key and value heads; divides num_heads.
     head_dim: width of a head.
-    d_ff: width of the gated feed-forward layer.
+    d_ff: width of the feed-forward layer.
     max_positions: longest prompt + response that the model was made for.
+    family: whose Hugging Face names and config an export has: families.py.
+    norm: "rms", or "layer" with mean and bias.
+    norm_eps: added to the variance.
+    norm_offset: added to a norm's scale; 1 in Gemma.
+    pre_norm: whether attention and feed-forward read normed states.
+    post_norm: whether what they write is normed.
+    is_parallel: whether both read the same states and are added together.
+    is_norm_shared: whether, in parallel, they share one norm.
+    activation: of the feed-forward layer, one of ACTIVATIONS.
+    is_gated: whether it has a gate.
+    qkv_bias: whether query, key and value have a bias.
+    out_bias: whether the attention's output has.
+    mlp_bias: whether the feed-forward layer's have.
+    head_bias: whether the output projection has.
+    qk_norm: queries and keys normed: "" not, "head" each head by itself,
+      "full" all heads together.
+    attention_scale: of the scores; None is head_dim ** -0.5.
+    attention_soft_cap: scores become cap * tanh(scores / cap); None: none.
+    logits_soft_cap: the same for logits.
+    has_learned_positions: an embedding of positions in place of a rotation.
+    rotary_dim: channels of a head that are turned; None is all.
     rope_theta: base of the rotary embedding.
-    norm_eps: added to the variance in RMSNorm.
+    rope_scaling: see RopeScaling.
+    local_rope_theta: base in local layers, which are not scaled; None is as
+      elsewhere.
+    window: positions that a local layer sees, itself included.
+    local_layers: bool for every layer, whether it is local; () is none.
+    is_embedding_scaled: embeddings times sqrt(D).
     tie_embeddings: whether the output projection is the embedding.
     value_head: whether a scalar is read off the hidden states.
     param_dtype: dtype of the parameters that are trained.
@@ -29,6 +144,7 @@ class ModelConfig:
       log-probs are float32 whatever it is.
     remat: what the backward pass recomputes in a layer: "none", "full"
       (everything), or "dots" (everything but matmuls).
+    lora: adapters, or None.
   """
 
   vocab_size: int
@@ -39,13 +155,38 @@ class ModelConfig:
   head_dim: int
   d_ff: int
   max_positions: int
-  rope_theta: float = 10_000.0
+  family: str = "llama"
+  norm: str = "rms"
   norm_eps: float = 1e-5
+  norm_offset: float = 0.0
+  pre_norm: bool = True
+  post_norm: bool = False
+  is_parallel: bool = False
+  is_norm_shared: bool = False
+  activation: str = "silu"
+  is_gated: bool = True
+  qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  head_bias: bool = False
+  qk_norm: str = ""
+  attention_scale: float | None = None
+  attention_soft_cap: float | None = None
+  logits_soft_cap: float | None = None
+  has_learned_positions: bool = False
+  rotary_dim: int | None = None
+  rope_theta: float = 10_000.0
+  rope_scaling: RopeScaling | None = None
+  local_rope_theta: float | None = None
+  window: int | None = None
+  local_layers: tuple[bool, ...] = ()
+  is_embedding_scaled: bool = False
   tie_embeddings: bool = True
   value_head: bool = False
   param_dtype: str = "float32"
   compute_dtype: str = "float32"
   remat: str = "none"
+  lora: Lora | None = None
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -53,53 +194,97 @@ class ModelConfig:
         f"num_heads={self.num_heads} must be a multiple of"
         f" num_kv_heads={self.num_kv_heads}"
       )
-    if self.head_dim % 2:
+    rotary_dim = self.head_dim if self.rotary_dim is None else self.rotary_dim
+    if rotary_dim % 2 or not 0 < rotary_dim <= self.head_dim:
       raise ValueError(
-        f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs"
-        " of channels"
+        f"rotary_dim={rotary_dim} must be even and at most"
+        f" head_dim={self.head_dim}: rotary embeddings turn pairs of channels"
       )
-    if self.remat not in REMAT_POLICIES:
-      raise ValueError(
-        f"remat={self.remat!r} is unknown. Known: {', '.join(REMAT_POLICIES)}"
-      )
-    for field in ("param_dtype", "compute_dtype"):
-      if getattr(self, field) not in DTYPES:
+    for field, known in (
+      ("remat", REMAT_POLICIES),
+      ("param_dtype", DTYPES),
+      ("compute_dtype", DTYPES),
+      ("activation", ACTIVATIONS),
+      ("qk_norm", QK_NORMS),
+      ("norm", ("rms", "layer")),
+    ):
+      if getattr(self, field) not in known:
         raise ValueError(
           f"{field}={getattr(self, field)!r} is unknown. Known:"
-          f" {', '.join(DTYPES)}"
+          f" {', '.join(map(repr, known))}"
         )
+    if self.local_layers and (
+      self.window is None or len(self.local_layers) != self.num_layers
+    ):
+      raise ValueError(
+        f"local_layers has {len(self.local_layers)} entries for"
+        f" {self.num_layers} layers and window={self.window}"
+      )
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
+    """Undoes `dataclasses.asdict` and a trip through JSON."""
+    fields = dict(fields)
+    for name, kind in (("rope_scaling", RopeScaling), ("lora", Lora)):
+      if isinstance(fields.get(name), Mapping):
+        fields[name] = kind(**fields[name])
+    fields["local_layers"] = tuple(fields.get("local_layers", ()))
+    return cls(**fields)
+
+  @property
+  def scale(self) -> float:
+    """Of attention scores."""
+    return self.attention_scale or self.head_dim**-0.5
+
+  def projection_shapes(
+    self,
+  ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Input and output axes of a layer's projections, by name."""
+    heads = (self.num_heads, self.head_dim)
+    kv_heads = (self.num_kv_heads, self.head_dim)
+    shapes = {
+      "query": ((self.d_model,), heads),
+      "key": ((self.d_model,), kv_heads),
+      "value": ((self.d_model,), kv_heads),
+      "attention_out": (heads, (self.d_model,)),
+      "gate": ((self.d_model,), (self.d_ff,)),
+      "up": ((self.d_model,), (self.d_ff,)),
+      "down": ((self.d_ff,), (self.d_model,)),
+    }
+    if not self.is_gated:
+      del shapes["gate"]
+    return shapes
+
+  def has_bias(self, projection: str) -> bool:
+    """Whether a layer's projection has a bias."""
+    if projection in ("query", "key", "value"):
+      return self.qkv_bias
+    return self.out_bias if projection == "attention_out" else self.mlp_bias
+
+  def layer_norms(self) -> tuple[str, ...]:
+    """Names of a layer's norms over D."""
+    names = []
+    if self.pre_norm:
+      names += ["attention_norm"]
+      names += [] if self.is_norm_shared else ["mlp_norm"]
+    if self.post_norm:
+      names += ["attention_post_norm", "mlp_post_norm"]
+    return tuple(names)
 
   def num_params(self) -> int:
-    """Parameters, counted from the shapes."""
-    attention = self.d_model * self.head_dim * 2
-    attention *= self.num_heads + self.num_kv_heads
-    layer = attention + 3 * self.d_model * self.d_ff + 2 * self.d_model
-    embeddings = self.vocab_size * self.d_model
-    if not self.tie_embeddings:
-      embeddings *= 2
-    value_head = self.d_model if self.value_head else 0
-    return embeddings + self.num_layers * layer + self.d_model + value_head
-
-
-# Shapes for models trained from scratch; the vocabulary comes from the
-# tokenizer. A checkpoint brings its own shape.
-PRESETS: dict[str, dict[str, Any]] = {
-  "tiny": dict(
-    d_model=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    d_ff=160,
-    max_positions=512,
-  ),
-  "1m": dict(
-    d_model=128,
-    num_layers=5,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=32,
-    d_ff=352,
-    max_positions=512,
-  ),
-}
+    """Parameters, counted from the shapes; adapters are not."""
+    norm = self.d_model * (2 if self.norm == "layer" else 1)
+    layer = norm * len(self.layer_norms())
+    for name, (inputs, outputs) in self.projection_shapes().items():
+      layer += math.prod(inputs) * math.prod(outputs)
+      layer += math.prod(outputs) if self.has_bias(name) else 0
+    if self.qk_norm == "head":
+      layer += 2 * self.head_dim
+    elif self.qk_norm == "full":
+      layer += (self.num_heads + self.num_kv_heads) * self.head_dim
+    total = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+    total += self.vocab_size if self.head_bias else 0
+    if self.has_learned_positions:
+      total += self.max_positions * self.d_model
+    total += self.d_model if self.value_head else 0
+    return total + self.num_layers * layer + norm

@@ -1,140 +1,217 @@
-"""One Flax decoder for the Llama family.
+"""One Flax decoder for GPT-2, NeoX, GPT-J, Llama, Mistral, Qwen, Gemma & co.
 
-Layers are stacked along a leading axis and scanned, so that compile time does
-not grow with depth. `Policy` splits the module once at the boundary:
-parameters are a nested dict of arrays from there on, so that donation, a
-reference copy, checkpoints and partition rules are operations on a tree.
+Families differ in the fields of `ModelConfig`, never by name. Layers are
+stacked along a leading axis and scanned, so that compile time does not grow
+with depth; what differs from layer to layer (a window) is scanned with them.
+`Policy` splits the module once at the boundary: parameters are a nested dict
+of arrays from there on, so that donation, a reference copy, checkpoints and
+partition rules are operations on a tree.
 """
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from flax import nnx
+import flax.struct
 import jax
 from jax.ad_checkpoint import checkpoint_policies
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from dpo_jax.models import attention
+from dpo_jax.models import attention, rotary
 from dpo_jax.models.config import ModelConfig
 
 # K and V of all layers: f [L, B, C, num_kv_heads, head_dim] each.
 Cache = tuple[jax.Array, jax.Array]
 
+_ACTIVATIONS = {
+  "silu": jax.nn.silu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "relu": jax.nn.relu,
+}
+# The window of a layer that has none.
+_EVERYTHING = 2**30
 
-class RMSNorm(nnx.Module):
-  """Root-mean-square normalisation, computed in float32."""
 
-  def __init__(self, config: ModelConfig):
+class Norm(nnx.Module):
+  """Root-mean-square or layer normalisation, computed in float32."""
+
+  def __init__(self, config: ModelConfig, shape: tuple[int, ...] = ()):
     self.epsilon = config.norm_eps
-    self.scale = nnx.Param(
-      jnp.ones((config.d_model,), jnp.dtype(config.param_dtype))
-    )
+    self.offset = config.norm_offset
+    shape = shape or (config.d_model,)
+    self.axes = tuple(range(-len(shape), 0))
+    # A scale starts at what makes it one with its offset.
+    ones = jnp.full(shape, 1.0 - self.offset, jnp.dtype(config.param_dtype))
+    self.scale = nnx.Param(ones)
+    self.is_centered = config.norm == "layer"
+    if self.is_centered:
+      self.bias = nnx.Param(jnp.zeros_like(ones))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     wide = x.astype(jnp.float32)
-    variance = jnp.mean(jnp.square(wide), -1, keepdims=True)
+    if self.is_centered:
+      wide -= wide.mean(self.axes, keepdims=True)
+    variance = jnp.mean(jnp.square(wide), self.axes, keepdims=True)
     normed = wide * jax.lax.rsqrt(variance + self.epsilon)
-    return (normed * self.scale.astype(jnp.float32)).astype(x.dtype)
+    normed *= self.offset + self.scale.astype(jnp.float32)
+    if self.is_centered:
+      normed += self.bias.astype(jnp.float32)
+    return normed.astype(x.dtype)
 
 
 class Projection(nnx.Module):
-  """A bias-free linear map over the leading `contract` axes of its kernel."""
+  """A linear map, with an adapter beside it where the config asks for one."""
 
-  def __init__(
-    self,
-    shape: tuple[int, ...],
-    *,
-    contract: int,
-    std: float,
-    config: ModelConfig,
-    rngs: nnx.Rngs,
-  ):
-    self.contract = contract
+  def __init__(self, name: str, config: ModelConfig, *, rngs: nnx.Rngs):
+    inputs, outputs = config.projection_shapes()[name]
+    self.contract = len(inputs)
     self.dtype = jnp.dtype(config.compute_dtype)
-    kernel = std * jax.random.normal(rngs.params(), shape)
+    # The maps that write to the residual stream start smaller with depth, so
+    # that its variance does not grow with the number of layers.
+    std = 0.02
+    if name in ("attention_out", "down"):
+      std /= math.sqrt(2 * config.num_layers)
+    kernel = std * jax.random.normal(rngs.params(), inputs + outputs)
     self.kernel = nnx.Param(kernel.astype(config.param_dtype))
+    self.has_bias = config.has_bias(name)
+    if self.has_bias:
+      self.bias = nnx.Param(jnp.zeros(outputs, config.param_dtype))
+    self.lora_scale = None
+    if config.lora is not None and config.lora.has(name):
+      self.lora_scale = config.lora.scale
+      # float32 whatever the base is: adapters are all that is trained.
+      bound = 1.0 / math.sqrt(math.prod(inputs))
+      shape = (*inputs, config.lora.rank)
+      self.lora_a = nnx.Param(
+        jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+      )
+      # Zero: the adapter has no effect at the start.
+      self.lora_b = nnx.Param(jnp.zeros((config.lora.rank, *outputs)))
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    out = self._apply(x, self.kernel[...], self.contract)
+    if self.has_bias:
+      out += self.bias.astype(self.dtype)
+    if self.lora_scale is not None:
+      low = self._apply(x, self.lora_a[...], self.contract)
+      out += self.lora_scale * self._apply(low, self.lora_b[...], 1)
+    return out
+
+  def _apply(self, x: jax.Array, kernel: jax.Array, contract: int) -> jax.Array:
+    axes = tuple(range(x.ndim - contract, x.ndim))
     return jax.lax.dot_general(
-      x,
-      self.kernel.astype(self.dtype),
-      (
-        (
-          tuple(range(x.ndim - self.contract, x.ndim)),
-          tuple(range(self.contract)),
-        ),
-        ((), ()),
-      ),
+      x, kernel.astype(self.dtype), ((axes, tuple(range(contract))), ((), ()))
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where tokens stand, the same for all layers.
+
+  Attributes:
+    positions: i32 [B, T].
+    rotation: what queries and keys turn by, or None.
+    local_rotation: the same in local layers, or None if it is the same.
+    rows: packed rows, where there is no cache.
+  """
+
+  positions: jax.Array
+  rotation: rotary.Rotation | None
+  local_rotation: rotary.Rotation | None
+  rows: attention.Rows | None
 
 
 class Layer(nnx.Module):
-  """Attention and a gated feed-forward layer, each behind an RMSNorm."""
+  """Attention and a feed-forward layer, with the norms that the family has."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    c = config
-    project = functools.partial(Projection, config=c, rngs=rngs)
-    # The maps that write to the residual stream start smaller with depth, so
-    # that its variance does not grow with the number of layers.
-    std, out_std = 0.02, 0.02 / (2 * c.num_layers) ** 0.5
-    queries = (c.d_model, c.num_heads, c.head_dim)
-    keys = (c.d_model, c.num_kv_heads, c.head_dim)
-    self.rope_theta = c.rope_theta
-    self.scale = c.head_dim**-0.5
-    self.attention_norm = RMSNorm(c)
-    self.query = project(queries, contract=1, std=std)
-    self.key = project(keys, contract=1, std=std)
-    self.value = project(keys, contract=1, std=std)
-    self.attention_out = project(
-      (c.num_heads, c.head_dim, c.d_model), contract=2, std=out_std
-    )
-    self.mlp_norm = RMSNorm(c)
-    self.gate = project((c.d_model, c.d_ff), contract=1, std=std)
-    self.up = project((c.d_model, c.d_ff), contract=1, std=std)
-    self.down = project((c.d_ff, c.d_model), contract=1, std=out_std)
+    self.config = config
+    for name in config.layer_norms():
+      setattr(self, name, Norm(config))
+    for name in config.projection_shapes():
+      setattr(self, name, Projection(name, config, rngs=rngs))
+    if config.qk_norm:
+      for name, heads in (
+        ("query_norm", config.num_heads),
+        ("key_norm", config.num_kv_heads),
+      ):
+        shape = (config.head_dim,)
+        if config.qk_norm == "full":
+          shape = (heads, *shape)
+        setattr(self, name, Norm(config, shape))
 
   def __call__(
     self,
     x: jax.Array,
-    positions: jax.Array,
-    rows: attention.Rows | None,
+    place: Place,
+    window: jax.Array | None,
     cache: Cache | None,
   ) -> tuple[jax.Array, Cache | None]:
-    normed = self.attention_norm(x)
-    rotate = functools.partial(
-      attention.rotate, positions=positions, theta=self.rope_theta
-    )
-    queries = rotate(self.query(normed))
-    keys, values = rotate(self.key(normed)), self.value(normed)
-    if cache is not None:
-      # A sequence's cache slot is its position: ragged prompts need no left
-      # padding, and what a padded prompt wrote is overwritten before any
-      # later token may look at it.
-      rows = jnp.arange(x.shape[0])[:, None]
-      keys = cache[0].at[rows, positions].set(keys)
-      values = cache[1].at[rows, positions].set(values)
-      cache = (keys, values)
-      mask = jnp.arange(keys.shape[1]) <= positions[..., None]
-      attended = attention.attend(
-        queries, keys, values, mask, scale=self.scale, soft_cap=None
+    c = self.config
+    read = self.attention_norm(x) if c.pre_norm else x
+    written, cache = self._attend(read, place, window, cache)
+    if c.post_norm:
+      written = self.attention_post_norm(written)
+    if not c.is_parallel:
+      x = x + written
+    if c.pre_norm and not c.is_norm_shared:
+      read = self.mlp_norm(x)
+    elif not c.is_norm_shared:
+      read = x
+    fed = self._feed_forward(read)
+    if c.post_norm:
+      fed = self.mlp_post_norm(fed)
+    return (x + written + fed if c.is_parallel else x + fed), cache
+
+  def _attend(
+    self,
+    x: jax.Array,
+    place: Place,
+    window: jax.Array | None,
+    cache: Cache | None,
+  ) -> tuple[jax.Array, Cache | None]:
+    c = self.config
+    queries, keys, values = self.query(x), self.key(x), self.value(x)
+    if c.qk_norm:
+      queries, keys = self.query_norm(queries), self.key_norm(keys)
+    by = place.rotation
+    if place.local_rotation is not None:
+      is_local = window < _EVERYTHING
+      by = jax.tree.map(
+        lambda local, whole: jnp.where(is_local, local, whole),
+        place.local_rotation,
+        by,
       )
-    else:
-      attended = attention.attend_rows(
-        queries,
-        keys,
-        values,
-        rows,
-        window=None,
-        scale=self.scale,
-        soft_cap=None,
+    if by is not None:
+      queries, keys = rotary.rotate(queries, by), rotary.rotate(keys, by)
+    knobs = dict(scale=c.scale, soft_cap=c.attention_soft_cap)
+    if cache is None:
+      out = attention.attend_rows(
+        queries, keys, values, place.rows, window=window, **knobs
       )
-    x = x + self.attention_out(attended)
-    normed = self.mlp_norm(x)
-    return x + self.down(
-      jax.nn.silu(self.gate(normed)) * self.up(normed)
-    ), cache
+      return self.attention_out(out), None
+    # A sequence's cache slot is its position: ragged prompts need no left
+    # padding, and what a padded prompt wrote is overwritten before any later
+    # token may look at it.
+    rows = jnp.arange(x.shape[0])[:, None]
+    keys = cache[0].at[rows, place.positions].set(keys)
+    values = cache[1].at[rows, place.positions].set(values)
+    slots = jnp.arange(keys.shape[1])[None]
+    mask = slots[:, None] <= place.positions[..., None]
+    if window is not None:
+      mask &= attention.in_window(place.positions, slots, window)
+    out = attention.attend(queries, keys, values, mask, **knobs)
+    return self.attention_out(out), (keys, values)
+
+  def _feed_forward(self, x: jax.Array) -> jax.Array:
+    activate = _ACTIVATIONS[self.config.activation]
+    if self.config.is_gated:
+      return self.down(activate(self.gate(x)) * self.up(x))
+    return self.down(activate(self.up(x)))
 
 
 class Decoder(nnx.Module):
@@ -142,9 +219,14 @@ class Decoder(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
-    shape = (config.vocab_size, config.d_model)
-    embedding = 0.02 * jax.random.normal(rngs.params(), shape)
-    self.embedding = nnx.Param(embedding.astype(config.param_dtype))
+
+    def draw(*shape):
+      drawn = 0.02 * jax.random.normal(rngs.params(), shape)
+      return nnx.Param(drawn.astype(config.param_dtype))
+
+    self.embedding = draw(config.vocab_size, config.d_model)
+    if config.has_learned_positions:
+      self.position_embedding = draw(config.max_positions, config.d_model)
 
     @nnx.split_rngs(splits=config.num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -152,10 +234,12 @@ class Decoder(nnx.Module):
       return Layer(config, rngs=rngs)
 
     self.layers = stack(rngs)
-    self.final_norm = RMSNorm(config)
+    self.final_norm = Norm(config)
     if not config.tie_embeddings:
-      head = 0.02 * jax.random.normal(rngs.params(), shape[::-1])
-      self.head = nnx.Param(head.astype(config.param_dtype))
+      self.head = draw(config.d_model, config.vocab_size)
+    if config.head_bias:
+      zeros = jnp.zeros((config.vocab_size,), config.param_dtype)
+      self.head_bias = nnx.Param(zeros)
     if config.value_head:
       # Zero: every response starts with the same value.
       zeros = jnp.zeros((config.d_model,), config.param_dtype)
@@ -180,15 +264,25 @@ class Decoder(nnx.Module):
       [B, T, D] in the compute dtype, and the cache with these tokens in it.
     """
     config = self.config
+    dtype = jnp.dtype(config.compute_dtype)
     # Gather, then cast: the other way round copies the whole embedding.
-    x = self.embedding[...][tokens].astype(config.compute_dtype)
+    x = self.embedding[...][tokens].astype(dtype)
+    if config.is_embedding_scaled:
+      # Rounded as checkpoints of the family were trained.
+      x *= jnp.asarray(math.sqrt(config.d_model), dtype)
+    if config.has_learned_positions:
+      x += self.position_embedding[...][positions].astype(dtype)
     graph, stacked = nnx.split(self.layers)
+    place = Place(positions, *rotary.rotations(config, positions), rows)
+    windows = None
+    if config.local_layers:
+      local = jnp.array(config.local_layers)
+      windows = jnp.where(local, config.window, _EVERYTHING)
 
     def body(x, scanned):
-      params, layer_cache = scanned
+      params, window, layer_cache = scanned
       layer = nnx.merge(graph, params)
-      x, layer_cache = layer(keep_rows_apart(x), positions, rows, layer_cache)
-      return x, layer_cache
+      return layer(keep_rows_apart(x), place, window, layer_cache)
 
     if config.remat != "none":
       policy = {
@@ -196,7 +290,7 @@ class Decoder(nnx.Module):
         "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
       }[config.remat]
       body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    x, cache = jax.lax.scan(body, x, (stacked, cache))
+    x, cache = jax.lax.scan(body, x, (stacked, windows, cache))
     return self.final_norm(x), cache
 
 
@@ -215,6 +309,35 @@ def keep_rows_apart(x: jax.Array) -> jax.Array:
   if not axes:
     return x
   return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
+@flax.struct.dataclass
+class Readout:
+  """From hidden states to logits.
+
+  Attributes:
+    kernel: [D, V] in the compute dtype.
+    bias: f32 [V], or None.
+    soft_cap: see ModelConfig.logits_soft_cap.
+  """
+
+  kernel: jax.Array
+  bias: jax.Array | None = None
+  soft_cap: float | None = flax.struct.field(pytree_node=False, default=None)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> f32 [..., V]."""
+    logits = jnp.einsum(
+      "...d,dv->...v",
+      hidden,
+      self.kernel,
+      preferred_element_type=jnp.float32,
+    )
+    if self.bias is not None:
+      logits += self.bias
+    if self.soft_cap is not None:
+      logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
+    return logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +360,11 @@ class Policy:
     """Random parameters, a nested dict."""
     decoder = Decoder(self.config, rngs=nnx.Rngs(params=key))
     return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+
+  @property
+  def without_adapters(self) -> "Policy":
+    """The same decoder with its adapters off."""
+    return Policy(dataclasses.replace(self.config, lora=None))
 
   def _bind(self, params: Any) -> Decoder:
     graph, abstract = self._graph_and_state
@@ -280,10 +408,11 @@ class Policy:
     """
     return self._bind(params)(tokens, positions, None, cache)
 
-  def unembedding(self, params: Any) -> jax.Array:
-    """The output projection, [D, V], in the compute dtype."""
-    if self.config.tie_embeddings:
-      kernel = params["embedding"].T
-    else:
-      kernel = params["head"]
-    return kernel.astype(self.config.compute_dtype)
+  def readout(self, params: Any) -> Readout:
+    """What turns hidden states into logits."""
+    config = self.config
+    kernel = params["embedding"].T if config.tie_embeddings else params["head"]
+    bias = params["head_bias"].astype(jnp.float32) if config.head_bias else None
+    return Readout(
+      kernel.astype(config.compute_dtype), bias, config.logits_soft_cap
+    )

@@ -64,12 +64,10 @@ def _sample(
   """Responses i32 [B, max_response_tokens]; -1 after the end."""
   batch_size, prompt_length = prompts.shape
   rows = jnp.arange(batch_size)
-  unembedding = policy.unembedding(params)
+  readout = policy.readout(params)
 
   def choose(hidden, index):
-    logits = jnp.einsum(
-      "bd,dv->bv", hidden, unembedding, preferred_element_type=jnp.float32
-    )
+    logits = readout.logits(hidden)
     if temperature == 0.0:
       return jnp.argmax(logits, -1).astype(jnp.int32)
     logits = filter_logits(logits / temperature, top_k=top_k, top_p=top_p)

@@ -1,58 +1,30 @@
-"""Hugging Face checkpoints: config.json and safetensors to our parameters."""
+"""Hugging Face checkpoints in and out: config.json and safetensors."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 import contextlib
-import dataclasses
 import json
+import re
 from typing import Any
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
+from safetensors.numpy import save_file
 
+from dpo_jax.models import families
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
+from dpo_jax.models.tensor_map import Tensor, tensor_map
 
-# Fields of config.json that say nothing about what the model computes.
-_IGNORED = {
-  "_name_or_path",
-  "architectures",
-  "attention_dropout",
-  "bos_token_id",
-  "dtype",
-  "eos_token_id",
-  "initializer_range",
-  "pad_token_id",
-  "pretraining_tp",
-  "torch_dtype",
-  "transformers_version",
-  "use_cache",
-}
-# Fields that we honour at one value only.
-_REQUIRED = {
-  "model_type": ("llama",),
-  "hidden_act": ("silu",),
-  "attention_bias": (False,),
-  "mlp_bias": (False,),
-  "rope_scaling": (None,),
-}
-_NEEDED = {
-  "vocab_size",
-  "hidden_size",
-  "intermediate_size",
-  "num_hidden_layers",
-  "num_attention_heads",
-  "max_position_embeddings",
-}
-_READ = _NEEDED | {
-  "num_key_value_heads",
-  "head_dim",
-  "rms_norm_eps",
-  "rope_theta",
-  "rope_parameters",
-  "tie_word_embeddings",
-}
+_INDEX = "model.safetensors.index.json"
+# Buffers that older exports store, and that say nothing.
+_SPARE = re.compile(
+  r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|"
+  r"attention\.(masked_)?bias)$"
+)
+_MAX_SHARD_BYTES = 5 * 10**9
 
 
 def load_config(folder: str, **overrides: Any) -> ModelConfig:
@@ -75,184 +47,296 @@ def load_config(folder: str, **overrides: Any) -> ModelConfig:
       f"{path} does not exist: a Hugging Face model folder holds config.json"
       " and *.safetensors"
     )
-  raw = json.loads(path.read_text())
-  rope = raw.get("rope_parameters") or {}
-  refused = [
-    f"{key}={raw[key]!r} (only {wanted[0]!r})"
-    for key, wanted in _REQUIRED.items()
-    if key in raw and raw[key] not in wanted
-  ]
-  if rope.get("rope_type", "default") != "default":
-    refused.append(f"rope_parameters={rope!r} (only the default rotation)")
-  known = _IGNORED | set(_REQUIRED) | _READ
-  refused += [f"{key}={raw[key]!r}" for key in raw if key not in known]
-  if refused:
+  fields = families.read_config(_read_json(path), str(path))
+  return ModelConfig(**fields, **overrides)
+
+
+def download(spec: str) -> str:
+  """Fetches a model of the Hub: safetensors and json only, never code.
+
+  Args:
+    spec: "ORG/NAME@REVISION"; the revision pins what is fetched.
+
+  Returns:
+    The local folder. A token is read from the environment alone.
+
+  Raises:
+    ValueError: no revision.
+  """
+  name, _, revision = spec.partition("@")
+  if not name or not revision:
     raise ValueError(
-      f"{path} asks for what this decoder does not do: {'; '.join(refused)}"
+      f"hub:{spec} must be hub:ORG/NAME@REVISION: name the commit, so that the"
+      " run can be repeated"
     )
-  missing = sorted(_NEEDED - raw.keys())
-  if missing:
-    raise ValueError(f"{path} lacks {', '.join(missing)}")
-  num_heads = raw["num_attention_heads"]
-  return ModelConfig(
-    vocab_size=raw["vocab_size"],
-    d_model=raw["hidden_size"],
-    num_layers=raw["num_hidden_layers"],
-    num_heads=num_heads,
-    num_kv_heads=raw.get("num_key_value_heads") or num_heads,
-    head_dim=raw.get("head_dim") or raw["hidden_size"] // num_heads,
-    d_ff=raw["intermediate_size"],
-    max_positions=raw["max_position_embeddings"],
-    rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 1e4))),
-    norm_eps=raw.get("rms_norm_eps", 1e-6),
-    tie_embeddings=raw.get("tie_word_embeddings", False),
-    **overrides,
+  import huggingface_hub  # slow to import, and few runs need it
+
+  return huggingface_hub.snapshot_download(
+    name,
+    revision=revision,
+    allow_patterns=["*.safetensors", "*.json", "*.jinja", "merges.txt"],
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-  """Where one of our parameters comes from.
-
-  Attributes:
-    names: tensors in the checkpoint; one a layer where `is_stacked`.
-    shape: shape of each in the checkpoint.
-    convert: that tensor to our layout, without the layer axis.
-    is_stacked: whether our parameter has a leading layer axis.
-  """
-
-  names: tuple[str, ...]
-  shape: tuple[int, ...]
-  convert: Callable[[np.ndarray], np.ndarray]
-  is_stacked: bool
-
-
-def _sources(config: ModelConfig) -> dict[str, _Source]:
-  """Our parameter paths, each with its source in a Llama checkpoint."""
-  c = config
-
-  def stacked(name, shape, convert=lambda x: x):
-    names = tuple(
-      f"model.layers.{i}.{name}.weight" for i in range(c.num_layers)
-    )
-    return _Source(names, shape, convert, True)
-
-  def single(name, shape, convert=lambda x: x):
-    return _Source((f"{name}.weight",), shape, convert, False)
-
-  # A checkpoint holds [out, in]; our kernels are [in, out] with heads apart.
-  def heads(name, num_heads):
-    return stacked(
-      f"self_attn.{name}",
-      (num_heads * c.head_dim, c.d_model),
-      lambda x: x.T.reshape(c.d_model, num_heads, c.head_dim),
-    )
-
-  def transposed(name, shape):
-    return stacked(name, shape, np.transpose)
-
-  sources = {
-    "embedding": single("model.embed_tokens", (c.vocab_size, c.d_model)),
-    "final_norm/scale": single("model.norm", (c.d_model,)),
-    "layers/attention_norm/scale": stacked("input_layernorm", (c.d_model,)),
-    "layers/mlp_norm/scale": stacked("post_attention_layernorm", (c.d_model,)),
-    "layers/query/kernel": heads("q_proj", c.num_heads),
-    "layers/key/kernel": heads("k_proj", c.num_kv_heads),
-    "layers/value/kernel": heads("v_proj", c.num_kv_heads),
-    "layers/attention_out/kernel": stacked(
-      "self_attn.o_proj",
-      (c.d_model, c.num_heads * c.head_dim),
-      lambda x: x.T.reshape(c.num_heads, c.head_dim, c.d_model),
-    ),
-    "layers/gate/kernel": transposed("mlp.gate_proj", (c.d_ff, c.d_model)),
-    "layers/up/kernel": transposed("mlp.up_proj", (c.d_ff, c.d_model)),
-    "layers/down/kernel": transposed("mlp.down_proj", (c.d_model, c.d_ff)),
-  }
-  if not c.tie_embeddings:
-    sources["head"] = single("lm_head", (c.vocab_size, c.d_model), np.transpose)
-  return sources
+def _read_json(path: epath.Path) -> Any:
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def load_params(folder: str, policy: Policy, shardings: Any) -> Any:
   """Streams a checkpoint's tensors onto the devices.
 
-  Each tensor is read, converted and placed by itself, so that the host never
-  holds the model.
+  A device's slice of a tensor is read, converted and placed by itself, layer
+  by layer, so that the host never holds more than one tensor.
 
   Args:
     folder: a local Hugging Face model folder.
-    policy: the decoder, of the folder's shape.
+    policy: the decoder, of the folder's shape; without adapters or a value
+      head, which a checkpoint does not have.
     shardings: tree like the parameters, of Shardings.
 
   Returns:
     The parameters in `policy.config.param_dtype`.
 
   Raises:
-    ValueError: tensors missing, unexpected or misshapen, all listed at once,
-      or a tensor with a non-finite value.
+    ValueError: files that are damaged; tensors missing, unexpected or
+      misshapen, all listed at once; or one with a non-finite value.
   """
-  root = epath.Path(folder)
-  paths = sorted(root.glob("*.safetensors"))
-  if not paths:
-    raise FileNotFoundError(
-      f"{folder} holds no *.safetensors; pickled weights are not read: convert"
-      " them with save_pretrained(safe_serialization=True)"
-    )
-  sources = _sources(policy.config)
+  tensors = tensor_map(policy.config)
   with contextlib.ExitStack() as stack:
-    where: dict[str, Any] = {}
-    for path in paths:
-      file = stack.enter_context(
-        safetensors.safe_open(str(path), framework="numpy")
-      )
-      where |= dict.fromkeys(file.keys(), file)
-    _check_names(folder, where, sources, policy.config)
+    where = _open_files(epath.Path(folder), stack)
+    names = _match_names(folder, where, tensors, policy.config)
+    sources = {
+      part.key: (tensor, i)
+      for tensor in tensors
+      for i, part in enumerate(tensor.parts)
+    }
 
     def place(path, abstract, sharding):
-      key = "/".join(str(part.key) for part in path)
-      source, dtype = sources[key], abstract.dtype
+      tensor, which = sources["/".join(str(part.key) for part in path)]
 
-      def read(name):
-        tensor = where[name].get_tensor(name)
-        if not np.isfinite(np.asarray(tensor, np.float32)).all():
+      def read(name, index):
+        source = where[names[name]].get_slice(names[name])
+        piece = tensor.read(source, which, index)
+        if not np.isfinite(piece.astype(np.float32)).all():
           raise ValueError(f"{folder}: {name} holds a NaN or an infinity")
-        return source.convert(tensor).astype(dtype)
+        return piece.astype(abstract.dtype)
 
-      def part(index):
-        if not source.is_stacked:
-          return read(source.names[0])[index]
-        layers = range(len(source.names))[index[0]]
-        return np.stack([read(source.names[i])[index[1:]] for i in layers])
-
-      return jax.make_array_from_callback(abstract.shape, sharding, part)
+      theirs = tensor.names(policy.config.num_layers)
+      if not tensor.is_stacked:
+        return jax.make_array_from_callback(
+          abstract.shape, sharding, lambda index: read(theirs[0], index)
+        )
+      return _stack_on_devices(abstract, sharding, theirs, read)
 
     return jax.tree_util.tree_map_with_path(
       place, policy.abstract_params(), shardings
     )
 
 
-def _check_names(
+@jax.jit(donate_argnums=0)
+def _put_layer(stacked: jax.Array, layer: jax.Array, index: Any) -> jax.Array:
+  return stacked.at[index].set(layer)
+
+
+def _stack_on_devices(
+  abstract: Any, sharding: Any, names: list[str], read: Any
+) -> jax.Array:
+  """Stacks layers where they will live: a host need not hold them all."""
+  devices: dict[Any, list[Any]] = {}
+  for device, index in sharding.addressable_devices_indices_map(
+    abstract.shape
+  ).items():
+    bounds = tuple(
+      part.indices(size)[:2]
+      for part, size in zip(index, abstract.shape, strict=True)
+    )
+    devices.setdefault(bounds, []).append(device)
+  shards = []
+  for bounds, holders in devices.items():
+    first, last = bounds[0]
+    index = tuple(slice(*bound) for bound in bounds[1:])
+    shape = (last - first, *(stop - start for start, stop in bounds[1:]))
+    stacks = [jnp.zeros(shape, abstract.dtype, device=d) for d in holders]
+    for i, name in enumerate(names[first:last]):
+      piece = read(name, index)
+      stacks = [
+        _put_layer(s, jax.device_put(piece, d), i)
+        for s, d in zip(stacks, holders, strict=True)
+      ]
+    shards += stacks
+  return jax.make_array_from_single_device_arrays(
+    abstract.shape, sharding, shards
+  )
+
+
+def _open_files(
+  root: epath.Path, stack: contextlib.ExitStack
+) -> dict[str, Any]:
+  """Tensor names -> open files."""
+  where: dict[str, Any] = {}
+  for path in _weight_files(root):
+    try:
+      file = safetensors.safe_open(str(path), framework="numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+      raise ValueError(
+        f"{path} is cut short or damaged ({error}): fetch it again"
+      ) from error
+    stack.enter_context(file)
+    twice = sorted(where.keys() & set(file.keys()))
+    if twice:
+      raise ValueError(f"{path} holds {twice[0]}, which another file holds too")
+    where |= dict.fromkeys(file.keys(), file)
+  return where
+
+
+def _weight_files(root: epath.Path) -> list[epath.Path]:
+  index = root / _INDEX
+  if not index.exists():
+    whole = root / "model.safetensors"
+    paths = [whole] if whole.exists() else sorted(root.glob("*.safetensors"))
+    if not paths:
+      raise FileNotFoundError(
+        f"{root} holds no *.safetensors; pickled weights are not read: convert"
+        " them with save_pretrained(safe_serialization=True)"
+      )
+    return paths
+  names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+  outside = [n for n in names if n != epath.Path(n).name or n.startswith(".")]
+  if outside or not names:
+    raise ValueError(
+      f"{index} must name files in its own folder, and names {outside[0]!r}"
+      if outside
+      else f"{index} names no files"
+    )
+  absent = [n for n in names if not (root / n).exists()]
+  if absent:
+    raise FileNotFoundError(f"{index} names {absent}, which are not there")
+  return [root / name for name in names]
+
+
+def _match_names(
   folder: str,
-  where: dict[str, Any],
-  sources: dict[str, _Source],
+  where: Mapping[str, Any],
+  tensors: list[Tensor],
   config: ModelConfig,
-) -> None:
-  wanted = {name: s.shape for s in sources.values() for name in s.names}
-  # Some exports repeat the tied projection, and old ones store buffers.
-  spare = {"lm_head.weight"} if config.tie_embeddings else set()
-  spare |= {name for name in where if name.endswith("rotary_emb.inv_freq")}
-  faults = [f"missing {name}" for name in sorted(wanted.keys() - where.keys())]
+) -> dict[str, str]:
+  """Names that we expect -> names in the files.
+
+  Raises:
+    ValueError: what is missing, unexpected or misshapen, all at once.
+  """
+  wanted = {
+    name: tensor.shape
+    for tensor in tensors
+    for name in tensor.names(config.num_layers)
+  }
+  # Some exports leave out the prefix of the base model (GPT-2's own does).
+  names = {}
+  for name in wanted:
+    short = name.partition(".")[2]
+    names[name] = name if name in where or short not in where else short
+  faults = [f"missing {n}" for n in wanted if names[n] not in where]
+  # Some repeat the tied projection.
+  spare = {"lm_head.weight", "embed_out.weight"}
+  spare = spare if config.tie_embeddings else set()
   faults += [
     f"unexpected {name}"
-    for name in sorted(where.keys() - wanted.keys() - spare)
+    for name in sorted(where.keys() - set(names.values()) - spare)
+    if not _SPARE.search(name) or name in wanted
   ]
-  for name in sorted(wanted.keys() & where.keys()):
-    shape = tuple(where[name].get_slice(name).get_shape())
-    if shape != wanted[name]:
-      faults.append(f"{name} is {list(shape)}, wanted {list(wanted[name])}")
+  for name, shape in wanted.items():
+    if names[name] in where:
+      found = where[names[name]].get_slice(names[name]).get_shape()
+      if tuple(found) != shape:
+        faults.append(f"{name} is {list(found)}, wanted {list(shape)}")
   if faults:
     shown = "\n  ".join(faults[:20])
+    more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
     raise ValueError(
       f"{folder} does not hold the model that its config.json describes"
-      f" ({len(faults)} faults):\n  {shown}"
+      f" ({len(faults)} faults):\n  {shown}{more}"
     )
+  return names
+
+
+def save_params(
+  folder: epath.PathLike,
+  policy: Policy,
+  params: Any,
+  *,
+  dtype: str,
+  max_shard_bytes: int = _MAX_SHARD_BYTES,
+) -> None:
+  """Writes config.json and safetensors, in shards where they are large.
+
+  Args:
+    folder: to write to.
+    policy: the decoder; adapters must be merged before.
+    params: its parameters.
+    dtype: of the weights in the files.
+    max_shard_bytes: the host holds one shard at a time.
+
+  Raises:
+    ValueError: a model that its family cannot express.
+  """
+  root = epath.Path(folder)
+  config = policy.config
+  raw = families.write_config(config) | {"torch_dtype": dtype}
+  root.mkdir(parents=True, exist_ok=True)
+  shards = _plan_shards(config, jnp.dtype(dtype).itemsize, max_shard_bytes)
+  weight_map, total = {}, 0
+  for number, members in enumerate(shards, 1):
+    file = "model.safetensors"
+    if len(shards) > 1:
+      file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    tensors = {
+      name: _export_tensor(tensor, params, layer).astype(dtype)
+      for name, tensor, layer in members
+    }
+    weight_map |= dict.fromkeys(tensors, file)
+    total += sum(x.nbytes for x in tensors.values())
+    save_file(tensors, root / file, metadata={"format": "pt"})
+  if len(shards) > 1:
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (root / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+  (root / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+_Member = tuple[str, Tensor, int | None]
+
+
+def _members(config: ModelConfig) -> Iterator[_Member]:
+  for tensor in tensor_map(config):
+    if tensor.is_stacked:
+      for layer, name in enumerate(tensor.names(config.num_layers)):
+        yield name, tensor, layer
+    else:
+      yield tensor.name, tensor, None
+
+
+def _plan_shards(
+  config: ModelConfig, itemsize: int, max_bytes: int
+) -> list[list[_Member]]:
+  shards: list[list[_Member]] = [[]]
+  filled = 0
+  for member in _members(config):
+    size = int(np.prod(member[1].shape)) * itemsize
+    if shards[-1] and filled + size > max_bytes:
+      shards.append([])
+      filled = 0
+    shards[-1].append(member)
+    filled += size
+  return shards
+
+
+def _export_tensor(tensor: Tensor, params: Any, layer: int | None) -> Any:
+  arrays = {}
+  for part in tensor.parts:
+    array = params
+    for key in part.key.split("/"):
+      array = array[key]
+    arrays[part.key] = np.asarray(array if layer is None else array[layer])
+  return tensor.write(arrays)

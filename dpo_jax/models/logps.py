@@ -10,22 +10,22 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.losses.numerics import log1mexp
-from dpo_jax.models.decoder import Policy
+from dpo_jax.models.decoder import Policy, Readout
 from dpo_jax.types import Batch
 
 
 def chunked_token_logps(
   hidden: jax.Array,
-  unembedding: jax.Array,
+  readout: Readout,
   targets: jax.Array,
   *,
   chunk_size: int,
 ) -> jax.Array:
-  """log softmax(hidden @ unembedding)[target] for every position.
+  """log softmax(logits(hidden))[target] for every position.
 
   Args:
     hidden: [R, S, D] states that predict.
-    unembedding: [D, V].
+    readout: from states to logits.
     targets: i32 [R, S].
     chunk_size: see `chunked_token_figures`.
 
@@ -34,7 +34,7 @@ def chunked_token_logps(
   """
   return chunked_token_figures(
     hidden,
-    unembedding,
+    readout,
     targets,
     chunk_size=chunk_size,
     figures=frozenset({"logps"}),
@@ -43,19 +43,19 @@ def chunked_token_logps(
 
 def chunked_token_figures(
   hidden: jax.Array,
-  unembedding: jax.Array,
+  readout: Readout,
   targets: jax.Array,
   *,
   chunk_size: int,
   figures: frozenset[str],
   ref_hidden: jax.Array | None = None,
-  ref_unembedding: jax.Array | None = None,
+  ref_readout: Readout | None = None,
 ) -> dict[str, jax.Array]:
   """Everything that losses ask of the vocabulary, in one pass over it.
 
   Args:
     hidden: [R, S, D] states that predict.
-    unembedding: [D, V].
+    readout: from states to logits.
     targets: i32 [R, S].
     chunk_size: positions of a row projected at once; memory is
       R * chunk_size * V floats.
@@ -64,7 +64,7 @@ def chunked_token_figures(
       "complement_logps", log(1 - p(target)); "kl", KL(pi_ref || pi) over the
       vocabulary.
     ref_hidden: as hidden, of the reference, for "ref_logps" and "kl".
-    ref_unembedding: the reference's.
+    ref_readout: the reference's.
 
   Returns:
     Those figures, f32 [R, S] each, nats.
@@ -74,10 +74,8 @@ def chunked_token_figures(
   num_chunks = -(-length // chunk_size)
   padding = num_chunks * chunk_size - length
 
-  def log_softmax(hidden, unembedding):
-    logits = jnp.einsum(
-      "rsd,dv->rsv", hidden, unembedding, preferred_element_type=jnp.float32
-    )
+  def log_softmax(hidden, readout):
+    logits = readout.logits(hidden)
     return logits, jax.nn.logsumexp(logits, axis=-1)
 
   def at_target(logits, lse, targets):
@@ -86,7 +84,7 @@ def chunked_token_figures(
 
   @jax.checkpoint
   def chunk_figures(hidden, ref_hidden, targets):
-    logits, lse = log_softmax(hidden, unembedding)
+    logits, lse = log_softmax(hidden, readout)
     logps = at_target(logits, lse, targets)
     out = {"logps": logps}
     if "complement_logps" in figures:
@@ -95,7 +93,7 @@ def chunked_token_figures(
       collision = jax.nn.logsumexp(2.0 * logits, axis=-1) - 2.0 * lse
       out["alignment"] = jax.lax.stop_gradient(logps - collision)
     if ref_hidden is not None:
-      ref_logits, ref_lse = log_softmax(ref_hidden, ref_unembedding)
+      ref_logits, ref_lse = log_softmax(ref_hidden, ref_readout)
       out["ref_logps"] = at_target(ref_logits, ref_lse, targets)
       if "kl" in figures:
         ref_logps = ref_logits - ref_lse[..., None]
@@ -196,20 +194,20 @@ def response_figures(
 
   hidden, predicting = states(params)
   token_fields = {"alignment", "complement_logps", "kl"} & needs
-  ref_predicting = ref_unembedding = None
+  ref_predicting = ref_readout = None
   if ref_params is not None:
     ref_params = jax.lax.stop_gradient(ref_params)
     ref_predicting = states(ref_params)[1]
-    ref_unembedding = policy.unembedding(ref_params)
+    ref_readout = policy.readout(ref_params)
     token_fields |= {"ref_logps"}
   tokens = chunked_token_figures(
     predicting,
-    policy.unembedding(params),
+    policy.readout(params),
     batch.targets,
     chunk_size=chunk_size,
     figures=frozenset(token_fields | {"logps"}),
     ref_hidden=ref_predicting,
-    ref_unembedding=ref_unembedding,
+    ref_readout=ref_readout,
   )
   group_shape = batch.valid.shape[1:]
   figures = {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.models import attention
+from dpo_jax.models import attention, rotary
 from tests import tiny
 
 
@@ -24,6 +24,11 @@ def test_mask_equals_its_definition():
   assert mask.any(-1).all(), "a row that sees nothing has no softmax"
 
 
+def rotate(x, *positions):
+  by = rotary.rotation(jnp.array([positions]), x.shape[-1], 1e4, None)
+  return rotary.rotate(x, by)
+
+
 def test_rotation_is_relative():
   """Scores depend on the distance of positions, not on where they are."""
   keys = jax.random.split(jax.random.key(0))
@@ -31,8 +36,8 @@ def test_rotation_is_relative():
   key = jax.random.normal(keys[1], (1, 1, 1, 16))
 
   def score(i, j):
-    a = attention.rotate(query, jnp.array([[i]]), theta=1e4)
-    b = attention.rotate(key, jnp.array([[j]]), theta=1e4)
+    a = rotate(query, i)
+    b = rotate(key, j)
     return float((a * b).sum())
 
   assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
@@ -41,7 +46,7 @@ def test_rotation_is_relative():
 
 def test_positions_are_told_apart_in_bfloat16():
   x = jnp.ones((1, 2, 1, 16), jnp.bfloat16)
-  turned = attention.rotate(x, jnp.array([[1000, 1001]]), theta=1e4)
+  turned = rotate(x, 1000, 1001)
   assert np.abs(np.asarray(turned[0, 0] - turned[0, 1], np.float32)).max() > 0.1
 
 
@@ -91,7 +96,7 @@ def test_compute_dtype_is_that_of_hidden_states():
   [
     ({"num_kv_heads": 3}, "num_kv_heads=3"),
     ({"head_dim": 15}, "head_dim=15"),
-    ({"remat": "some"}, "Known: none, full, dots"),
+    ({"remat": "some"}, "Known: 'none', 'full', 'dots'"),
     ({"compute_dtype": "float16"}, "compute_dtype='float16'"),
   ],
 )

@@ -19,7 +19,7 @@ def all_logits(policy, params, tokens):
   hidden = policy.hidden_states(
     params, tokens, positions, jnp.ones_like(tokens), jnp.zeros_like(tokens)
   )
-  return hidden[0] @ policy.unembedding(params)
+  return policy.readout(params).logits(hidden[0])
 
 
 def next_logits(policy, params, tokens):

@@ -208,5 +208,5 @@ def test_logits_agree_with_transformers(stories, folder, tmp_path):
       np.ones_like(tokens),
       np.zeros_like(tokens),
     )
-    ours = hidden @ policy.unembedding(params)
+    ours = policy.readout(params).logits(hidden)
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.models import logps as logps_lib
+from dpo_jax.models.decoder import Readout
 from tests import tiny
 
 
@@ -17,7 +18,7 @@ def all_logits(policy, params, tokens):
   hidden = policy.hidden_states(
     params, tokens, positions, jnp.ones_like(tokens), jnp.zeros_like(tokens)
   )
-  return hidden[0] @ policy.unembedding(params)
+  return policy.readout(params).logits(hidden[0])
 
 
 def loop_logps(policy, params, group):
@@ -62,7 +63,7 @@ def test_chunk_size_changes_nothing(chunk_size):
 
   def total(hidden, kernel):
     logps = logps_lib.chunked_token_logps(
-      hidden, kernel, targets, chunk_size=chunk_size
+      hidden, Readout(kernel), targets, chunk_size=chunk_size
     )
     return (logps * jnp.arange(13.0)[None]).sum(), logps
 
@@ -88,7 +89,9 @@ def test_bfloat16_states_get_a_float32_softmax():
   hidden = 3 * jax.random.normal(keys[0], (1, 64, 16), jnp.bfloat16)
   kernel = jax.random.normal(keys[1], (16, 4096), jnp.bfloat16)
   targets = jax.random.randint(keys[2], (1, 64), 0, 4096)
-  logps = logps_lib.chunked_token_logps(hidden, kernel, targets, chunk_size=16)
+  logps = logps_lib.chunked_token_logps(
+    hidden, Readout(kernel), targets, chunk_size=16
+  )
   assert logps.dtype == jnp.float32
   logits = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64)
   peak = logits.max(-1, keepdims=True)
