@@ -39,10 +39,12 @@ _FOLDERS = {
   ],
   "models": ["config", "attention", "decoder", "logps", "generate", "hf"],
   "data": [
+    "dialogues",
     "examples",
     "synthetic",
     "tfds_builders",
     "sources",
+    "templates",
     "tokenizers",
     "store",
     "packing",

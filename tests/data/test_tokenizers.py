@@ -9,7 +9,6 @@ from tokenizers import processors
 from dpo_jax.data import packing, sources, store
 from dpo_jax.data.examples import RecordError
 from dpo_jax.data.tokenizers import (
-  MAX_RENDERED_CHARS,
   ByteTokenizer,
   HFTokenizer,
   load_tokenizer,
@@ -141,7 +140,7 @@ def test_special_tokens_spelled_in_plain_text_are_letters(tokenizer, tmp_path):
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
   folder = write_folder(tmp_path, eos_token=None)
-  with pytest.raises(ValueError, match="name it as eos_token"):
+  with pytest.raises(ValueError, match=r"name it as data\.eos_token"):
     HFTokenizer(folder)
   folder = write_folder(tmp_path, eos_token="<end>")
   with pytest.raises(ValueError, match=r"no EOS token \('<end>'\)"):
@@ -323,20 +322,6 @@ def test_an_evil_template_is_refused_and_does_nothing(tmp_path, template):
     HFTokenizer(folder).render([message], True)
   assert not marker.exists()
   assert message == USER
-
-
-@pytest.mark.parametrize(
-  "template",
-  [
-    "{% for i in range(9000) %}{% for j in range(9000) %}{{ 'endless ' }}"
-    "{% endfor %}{% endfor %}",
-    "{{ 'x' * 3000000 }}",
-  ],
-)
-def test_endless_output_is_cut_short(tmp_path, template):
-  folder = write_folder(tmp_path, chat_template=template)
-  with pytest.raises(RecordError, match=f"more than {MAX_RENDERED_CHARS}"):
-    HFTokenizer(folder).render([USER], True)
 
 
 @pytest.mark.parametrize(
