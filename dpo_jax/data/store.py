@@ -423,7 +423,7 @@ def _join(
   ids, scored = [], b""
   for j, (piece, is_scored) in enumerate(parts):
     is_last = j + 1 == len(parts)
-    end = next((n for n, i in enumerate(piece, 1) if i in ends), None)
+    end = min((piece.index(i) + 1 for i in ends if i in piece), default=None)
     if is_last:
       piece = [*piece, ends[0]] if end is None else piece[:end]
     length = len(piece) if end is None or is_last else end
