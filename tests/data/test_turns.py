@@ -1,5 +1,6 @@
 """Which turns of a conversation are scored, from record to batch."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -191,28 +192,36 @@ def test_counts_of_scored_tokens_follow_every_view(tmp_path, tokenizer):
 
 
 def test_a_batch_scores_what_the_store_says(tmp_path, tokenizer):
-  records = [{**TALK, "prompt": [user("hi " * n)]} for n in range(1, 6)]
+  found = {**FOUND, "content": "the cat " * 20}
+  chosen = [CALL, found, answer("so")]
+  records = [
+    {**TALK, "prompt": [user("hi " * n)], "chosen": chosen} for n in range(1, 6)
+  ]
   opened = build(records, tmp_path, tokenizer, "all")
-  indices = np.arange(5)
-  plan = loader.make_plan(
-    opened,
-    indices,
-    batch_size=3,
-    row_tokens=0,
-    row_multiple=1,
-    layout="shared",
-  )
-  # Room for what is scored, not for what is only read.
-  assert plan.row.num_scored < opened.lengths[:, 1:].sum(1).max() * 2
-  loaded = loader.Loader(opened, indices, plan, 3, seed=0)
-  batch = loaded.batch(0)
+
+  def plan(view):
+    return loader.make_plan(
+      view,
+      np.arange(5),
+      batch_size=3,
+      row_tokens=0,
+      row_multiple=1,
+      layout="shared",
+    )
+
+  # Room for what is scored, and none for what is only read.
+  planned = plan(opened)
+  whole = plan(dataclasses.replace(opened, scored=None))
+  assert planned.row.num_tokens == whole.row.num_tokens
+  assert planned.row.num_scored < whole.row.num_scored
+  batch = loader.Loader(opened, np.arange(5), planned, 3, seed=0).batch(0)
+  assert (batch.example_ids >= 0).sum() == 3
   for r, g in np.argwhere(batch.example_ids >= 0):
     i = int(batch.example_ids[r, g])
     parts = zip(opened.group(i)[1:], opened.masks(i), strict=True)
     for k, (response, mask) in enumerate(parts):
       targets = batch.targets[r][batch.slots[r] == g * 2 + k]
       np.testing.assert_array_equal(targets, response[mask])
-  assert plan.row.num_scored >= opened.num_scored.sum(1).max()
 
 
 def test_an_unknown_choice_of_turns_is_refused(tmp_path, tokenizer):
