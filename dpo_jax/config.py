@@ -52,6 +52,11 @@ def default_config() -> ml_collections.ConfigDict:
   config.data.eval_fraction = 0.05  # of prompts, where eval_source is ""
   config.data.tokenizer = "bytes"  # or the folder of a tokenizer.json
   config.data.chat_template = ""  # a jinja file; "": the tokenizer's own
+  config.data.eos_token = ""  # spelling; "": what the tokenizer's folder says
+  config.data.template_date = "2024-07-26"  # today, to a template that asks
+  # Of messages: the "last" assistant turn of a response, or "all" of them, and
+  # of a demonstration all of the conversation's: data/examples.py.
+  config.data.scored_turns = "last"
   config.data.max_tokens = 512  # prompt + response (2305.18290's repository)
   config.data.max_prompt_tokens = 256  # kept of a prompt that is too long
   # Pairs become two responses with a label each, for a loss that reads those.

@@ -75,10 +75,11 @@ def evaluate(
     `write_records`.
   """
   lengths = loader.store.lengths[loader.indices, 1:]
+  num_scored = loader.store.num_scored[loader.indices]
   counts = [
     {
       "num_groups": jnp.float32(one.valid_groups(lengths > 0).sum()),
-      "total_tokens": jnp.float32(lengths[:, : one.num_slots].sum()),
+      "total_tokens": jnp.float32(num_scored[:, : one.num_slots].sum()),
     }
     for one in (objective, *others)
   ]

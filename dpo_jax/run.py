@@ -66,7 +66,10 @@ def build_run(config: Any, workdir: epath.Path) -> Run:
   placement = mesh.Placement(mesh.make_mesh(config.mesh), config.parallelism)
   step.check_coupling(objective, placement.axis_name)
   tokenizer = tokenizers.load_tokenizer(
-    _tokenizer_folder(config), chat_template=config.data.chat_template
+    _tokenizer_folder(config),
+    chat_template=config.data.chat_template,
+    eos_token=config.data.eos_token,
+    template_date=config.data.template_date,
   )
   policy = initialize.load_policy(
     config.policy,
@@ -178,6 +181,7 @@ def _build_data(
       tokenizer,
       store.Limits(config.data.max_tokens, config.data.max_prompt_tokens),
       config.data.cache_dir or default_cache_dir(),
+      config.data.scored_turns,
     )
     _check_ids(opened, policy.config.vocab_size)
     _log_report(opened.report)

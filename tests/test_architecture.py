@@ -50,10 +50,12 @@ _FOLDERS = {
     "hf",
   ],
   "data": [
+    "dialogues",
     "examples",
     "synthetic",
     "tfds_builders",
     "sources",
+    "templates",
     "tokenizers",
     "store",
     "packing",

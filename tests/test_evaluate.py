@@ -1,5 +1,6 @@
 """Held-out figures are exact, whatever the batches; judges are watched."""
 
+import dataclasses
 import types
 
 import jax
@@ -317,3 +318,36 @@ def test_prompts_that_leave_no_room_are_passed_over():
   assert held_out(groups, 2, max_tokens=2) == [[2, 2], [2, 2]]
   with pytest.raises(ValueError, match="at most 1 tokens"):
     held_out(groups, 2, max_tokens=1)
+
+
+def test_the_whole_counts_scored_tokens():
+  """What a mean over tokens is divided by, where some turns are only read."""
+  groups = tiny.make_groups(5)
+  masks = tiny.make_masks(groups)
+  loader = tiny.make_loader(groups, 2)
+  flags = [
+    flag
+    for (prompt, *_), group in zip(groups, masks, strict=True)
+    for flag in (np.zeros(len(prompt), bool), *group)
+  ]
+  store = dataclasses.replace(loader.store, scored=np.concatenate(flags))
+  seen = []
+
+  class Stop(Exception):
+    pass
+
+  def eval_step(params, ref_params, loss_state, batch, counts):
+    seen.append(float(counts[0]["total_tokens"]))
+    raise Stop
+
+  with pytest.raises(Stop):
+    evaluate_lib.evaluate(
+      eval_step,
+      build_objective({"name": "dpo"}),
+      None,
+      None,
+      (),
+      dataclasses.replace(loader, store=store),
+      tiny.make_placement(),
+    )
+  assert seen == [sum(mask.sum() for group in masks for mask in group)]

@@ -53,11 +53,11 @@ def text_groups(tokenizer, num, tmp_path, spec):
   return [groups.group(i) for i in range(num)]
 
 
-def all_layouts(groups, num_tokens):
+def all_layouts(groups, num_tokens, scored=None):
   rng = np.random.default_rng(0)
   ref_logps = rng.normal(-30, 3, (len(groups), 2)).astype(np.float32)
   return [
-    tiny.pack(groups, layout, num_tokens, ref_logps=ref_logps)
+    tiny.pack(groups, layout, num_tokens, ref_logps=ref_logps, scored=scored)
     for layout in LAYOUTS
   ]
 
@@ -82,6 +82,51 @@ def test_layouts_agree_with_the_weights_of_stories(real_data, tmp_path):
   groups = text_groups(tokenizer, 5, tmp_path, "synthetic:review_pairs:20")
   batches = all_layouts(groups, 512)
   assert_same([loss_and_grads(policy, params, b) for b in batches])
+
+
+def test_layouts_agree_where_some_turns_are_not_scored():
+  policy = tiny.make_policy()
+  params = tiny.make_params(policy)
+  groups = tiny.make_groups(6)
+  scored = tiny.make_masks(groups)
+  batches = all_layouts(groups, 64, scored)
+  assert len({batch.tokens.shape[0] for batch in batches}) > 1
+  results = [loss_and_grads(policy, params, b) for b in batches]
+  assert_same(results)
+  whole = loss_and_grads(policy, params, all_layouts(groups, 64)[0])
+  assert abs(whole[0] - results[0][0]) > 1e-2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unscored_tokens_add_nothing_and_are_read(layout):
+  """The rest of a response is as likely as all of it, less its beginning."""
+  policy = tiny.make_policy()
+  params = tiny.make_params(policy)
+  groups = tiny.make_groups(6)
+  cuts = [[len(r) // 2 for r in group[1:]] for group in groups]
+  scored = [
+    [np.arange(len(r)) >= cut for r, cut in zip(g[1:], c, strict=True)]
+    for g, c in zip(groups, cuts, strict=True)
+  ]
+  batch = tiny.pack(groups, layout, scored=scored)
+  sequences = jax.jit(
+    lambda: step_lib.read_sequences(policy, params, None, batch, chunk_size=32)
+  )()
+  beginnings = [
+    [g[0], *(r[:cut] for r, cut in zip(g[1:], c, strict=True))]
+    for g, c in zip(groups, cuts, strict=True)
+  ]
+  expected = tiny.naive_logps(policy, params, groups)
+  expected -= tiny.naive_logps(policy, params, beginnings)
+  ids = batch.example_ids.reshape(-1)
+  for name, wanted in (
+    ("logps", expected),
+    ("num_tokens", [[mask.sum() for mask in group] for group in scored]),
+  ):
+    found = np.asarray(getattr(sequences, name))[ids >= 0]
+    np.testing.assert_allclose(
+      found, np.array(wanted)[ids[ids >= 0]], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_empty_rows_change_nothing():

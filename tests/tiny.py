@@ -85,6 +85,7 @@ def pack(
   num_rows: int | None = None,
   ref_logps: np.ndarray | None = None,
   token_masks: frozenset[str] = frozenset(),
+  scored: list[list[np.ndarray]] | None = None,
 ) -> Batch:
   """Packs groups into rows of `num_tokens`."""
   lengths = np.array([[len(part) for part in group] for group in groups])
@@ -107,7 +108,21 @@ def pack(
     layout=layout,
     ref_logps=ref_logps,
     token_masks=token_masks,
+    scored=scored,
   )
+
+
+def make_masks(groups: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+  """Which tokens of each response are scored: a few runs, never none."""
+  rng = np.random.default_rng(1)
+  masks = []
+  for group in groups:
+    masks.append([])
+    for response in group[1:]:
+      mask = rng.random(len(response)) < 0.5
+      mask[rng.integers(len(response))] = True
+      masks[-1].append(mask)
+  return masks
 
 
 def make_loader(

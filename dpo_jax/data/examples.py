@@ -1,14 +1,25 @@
 """One record of any known format -> Example(prompt, responses, score)."""
 
-from collections.abc import Callable, Mapping, Sequence
-import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 import difflib
+import itertools
 import math
 from typing import Any
 
-Message = Mapping[str, Any]
-# Renders messages; the flag asks for the header of the assistant's turn.
-Render = Callable[[Sequence[Message], bool], str]
+from dpo_jax.data.dialogues import (
+  Dialogue,
+  Example,
+  RecordError,
+  Render,
+  Unusable,
+  as_turns,
+  check_unicode,
+  clean_messages,
+  is_answer,
+  is_messages,
+  read_extras,
+  read_turns,
+)
 
 # The formats, by the columns that they need. Field names are TRL's.
 FORMATS: dict[str, frozenset[str]] = {
@@ -17,44 +28,17 @@ FORMATS: dict[str, frozenset[str]] = {
   "unpaired": frozenset({"prompt", "completion", "label"}),
   "ranking": frozenset({"prompt", "responses", "scores"}),
   "demonstration": frozenset({"prompt", "completion"}),
+  "conversation": frozenset({"messages"}),
 }
 _ASSISTANT = "\n\nAssistant:"
 _HUMAN = "\n\nHuman:"
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-  """A prompt with its responses.
-
-  Attributes:
-    prompt: text that the policy is given.
-    responses: K texts, best first.
-    score: K figures, higher is better; a pair without scores of its own has
-      (1, 0), unpaired feedback 1 or 0.
-    is_rendered: whether a chat template made the text, so that special tokens
-      are written in it. Elsewhere such a spelling is plain text.
-  """
-
-  prompt: str
-  responses: tuple[str, ...]
-  score: tuple[float, ...]
-  is_rendered: bool = False
-
-
-class RecordError(ValueError):
-  """A record that is broken: stops the run, naming file and line."""
-
-
-class Unusable(Exception):
-  """A record that is well formed but teaches nothing; dropped and counted."""
-
-  def __init__(self, reason: str):
-    super().__init__(reason)
-    self.reason = reason
-
-
 def parse_record(
-  record: Mapping[str, Any], where: str, render: Render | None
+  record: Mapping[str, Any],
+  where: str,
+  render: Render | None,
+  scored_turns: str = "last",
 ) -> Example:
   """Reads one record, whichever of `FORMATS` it has.
 
@@ -62,6 +46,7 @@ def parse_record(
     record: columns by name.
     where: file and line, for errors.
     render: the tokenizer's chat template, or None if it has none.
+    scored_turns: see `parse_records`.
 
   Returns:
     The example, its responses best first.
@@ -71,29 +56,116 @@ def parse_record(
       that fails.
     Unusable: no prompt that both responses share, or an empty answer.
   """
+  [example] = parse_records([(where, record)], render, scored_turns)
+  if isinstance(example, Unusable):
+    raise example
+  return example
+
+
+def parse_records(
+  records: Iterable[tuple[str, Mapping[str, Any]]],
+  render: Render | None,
+  scored_turns: str = "last",
+) -> list[Example | Unusable]:
+  """Reads records, rendering their conversations all at once.
+
+  Which of the assistant's turns are scored is `scored_turns`:
+
+  * "last": the last turn of every response. Earlier messages of a response,
+    such as a call and the output of its tool, are read and not scored.
+  * "all": every assistant turn of a response. Turns in the prompt are shared
+    by the responses, so they can tell none from another, and are not scored;
+    two transcripts without a prompt column are split where they part rather
+    than at the last turn. A demonstration has one response and nothing to
+    share: its response starts at the first assistant turn, so the whole
+    conversation is learnt.
+
+  Plain text has no turns, and is scored whole.
+
+  Args:
+    records: file and line, for errors, and columns by name.
+    render: the tokenizer's chat template, or None if it has none.
+    scored_turns: one of SCORED_TURNS.
+
+  Returns:
+    Examples, responses best first; where a record teaches nothing, why.
+
+  Raises:
+    RecordError: a broken record, or a chat template that fails on it.
+  """
+  parsed: list[Example | Unusable | Dialogue] = []
+  for where, record in records:
+    try:
+      parsed.append(_parse(record, where, render is not None, scored_turns))
+    except Unusable as unusable:
+      parsed.append(unusable)
+  dialogues = [one for one in parsed if isinstance(one, Dialogue)]
+  requests = [one.requests() for one in dialogues]
+  texts = iter(render(list(itertools.chain(*requests))) if dialogues else [])
+  for i, one in enumerate(parsed):
+    if isinstance(one, Dialogue):
+      mine = itertools.islice(texts, len(one.requests()))
+      parsed[i] = one.finish(list(mine))
+  return parsed
+
+
+def _parse(
+  record: Mapping[str, Any], where: str, has_template: bool, scored_turns: str
+) -> "Example | Dialogue":
   columns = record.keys()
   kind = next((k for k, need in FORMATS.items() if need <= columns), None)
   if kind is None:
     raise RecordError(_explain_columns(set(columns), where))
+  score = [1.0]
   if kind == "pair":
     prompt = record["prompt"]
     responses = [record["chosen"], record["rejected"]]
     score = _pair_score(record, where)
   elif kind == "pair with the prompt implicit":
     prompt, responses = _split_prompt(
-      record["chosen"], record["rejected"], where
+      record["chosen"], record["rejected"], where, scored_turns
     )
     score = _pair_score(record, where)
-  elif kind in ("unpaired", "demonstration"):
+  elif kind == "unpaired":
     prompt, responses = record["prompt"], [record["completion"]]
-    label = record.get("label", True)
+    label = record["label"]
     if not isinstance(label, bool | int) or label not in (0, 1):
       raise RecordError(f"{where}: label={label!r} must be true or false")
     score = [float(label)]
-  else:
+  elif kind == "ranking":
     prompt = record["prompt"]
     responses, score = _ranked(record["responses"], record["scores"], where)
-  return _to_text(prompt, responses, score, where, render)
+  else:
+    prompt, responses = _demonstration(record, where, scored_turns)
+  if isinstance(prompt, str):
+    for response in responses:
+      if not isinstance(response, str):
+        raise RecordError(
+          f"{where}: the prompt is text, so every response must be, and one is"
+          f" {type(response).__name__}"
+        )
+    check_unicode([prompt, *responses], where)
+    return Example(prompt, tuple(responses), tuple(score))
+  if not is_messages(prompt):
+    raise RecordError(
+      f"{where}: prompt must be text or a list of messages, and is"
+      f" {type(prompt).__name__}"
+    )
+  if not has_template:
+    raise RecordError(
+      f"{where}: the record holds messages, and this tokenizer has no chat"
+      " template: set data.chat_template to one, or use plain text"
+    )
+  if not prompt:
+    raise Unusable("empty_prompt")
+  return Dialogue(
+    clean_messages(prompt, where),
+    [read_turns(response, where) for response in responses],
+    tuple(score),
+    where,
+    read_extras(record, where),
+    scored_turns,
+  )
 
 
 def _explain_columns(found: set[str], where: str) -> str:
@@ -147,22 +219,56 @@ def _ranked(
   return [responses[k] for k in order], [numbers[k] for k in order]
 
 
-def _is_messages(value: Any) -> bool:
-  return isinstance(value, Sequence) and not isinstance(value, str)
+def _demonstration(
+  record: Mapping[str, Any], where: str, scored_turns: str
+) -> tuple[Any, list[Any]]:
+  """The prompt of a demonstration, and its one response."""
+  if "completion" not in record:
+    messages = record["messages"]
+    if not is_messages(messages):
+      raise RecordError(
+        f"{where}: messages must be a list, and is {type(messages).__name__}"
+      )
+    # Nothing behind the last answer is ever scored.
+    last = max((i for i, m in enumerate(messages) if is_answer(m)), default=-1)
+    if last < 0:
+      raise Unusable("empty_response")
+    prompt, completion = list(messages[:last]), [messages[last]]
+  else:
+    prompt, completion = record["prompt"], record["completion"]
+  if scored_turns == "all" and is_messages(prompt) and prompt:
+    first = next((i for i, m in enumerate(prompt) if is_answer(m)), None)
+    if first is not None:
+      answer = as_turns(completion)
+      whole = [*prompt, *answer] if is_messages(answer) else answer
+      prompt, completion = prompt[:first], whole[first:]
+  return prompt, [completion]
 
 
 def _split_prompt(
-  chosen: Any, rejected: Any, where: str
+  chosen: Any, rejected: Any, where: str, scored_turns: str
 ) -> tuple[Any, list[Any]]:
-  """Finds the prompt that two transcripts share, at the last turn."""
-  if _is_messages(chosen) and _is_messages(rejected):
+  """Finds the prompt that two transcripts share: see `parse_records`."""
+  if is_messages(chosen) and is_messages(rejected):
     if not chosen or not rejected:
       raise Unusable("empty_response")
-    if list(chosen[:-1]) != list(rejected[:-1]):
+    at = (len(chosen) - 1, len(rejected) - 1)
+    if scored_turns == "all":
+      shared = next(
+        (
+          i
+          for i, (a, b) in enumerate(zip(chosen, rejected, strict=False))
+          if a != b
+        ),
+        min(at),
+      )
+      if is_answer(chosen[shared]) and is_answer(rejected[shared]):
+        at = (shared, shared)
+    if list(chosen[: at[0]]) != list(rejected[: at[1]]):
       raise Unusable("prompts_differ")
-    if len(chosen) < 2:
+    if not at[0]:
       raise Unusable("empty_prompt")
-    return chosen[:-1], [chosen[-1:], rejected[-1:]]
+    return chosen[: at[0]], [chosen[at[0] :], rejected[at[1] :]]
   if not isinstance(chosen, str) or not isinstance(rejected, str):
     raise RecordError(
       f"{where}: chosen and rejected must both be text, or both be lists of"
@@ -179,97 +285,3 @@ def _split_prompt(
   if sides[0][0] != sides[1][0]:
     raise Unusable("prompts_differ")
   return sides[0][0] + _ASSISTANT, [sides[0][2], sides[1][2]]
-
-
-def _to_text(
-  prompt: Any,
-  responses: Sequence[Any],
-  score: Sequence[float],
-  where: str,
-  render: Render | None,
-) -> Example:
-  if isinstance(prompt, str):
-    for response in responses:
-      if not isinstance(response, str):
-        raise RecordError(
-          f"{where}: the prompt is text, so every response must be, and one is"
-          f" {type(response).__name__}"
-        )
-    _check_unicode([prompt, *responses], where)
-    return Example(prompt, tuple(responses), tuple(score))
-  if not _is_messages(prompt):
-    raise RecordError(
-      f"{where}: prompt must be text or a list of messages, and is"
-      f" {type(prompt).__name__}"
-    )
-  if render is None:
-    raise RecordError(
-      f"{where}: the record holds messages, and this tokenizer has no chat"
-      " template: set data.chat_template to one, or use plain text"
-    )
-  if not prompt:
-    raise Unusable("empty_prompt")
-  check_messages(prompt, where)
-  prefix = _render(render, prompt, True, where)
-  texts = []
-  for response in responses:
-    if isinstance(response, str):
-      turn = [{"role": "assistant", "content": response}]
-    elif _is_messages(response):
-      turn = list(response)
-    else:
-      raise RecordError(
-        f"{where}: a response must be text or a list of messages, and one is"
-        f" {type(response).__name__}"
-      )
-    check_messages(turn, where)
-    # Rendered, an empty answer is not empty: the template ends its turn.
-    if not any(_has_content(message) for message in turn):
-      raise Unusable("empty_response")
-    whole = _render(render, [*prompt, *turn], False, where)
-    if not whole.startswith(prefix):
-      raise RecordError(
-        f"{where}: the chat template writes the prompt differently once an"
-        f" answer follows.\n  alone: ...{prefix[-80:]!r}\n  with the answer:"
-        f" {whole[: len(prefix)][-80:]!r}"
-      )
-    texts.append(whole[len(prefix) :])
-  _check_unicode([prefix, *texts], where)
-  return Example(prefix, tuple(texts), tuple(score), is_rendered=True)
-
-
-def _render(
-  render: Render, messages: Sequence[Message], header: bool, where: str
-) -> str:
-  try:
-    return render(messages, header)
-  except RecordError as error:
-    raise RecordError(f"{where}: {error}") from error
-
-
-def _has_content(message: Message) -> bool:
-  values = [value for key, value in message.items() if key != "role"]
-  return any(v.strip() if isinstance(v, str) else v for v in values)
-
-
-def _check_unicode(texts: Sequence[str], where: str) -> None:
-  """JSON can spell half of a surrogate pair, which no tokenizer takes."""
-  for text in texts:
-    try:
-      text.encode("utf-8")
-    except UnicodeEncodeError as error:
-      raise RecordError(
-        f"{where}: text that is not Unicode: {error}"
-      ) from error
-
-
-def check_messages(messages: Sequence[Any], where: str) -> None:
-  """Raises RecordError unless every message has a role and content."""
-  for message in messages:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= set(
-      message
-    ):
-      raise RecordError(
-        f"{where}: a message must have 'role' and 'content', and one is"
-        f" {message!r:.80}"
-      )

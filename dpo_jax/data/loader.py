@@ -67,7 +67,7 @@ def make_plan(
     )
   lengths = store.lengths[indices]
   num_tokens = packing.group_tokens(lengths, layout)
-  num_scored = lengths[:, 1:].sum(1, dtype=np.int64)
+  num_scored = store.num_scored[indices].sum(1, dtype=np.int64)
   longest = int(num_tokens.max())
   if row_tokens and row_tokens < longest:
     raise ValueError(
@@ -178,7 +178,7 @@ class Loader:
     lengths = self.store.lengths[chosen]
     rows = packing.assign_rows(
       packing.group_tokens(lengths, self.plan.layout),
-      lengths[:, 1:].sum(1, dtype=np.int64),
+      self.store.num_scored[chosen].sum(1, dtype=np.int64),
       shape=self.plan.row,
       layout=self.plan.layout,
     )
@@ -199,6 +199,11 @@ class Loader:
       layout=self.plan.layout,
       ref_logps=None if self.ref_logps is None else self.ref_logps[ids],
       token_masks=self.token_masks,
+      scored=(
+        None
+        if self.store.scored is None
+        else [self.store.masks(i) for i in ids]
+      ),
     )
 
 

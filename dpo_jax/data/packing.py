@@ -107,6 +107,7 @@ def fill_rows(
   layout: str,
   ref_logps: np.ndarray | None,
   token_masks: frozenset[str] = frozenset(),
+  scored: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> Batch:
   """Writes groups into rows.
 
@@ -120,6 +121,8 @@ def fill_rows(
     layout: one of LAYOUTS.
     ref_logps: f32 [B, K] cached reference log-probs, or None.
     token_masks: which of TOKEN_MASKS to fill.
+    scored: bool masks of each group's responses. A token that is not scored
+      is seen by those behind it, and is nobody's target. None scores all.
 
   Returns:
     A batch of numpy arrays.
@@ -147,7 +150,11 @@ def fill_rows(
     writer = _RowWriter(batch, r, shape, is_shared=layout == "shared")
     for g, i in enumerate(members):
       prompt, *responses = groups[i]
-      writer.write(g, prompt, responses, int(example_ids[i]))
+      places = [
+        np.flatnonzero(mask)
+        for mask in (scored[i] if scored else map(np.ones_like, responses))
+      ]
+      writer.write(g, prompt, responses, places, int(example_ids[i]))
       batch.score[r, g] = scores[i]
       batch.valid[r, g] = [len(response) > 0 for response in responses]
       batch.example_ids[r, g] = example_ids[i]
@@ -169,12 +176,15 @@ class _RowWriter:
     group: int,
     prompt: np.ndarray,
     responses: Sequence[np.ndarray],
+    places: Sequence[np.ndarray],
     example_id: int,
   ) -> None:
+    """Appends a group; `places` are those of each response's scored tokens."""
     # Drawn once for each response, whatever the step: a reference that was
     # scored before has seen the same tokens.
     rng = np.random.default_rng((max(example_id, 0), len(prompt)))
-    shortest = min((len(r) for r in responses if len(r)), default=0)
+    filled = zip(places, responses, strict=True)
+    shortest = min((len(p) for p, r in filled if len(r)), default=0)
     is_open = False
     branch = prompt_end = 0
     for slot, response in enumerate(responses):
@@ -189,8 +199,8 @@ class _RowWriter:
       start = self.next_token
       self._append(response, position=len(prompt), branch=branch)
       self.batch.last_tokens[self.row, group, slot] = self.next_token - 1
-      self._mark(len(response), shortest, rng)
-      self._score(response, prompt_end, start, group, slot)
+      self._mark(len(places[slot]), shortest, rng)
+      self._score(response, places[slot], prompt_end, start, group, slot)
 
   def _append(self, ids: np.ndarray, *, position: int, branch: int) -> None:
     at = slice(self.next_token, self.next_token + len(ids))
@@ -213,18 +223,18 @@ class _RowWriter:
   def _score(
     self,
     response: np.ndarray,
+    places: np.ndarray,
     prompt_end: int,
     start: int,
     group: int,
     slot: int,
   ) -> None:
-    at = slice(self.next_scored, self.next_scored + len(response))
-    self.batch.targets[self.row, at] = response
-    self.batch.predictors[self.row, at] = np.arange(
-      start - 1, start - 1 + len(response)
-    )
+    at = slice(self.next_scored, self.next_scored + len(places))
+    self.batch.targets[self.row, at] = response[places]
     # The prompt, not the response before, predicts the first token.
-    self.batch.predictors[self.row, at.start] = prompt_end
+    self.batch.predictors[self.row, at] = np.where(
+      places == 0, prompt_end, start - 1 + places
+    )
     self.batch.slots[self.row, at] = group * self.shape.num_slots + slot
     self.next_scored = at.stop
 

@@ -6,25 +6,28 @@ store is never stale and runs that share data share it.
 
 import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import os
 import shutil
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from dpo_jax.data.examples import Example, Unusable, parse_record
+from dpo_jax.data.dialogues import SCORED_TURNS, Example, Unusable
+from dpo_jax.data.examples import parse_records
 from dpo_jax.data.sources import Record, Source
 from dpo_jax.data.tokenizers import Tokenizer
 
-FORMAT = 3  # raise it when the same input would give other arrays
+FORMAT = 4  # raise it when the same input would give other arrays
 _CHUNK = 1000
+_ARRAYS = ("tokens", "starts", "lengths", "score", "prompt_hashes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Store:
     report: counts of what was read, dropped and cut.
     prompt_hashes: u32 [N], of each prompt's text before anything was cut;
       None for groups that are not split.
+    scored: bool [total], which of `tokens` are scored; None where all tokens
+      of responses are.
   """
 
   tokens: np.ndarray
@@ -72,6 +77,7 @@ class Store:
   digest: str
   report: dict[str, Any]
   prompt_hashes: np.ndarray | None = None
+  scored: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.starts)
@@ -84,6 +90,25 @@ class Store:
     """Prompt and responses of a group: K + 1 arrays of ids, i32."""
     parts = zip(self.starts[index], self.lengths[index], strict=True)
     return [self.tokens[start : start + length] for start, length in parts]
+
+  @functools.cached_property
+  def num_scored(self) -> np.ndarray:
+    """i32 [N, K], scored tokens of each response."""
+    if self.scored is None:
+      return self.lengths[:, 1:]
+    starts, lengths = self.starts[:, 1:], self.lengths[:, 1:]
+    # Sums from each start to each end; one more byte for the last end.
+    borders = np.stack([starts, starts + lengths], -1).reshape(-1)
+    padded = np.append(self.scored, False).view(np.uint8)
+    sums = np.add.reduceat(padded, borders, dtype=np.int32)[::2]
+    return np.where(lengths > 0, sums.reshape(lengths.shape), 0)
+
+  def masks(self, index: int) -> list[np.ndarray]:
+    """Which tokens of a group's K responses are scored, bool."""
+    parts = zip(self.starts[index, 1:], self.lengths[index, 1:], strict=True)
+    if self.scored is None:
+      return [np.ones(length, bool) for _, length in parts]
+    return [self.scored[start : start + length] for start, length in parts]
 
   def first_slots(self, num_slots: int) -> "Store":
     """The same groups with their first responses only."""
@@ -120,7 +145,8 @@ class Store:
 
     Args:
       seed: of the draw.
-      max_tokens: prompt and response together; a longer response is cut.
+      max_tokens: prompt and response together; a longer response is cut, and
+        may lose all that is scored of it where it has unscored turns.
 
     Returns:
       Groups of K + 1 responses, the last one mismatched.
@@ -158,7 +184,11 @@ class Store:
 
 
 def build_store(
-  source: Source, tokenizer: Tokenizer, limits: Limits, cache_dir: str
+  source: Source,
+  tokenizer: Tokenizer,
+  limits: Limits,
+  cache_dir: str,
+  scored_turns: str = "last",
 ) -> Store:
   """Opens the store of this data, tokenizing it first if it is not there.
 
@@ -167,6 +197,7 @@ def build_store(
     tokenizer: ids.
     limits: lengths.
     cache_dir: folder of stores.
+    scored_turns: one of SCORED_TURNS; see `examples.parse_records`.
 
   Returns:
     The store, its arrays mapped from disk.
@@ -175,17 +206,25 @@ def build_store(
     RecordError: a broken record, with its file and line.
     ValueError: no usable group; says what became of the records.
   """
+  if scored_turns not in SCORED_TURNS:
+    raise ValueError(
+      f"data.scored_turns={scored_turns!r} must be one of"
+      f" {', '.join(SCORED_TURNS)}"
+    )
   key = [FORMAT, source.digest, tokenizer.digest, dataclasses.astuple(limits)]
+  key += [scored_turns]
   digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
   folder = os.path.join(cache_dir, digest)
   if not os.path.exists(folder):
-    _write(source, tokenizer, limits, cache_dir, folder)
+    parsed = _tokenize(source, tokenizer, limits, scored_turns)
+    _write(*parsed, cache_dir, folder)
   with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
     # The same content may have been read from another place.
     report = json.load(file) | {"source": source.spec}
   arrays = {
     name: np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r")
-    for name in ("tokens", "starts", "lengths", "score", "prompt_hashes")
+    for name in (*_ARRAYS, "scored")
+    if name in _ARRAYS or os.path.exists(os.path.join(folder, f"{name}.npy"))
   }
   return Store(**arrays, digest=digest, report=report)
 
@@ -197,14 +236,16 @@ def part_starts(lengths: np.ndarray) -> np.ndarray:
 
 
 def _write(
-  source: Source,
-  tokenizer: Tokenizer,
-  limits: Limits,
+  tokens: array.array,
+  scored: bytearray,
+  lengths: list[list[int]],
+  scores: list[tuple[float, ...]],
+  hashes: list[int],
+  report: dict[str, Any],
   cache_dir: str,
   folder: str,
 ) -> None:
   """Writes beside the final place, then renames: no half store is seen."""
-  tokens, lengths, scores, hashes, report = _tokenize(source, tokenizer, limits)
   num_slots = max(len(score) for score in scores)
   padded_lengths = np.zeros((len(lengths), 1 + num_slots), np.int32)
   padded_score = np.zeros((len(lengths), num_slots), np.float32)
@@ -212,15 +253,18 @@ def _write(
     padded_lengths[row, : len(length)] = length
     padded_score[row, : len(score)] = score
   os.makedirs(cache_dir, exist_ok=True)
+  arrays = {
+    "tokens": np.frombuffer(tokens, np.int32),
+    "starts": part_starts(padded_lengths),
+    "lengths": padded_lengths,
+    "score": padded_score,
+    "prompt_hashes": np.array(hashes, np.uint32),
+  }
+  if len(scored):
+    arrays["scored"] = np.frombuffer(scored, bool)
   temporary = tempfile.mkdtemp(dir=cache_dir, prefix="writing_")
   try:
-    for name, value in (
-      ("tokens", np.frombuffer(tokens, np.int32)),
-      ("starts", part_starts(padded_lengths)),
-      ("lengths", padded_lengths),
-      ("score", padded_score),
-      ("prompt_hashes", np.array(hashes, np.uint32)),
-    ):
+    for name, value in arrays.items():
       np.save(os.path.join(temporary, f"{name}.npy"), value)
     with open(
       os.path.join(temporary, "report.json"), "w", encoding="utf-8"
@@ -236,38 +280,45 @@ def _write(
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _tokenize(source: Source, tokenizer: Tokenizer, limits: Limits) -> Any:
+def _tokenize(
+  source: Source, tokenizer: Tokenizer, limits: Limits, scored_turns: str
+) -> Any:
+  """What `_write` writes; no scored mask where every response is scored."""
   counts: Counter[str] = Counter()
   dropped: Counter[str] = Counter()
-  tokens, lengths, scores, hashes = array.array("i"), [], [], []
-  render = tokenizer.render if tokenizer.has_chat_template else None
+  tokens, scored = array.array("i"), bytearray()
+  lengths, scores, hashes = [], [], []
+  render = tokenizer.render_batch if tokenizer.has_chat_template else None
   # One iterator, made once: a new one over the bar would end the data early.
   records = iter(
     tqdm(iter(source), desc="tokenize", unit=" records", leave=False)
   )
   for chunk in _chunks(records):
+    counts["records"] += len(chunk)
     examples = []
-    for where, record in chunk:
-      counts["records"] += 1
-      try:
-        example = parse_record(record, where, render)
-        _check_text(example)
+    for example in parse_records(chunk, render, scored_turns):
+      if isinstance(example, Unusable):
+        dropped[example.reason] += 1
+      elif any(not response.strip() for response in example.responses):
+        dropped["empty_response"] += 1
+      else:
         examples.append(example)
-      except Unusable as unusable:
-        dropped[unusable.reason] += 1
-    for example, ids in zip(
+    for example, (prompt, responses) in zip(
       examples, _encode(examples, tokenizer), strict=True
     ):
       try:
         prompt, responses = _fit(
-          ids[0], ids[1:], limits, counts, tokenizer.bos_id
+          prompt, responses, limits, counts, tokenizer.bos_id
         )
       except Unusable as unusable:
         dropped[unusable.reason] += 1
         continue
-      for part in (prompt, *responses):
-        tokens.extend(part)
-      lengths.append([len(prompt), *map(len, responses)])
+      tokens.extend(prompt)
+      scored += bytes(len(prompt))
+      for response in responses:
+        tokens.extend(response.ids)
+        scored += response.scored
+      lengths.append([len(prompt), *(len(r.ids) for r in responses)])
       scores.append(example.score)
       hashes.append(_hash(example.prompt))
   report = {
@@ -283,7 +334,9 @@ def _tokenize(source: Source, tokenizer: Tokenizer, limits: Limits) -> Any:
       f"{source.spec} holds no usable group: {counts['records']} records read,"
       f" dropped: {report['dropped']}"
     )
-  return tokens, lengths, scores, hashes, report
+  if sum(scored) == sum(sum(length[1:]) for length in lengths):
+    scored = bytearray()
+  return tokens, scored, lengths, scores, hashes, report
 
 
 def _hash(prompt: str) -> int:
@@ -295,16 +348,25 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
     yield chunk
 
 
-def _check_text(example: Example) -> None:
-  if any(not response.strip() for response in example.responses):
-    raise Unusable("empty_response")
+class _Response(NamedTuple):
+  """Ids of a response, EOS included, and a byte for each: 1 if scored."""
+
+  ids: list[int]
+  scored: bytes
+
+  def first(self, count: int) -> "_Response":
+    return _Response(self.ids[:count], self.scored[:count])
 
 
 def _encode(
   examples: list[Example], tokenizer: Tokenizer
-) -> list[list[list[int]]]:
-  """Ids of the prompt, BOS included, and of the responses, EOS included."""
-  encoded: list[list[list[int]]] = [[] for _ in examples]
+) -> list[tuple[list[int], list[_Response]]]:
+  """Ids of the prompt, BOS included, and of the responses, EOS included.
+
+  A response of several turns is encoded turn by turn, as its turns would be
+  sampled: no token straddles a border there either.
+  """
+  encoded: list[Any] = [None] * len(examples)
   for is_rendered in (False, True):
     chosen = [i for i, e in enumerate(examples) if e.is_rendered == is_rendered]
     prompts = tokenizer.encode(
@@ -312,20 +374,63 @@ def _encode(
       is_rendered=is_rendered,
       is_continuation=False,
     )
-    responses = iter(
+    pieces = [_pieces(examples[i]) for i in chosen]
+    ids = iter(
       tokenizer.encode(
-        [text for i in chosen for text in examples[i].responses],
+        [text for group in pieces for parts in group for text, _ in parts],
         is_rendered=is_rendered,
         is_continuation=True,
       )
     )
-    for i, prompt in zip(chosen, prompts, strict=True):
-      mine = itertools.islice(responses, len(examples[i].responses))
-      encoded[i] = [
+    ends = tokenizer.stop_ids if is_rendered else (tokenizer.eos_id,)
+    for i, prompt, group in zip(chosen, prompts, pieces, strict=True):
+      encoded[i] = (
         _with_bos(prompt, tokenizer),
-        *(_with_eos(ids, tokenizer) for ids in mine),
-      ]
+        [
+          _join([(next(ids), flag) for _, flag in parts], ends)
+          for parts in group
+        ],
+      )
   return encoded
+
+
+def _pieces(example: Example) -> list[list[tuple[str, bool]]]:
+  """Each response in pieces that are scored, or are only read."""
+  if example.scored is None:
+    return [[(text, True)] for text in example.responses]
+  found = []
+  for text, ranges in zip(example.responses, example.scored, strict=True):
+    parts, at = [], 0
+    for start, end in ranges:
+      parts += [(text[at:start], False), (text[start:end], True)]
+      at = end
+    found.append([part for part in parts if any(part)])
+  return found
+
+
+def _join(
+  parts: list[tuple[list[int], bool]], ends: Sequence[int]
+) -> _Response:
+  """A response of pieces, each ended once, by the first of its `ends`.
+
+  A chat template may have ended a turn already, and put a line break behind,
+  which nobody will ever sample. In plain text no such id can occur.
+
+  Args:
+    parts: ids of the pieces, and whether they are scored.
+    ends: ids that end a turn; the first is put where none does.
+  """
+  ids, scored = [], b""
+  for j, (piece, is_scored) in enumerate(parts):
+    is_last = j + 1 == len(parts)
+    end = min((piece.index(i) + 1 for i in ends if i in piece), default=None)
+    if is_last:
+      piece = [*piece, ends[0]] if end is None else piece[:end]
+    length = len(piece) if end is None or is_last else end
+    ids += piece
+    scored += bytes([is_scored]) * length
+    scored += bytes(len(piece) - length)
+  return _Response(ids, scored)
 
 
 def _with_bos(prompt: list[int], tokenizer: Tokenizer) -> list[int]:
@@ -334,36 +439,31 @@ def _with_bos(prompt: list[int], tokenizer: Tokenizer) -> list[int]:
   return [tokenizer.bos_id, *prompt]
 
 
-def _with_eos(response: list[int], tokenizer: Tokenizer) -> list[int]:
-  # A chat template may have ended the turn already, and put a line break
-  # behind; in plain text the id cannot occur.
-  if tokenizer.eos_id in response:
-    response = response[: response.index(tokenizer.eos_id)]
-  return [*response, tokenizer.eos_id]
-
-
 def _fit(
   prompt: list[int],
-  responses: list[list[int]],
+  responses: list[_Response],
   limits: Limits,
   counts: Counter[str],
   bos_id: int | None,
-) -> tuple[list[int], list[list[int]]]:
+) -> tuple[list[int], list[_Response]]:
   """Cuts a prompt's beginning, then responses' ends, where they do not fit."""
   if not prompt:
     raise Unusable("empty_prompt")
   # Text that the tokenizer has no tokens for leaves the EOS alone.
-  if any(len(response) == 1 for response in responses):
+  if any(len(response.ids) == 1 for response in responses):
     raise Unusable("empty_response")
-  longest = max(map(len, responses))
+  longest = max(len(response.ids) for response in responses)
   keep = max(limits.max_prompt_tokens, limits.max_tokens - longest)
   if len(prompt) > keep:
     counts["prompts_cut"] += 1
     start = prompt[:1] if prompt[0] == bos_id else []
     prompt = start + prompt[len(prompt) - keep + len(start) :]
   room = limits.max_tokens - len(prompt)
-  counts["responses_cut"] += sum(len(r) > room for r in responses)
-  responses = [response[:room] for response in responses]
+  counts["responses_cut"] += sum(len(r.ids) > room for r in responses)
+  responses = [response.first(room) for response in responses]
+  # Of several turns, those that are scored may all stand behind the cut.
+  if not all(any(response.scored) for response in responses):
+    raise Unusable("no_scored_turn_fits")
   if len(responses) > 1 and all(r == responses[0] for r in responses):
     raise Unusable("identical_responses")
   return prompt, responses

@@ -5,19 +5,25 @@ straddles the border and the split is exact by construction.
 """
 
 from collections.abc import Mapping, Sequence
+import datetime
 import functools
 import hashlib
 import json
 from typing import Any, Protocol
 
 from etils import epath
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
-from dpo_jax.data.examples import Message, RecordError
+from dpo_jax.data.dialogues import Message, RecordError, Request
+from dpo_jax.data.templates import ChatTemplate
 
-MAX_RENDERED_CHARS = 2_000_000
+# Names that a template may read.
+_SPECIAL_TOKENS = tuple(
+  f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
+# What strftime_now says where nothing else is asked for.
+DEFAULT_DATE = "2024-07-26"
 
 
 class Tokenizer(Protocol):
@@ -26,7 +32,8 @@ class Tokenizer(Protocol):
   Attributes:
     vocab_size: ids are below it.
     bos_id: put before every prompt, or None.
-    eos_id: put after every response.
+    eos_id: put after every response that has no end of its own.
+    stop_ids: ids that end a response when it is sampled, `eos_id` first.
     digest: of everything that decides the ids.
     has_chat_template: whether `render` works.
   """
@@ -34,6 +41,7 @@ class Tokenizer(Protocol):
   vocab_size: int
   bos_id: int | None
   eos_id: int
+  stop_ids: tuple[int, ...]
   digest: str
   has_chat_template: bool
 
@@ -53,8 +61,18 @@ class Tokenizer(Protocol):
   def decode(self, ids: Sequence[int]) -> str:
     """Text of ids, special tokens left out."""
 
-  def render(self, messages: Sequence[Message], header: bool) -> str:
-    """Messages as text, by the chat template."""
+  def render(
+    self,
+    messages: Sequence[Message],
+    header: bool,
+    extras: Mapping[str, Any] | None = None,
+  ) -> str:
+    """Messages as text, by the chat template; see `Request`."""
+
+  def render_batch(
+    self, requests: Sequence[Request]
+  ) -> list[str | RecordError]:
+    """The same for many at once, with the error where one fails."""
 
 
 class ByteTokenizer:
@@ -63,6 +81,7 @@ class ByteTokenizer:
   vocab_size = 258
   bos_id = 256
   eos_id = 257
+  stop_ids = (257,)
   digest = "bytes-1"
   has_chat_template = False
 
@@ -75,32 +94,62 @@ class ByteTokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
-  def render(self, messages: Sequence[Message], header: bool) -> str:
+  def render(
+    self,
+    messages: Sequence[Message],
+    header: bool,
+    extras: Mapping[str, Any] | None = None,
+  ) -> str:
     raise RecordError("the byte tokenizer has no chat template")
+
+  def render_batch(
+    self, requests: Sequence[Request]
+  ) -> list[str | RecordError]:
+    return [RecordError("the byte tokenizer has no chat template")] * len(
+      requests
+    )
 
 
 class HFTokenizer:
-  """A folder with tokenizer.json and, usually, tokenizer_config.json."""
+  """A folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt.
 
-  def __init__(self, folder: str, *, chat_template: str = ""):
+  What else is there is read as `transformers` reads it: tokenizer_config.json,
+  special_tokens_map.json, and a model's config.json and generation_config.json
+  for the ids of BOS and EOS.
+  """
+
+  def __init__(
+    self,
+    folder: str,
+    *,
+    chat_template: str = "",
+    eos_token: str = "",
+    template_date: str = DEFAULT_DATE,
+  ):
     """Reads the tokenizer.
 
     Args:
-      folder: holds tokenizer.json.
+      folder: of the tokenizer.
       chat_template: path of a jinja file to use instead of the folder's own.
+      eos_token: spelling of the EOS, instead of what the folder says.
+      template_date: YYYY-MM-DD, what a template's `strftime_now` says.
 
     Raises:
-      FileNotFoundError: no tokenizer.json.
-      ValueError: no EOS token is named, or it is not in the vocabulary.
+      FileNotFoundError: no tokenizer there.
+      ValueError: no EOS token is named, or it is not in the vocabulary; or a
+        date that is none.
     """
     root = epath.Path(folder)
-    path = root / "tokenizer.json"
-    if not path.exists():
-      raise FileNotFoundError(
-        f"{path} does not exist; a tokenizer is a folder with tokenizer.json,"
-        " or 'bytes'"
+    config, names, model, generation = (
+      _read_json(root / f"{name}.json")
+      for name in (
+        "tokenizer_config",
+        "special_tokens_map",
+        "config",
+        "generation_config",
       )
-    text = path.read_text()
+    )
+    text = _read_tokenizer(root, config)
     self._with_specials, self._plain = _read_tokenizers(text)
     continuing = _without_beginnings(text)
     self._continuing = (
@@ -110,24 +159,43 @@ class HFTokenizer:
     )
     # Not the number of tokens: a vocabulary may have holes.
     self.vocab_size = 1 + max(self._plain.get_vocab().values())
-    config_path = root / "tokenizer_config.json"
-    config = {}
-    if config_path.exists():
-      config = json.loads(config_path.read_text())
     self._special = {
-      key: _token_text(config[key])
-      for key in ("bos_token", "eos_token", "unk_token", "pad_token")
-      if config.get(key)
+      key: _token_text(config.get(key) or names[key])
+      for key in _SPECIAL_TOKENS
+      if config.get(key) or names.get(key)
     }
+    self._fill_special("bos", model, generation)
+    self._fill_special("eos", model, generation)
+    if eos_token:
+      self._special["eos_token"] = eos_token
+    elif "eos_token" not in self._special and (root / "merges.txt").exists():
+      # Whose own class knows it without being told.
+      self._special["eos_token"] = "<|endoftext|>"
     self.eos_id = self._find_eos(folder)
+    self._generation_stops = _ids(generation.get("eos_token_id"))
     self.bos_id = self._find_bos(config)
     self.chat_template = _find_template(root, config, chat_template)
     self.has_chat_template = self.chat_template is not None
+    self._template = ChatTemplate(
+      self.chat_template or "", self._special, date=_parse_date(template_date)
+    )
+    decisive = [text, self._special, self.bos_id, self.chat_template]
+    if self.has_chat_template:
+      decisive += [self._generation_stops, template_date]
     self.digest = hashlib.sha256(
-      json.dumps(
-        [text, self._special, self.bos_id, self.chat_template], sort_keys=True
-      ).encode()
+      json.dumps(decisive, sort_keys=True).encode()
     ).hexdigest()
+
+  def _fill_special(self, name: str, *configs: Mapping[str, Any]) -> None:
+    """Names a token that only a model's config knows, by its id."""
+    if f"{name}_token" in self._special:
+      return
+    for config in configs:
+      for i in _ids(config.get(f"{name}_token_id"))[:1]:
+        token = self._plain.id_to_token(i)
+        if token is not None:
+          self._special[f"{name}_token"] = token
+          return
 
   def _find_eos(self, folder: str) -> int:
     name = self._special.get("eos_token")
@@ -135,7 +203,7 @@ class HFTokenizer:
     if eos_id is None:
       raise ValueError(
         f"{folder}: no EOS token ({name!r}). Responses must end with one: name"
-        " it as eos_token in tokenizer_config.json"
+        " it as data.eos_token, or as eos_token in tokenizer_config.json"
       )
     return eos_id
 
@@ -148,6 +216,36 @@ class HFTokenizer:
     ids = self._plain.encode("a", add_special_tokens=True).ids
     is_added = bool(ids) and ids[0] == bos_id
     return bos_id if is_added or config.get("add_bos_token") else None
+
+  @functools.cached_property
+  def stop_ids(self) -> tuple[int, ...]:
+    """Ids that end a response: EOS, the model's others, the template's own.
+
+    A checkpoint may name several (generation_config.json), and a template may
+    end a turn with a token that none of its files calls an EOS.
+    """
+    known = (i for i in self._generation_stops if i < self.vocab_size)
+    turn_end = self._find_turn_end()
+    return tuple(dict.fromkeys([self.eos_id, *known, *turn_end]))
+
+  def _find_turn_end(self) -> list[int]:
+    """The special token that the template puts behind an answer, if any."""
+    if not self.has_chat_template:
+      return []
+    asked = {"role": "user", "content": "a"}
+    answer = {"role": "assistant", "content": "b"}
+    try:
+      text = self.render([asked, answer], False)
+    except RecordError:
+      return []  # what it refuses of real records will be told there
+    ids = self.encode([text], is_rendered=True, is_continuation=False)[0]
+    added = self._plain.get_added_tokens_decoder()
+    for i in reversed(ids):
+      if i in added and added[i].special:
+        return [i]
+      if self._plain.decode([i]).strip():
+        return []
+    return []
 
   def encode(
     self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
@@ -165,34 +263,103 @@ class HFTokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     return self._plain.decode(list(ids), skip_special_tokens=True)
 
-  def render(self, messages: Sequence[Message], header: bool) -> str:
-    """Renders messages in a sandbox.
+  def render(
+    self,
+    messages: Sequence[Message],
+    header: bool,
+    extras: Mapping[str, Any] | None = None,
+  ) -> str:
+    """Renders messages in a sandbox of its own process.
 
     Raises:
-      RecordError: the template refuses these messages, or writes more than
-        `MAX_RENDERED_CHARS`.
+      RecordError: the template refuses these messages, or takes more than
+        `templates.Caps`.
     """
-    pieces, length = [], 0
-    try:
-      stream = _compile(self.chat_template).generate(
-        messages=list(messages), add_generation_prompt=header, **self._special
+    [text] = self.render_batch([Request(messages, header, extras or {})])
+    if isinstance(text, RecordError):
+      raise text
+    return text
+
+  def render_batch(
+    self, requests: Sequence[Request]
+  ) -> list[str | RecordError]:
+    return self._template.render(requests)
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _ids(value: Any) -> list[int]:
+  """Ids of a config that may name none, one or several."""
+  if value is None:
+    return []
+  return list(value) if isinstance(value, list) else [value]
+
+
+def _parse_date(date: str) -> datetime.date:
+  try:
+    return datetime.date.fromisoformat(date)
+  except ValueError as error:
+    raise ValueError(
+      f"data.template_date={date!r} must be a day as YYYY-MM-DD"
+    ) from error
+
+
+def _read_tokenizer(root: epath.Path, config: Mapping[str, Any]) -> str:
+  """The tokenizer.json of a folder, added tokens of other files included."""
+  path = root / "tokenizer.json"
+  if path.exists():
+    text = path.read_text()
+  elif (root / "vocab.json").exists() and (root / "merges.txt").exists():
+    text = _byte_level(root, config).to_str()
+  else:
+    raise FileNotFoundError(
+      f"{path} does not exist; a tokenizer is a folder with tokenizer.json, or"
+      " with vocab.json and merges.txt, or 'bytes'"
+    )
+  added = {
+    int(i): tokenizers.AddedToken(
+      **{k: v for k, v in token.items() if k != "__type"}
+    )
+    for i, token in config.get("added_tokens_decoder", {}).items()
+  }
+  for token, i in _read_json(root / "added_tokens.json").items():
+    added.setdefault(i, tokenizers.AddedToken(token, special=True))
+  whole = tokenizers.Tokenizer.from_str(text)
+  missing = [
+    i for i in sorted(added) if whole.token_to_id(added[i].content) is None
+  ]
+  for i in missing:
+    whole.add_tokens([added[i]])
+    if whole.token_to_id(added[i].content) != i:
+      raise ValueError(
+        f"{root}: the added token {added[i].content!r} has the id {i} in its"
+        f" files, and the next free one is"
+        f" {whole.token_to_id(added[i].content)}"
       )
-      for piece in stream:
-        pieces.append(piece)
-        length += len(piece)
-        if length > MAX_RENDERED_CHARS:
-          raise RecordError(
-            f"the chat template wrote more than {MAX_RENDERED_CHARS} characters"
-          )
-    except RecordError:
-      raise
-    except Exception as error:  # a template is a program: it may raise any
-      roles = [m.get("role") for m in messages]
-      raise RecordError(
-        f"the chat template fails on messages with the roles {roles}:"
-        f" {type(error).__name__}: {error}"
-      ) from error
-    return "".join(pieces)
+  return whole.to_str() if missing else text
+
+
+def _byte_level(
+  root: epath.Path, config: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
+  """GPT-2's byte-level BPE, from its two files."""
+  vocab = _read_json(root / "vocab.json")
+  lines = (root / "merges.txt").read_text().split("\n")
+  merges = [
+    tuple(line.split(" "))
+    for line in lines
+    if line.strip() and not line.startswith("#version")
+  ]
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+    add_prefix_space=bool(config.get("add_prefix_space"))
+  )
+  tokenizer.decoder = decoders.ByteLevel()
+  if "<|endoftext|>" in vocab:
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+  return tokenizer
 
 
 def _read_tokenizers(
@@ -263,28 +430,31 @@ def _find_template(
   return template
 
 
-@functools.lru_cache(maxsize=8)
-def _compile(template: str) -> Any:
-  """Compiles a template; it may read its arguments and nothing else."""
+def load_tokenizer(
+  spec: str,
+  *,
+  chat_template: str = "",
+  eos_token: str = "",
+  template_date: str = DEFAULT_DATE,
+) -> Tokenizer:
+  """'bytes', or the folder of a Hugging Face tokenizer.
 
-  def raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-  def tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-  environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=["jinja2.ext.loopcontrols"],
-  )
-  environment.filters["tojson"] = tojson
-  environment.globals["raise_exception"] = raise_exception
-  return environment.from_string(template)
-
-
-def load_tokenizer(spec: str, *, chat_template: str = "") -> Tokenizer:
-  """'bytes', or the folder of a Hugging Face tokenizer."""
+  Args:
+    spec: which.
+    chat_template: path of a jinja file; "" for the folder's own.
+    eos_token: spelling of the EOS; "" for the folder's own.
+    template_date: YYYY-MM-DD, what a template's `strftime_now` says.
+  """
   if spec == "bytes":
+    if eos_token:
+      raise ValueError(
+        f"data.eos_token={eos_token!r} is for tokenizers with a vocabulary;"
+        " that of 'bytes' is its id 257"
+      )
     return ByteTokenizer()
-  return HFTokenizer(spec, chat_template=chat_template)
+  return HFTokenizer(
+    spec,
+    chat_template=chat_template,
+    eos_token=eos_token,
+    template_date=template_date,
+  )

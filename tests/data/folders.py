@@ -87,3 +87,14 @@ def write_folder(
     json.dumps({k: v for k, v in config.items() if v is not None})
   )
   return str(folder)
+
+
+# ChatML, as Qwen and others write it; EOS is what ends a turn.
+CHATML = (
+  "{% for m in messages %}"
+  "{{ '<|' + m.role + '|>' + (m.content or '') }}"
+  "{% for call in m.tool_calls or [] %}{{ '@' + call.name }}{% endfor %}"
+  "{{ eos_token + '\n' }}"
+  "{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)

@@ -25,12 +25,12 @@ def parse(record, render=None):
 
 @pytest.fixture
 def render(tmp_path):
-  return HFTokenizer(folders.write_folder(tmp_path / "tokenizer")).render
+  return HFTokenizer(folders.write_folder(tmp_path / "tokenizer")).render_batch
 
 
 def render_with(tmp_path, template):
   folder = folders.write_folder(tmp_path / "tokenizer", chat_template=template)
-  return HFTokenizer(folder).render
+  return HFTokenizer(folder).render_batch
 
 
 # One record of each format, by FORMATS' names, and what it must become.
@@ -58,6 +58,12 @@ RECORDS = {
     {"prompt": "p", "completion": "c"},
     Example("p", ("c",), (1.0,)),
   ),
+  "conversation": (
+    {"messages": [USER, YES]},
+    Example(
+      "<s><|user|>hi<|assistant|>", ("yes</s>\n",), (1.0,), is_rendered=True
+    ),
+  ),
 }
 
 
@@ -66,15 +72,15 @@ def test_there_is_a_record_of_every_format():
 
 
 @pytest.mark.parametrize("kind", RECORDS)
-def test_every_format_is_read(kind):
+def test_every_format_is_read(kind, render):
   record, expected = RECORDS[kind]
-  assert parse(record) == expected
+  assert parse(record, render) == expected
 
 
 @pytest.mark.parametrize("kind", RECORDS)
-def test_columns_that_no_format_knows_change_nothing(kind):
+def test_columns_that_no_format_knows_change_nothing(kind, render):
   record, expected = RECORDS[kind]
-  assert parse({"id": 3, "source": "web", **record}) == expected
+  assert parse({"id": 3, "source": "web", **record}, render) == expected
 
 
 @pytest.mark.parametrize(
@@ -232,7 +238,7 @@ def test_a_missing_column_is_an_error_that_lists_what_is_there(kind):
       continue  # still a record of another format
     with pytest.raises(RecordError) as caught:
       parse(rest)
-    assert ", ".join(sorted(rest)) in str(caught.value)
+    assert (", ".join(sorted(rest)) or "none") in str(caught.value)
 
 
 def test_a_record_without_columns_says_so():
@@ -296,6 +302,8 @@ def test_wrong_types_are_errors_that_name_the_line(record, message, render):
   [
     {"content": "hi"},
     {"role": "user"},
+    {"role": "assistant", "content": None, "tool_calls": []},
+    {"role": "tool", "content": None, "name": "search"},
     {"from": "human", "value": "hi"},
     "hi",
     None,

@@ -45,13 +45,14 @@ def scored_contexts(batch):
   return found
 
 
-def expected_contexts(groups):
+def expected_contexts(groups, scored=None):
   found = Counter()
   for i, (prompt, *responses) in enumerate(groups):
     for k, response in enumerate(responses):
       text = [*map(int, prompt), *map(int, response)]
       for t in range(len(prompt), len(text)):
-        found[i, k, tuple(text[:t]), text[t]] += 1
+        if scored is None or scored[i][k][t - len(prompt)]:
+          found[i, k, tuple(text[:t]), text[t]] += 1
   return found
 
 
@@ -81,6 +82,27 @@ def group_lists(draw):
 def test_every_scored_token_sees_its_prompt_and_its_response(groups, layout):
   batch = tiny.pack(groups, layout, num_tokens=40)
   assert scored_contexts(batch) == expected_contexts(groups)
+
+
+@EXAMPLES
+@hypothesis.given(
+  groups=group_lists(), layout=st.sampled_from(LAYOUTS), data=st.data()
+)
+def test_tokens_that_are_not_scored_are_seen_and_are_no_targets(
+  groups, layout, data
+):
+  sizes = [[len(response) for response in group[1:]] for group in groups]
+  flags = st.lists(st.booleans(), min_size=5, max_size=5)
+  scored = [
+    [np.array(data.draw(flags)[:size], bool) for size in group]
+    for group in sizes
+  ]
+  batch = tiny.pack(groups, layout, num_tokens=40, scored=scored)
+  assert scored_contexts(batch) == expected_contexts(groups, scored)
+  whole = tiny.pack(groups, layout, num_tokens=40)
+  for name in ("tokens", "positions", "segments", "branches", "last_tokens"):
+    np.testing.assert_array_equal(getattr(batch, name), getattr(whole, name))
+  np.testing.assert_array_equal(batch.valid, whole.valid)
 
 
 @EXAMPLES
@@ -187,8 +209,26 @@ def test_a_row_by_hand(layout):
   assert types == {"int32", "float32", "bool"}
 
 
-def marked(groups, layout, name):
-  """Places within its response of each (group, slot)'s marked tokens."""
+@pytest.mark.parametrize("layout", BY_HAND)
+def test_a_row_with_unscored_tokens_by_hand(layout):
+  batch = tiny.pack(
+    GROUPS,
+    layout,
+    num_tokens=12,
+    scored=[
+      [np.array([False, True]), np.array([True])],
+      [np.array([True, False]), np.array([], bool)],
+    ],
+  )
+  predictors = {"shared": [3, 2, 6], "packed": [3, 7, 9]}[layout]
+  assert batch.targets[0, :4].tolist() == [21, 30, 40, 0]
+  assert batch.predictors[0, :3].tolist() == predictors
+  assert batch.slots[0, :4].tolist() == [0, 1, 2, 16]
+  assert batch.last_tokens[0, 0].tolist() == BY_HAND[layout]["last_tokens"][0]
+
+
+def marked(groups, layout, name, scored=None):
+  """Places among its scored tokens of each (group, slot)'s marked ones."""
   lengths = np.array([[len(part) for part in group] for group in groups])
   shape = RowShape(64, 64, 8, 2)
   rows = packing.assign_rows(
@@ -206,6 +246,7 @@ def marked(groups, layout, name):
     layout=layout,
     ref_logps=None,
     token_masks=frozenset({name}),
+    scored=scored,
   )
   mask = getattr(batch, name)
   assert not mask[batch.slots == 16].any()
@@ -215,6 +256,20 @@ def marked(groups, layout, name):
     ).tolist()
     for r, g, k in np.argwhere(batch.valid)
   }
+
+
+@pytest.mark.parametrize("name", packing.TOKEN_MASKS)
+def test_masks_count_scored_tokens(name):
+  groups = tiny.make_groups(12)
+  scored = tiny.make_masks(groups)
+  by_layout = [marked(groups, layout, name, scored) for layout in LAYOUTS]
+  assert by_layout[0] == by_layout[1] == by_layout[2]
+  assert len(by_layout[0]) == 24
+  for (i, k), places in by_layout[0].items():
+    shortest = min(mask.sum() for mask in scored[i])
+    assert len(places) == shortest
+    if name == "head" or scored[i][k].sum() == shortest:
+      assert places == list(range(shortest))
 
 
 @pytest.mark.parametrize("name", packing.TOKEN_MASKS)

@@ -2,18 +2,20 @@
 
 import json
 
+from etils import epath
 import numpy as np
 import pytest
 from tokenizers import processors
 
+from dpo_jax.config import default_config
 from dpo_jax.data import packing, sources, store
 from dpo_jax.data.examples import RecordError
 from dpo_jax.data.tokenizers import (
-  MAX_RENDERED_CHARS,
   ByteTokenizer,
   HFTokenizer,
   load_tokenizer,
 )
+from dpo_jax.run import build_run
 from tests.data import folders
 from tests.data.folders import BOS, CHAT_TEMPLATE, EOS, write_folder
 
@@ -141,7 +143,7 @@ def test_special_tokens_spelled_in_plain_text_are_letters(tokenizer, tmp_path):
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
   folder = write_folder(tmp_path, eos_token=None)
-  with pytest.raises(ValueError, match="name it as eos_token"):
+  with pytest.raises(ValueError, match=r"name it as data\.eos_token"):
     HFTokenizer(folder)
   folder = write_folder(tmp_path, eos_token="<end>")
   with pytest.raises(ValueError, match=r"no EOS token \('<end>'\)"):
@@ -326,20 +328,6 @@ def test_an_evil_template_is_refused_and_does_nothing(tmp_path, template):
 
 
 @pytest.mark.parametrize(
-  "template",
-  [
-    "{% for i in range(9000) %}{% for j in range(9000) %}{{ 'endless ' }}"
-    "{% endfor %}{% endfor %}",
-    "{{ 'x' * 3000000 }}",
-  ],
-)
-def test_endless_output_is_cut_short(tmp_path, template):
-  folder = write_folder(tmp_path, chat_template=template)
-  with pytest.raises(RecordError, match=f"more than {MAX_RENDERED_CHARS}"):
-    HFTokenizer(folder).render([USER], True)
-
-
-@pytest.mark.parametrize(
   ("template", "message"),
   [
     ("{{ raise_exception('no system') }}", "no system"),
@@ -429,3 +417,168 @@ def test_bytes_has_no_chat_template(tmp_path):
   record = {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
   with pytest.raises(RecordError, match=r"jsonl:1: .*data\.chat_template"):
     groups_of([record], tokenizer, tmp_path)
+
+
+# Folders of every kind.
+
+HELLO = "Hello world, this movie was great!"
+
+
+def test_gpt2_s_two_files_are_a_tokenizer(real_data, tmp_path):
+  tokenizer = load_tokenizer(str(real_data / "tokenizers" / "gpt2"))
+  assert encode(tokenizer, HELLO) == [
+    *(15496, 995, 11, 428, 3807, 373, 1049, 0)
+  ]
+  assert tokenizer.vocab_size == 50257
+  assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 50256)
+  assert encode(tokenizer, "<|endoftext|>", is_rendered=True) == [50256]
+  assert 50256 not in encode(tokenizer, "<|endoftext|>")
+  assert tokenizer.decode([15496, 995, 50256]) == "Hello world"
+  [group] = groups_of([PAIR], tokenizer, tmp_path)
+  assert [tokenizer.decode(part) for part in group] == list(PAIR.values())
+
+
+def test_a_tokenizer_of_two_files_is_that_of_its_json(tmp_path):
+  trained = folders.train_bytes()
+  whole = HFTokenizer(write_folder(tmp_path / "whole", trained))
+  two = tmp_path / "two"
+  write_folder(two, trained)
+  trained.model.save(str(two))
+  (two / "tokenizer.json").unlink()
+  (two / "added_tokens.json").write_text(
+    json.dumps({name: i for i, name in enumerate(folders.SPECIALS)})
+  )
+  tokenizer = HFTokenizer(str(two))
+  assert tokenizer.vocab_size == whole.vocab_size
+  assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+  for text in folders.SENTENCES[:3]:
+    assert encode(tokenizer, text) == encode(whole, text)
+
+
+def test_neox_needs_its_eos_named(real_data):
+  folder = str(real_data / "tokenizers" / "neox")
+  with pytest.raises(ValueError, match=r"no EOS token .*data\.eos_token"):
+    load_tokenizer(folder)
+  tokenizer = load_tokenizer(folder, eos_token="<|endoftext|>")
+  assert (tokenizer.eos_id, tokenizer.bos_id) == (0, None)
+  assert tokenizer.vocab_size == 50277
+  # Of the tokens that were added beyond the vocabulary.
+  assert encode(tokenizer, " " * 24) == [50254]
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("special_tokens_map", {"eos_token": EOS}),
+    ("special_tokens_map", {"eos_token": {"content": EOS, "lstrip": False}}),
+    ("config", {"eos_token_id": 1}),
+    ("generation_config", {"eos_token_id": [1, 2]}),
+  ],
+)
+@pytest.mark.parametrize("has_config", [True, False])
+def test_eos_is_found_wherever_a_folder_names_it(
+  tmp_path, name, content, has_config
+):
+  folder = write_folder(tmp_path, eos_token=None, chat_template=None)
+  if not has_config:
+    (tmp_path / "tokenizer_config.json").unlink()
+  (tmp_path / f"{name}.json").write_text(json.dumps(content))
+  assert HFTokenizer(folder).eos_id == 1
+  # What the config says comes first, and the tokenizer's own before a model's.
+  assert HFTokenizer(folder, eos_token="<|user|>").eos_id == 2
+  write_folder(tmp_path, eos_token="<|system|>")
+  assert HFTokenizer(folder).eos_id == 4
+
+
+def test_an_eos_that_is_named_must_be_a_token(tmp_path):
+  folder = write_folder(tmp_path)
+  with pytest.raises(ValueError, match=r"no EOS token \('<end>'\)"):
+    HFTokenizer(folder, eos_token="<end>")
+  with pytest.raises(ValueError, match="that of 'bytes' is its id 257"):
+    load_tokenizer("bytes", eos_token="<end>")
+
+
+def test_stop_ids_are_the_eos_and_what_else_a_model_stops_at(tmp_path):
+  folder = write_folder(tmp_path)
+  assert HFTokenizer(folder).stop_ids == (1,)
+  path = tmp_path / "generation_config.json"
+  # One of them is no token of this vocabulary.
+  path.write_text(json.dumps({"eos_token_id": [2, 1, 4, 9999]}))
+  assert HFTokenizer(folder).stop_ids == (1, 2, 4)
+  assert ByteTokenizer().stop_ids == (ByteTokenizer.eos_id,)
+
+
+@pytest.mark.parametrize("end", ["<|system|>", "<|system|>\n", "", " the end"])
+def test_a_turn_has_one_end_and_it_is_the_template_s(tmp_path, end):
+  """As Gemma's, whose end of a turn is not its EOS."""
+  template = CHAT_TEMPLATE.replace("eos_token + '\n'", repr(end))
+  tokenizer = HFTokenizer(write_folder(tmp_path, chat_template=template))
+  record = {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
+  [group] = groups_of([record], tokenizer, tmp_path)
+  is_special = end.startswith("<")
+  assert tokenizer.stop_ids == ((1, 4) if is_special else (1,))
+  for response, text in zip(group[1:], ("the cat", "the dog ran"), strict=True):
+    if is_special:
+      assert response == [*encode(tokenizer, text), 4]
+    else:
+      assert response == [*encode(tokenizer, text + end), 1]
+
+
+def test_plain_text_gets_the_eos_whatever_ends_a_turn(tmp_path):
+  template = CHAT_TEMPLATE.replace("eos_token + '\n'", "'<|system|>'")
+  folder = write_folder(tmp_path / "tokenizer", chat_template=template)
+  [group] = groups_of([PAIR], HFTokenizer(folder), tmp_path)
+  assert_one_bos_and_one_eos(group, 0, 1)
+
+
+def test_tokens_that_only_the_config_adds_are_tokens(tmp_path):
+  trained = folders.train_bytes()
+  size = trained.get_vocab_size()
+  added = {
+    str(size + 1): {"content": "<two>", "special": True},
+    str(size): {"content": "<one>", "special": True},
+    "1": {"content": EOS, "special": True},
+  }
+  folder = write_folder(tmp_path, trained, added_tokens_decoder=added)
+  tokenizer = HFTokenizer(folder)
+  assert tokenizer.vocab_size == size + 2
+  ids = encode(tokenizer, "<two><one>", is_rendered=True)
+  assert ids == [size + 1, size]
+  added[str(size + 5)] = {"content": "<far>", "special": True}
+  write_folder(tmp_path, trained, added_tokens_decoder=added)
+  with pytest.raises(ValueError, match=f"'<far>' has the id {size + 5}"):
+    HFTokenizer(folder)
+
+
+def test_a_date_that_is_none_is_refused(tmp_path):
+  folder = write_folder(tmp_path)
+  with pytest.raises(ValueError, match=r"template_date='today' must be a day"):
+    HFTokenizer(folder, template_date="today")
+  digests = {
+    HFTokenizer(folder, template_date=date).digest
+    for date in ("2024-07-26", "2024-07-27")
+  }
+  assert len(digests) == 2
+
+
+def stories_run(real_data, tmp_path, tokenizer):
+  config = default_config()
+  config.policy.init = f"hf:{real_data / 'stories260k'}"
+  config.data.tokenizer = tokenizer
+  config.data.source = "synthetic:review_pairs:20"
+  config.batch_size = config.eval.batch_size = 8
+  return build_run(config, epath.Path(tmp_path / "run"))
+
+
+def test_a_vocabulary_that_the_embedding_pads_works(real_data, tmp_path):
+  """Fewer ids than rows, as checkpoints round their embeddings up."""
+  run = stories_run(real_data, tmp_path, write_folder(tmp_path / "tokenizer"))
+  vocab_size = run.policy.config.vocab_size
+  assert run.data.tokenizer.vocab_size < 340 < vocab_size == 512
+  assert run.data.train.batch(0).tokens.max() < 340
+
+
+def test_ids_beyond_the_embedding_are_refused(real_data, tmp_path):
+  folder = str(real_data / "tokenizers" / "chatml_6400")
+  with pytest.raises(ValueError, match="vocabulary has 512: the tokenizer is"):
+    stories_run(real_data, tmp_path, folder)
