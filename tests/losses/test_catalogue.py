@@ -400,6 +400,23 @@ def test_rankings_with_ties_and_gaps():
   assert loss([3.0, 2.0, 1.0], (True, False, False)) == 0.0
 
 
+def test_an_offset_asks_nothing_of_scores_that_tie_or_are_the_wrong_way():
+  objective = build("odpo")
+  sequences = make_sequences(2, num=3).replace(
+    score=jnp.array([[2.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
+  )
+
+  def total(logps):
+    per_group = losses_of(objective, sequences.replace(logps=logps))
+    return per_group.sum(), per_group
+
+  slopes, per_group = jax.grad(total, has_aux=True)(sequences.logps)
+  wanted = losses_of(build("dpo"), sequences)[0]  # log(2 - 1) is 0
+  np.testing.assert_allclose(per_group, [wanted, 0.0, 0.0], rtol=1e-6)
+  np.testing.assert_array_equal(slopes[1:], 0.0)
+  assert (slopes[0] != 0.0).all()
+
+
 def test_running_means_are_those_of_all_steps():
   objective = build("bco_pair")
   state = objective.init()
