@@ -79,7 +79,7 @@ def evaluate(
   counts = [
     {
       "num_groups": jnp.float32(one.valid_groups(lengths > 0).sum()),
-      "total_tokens": jnp.float32(num_scored[:, : one.num_slots].sum()),
+      "total_tokens": one.scored_tokens(num_scored, lengths > 0),
     }
     for one in (objective, *others)
   ]

@@ -34,6 +34,7 @@ _FOLDERS = {
     "links",
     "regularizers",
     "preference",
+    "policy_gradient",
     "catalogue",
     "objective",
   ],
