@@ -34,7 +34,9 @@ def default_config() -> ml_collections.ConfigDict:
   config.batch_size = 64  # groups a step, over all devices (2305.18290 app. B)
   config.accumulation_steps = 1  # parts of a batch, one after the other
   config.parallelism = "jit"  # or "pmap": the same step, parameters replicated
-  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # devices; -1: the rest
+  # Devices that split rows (data), rows and parameters (fsdp), heads and
+  # features (tensor), the tokens of a row (context); -1: the rest.
+  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "context": 1}
   config.logps_chunk = 128  # scored tokens of a row projected at once
 
   config.policy = ml_collections.ConfigDict()
@@ -146,7 +148,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     for key in found
     if key not in wanted
   ]
-  faults += [f"config.{key} is missing" for key in wanted if key not in found]
+  # An axis that a config does not name is 1.
+  faults += [
+    f"config.{key} is missing"
+    for key in wanted
+    if key not in found and not key.startswith("mesh.")
+  ]
   if faults:
     raise ValueError("\n".join(faults))
   for key, low in (

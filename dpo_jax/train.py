@@ -166,39 +166,18 @@ class _Loop:
     """The latest checkpoint's state, or a fresh one; and its shardings."""
     run, config = self.run, self.config
 
-    def fresh(params, ref_params):
-      return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=run.optimizer.init(params),
-        loss_state=run.objective.init(),
-        ref_params=ref_params,
-      )
-
-    abstract_params = run.policy.abstract_params()
-    is_live = (
-      config.reference.kind in ("frozen", "ema")
-      and run.objective.needs_reference
-    )
-    abstract = jax.eval_shape(
-      fresh, abstract_params, abstract_params if is_live else None
-    )
-    shardings = mesh.state_shardings(
-      abstract, abstract_params, run.placement.mesh
-    )
-    target = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      abstract,
-      shardings,
-    )
+    target, shardings = run.abstract_state()
     state = self.checkpoints.restore(target)
     if state is not None:
       _LOG.info("goes on at step %d", int(state.step))
       return state, shardings
     params = self._load(config.policy.init)
     # Loaded again, not copied by reference: the policy's buffers are donated.
-    ref_params = self._load(self._reference_init()) if is_live else None
-    state = jax.jit(fresh, out_shardings=shardings)(params, ref_params)
+    ref_params = None
+    if run.has_live_reference:
+      ref_params = self._load(self._reference_init())
+    make = jax.jit(run.fresh_state, out_shardings=shardings)
+    state = make(params, ref_params)
     return state, shardings
 
   def _reference_init(self) -> str:
@@ -280,8 +259,8 @@ class _Loop:
       ),
       self.config.eval.batch_size,
       seed=0,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=loader.process_index,
+      process_count=loader.process_count,
     )
     logps = reference.compute_logps(
       self._logps_step,
@@ -360,20 +339,10 @@ class _Loop:
   def _train(self, state: TrainState, shardings: Any, start: int) -> TrainState:
     run, config = self.run, self.config
     placement = run.placement
-    train_step = step_lib.make_train_step(
-      run.policy,
-      run.objective,
-      run.optimizer,
-      run.schedule,
-      accumulation_steps=config.accumulation_steps,
-      chunk_size=config.logps_chunk,
-      axis_name=placement.axis_name,
-      update_reference=reference.make_update(config.reference),
-    )
     limit = len(self.train_loader.plan.row_counts)
     chex.clear_trace_counter()
     compiled = placement.compile_step(
-      chex.assert_max_traces(train_step, n=limit), shardings
+      chex.assert_max_traces(run.make_train_step(), n=limit), shardings
     )
     if config.parallelism == "jit":
       compiled = self.on_mesh(compiled)
@@ -425,11 +394,18 @@ class _Loop:
 
   def _make_batch(self, step: int) -> tuple[Any, dict[str, float]]:
     """A placed batch, and what the host knows of it."""
-    batch = self.train_loader.batch(step)
+    loader = self.train_loader
+    batch = loader.batch(step)
+    # Of all hosts, counted by each of them.
+    num_tokens = packing.group_tokens(
+      loader.store.lengths[loader.order(step)], loader.plan.layout
+    ).sum()
     counts = {
-      "num_tokens": float((batch.segments > 0).sum()) * jax.process_count(),
+      "num_tokens": float(num_tokens),
       "num_groups": float(self.config.batch_size),
-      "padding_fraction": packing.padding_fraction(batch),
+      "padding_fraction": float(
+        1.0 - num_tokens / (batch.tokens.size * loader.process_count)
+      ),
     }
     return self.run.placement.place_training_batch(batch), counts
 
