@@ -37,6 +37,15 @@ class Data:
   train: loader_lib.Loader
   eval: loader_lib.Loader | None
 
+  def digests(self) -> dict[str, str]:
+    """What all hosts must have in common."""
+    loaders = {"train": self.train, "eval": self.eval}
+    return {
+      name: f"{loader.store.digest}, {len(loader.indices)} groups"
+      for name, loader in loaders.items()
+      if loader is not None
+    }
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:

@@ -29,8 +29,8 @@ from ml_collections import config_flags
 import numpy as np
 
 from dpo_jax import config as config_lib
+from dpo_jax import distributed, initialize, mesh, reference
 from dpo_jax import evaluate as evaluate_lib
-from dpo_jax import initialize, mesh, reference
 from dpo_jax import step as step_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
@@ -74,7 +74,12 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     Preempted: SIGTERM came; the run has saved, and goes on when it is started
       again.
   """
-  run = build_run(config, epath.Path(workdir))
+  distributed.check_same(
+    {k: v for k, v in config_lib.flatten(config) if "cache_dir" not in k},
+    "config",
+  )
+  run = distributed.together(lambda: build_run(config, epath.Path(workdir)))
+  distributed.check_same(run.data.digests(), "data")
   config_lib.settle_config(run.config, run.workdir, is_writer=run.is_writer)
   if run.is_writer:
     initialize.write_model(run.policy, run.workdir)
@@ -111,6 +116,9 @@ class _StopSignal:
   def __enter__(self) -> "_StopSignal":
     self.is_set = False
     self._before = None
+    if jax.process_count() > 1:
+      # JAX's own handler tells the other hosts; ours would take its place.
+      return self
     try:
       self._before = signal.signal(signal.SIGTERM, self._remember)
     except ValueError:  # not the main thread, which alone gets signals
@@ -558,6 +566,11 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
   show_progress_logs()
+  distributed.initialize(
+    flags.FLAGS.coordinator_address,
+    flags.FLAGS.num_processes,
+    flags.FLAGS.process_id,
+  )
   figures = train(flags.FLAGS.config, flags.FLAGS.workdir)
   for name, figure in sorted(figures.items()):
     print(f"{name:32} {figure:.6g}")
@@ -568,5 +581,10 @@ if __name__ == "__main__":
     "config", None, "path of a config file, such as configs/hh.py"
   )
   flags.DEFINE_string("workdir", None, "folder of the run, local or gs://")
+  flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0; a TPU pod needs none"
+  )
+  flags.DEFINE_integer("num_processes", None, "of the run, over all hosts")
+  flags.DEFINE_integer("process_id", None, "of this process, from 0")
   flags.mark_flags_as_required(["config", "workdir"])
   app.run(main)

@@ -15,6 +15,7 @@ ORDER = [
   "config",
   "models",
   "data",
+  "distributed",
   "mesh",
   "optimizer",
   "checkpoint",
@@ -26,6 +27,10 @@ ORDER = [
   "metrics",
   "run",
   "train",
+  "topology",
+  "hlo",
+  "roofline",
+  "plan",
 ]
 _FOLDERS = {
   "losses": [
