@@ -102,4 +102,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     d_ff=352,
     max_positions=512,
   ),
+  # Llama 3 (arXiv:2407.21783, table 3); their vocabulary is 128,256.
+  "llama3-8b": dict(
+    d_model=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    d_ff=14336,
+    max_positions=8192,
+    rope_theta=500_000.0,
+    tie_embeddings=False,
+  ),
+  "llama3-70b": dict(
+    d_model=8192,
+    num_layers=80,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=128,
+    d_ff=28672,
+    max_positions=8192,
+    rope_theta=500_000.0,
+    tie_embeddings=False,
+  ),
 }
