@@ -37,6 +37,9 @@ def default_config() -> ml_collections.ConfigDict:
   # Devices that split rows (data), rows and parameters (fsdp), heads and
   # features (tensor), the tokens of a row (context); -1: the rest.
   config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "context": 1}
+  # Compiled programs, for the next start; "": ~/.cache/dpo_jax/compiled,
+  # "off": none. JAX_COMPILATION_CACHE_DIR comes first.
+  config.compilation_cache_dir = ""
   config.logps_chunk = 128  # scored tokens of a row projected at once
 
   config.policy = ml_collections.ConfigDict()
@@ -114,11 +117,22 @@ def default_config() -> ml_collections.ConfigDict:
   config.log.every_steps = 10
   config.log.tensorboard = False  # event files in WORKDIR/tensorboard
   config.log.progress = True  # progress bar on process 0
+
+  config.profile = ml_collections.ConfigDict()
+  config.profile.steps = ""  # "10:13" traces steps 10 to 12: WORKDIR/profile
   return config
 
 
 # What may change when a run goes on in its workdir.
-_MAY_CHANGE = ("log.", "mesh.", "parallelism", "total_steps", "logps_chunk")
+_MAY_CHANGE = (
+  "log.",
+  "mesh.",
+  "parallelism",
+  "total_steps",
+  "logps_chunk",
+  "profile.",
+  "compilation_cache_dir",
+)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple]:

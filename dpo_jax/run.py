@@ -13,13 +13,22 @@ from typing import Any
 
 from etils import epath
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 import optax
 
 from dpo_jax import config as config_lib
-from dpo_jax import initialize, judges, mesh, optimizer, reference, step
+from dpo_jax import (
+  initialize,
+  judges,
+  mesh,
+  optimizer,
+  profile,
+  reference,
+  step,
+)
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing, sources, store, tokenizers
 from dpo_jax.losses import Objective, WeightedSum, build_objective
@@ -137,6 +146,7 @@ def build_run(
     ValueError: whatever is wrong with the config, its data or its mesh.
   """
   config_lib.check_config(config)
+  profile.parse_steps(config.profile.steps)
   config = config.copy_and_resolve_references()
   objective = build_objective(config.loss)
   _resolve_loss(config, objective)
@@ -367,6 +377,23 @@ def default_cache_dir() -> str:
   """~/.cache/dpo_jax, or where XDG_CACHE_HOME points."""
   base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   return os.path.join(base, "dpo_jax")
+
+
+def use_compilation_cache(directory: str) -> None:
+  """Keeps compiled programs for the runs that come after.
+
+  Args:
+    directory: "" for the default, "off" for none. One that JAX was already
+      told, by JAX_COMPILATION_CACHE_DIR or in code, stays.
+  """
+  if directory == "off" or jax.config.jax_compilation_cache_dir:
+    return
+  directory = directory or os.path.join(default_cache_dir(), "compiled")
+  jax.config.update("jax_compilation_cache_dir", directory)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  # What was compiled before has settled that there is no cache.
+  compilation_cache.reset_cache()
 
 
 def _check_ids(groups: store.Store, vocab_size: int) -> None:

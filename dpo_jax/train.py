@@ -15,17 +15,34 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import config_flags
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file(
+    "config", None, "path of a config file, such as configs/hh.py"
+  )
+  flags.DEFINE_string("workdir", None, "folder of the run, local or gs://")
+  flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0; a TPU pod needs none"
+  )
+  flags.DEFINE_integer("num_processes", None, "of the run, over all hosts")
+  flags.DEFINE_integer("process_id", None, "of this process, from 0")
+  flags.mark_flags_as_required(["config", "workdir"])
+  # Answered before JAX and what needs it are imported, which takes seconds.
+  if {"--help", "-help", "--helpshort", "-h"} & set(sys.argv[1:]):
+    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+
 import chex
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
-from ml_collections import config_flags
 import numpy as np
 
 from dpo_jax import config as config_lib
@@ -35,7 +52,8 @@ from dpo_jax import step as step_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.metrics import MetricsWriter, ProgressBar, read_metrics
-from dpo_jax.run import build_run
+from dpo_jax.profile import ProfileWindow
+from dpo_jax.run import build_run, use_compilation_cache
 from dpo_jax.types import TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -74,6 +92,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     Preempted: SIGTERM came; the run has saved, and goes on when it is started
       again.
   """
+  use_compilation_cache(config.compilation_cache_dir)
   distributed.check_same(
     {k: v for k, v in config_lib.flatten(config) if "cache_dir" not in k},
     "config",
@@ -363,12 +382,15 @@ class _Loop:
     clock = _Clock()
     state = placement.place_state(state)
     pending = None
+    profile = ProfileWindow(config.profile.steps, run.workdir)
     batches = loader_lib.prefetch(
       self._make_batch, start, config.total_steps, depth=2
     )
     try:
       for step, (batch, counts) in enumerate(batches, start):
-        state, metrics = compiled(state, batch)
+        with profile.step(step):
+          state, metrics = compiled(state, batch)
+        profile.after(step, metrics)
         # The step before is looked at while this one runs.
         self._look_at(pending, bar, clock)
         pending = (step, metrics, counts)
@@ -398,6 +420,7 @@ class _Loop:
     finally:
       batches.close()
       bar.close()
+      profile.close()
     return placement.gather_state(state)
 
   def _make_batch(self, step: int) -> tuple[Any, dict[str, float]]:
@@ -577,14 +600,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file(
-    "config", None, "path of a config file, such as configs/hh.py"
-  )
-  flags.DEFINE_string("workdir", None, "folder of the run, local or gs://")
-  flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of process 0; a TPU pod needs none"
-  )
-  flags.DEFINE_integer("num_processes", None, "of the run, over all hosts")
-  flags.DEFINE_integer("process_id", None, "of this process, from 0")
-  flags.mark_flags_as_required(["config", "workdir"])
   app.run(main)

@@ -25,6 +25,7 @@ ORDER = [
   "judges",
   "evaluate",
   "metrics",
+  "profile",
   "run",
   "train",
   "topology",
