@@ -34,7 +34,12 @@ def default_config() -> ml_collections.ConfigDict:
   config.batch_size = 64  # groups a step, over all devices (2305.18290 app. B)
   config.accumulation_steps = 1  # parts of a batch, one after the other
   config.parallelism = "jit"  # or "pmap": the same step, parameters replicated
-  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # devices; -1: the rest
+  # Devices that split rows (data), rows and parameters (fsdp), heads and
+  # features (tensor), the tokens of a row (context); -1: the rest.
+  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "context": 1}
+  # Compiled programs, for the next start; "": ~/.cache/dpo_jax/compiled,
+  # "off": none. JAX_COMPILATION_CACHE_DIR comes first.
+  config.compilation_cache_dir = ""
   config.logps_chunk = 128  # scored tokens of a row projected at once
 
   config.policy = ml_collections.ConfigDict()
@@ -117,11 +122,22 @@ def default_config() -> ml_collections.ConfigDict:
   config.log.every_steps = 10
   config.log.tensorboard = False  # event files in WORKDIR/tensorboard
   config.log.progress = True  # progress bar on process 0
+
+  config.profile = ml_collections.ConfigDict()
+  config.profile.steps = ""  # "10:13" traces steps 10 to 12: WORKDIR/profile
   return config
 
 
 # What may change when a run goes on in its workdir.
-_MAY_CHANGE = ("log.", "mesh.", "parallelism", "total_steps", "logps_chunk")
+_MAY_CHANGE = (
+  "log.",
+  "mesh.",
+  "parallelism",
+  "total_steps",
+  "logps_chunk",
+  "profile.",
+  "compilation_cache_dir",
+)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple]:
@@ -151,7 +167,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     for key in found
     if key not in wanted
   ]
-  faults += [f"config.{key} is missing" for key in wanted if key not in found]
+  # An axis that a config does not name is 1.
+  faults += [
+    f"config.{key} is missing"
+    for key in wanted
+    if key not in found and not key.startswith("mesh.")
+  ]
   if faults:
     raise ValueError("\n".join(faults))
   for key, low in (

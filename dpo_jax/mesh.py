@@ -1,25 +1,34 @@
 """Devices -> mesh, and how arrays and steps are laid over it.
 
-`jit` over a mesh with the axes `data`, `fsdp` and `tensor` is the default.
-`pmap` maps the same step over all devices, parameters replicated.
+`jit` over a mesh is the default. Its axes: `data` and `fsdp` split the rows of
+a batch, `fsdp` the parameters besides, `tensor` heads and features, `context`
+the tokens of a row. `pmap` maps the same step over all devices, parameters
+replicated.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
+import itertools
+import logging
 import math
 import re
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from dpo_jax.types import Batch
 
-AXES = ("data", "fsdp", "tensor")
+_LOG = logging.getLogger(__name__)
+
+AXES = ("data", "fsdp", "tensor", "context")
 # Rows of a batch are split over both of these.
 ROW_AXES = ("data", "fsdp")
+# Fields of a batch with a place for every token of a row.
+_TOKEN_FIELDS = frozenset({"tokens", "positions", "segments", "branches"})
 PARALLELISMS = ("jit", "pmap")
 
 # First match wins; every parameter must match one. The leading axis of a
@@ -42,43 +51,142 @@ PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
-  """Arranges all devices along `data`, `fsdp` and `tensor`.
+  """Arranges all devices along the axes.
+
+  Devices of several TPU slices, which only the data center network joins, are
+  arranged so that `data` crosses it, and `fsdp` only where `data` is too small.
 
   Args:
-    sizes: devices on each axis; one of them may be -1 and takes the rest.
+    sizes: devices on each axis; one of them may be -1 and takes the rest, and
+      an axis that is not there is 1.
     devices: what to arrange; all devices if None.
 
   Returns:
     The mesh.
 
   Raises:
-    ValueError: an unknown axis, or sizes that do not multiply to the number
-      of devices.
+    ValueError: an unknown axis, sizes that do not multiply to the number of
+      devices, or that the slices do not divide.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = list(jax.devices() if devices is None else devices)
+  shape = settle_sizes(sizes, len(devices))
+  num_slices = len({getattr(d, "slice_index", None) for d in devices})
+  if num_slices == 1 or devices[0].platform != "tpu":
+    return jax.make_mesh(
+      tuple(shape.values()),
+      AXES,
+      axis_types=(AxisType.Auto,) * len(AXES),
+      devices=devices,
+    )
+  arranged = arrange_slices(shape, devices, num_slices)
+  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def settle_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+  """The size of every axis, -1 and absent ones filled in.
+
+  Raises:
+    ValueError: see `make_mesh`.
+  """
   unknown = sorted(set(sizes) - set(AXES))
-  if unknown or set(AXES) - set(sizes):
-    raise ValueError(f"mesh={dict(sizes)} must give {', '.join(AXES)}")
-  shape = [sizes[axis] for axis in AXES]
-  if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+  if unknown:
+    raise ValueError(
+      f"mesh={dict(sizes)}: {', '.join(unknown)} must be one of"
+      f" {', '.join(AXES)}"
+    )
+  shape = {axis: sizes.get(axis, 1) for axis in AXES}
+  given = list(shape.values())
+  if given.count(-1) > 1 or any(n < 1 and n != -1 for n in given):
     raise ValueError(
       f"mesh={dict(sizes)}: sizes must be positive, one of them may be -1"
     )
-  if -1 in shape:
-    rest = -math.prod(shape)
-    shape[shape.index(-1)] = max(len(devices) // rest, 1)
-  if math.prod(shape) != len(devices):
+  for axis, size in shape.items():
+    if size == -1:
+      shape[axis] = max(num_devices // -math.prod(given), 1)
+  if math.prod(shape.values()) != num_devices:
+    nearest = nearest_mesh(shape, num_devices, lambda _: True)
     raise ValueError(
-      f"mesh={dict(zip(AXES, shape, strict=True))} takes {math.prod(shape)}"
-      f" devices, and there are {len(devices)}: let one axis be -1, or make"
-      " the product equal"
+      f"mesh={shape} takes {math.prod(shape.values())} devices, and there are"
+      f" {num_devices}: let one axis be -1, or make the product equal. Nearest:"
+      f" {nearest}"
     )
-  return jax.make_mesh(
-    tuple(shape),
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices,
-  )
+  return shape
+
+
+def factorisations(num_devices: int) -> Iterator[dict[str, int]]:
+  """Every mesh of so many devices."""
+  divisors = [n for n in range(1, num_devices + 1) if not num_devices % n]
+  for sizes in itertools.product(divisors, repeat=len(AXES) - 1):
+    rest, remainder = divmod(num_devices, math.prod(sizes))
+    if not remainder:
+      yield dict(zip(AXES, (rest, *sizes), strict=True))
+
+
+def nearest_mesh(
+  sizes: Mapping[str, int],
+  num_devices: int,
+  fits: Callable[[dict[str, int]], bool],
+) -> dict[str, int] | None:
+  """The mesh of `num_devices` that fits and moves the fewest factors of 2.
+
+  Args:
+    sizes: of every axis, what was asked for.
+    num_devices: what the nearest one must multiply to.
+    fits: whether a mesh would do.
+
+  Returns:
+    Sizes of every axis, or None if none fits.
+  """
+
+  def distance(other):
+    return sum(abs(math.log2(other[a] / sizes[a])) for a in AXES)
+
+  candidates = [m for m in factorisations(num_devices) if fits(m)]
+  return min(candidates, key=distance, default=None)
+
+
+def arrange_slices(
+  shape: Mapping[str, int], devices: list[Any], num_slices: int
+) -> np.ndarray:
+  """Devices of several slices, `data` outermost over the network between.
+
+  Args:
+    shape: of every axis.
+    devices: all of them, each with a slice_index.
+    num_slices: how many there are.
+
+  Returns:
+    Devices in the shape of the mesh.
+
+  Raises:
+    ValueError: `data` times `fsdp` is no multiple of the slices.
+  """
+  over_data = math.gcd(shape["data"], num_slices)
+  over_fsdp = num_slices // over_data
+  if shape["fsdp"] % over_fsdp:
+
+    def fits(mesh):
+      rest = num_slices // math.gcd(mesh["data"], num_slices)
+      return mesh["fsdp"] % rest == 0
+
+    nearest = nearest_mesh(shape, len(devices), fits)
+    raise ValueError(
+      f"mesh={dict(shape)}: data * fsdp must be a multiple of the"
+      f" {num_slices} slices, since tensor and context stay within one."
+      f" Nearest: {nearest}"
+    )
+  if over_fsdp > 1:
+    _LOG.warning(
+      "the mesh axis fsdp crosses the network between slices, since data=%d is"
+      " no multiple of the %d slices: parameters are gathered over it in every"
+      " layer",
+      shape["data"],
+      num_slices,
+    )
+  across = {"data": over_data, "fsdp": over_fsdp}
+  across = [across.get(axis, 1) for axis in AXES]
+  within = [shape[axis] // n for axis, n in zip(AXES, across, strict=True)]
+  return mesh_utils.create_hybrid_device_mesh(within, across, devices)
 
 
 def path_name(path: Any) -> str:
@@ -104,33 +212,52 @@ def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
 
   Raises:
     ValueError: parameters that no rule covers, or dimensions that the mesh
-      does not divide; all at once.
+      does not divide; all at once, with the nearest mesh that divides.
   """
+  specs = {}
   faults = []
-
-  def place(path, leaf):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params):
     name = path_name(path)
-    spec = next(
-      (spec for rule, spec in PARTITION_RULES if re.search(rule, name)), None
-    )
+    spec = partition_spec(name)
     if spec is None:
       faults.append(f"{name} matches no partition rule")
-      return None
-    for axis, size in zip(spec, leaf.shape, strict=False):
-      if axis is not None and size % mesh.shape[axis]:
-        faults.append(
-          f"{name} has a dimension of {size} on the mesh axis {axis!r} of"
-          f" {mesh.shape[axis]}: nearest that divides is"
-          f" {math.gcd(size, mesh.shape[axis])}"
-        )
-    return NamedSharding(mesh, spec)
-
-  shardings = jax.tree_util.tree_map_with_path(place, abstract_params)
-  if faults:
-    raise ValueError(
-      "the mesh does not fit the model:\n  " + "\n  ".join(faults)
+    else:
+      specs[name] = (spec, leaf.shape)
+  uneven = _uneven(specs, mesh.shape)
+  if uneven:
+    nearest = nearest_mesh(
+      mesh.shape, mesh.size, lambda sizes: not _uneven(specs, sizes)
     )
-  return shardings
+    uneven.append(f"nearest mesh that divides the model: {nearest}")
+  if faults or uneven:
+    raise ValueError(
+      "the mesh does not fit the model:\n  " + "\n  ".join(faults + uneven)
+    )
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: NamedSharding(mesh, specs[path_name(path)][0]),
+    abstract_params,
+  )
+
+
+def partition_spec(name: str) -> PartitionSpec | None:
+  """What the first rule that matches says, or None."""
+  return next(
+    (spec for rule, spec in PARTITION_RULES if re.search(rule, name)), None
+  )
+
+
+def _uneven(
+  specs: Mapping[str, tuple[PartitionSpec, tuple[int, ...]]],
+  sizes: Mapping[str, int],
+) -> list[str]:
+  """Dimensions of parameters that a mesh does not divide."""
+  return [
+    f"{name} has a dimension of {length} on the mesh axis {axis!r} of"
+    f" {sizes[axis]}: nearest that divides is {math.gcd(length, sizes[axis])}"
+    for name, (spec, shape) in specs.items()
+    for axis, length in zip(spec, shape, strict=False)
+    if axis is not None and length % sizes[axis]
+  ]
 
 
 def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
@@ -215,11 +342,47 @@ class Placement:
     mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec("data"))
 
+  @functools.cached_property
+  def row_reader(self) -> tuple[int, int]:
+    """Which share of a batch's rows this process reads: (index, count).
+
+    Processes whose devices hold the same rows, because `tensor` or `context`
+    crosses from one to the other, read the same share.
+    """
+    blocks = self.mesh.devices.reshape(self.num_row_shards, -1)
+    shards: dict[int, set[int]] = {}
+    for shard, block in enumerate(blocks):
+      for device in block:
+        shards.setdefault(device.process_index, set()).add(shard)
+    shares = sorted({tuple(sorted(shard)) for shard in shards.values()})
+    if sum(map(len, shares)) != self.num_row_shards:
+      raise ValueError(
+        f"mesh={dict(self.mesh.shape)}: the rows of one process overlap with"
+        " those of another in part. Let tensor * context divide the devices of"
+        " a process, or be a multiple of them"
+      )
+    mine = shards.get(jax.process_index(), {0})
+    return shares.index(tuple(sorted(mine))), len(shares)
+
+  def batch_shardings(self, batch: Batch) -> Batch:
+    """How a batch's arrays lie: rows over `data` and `fsdp`, the tokens of a
+    row over `context`."""
+
+    def place(path, _):
+      context = "context" if path_name(path) in _TOKEN_FIELDS else None
+      return NamedSharding(self.mesh, PartitionSpec(ROW_AXES, context))
+
+    return jax.tree_util.tree_map_with_path(place, batch)
+
   def place_rows(self, batch: Batch) -> Batch:
     """Numpy rows of this process -> global arrays split over the mesh."""
-    sharding = NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
+    count = self.row_reader[1]
     return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+      lambda x, sharding: jax.make_array_from_process_local_data(
+        sharding, x, (x.shape[0] * count, *x.shape[1:])
+      ),
+      batch,
+      self.batch_shardings(batch),
     )
 
   def place_training_batch(self, batch: Batch) -> Batch:

@@ -4,23 +4,36 @@ What is wrong with a config, its data or its mesh is found here, where nothing
 has been compiled, loaded or overwritten yet.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import logging
+import math
 import os
 from typing import Any
 
 from etils import epath
 import jax
+from jax.experimental.compilation_cache import compilation_cache
+import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 import optax
 
 from dpo_jax import config as config_lib
-from dpo_jax import initialize, judges, mesh, optimizer, reference, step
+from dpo_jax import (
+  initialize,
+  judges,
+  mesh,
+  optimizer,
+  profile,
+  reference,
+  step,
+)
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing, sources, store, tokenizers
 from dpo_jax.losses import Objective, WeightedSum, build_objective
 from dpo_jax.models.decoder import Policy
+from dpo_jax.types import TrainState
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,6 +46,15 @@ class Data:
   train: loader_lib.Loader
   eval: loader_lib.Loader | None
 
+  def digests(self) -> dict[str, str]:
+    """What all hosts must have in common."""
+    loaders = {"train": self.train, "eval": self.eval}
+    return {
+      name: f"{loader.store.digest}, {len(loader.indices)} groups"
+      for name, loader in loaders.items()
+      if loader is not None
+    }
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -44,7 +66,7 @@ class Run:
   eval_objectives: tuple[Objective, ...]
   placement: mesh.Placement
   policy: Policy
-  data: Data
+  data: Data | None
   optimizer: optax.GradientTransformation
   schedule: optax.Schedule
   judge: judges.Judge | None
@@ -53,31 +75,109 @@ class Run:
   def is_writer(self) -> bool:
     return jax.process_index() == 0
 
+  @property
+  def has_live_reference(self) -> bool:
+    """Whether the reference's parameters are on the devices."""
+    is_live = self.config.reference.kind in ("frozen", "ema")
+    return is_live and self.objective.needs_reference
 
-def build_run(config: Any, workdir: epath.Path) -> Run:
-  """Checks a config and builds what it describes, without parameters."""
+  def fresh_state(self, params: Any, ref_params: Any) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=self.optimizer.init(params),
+      loss_state=self.objective.init(),
+      ref_params=ref_params,
+    )
+
+  def abstract_state(self) -> tuple[TrainState, TrainState]:
+    """The state as ShapeDtypeStructs on the mesh, and its shardings."""
+    params = self.policy.abstract_params()
+    abstract = jax.eval_shape(
+      self.fresh_state, params, params if self.has_live_reference else None
+    )
+    shardings = mesh.state_shardings(abstract, params, self.placement.mesh)
+    return with_shardings(abstract, shardings), shardings
+
+  def make_train_step(self) -> Callable[..., Any]:
+    """(state, batch) -> (state, metrics), not compiled."""
+    return step.make_train_step(
+      self.policy,
+      self.objective,
+      self.optimizer,
+      self.schedule,
+      accumulation_steps=self.config.accumulation_steps,
+      chunk_size=self.config.logps_chunk,
+      axis_name=self.placement.axis_name,
+      update_reference=reference.make_update(self.config.reference),
+    )
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+  """ShapeDtypeStructs that say where they lie."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    abstract,
+    shardings,
+  )
+
+
+def build_run(
+  config: Any,
+  workdir: epath.Path,
+  *,
+  on: Mesh | None = None,
+  vocab_size: int | None = None,
+) -> Run:
+  """Checks a config and builds what it describes, without parameters.
+
+  Args:
+    config: complete.
+    workdir: of the run.
+    on: the mesh to lie on, where it is not one of this machine's devices.
+    vocab_size: of the tokenizer, to read neither it nor the data: the run
+      then has none, and can be compiled but not trained.
+
+  Returns:
+    The run.
+
+  Raises:
+    ValueError: whatever is wrong with the config, its data or its mesh.
+  """
   config_lib.check_config(config)
+  profile.parse_steps(config.profile.steps)
   config = config.copy_and_resolve_references()
   objective = build_objective(config.loss)
   _resolve_loss(config, objective)
   reference.resolve(config.reference, objective)
   eval_objectives = _eval_objectives(config, objective)
   judge = judges.get_judge(config.eval.judge)
-  placement = mesh.Placement(mesh.make_mesh(config.mesh), config.parallelism)
-  step.check_coupling(objective, placement.axis_name)
-  tokenizer = tokenizers.load_tokenizer(
-    _tokenizer_folder(config),
-    chat_template=config.data.chat_template,
-    eos_token=config.data.eos_token,
-    template_date=config.data.template_date,
+  placement = mesh.Placement(
+    on or mesh.make_mesh(config.mesh), config.parallelism
   )
+  step.check_coupling(objective, placement.axis_name)
+  tokenizer = None
+  if vocab_size is None:
+    tokenizer = tokenizers.load_tokenizer(
+      _tokenizer_folder(config),
+      chat_template=config.data.chat_template,
+      eos_token=config.data.eos_token,
+      template_date=config.data.template_date,
+    )
   policy = initialize.load_policy(
     config.policy,
-    vocab_size=tokenizer.vocab_size,
+    vocab_size=tokenizer.vocab_size if tokenizer else vocab_size,
     value_head="values" in objective.needs,
   )
   mesh.param_shardings(policy.abstract_params(), placement.mesh)
+  _check_sizes(config, policy, placement)
   schedule = optimizer.build_schedule(config.optimizer, config.total_steps)
+  data = None
+  if tokenizer is not None:
+    data = _build_data(
+      config, tokenizer, objective, eval_objectives, policy, placement
+    )
   return Run(
     config=config,
     workdir=workdir,
@@ -85,9 +185,7 @@ def build_run(config: Any, workdir: epath.Path) -> Run:
     eval_objectives=eval_objectives,
     placement=placement,
     policy=policy,
-    data=_build_data(
-      config, tokenizer, objective, eval_objectives, policy, placement
-    ),
+    data=data,
     optimizer=optimizer.build_optimizer(config.optimizer, schedule),
     schedule=schedule,
     judge=judge,
@@ -144,14 +242,10 @@ def _tokenizer_folder(config: Any) -> str:
   return config.policy.init.removeprefix("hf:")
 
 
-def _build_data(
-  config: Any,
-  tokenizer: tokenizers.Tokenizer,
-  objective: Objective | WeightedSum,
-  eval_objectives: tuple[Objective, ...],
-  policy: Policy,
-  placement: mesh.Placement,
-) -> Data:
+def _check_sizes(
+  config: Any, policy: Policy, placement: mesh.Placement
+) -> None:
+  """Raises ValueError where lengths or batches do not fit."""
   if config.data.max_tokens > policy.config.max_positions:
     raise ValueError(
       f"data.max_tokens={config.data.max_tokens} exceeds the model's"
@@ -167,9 +261,28 @@ def _build_data(
       nearest = f"are {below} and {below + shards}" if below else f"is {shards}"
       raise ValueError(
         f"{key}={size} must be a multiple of the {shards} devices on the mesh"
-        f" axes {mesh.ROW_AXES}: nearest {nearest}"
+        f" axes {mesh.ROW_AXES}: nearest {nearest}, or the mesh"
+        f" {_mesh_for_rows(placement, size)}"
       )
 
+
+def _mesh_for_rows(placement: mesh.Placement, size: int) -> Any:
+  """The nearest mesh whose row axes divide a batch of this size."""
+  return mesh.nearest_mesh(
+    placement.mesh.shape,
+    placement.mesh.size,
+    lambda m: size % math.prod(m[axis] for axis in mesh.ROW_AXES) == 0,
+  )
+
+
+def _build_data(
+  config: Any,
+  tokenizer: tokenizers.Tokenizer,
+  objective: Objective | WeightedSum,
+  eval_objectives: tuple[Objective, ...],
+  policy: Policy,
+  placement: mesh.Placement,
+) -> Data:
   read = objective.needs.union(*(o.needs for o in eval_objectives))
   token_masks = frozenset(
     mask for mask in packing.TOKEN_MASKS if f"{mask}_logps" in read
@@ -194,6 +307,8 @@ def _build_data(
       opened = opened.with_mismatched(config.seed, config.data.max_tokens)
     return opened
 
+  process_index, process_count = placement.row_reader
+
   def make_loader(
     groups: store.Store, indices: np.ndarray, batch_size: int, parts: int
   ) -> loader_lib.Loader:
@@ -202,17 +317,18 @@ def _build_data(
       indices,
       batch_size=batch_size,
       row_tokens=config.data.row_tokens,
-      row_multiple=shards * parts,
+      row_multiple=placement.num_row_shards * parts,
       layout=config.data.layout,
     )
+    check_context(plan.row.num_tokens, placement)
     return loader_lib.Loader(
       groups,
       indices,
       plan,
       batch_size,
       config.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=process_index,
+      process_count=process_count,
       token_masks=token_masks,
     )
 
@@ -244,10 +360,44 @@ def _build_data(
   return Data(tokenizer, train_loader, eval_loader)
 
 
+def check_context(row_tokens: int, placement: mesh.Placement) -> None:
+  """Raises ValueError unless the context axis divides the tokens of a row."""
+  size = placement.mesh.shape["context"]
+  if row_tokens % size:
+    enough = -(-row_tokens // size) * size
+    nearest = mesh.nearest_mesh(
+      placement.mesh.shape,
+      placement.mesh.size,
+      lambda m: row_tokens % m["context"] == 0,
+    )
+    raise ValueError(
+      f"rows of {row_tokens} tokens are not divided by the {size} devices on"
+      f" the mesh axis 'context': set data.row_tokens={enough}, or the mesh"
+      f" {nearest}"
+    )
+
+
 def default_cache_dir() -> str:
   """~/.cache/dpo_jax, or where XDG_CACHE_HOME points."""
   base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   return os.path.join(base, "dpo_jax")
+
+
+def use_compilation_cache(directory: str) -> None:
+  """Keeps compiled programs for the runs that come after.
+
+  Args:
+    directory: "" for the default, "off" for none. One that JAX was already
+      told, by JAX_COMPILATION_CACHE_DIR or in code, stays.
+  """
+  if directory == "off" or jax.config.jax_compilation_cache_dir:
+    return
+  directory = directory or os.path.join(default_cache_dir(), "compiled")
+  jax.config.update("jax_compilation_cache_dir", directory)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  # What was compiled before has settled that there is no cache.
+  compilation_cache.reset_cache()
 
 
 def _check_ids(groups: store.Store, vocab_size: int) -> None:

@@ -120,8 +120,9 @@ def make_train_step(
     sequences: Sequences, loss_state: Any, counts: dict[str, jax.Array]
   ) -> tuple[jax.Array, Any]:
     """This part's share of the objective; sums of metrics; loss state."""
-    sequences = sequences.replace(**counts)
-    per_group, metrics, loss_state = objective.apply(sequences, loss_state)
+    with jax.named_scope("loss"):
+      sequences = sequences.replace(**counts)
+      per_group, metrics, loss_state = objective.apply(sequences, loss_state)
     sums = {name: sum_and_count(figure) for name, figure in metrics.items()}
     loss = objective.reduce(per_group, counts["num_groups"])
     return loss, (sums, loss_state)
@@ -178,21 +179,26 @@ def make_train_step(
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     counts = total(count_batch(objective, batch))
-    (loss, (sums, loss_state)), grads = value_and_grad(state, batch, counts)
+    with jax.named_scope("gradient"):
+      (loss, (sums, loss_state)), grads = value_and_grad(state, batch, counts)
     loss, sums, grads = total((loss, sums, grads))
     if not objective.is_coupled:
       loss_state = state.loss_state
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    with jax.named_scope("optimizer"):
+      updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
     metrics = {
       "loss": loss,
       **{k: v / jnp.maximum(count, 1.0) for k, (v, count) in sums.items()},
       "grad_norm": optax.global_norm(grads),
       "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
-    params = optax.apply_updates(state.params, updates)
     ref_params = state.ref_params
     if update_reference is not None:
-      ref_params = update_reference(ref_params, params, state.step + 1)
+      with jax.named_scope("reference_update"):
+        ref_params = update_reference(ref_params, params, state.step + 1)
     new_state = state.replace(
       step=state.step + 1,
       params=params,

@@ -15,27 +15,45 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import config_flags
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file(
+    "config", None, "path of a config file, such as configs/hh.py"
+  )
+  flags.DEFINE_string("workdir", None, "folder of the run, local or gs://")
+  flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0; a TPU pod needs none"
+  )
+  flags.DEFINE_integer("num_processes", None, "of the run, over all hosts")
+  flags.DEFINE_integer("process_id", None, "of this process, from 0")
+  flags.mark_flags_as_required(["config", "workdir"])
+  # Answered before JAX and what needs it are imported, which takes seconds.
+  if {"--help", "-help", "--helpshort", "-h"} & set(sys.argv[1:]):
+    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+
 import chex
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
-from ml_collections import config_flags
 import numpy as np
 
 from dpo_jax import config as config_lib
+from dpo_jax import distributed, initialize, mesh, reference
 from dpo_jax import evaluate as evaluate_lib
-from dpo_jax import initialize, mesh, reference
 from dpo_jax import step as step_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.metrics import MetricsWriter, ProgressBar, read_metrics
-from dpo_jax.run import build_run
+from dpo_jax.profile import ProfileWindow
+from dpo_jax.run import build_run, use_compilation_cache
 from dpo_jax.types import TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -74,7 +92,13 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     Preempted: SIGTERM came; the run has saved, and goes on when it is started
       again.
   """
-  run = build_run(config, epath.Path(workdir))
+  use_compilation_cache(config.compilation_cache_dir)
+  distributed.check_same(
+    {k: v for k, v in config_lib.flatten(config) if "cache_dir" not in k},
+    "config",
+  )
+  run = distributed.together(lambda: build_run(config, epath.Path(workdir)))
+  distributed.check_same(run.data.digests(), "data")
   config_lib.settle_config(run.config, run.workdir, is_writer=run.is_writer)
   if run.is_writer:
     initialize.write_model(run.policy, run.workdir)
@@ -111,6 +135,9 @@ class _StopSignal:
   def __enter__(self) -> "_StopSignal":
     self.is_set = False
     self._before = None
+    if jax.process_count() > 1:
+      # JAX's own handler tells the other hosts; ours would take its place.
+      return self
     try:
       self._before = signal.signal(signal.SIGTERM, self._remember)
     except ValueError:  # not the main thread, which alone gets signals
@@ -166,39 +193,18 @@ class _Loop:
     """The latest checkpoint's state, or a fresh one; and its shardings."""
     run, config = self.run, self.config
 
-    def fresh(params, ref_params):
-      return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=run.optimizer.init(params),
-        loss_state=run.objective.init(),
-        ref_params=ref_params,
-      )
-
-    abstract_params = run.policy.abstract_params()
-    is_live = (
-      config.reference.kind in ("frozen", "ema")
-      and run.objective.needs_reference
-    )
-    abstract = jax.eval_shape(
-      fresh, abstract_params, abstract_params if is_live else None
-    )
-    shardings = mesh.state_shardings(
-      abstract, abstract_params, run.placement.mesh
-    )
-    target = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      abstract,
-      shardings,
-    )
+    target, shardings = run.abstract_state()
     state = self.checkpoints.restore(target)
     if state is not None:
       _LOG.info("goes on at step %d", int(state.step))
       return state, shardings
     params = self._load(config.policy.init)
     # Loaded again, not copied by reference: the policy's buffers are donated.
-    ref_params = self._load(self._reference_init()) if is_live else None
-    state = jax.jit(fresh, out_shardings=shardings)(params, ref_params)
+    ref_params = None
+    if run.has_live_reference:
+      ref_params = self._load(self._reference_init())
+    make = jax.jit(run.fresh_state, out_shardings=shardings)
+    state = make(params, ref_params)
     return state, shardings
 
   def _reference_init(self) -> str:
@@ -280,8 +286,8 @@ class _Loop:
       ),
       self.config.eval.batch_size,
       seed=0,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=loader.process_index,
+      process_count=loader.process_count,
     )
     logps = reference.compute_logps(
       self._logps_step,
@@ -360,20 +366,10 @@ class _Loop:
   def _train(self, state: TrainState, shardings: Any, start: int) -> TrainState:
     run, config = self.run, self.config
     placement = run.placement
-    train_step = step_lib.make_train_step(
-      run.policy,
-      run.objective,
-      run.optimizer,
-      run.schedule,
-      accumulation_steps=config.accumulation_steps,
-      chunk_size=config.logps_chunk,
-      axis_name=placement.axis_name,
-      update_reference=reference.make_update(config.reference),
-    )
     limit = len(self.train_loader.plan.row_counts)
     chex.clear_trace_counter()
     compiled = placement.compile_step(
-      chex.assert_max_traces(train_step, n=limit), shardings
+      chex.assert_max_traces(run.make_train_step(), n=limit), shardings
     )
     if config.parallelism == "jit":
       compiled = self.on_mesh(compiled)
@@ -386,12 +382,15 @@ class _Loop:
     clock = _Clock()
     state = placement.place_state(state)
     pending = None
+    profile = ProfileWindow(config.profile.steps, run.workdir)
     batches = loader_lib.prefetch(
       self._make_batch, start, config.total_steps, depth=2
     )
     try:
       for step, (batch, counts) in enumerate(batches, start):
-        state, metrics = compiled(state, batch)
+        with profile.step(step):
+          state, metrics = compiled(state, batch)
+        profile.after(step, metrics)
         # The step before is looked at while this one runs.
         self._look_at(pending, bar, clock)
         pending = (step, metrics, counts)
@@ -421,15 +420,23 @@ class _Loop:
     finally:
       batches.close()
       bar.close()
+      profile.close()
     return placement.gather_state(state)
 
   def _make_batch(self, step: int) -> tuple[Any, dict[str, float]]:
     """A placed batch, and what the host knows of it."""
-    batch = self.train_loader.batch(step)
+    loader = self.train_loader
+    batch = loader.batch(step)
+    # Of all hosts, counted by each of them.
+    num_tokens = packing.group_tokens(
+      loader.store.lengths[loader.order(step)], loader.plan.layout
+    ).sum()
     counts = {
-      "num_tokens": float((batch.segments > 0).sum()) * jax.process_count(),
+      "num_tokens": float(num_tokens),
       "num_groups": float(self.config.batch_size),
-      "padding_fraction": packing.padding_fraction(batch),
+      "padding_fraction": float(
+        1.0 - num_tokens / (batch.tokens.size * loader.process_count)
+      ),
     }
     return self.run.placement.place_training_batch(batch), counts
 
@@ -582,15 +589,15 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
   show_progress_logs()
+  distributed.initialize(
+    flags.FLAGS.coordinator_address,
+    flags.FLAGS.num_processes,
+    flags.FLAGS.process_id,
+  )
   figures = train(flags.FLAGS.config, flags.FLAGS.workdir)
   for name, figure in sorted(figures.items()):
     print(f"{name:32} {figure:.6g}")
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file(
-    "config", None, "path of a config file, such as configs/hh.py"
-  )
-  flags.DEFINE_string("workdir", None, "folder of the run, local or gs://")
-  flags.mark_flags_as_required(["config", "workdir"])
   app.run(main)

@@ -15,6 +15,7 @@ ORDER = [
   "config",
   "models",
   "data",
+  "distributed",
   "mesh",
   "optimizer",
   "checkpoint",
@@ -24,8 +25,13 @@ ORDER = [
   "judges",
   "evaluate",
   "metrics",
+  "profile",
   "run",
   "train",
+  "topology",
+  "hlo",
+  "roofline",
+  "plan",
 ]
 _FOLDERS = {
   "losses": [

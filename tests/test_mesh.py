@@ -1,5 +1,8 @@
 """One device = eight = pmap = accumulation: the objective does not move."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +21,14 @@ MESHES = [
   {"data": 1, "fsdp": 8, "tensor": 1},
   {"data": 2, "fsdp": 2, "tensor": 2},
   {"data": 4, "fsdp": 1, "tensor": 2},
+]
+
+
+# All meshes of eight devices that the tiny model's two key heads allow.
+FACTORISATIONS = [
+  sizes
+  for sizes in mesh_lib.factorisations(8)
+  if sizes["tensor"] <= 2 and sizes not in ({**m, "context": 1} for m in MESHES)
 ]
 
 
@@ -106,6 +117,27 @@ def test_every_mesh_takes_the_same_steps(one_device, sizes, loss):
   assert_same_run(one_device[loss], run_step(sizes, loss=loss))
 
 
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    pytest.param(
+      sizes,
+      marks=[]
+      if sizes
+      in (
+        {"data": 2, "fsdp": 1, "tensor": 1, "context": 4},
+        {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
+      )
+      else pytest.mark.slow,
+    )
+    for sizes in FACTORISATIONS
+  ],
+  ids=lambda sizes: "x".join(map(str, sizes.values())),
+)
+def test_every_factorisation_takes_the_same_steps(one_device, sizes):
+  assert_same_run(one_device["dpo"], run_step(sizes))
+
+
 @pytest.mark.parametrize("loss", ["dpo", "sft"])
 def test_pmap_takes_the_same_steps(one_device, loss):
   run = run_step(MESHES[1], loss=loss, parallelism="pmap")
@@ -166,8 +198,11 @@ def test_split_rows_gives_every_part_its_share():
   [
     ({"data": 3, "fsdp": 1, "tensor": 1}, "takes 3 devices, and there are 8"),
     ({"data": -1, "fsdp": -1, "tensor": 1}, "one of them may be -1"),
-    ({"data": -1, "fsdp": 1}, "must give data, fsdp, tensor"),
-    ({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1}, "must give"),
+    (
+      {"data": 2, "fsdp": 1, "tensor": 8},
+      "Nearest: {'data': 2, 'fsdp': 1, 'tensor': 4",
+    ),
+    ({"data": -1, "expert": 1}, "expert must be one of data, fsdp, tensor"),
     ({"data": 0, "fsdp": 1, "tensor": 1}, "must be positive"),
   ],
 )
@@ -182,6 +217,93 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused():
     mesh_lib.param_shardings(tiny.make_policy().abstract_params(), mesh)
   assert "layers/key/kernel has a dimension of 2" in str(error.value)
   assert "layers/query/kernel has a dimension of 4" in str(error.value)
+  assert "model: {'data': 4, 'fsdp': 1, 'tensor': 2" in str(error.value)
+
+
+def test_an_axis_that_is_not_named_is_one():
+  mesh = mesh_lib.make_mesh({"data": -1, "fsdp": 2})
+  assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What arranging slices looks at."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = "none"
+  device_kind: str = "none"
+
+
+def test_slices_are_joined_by_data():
+  devices = [Device(i, i // 4) for i in range(8)]
+  shape = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+  arranged = mesh_lib.arrange_slices(shape, devices, 2)
+  assert arranged.shape == (2, 2, 2, 1)
+  for index in range(2):
+    assert {d.slice_index for d in arranged[index].flat} == {index}
+
+
+def test_slices_are_joined_by_fsdp_where_data_is_too_small(caplog):
+  devices = [Device(i, i // 4) for i in range(8)]
+  shape = {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
+  arranged = mesh_lib.arrange_slices(shape, devices, 2)
+  assert [[d.slice_index for d in fsdp.flat] for fsdp in arranged[0]] == [
+    [0, 0],
+    [0, 0],
+    [1, 1],
+    [1, 1],
+  ]
+  assert "fsdp crosses the network" in caplog.text
+
+
+def test_tensor_stays_within_a_slice():
+  devices = [Device(i, i // 4) for i in range(8)]
+  shape = {"data": 1, "fsdp": 1, "tensor": 8, "context": 1}
+  with pytest.raises(ValueError, match="multiple of the 2 slices") as error:
+    mesh_lib.arrange_slices(shape, devices, 2)
+  assert "Nearest: {'data': 2, 'fsdp': 1, 'tensor': 4" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "share"),
+  [
+    ({"data": 8}, (1, 2)),
+    ({"data": 2, "tensor": 4}, (1, 2)),
+    ({"tensor": 8}, (0, 1)),
+    ({"context": 8}, (0, 1)),
+    ({"fsdp": 2, "context": 4}, (1, 2)),
+  ],
+  ids=str,
+)
+def test_processes_that_hold_the_same_rows_read_the_same(
+  monkeypatch, sizes, share
+):
+  """As the second of two processes with four devices each."""
+  shape = mesh_lib.settle_sizes(sizes, 8)
+  devices = np.array([Device(i, 0, i // 4) for i in range(8)])
+  mesh = types.SimpleNamespace(
+    devices=devices.reshape(tuple(shape.values())), shape=shape, size=8
+  )
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  assert mesh_lib.Placement(mesh, "jit").row_reader == share
+
+
+def test_activations_are_split_along_the_row():
+  placement = tiny.make_placement({"data": 2, "context": 4})
+  batch = placement.place_rows(make_batch())
+  assert batch.tokens.sharding.shard_shape((16, 64)) == (8, 16)
+  assert batch.score.sharding.shard_shape((16, 8, 2)) == (8, 8, 2)
+  policy = tiny.make_policy()
+  hidden = mesh_lib.on_mesh(placement.mesh)(jax.jit(policy.hidden_states))(
+    tiny.make_params(policy),
+    batch.tokens,
+    batch.positions,
+    batch.segments,
+    batch.branches,
+  )
+  assert hidden.sharding.shard_shape((16, 64, 64)) == (8, 16, 64)
 
 
 def test_an_uncovered_parameter_is_refused():

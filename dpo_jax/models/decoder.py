@@ -295,7 +295,7 @@ class Decoder(nnx.Module):
 
 
 def keep_rows_apart(x: jax.Array) -> jax.Array:
-  """Pins the leading axis of activations to the mesh's batch axes.
+  """Pins rows and tokens of activations [R, T, D] to the mesh's axes.
 
   Without it the partitioner may follow a sharded kernel instead, and gather
   the batch. Outside a mesh, and under pmap, there is nothing to pin.
@@ -308,7 +308,12 @@ def keep_rows_apart(x: jax.Array) -> jax.Array:
   )
   if not axes:
     return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+  # A token that is sampled has no T to split.
+  is_split = "context" in mesh.axis_names and not (
+    x.shape[1] % mesh.shape["context"]
+  )
+  context = "context" if is_split else None
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, context))
 
 
 @flax.struct.dataclass

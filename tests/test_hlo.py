@@ -1,0 +1,115 @@
+# ruff: noqa: E501
+"""Collectives counted by hand."""
+
+import numpy as np
+import pytest
+
+from dpo_jax import hlo
+
+# A loop of 3 trips gathers f32[8,4] over 4 devices, in a fusion that starts it
+# and one that ends it; inside it a loop of 5 all-reduces bf16[16] over pairs.
+_TEXT = """
+HloModule step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%gather_start (p: f32[2,4]) -> (f32[2,4], f32[8,4]) {
+  %p = f32[2,4]{1,0:T(8,128)} parameter(0)
+  ROOT %g = f32[8,4]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}, use_global_device_ids=true
+}
+
+%gather_done (p: f32[2,4]) -> f32[8,4] {
+  %p = f32[2,4]{1,0:T(8,128)} parameter(0)
+  ROOT %g.1 = f32[8,4]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}, use_global_device_ids=true
+}
+
+%inner_body (t: (s32[], bf16[16])) -> (s32[], bf16[16]) {
+  %t = (s32[]{:T(128)}, bf16[16]{0:T(256)}) parameter(0)
+  %x = bf16[16]{0:T(256)} get-tuple-element(%t), index=1
+  %r = bf16[16]{0:T(256)} all-reduce(%x), channel_id=8, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+  ROOT %o = (s32[], bf16[16]) tuple(%i, %r)
+}
+
+%inner_condition (t: (s32[], bf16[16])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %t = (s32[]{:T(128)}, bf16[16]{0:T(256)}) parameter(0)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%outer_body (t: (s32[], f32[2,4])) -> (s32[], f32[2,4]) {
+  %t = (s32[], f32[2,4]{1,0:T(8,128)}) parameter(0)
+  %s = (f32[2,4], f32[8,4]) fusion(%x), kind=kCustom, calls=%gather_start
+  %d = f32[8,4] fusion(%s), kind=kCustom, calls=%gather_done
+  %w = (s32[], bf16[16]) while(%z), condition=%inner_condition, body=%inner_body
+  ROOT %o = (s32[], f32[2,4]) tuple(%i, %x)
+}
+
+%outer_condition (t: (s32[], f32[2,4])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%all-reduce-scatter.1 (p: f32[64]) -> f32[8] {
+  %p = f32[64]{0:T(256)} parameter(0)
+  %r.1 = f32[64]{0:T(256)} all-reduce(%p), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %slice = f32[8] dynamic-slice(%r.1, %k), dynamic_slice_sizes={8}
+}
+
+ENTRY %main (p: f32[2,4]) -> f32[8] {
+  %p = f32[2,4]{1,0:T(8,128)} parameter(0)
+  %w.1 = (s32[], f32[2,4]) while(%p), condition=%outer_condition, body=%outer_body, backend_config={"known_trip_count":{"n":"3"}}
+  %f = f32[8] fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1
+  %start = (f32[2]{0}, f32[8]{0}) all-gather-start(%q), channel_id=10, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %permute = f32[4]{0} collective-permute(%q), channel_id=11, source_target_pairs={{0,4},{4,0}}
+  ROOT %alone = f32[4]{0} all-reduce(%q), channel_id=12, replica_groups={{0},{1}}, to_apply=%add
+}
+"""
+
+
+def test_collectives_are_counted_with_their_loops():
+  found = {
+    (c.kind, c.trips, c.group_size): c.num_bytes
+    for c in hlo.collectives(_TEXT, 8)
+  }
+  assert found == {
+    ("all-gather", 3, 4): 8 * 4 * 4 * 3 / 4,
+    ("all-reduce", 15, 2): 2 * 16 * 2 * 1 / 2,
+    ("reduce-scatter", 1, 8): 64 * 4 * 7 / 8,
+    ("all-gather", 1, 4): 8 * 4 * 3 / 4,
+    ("collective-permute", 1, 2): 16,
+  }
+
+
+def test_groups_that_cross_slices_are_told_apart():
+  """Devices 0 to 3 are one slice: x of the mesh crosses, y does not."""
+  found = hlo.collectives(_TEXT, 8, lambda device: device // 4)
+  assert {c.kind: c.crosses for c in found if c.trips > 1} == {
+    "all-gather": False,
+    "all-reduce": True,
+  }
+
+
+@pytest.mark.parametrize(
+  ("spelling", "groups"),
+  [
+    ("{{0,2},{1,3}}", [[0, 2], [1, 3]]),
+    ("[2,2]<=[4]", [[0, 1], [2, 3]]),
+    ("[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+    ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+    ("mesh['a'=2,'b'=2] {'b'}", [[0, 1], [2, 3]]),
+    ("mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+    ("mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+    ("mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+    ("{}", [[0, 1, 2, 3]]),
+  ],
+)
+def test_every_spelling_of_groups_is_read(spelling, groups):
+  line = f"%x = f32[4] all-reduce(%y), replica_groups={spelling}, to_apply=%a"
+  np.testing.assert_array_equal(hlo._groups(line, 4), groups)
+
+
+def test_bytes_of_shapes():
+  assert hlo.shape_bytes("(bf16[2,3]{1,0:T(8,128)(2,1)}, s32[]{:S(2)})") == 16
