@@ -37,7 +37,16 @@ _FOLDERS = {
     "catalogue",
     "objective",
   ],
-  "models": ["config", "attention", "decoder", "logps", "generate", "hf"],
+  "models": [
+    "config",
+    "blocked",
+    "splash",
+    "attention",
+    "decoder",
+    "logps",
+    "generate",
+    "hf",
+  ],
   "data": [
     "examples",
     "synthetic",
