@@ -43,6 +43,7 @@ _FOLDERS = {
     "splash",
     "attention",
     "decoder",
+    "vocabulary",
     "logps",
     "generate",
     "hf",
