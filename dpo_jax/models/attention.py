@@ -1,8 +1,22 @@
 """Attention, and the masks that packed rows need."""
 
+from collections.abc import Callable
+import functools
+import math
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from dpo_jax.models import blocked, splash
+
+BACKENDS = ("auto", "xla", "splash", "cudnn", "dense")
+# Tokens of a block of the "xla" backend, by platform: small enough on a CPU to
+# stay in its cache and to fit short prompts closely.
+_BLOCK = {"cpu": 64}
+_ACCELERATOR_BLOCK = 256
 
 # Of a score that is masked: finite, so that no gradient is NaN.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -36,18 +50,59 @@ class Rows:
 
   Attributes:
     positions: i32 [R, T], of a token in its own prompt + response.
-    mask: bool [R, T, T], see `shared_prompt_mask`.
+    segments: i32 [R, T], 0 is padding.
+    branches: i32 [R, T], 0 in a prompt, k + 1 in the k-th response.
+    mask: bool [R, T, T], see `shared_prompt_mask`; None where blocks are cut.
+    blocks: the rows in blocks; None where there is a mask.
+    backend: one of BACKENDS but "auto".
   """
 
   positions: jax.Array
-  mask: jax.Array
+  segments: jax.Array
+  branches: jax.Array
+  mask: jax.Array | None
+  blocks: blocked.Blocks | None
+  backend: str = flax.struct.field(pytree_node=False)
 
 
 def make_rows(
-  positions: jax.Array, segments: jax.Array, branches: jax.Array
+  positions: jax.Array,
+  segments: jax.Array,
+  branches: jax.Array,
+  *,
+  backend: str = "auto",
 ) -> Rows:
-  """Prepares rows for `attend_rows`: i32 [R, T] each, see `types.Batch`."""
-  return Rows(positions, shared_prompt_mask(segments, branches))
+  """Prepares rows for `attend_rows`.
+
+  Args:
+    positions: i32 [R, T], see `types.Batch`.
+    segments: i32 [R, T].
+    branches: i32 [R, T].
+    backend: one of BACKENDS. "dense" and "cudnn" hold a mask of T x T;
+      "xla" works in blocks; "splash" is the TPU's kernel. "auto" is splash on
+      a TPU, and else dense for rows of a block or two and xla for longer.
+
+  Returns:
+    What `attend_rows` takes.
+
+  Raises:
+    ValueError: an unknown backend.
+  """
+  if backend not in BACKENDS:
+    raise ValueError(
+      f"policy.attention={backend!r} is unknown. Known: {', '.join(BACKENDS)}"
+    )
+  size = _BLOCK.get(jax.default_backend(), _ACCELERATOR_BLOCK)
+  if backend == "auto":
+    is_short = positions.shape[1] <= 2 * size
+    is_tpu = jax.default_backend() == "tpu"
+    backend = "splash" if is_tpu else "dense" if is_short else "xla"
+  mask = blocks = None
+  if backend in ("dense", "cudnn"):
+    mask = shared_prompt_mask(segments, branches)
+  elif backend == "xla":
+    blocks = blocked.make_blocks(positions, segments, branches, size)
+  return Rows(positions, segments, branches, mask, blocks, backend)
 
 
 def attend_rows(
@@ -73,12 +128,65 @@ def attend_rows(
     soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: none.
 
   Returns:
-    [R, T, H, head_dim] in the dtype of queries.
+    [R, T, H, head_dim] in the dtype of queries. What padding gets is not
+    specified, and is finite.
   """
+  settings = dict(scale=scale, soft_cap=soft_cap)
+  if rows.backend in ("xla", "splash"):
+    kernel = {"xla": blocked.attend_blocks, "splash": splash.attend_splash}
+    labels = rows.blocks
+    if rows.backend == "splash":
+      labels = (rows.positions, rows.segments, rows.branches)
+    attend_shard = functools.partial(kernel[rows.backend], **settings)
+    return _on_each_device(attend_shard, queries, keys, values, labels, window)
   mask = rows.mask
   if window is not None:
     mask &= in_window(rows.positions, rows.positions, window)
-  return attend(queries, keys, values, mask, scale=scale, soft_cap=soft_cap)
+  if rows.backend == "cudnn" and soft_cap is None:
+    return jax.nn.dot_product_attention(
+      queries,
+      keys,
+      values,
+      mask=mask[:, None],
+      scale=scale,
+      implementation="cudnn",
+    )
+  return attend(queries, keys, values, mask, **settings)
+
+
+def _on_each_device(
+  kernel: Callable[..., jax.Array],
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  labels: Any,
+  window: jax.Array | None,
+) -> jax.Array:
+  """kernel(queries, keys, values, labels, window=window) on its own rows and
+  heads: the partitioner knows no loop whose length the data decide."""
+  mesh = jax.sharding.get_abstract_mesh()
+  sizes = {
+    name: mesh.shape[name]
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if kind is AxisType.Auto
+  }
+  if math.prod(sizes.values()) == 1:
+    return kernel(queries, keys, values, labels, window=window)
+  axes = tuple(name for name in ("data", "fsdp") if name in sizes)
+  if queries.shape[0] % math.prod(sizes[name] for name in axes):
+    axes = ()  # a few rows, as of a test: every device takes all
+  heads = "tensor" if keys.shape[2] % sizes.get("tensor", 1) == 0 else None
+  if "tensor" not in sizes:
+    heads = None
+  by_rows = PartitionSpec(axes or None)
+  split = PartitionSpec(axes or None, None, heads)
+  return jax.shard_map(
+    lambda q, k, v, labels, window: kernel(q, k, v, labels, window=window),
+    in_specs=(split, split, split, by_rows, PartitionSpec()),
+    out_specs=split,
+    axis_names=set(sizes),
+    check_vma=False,
+  )(queries, keys, values, labels, window)
 
 
 def in_window(

@@ -338,6 +338,11 @@ class Readout:
       self.kernel,
       preferred_element_type=jnp.float32,
     )
+    return self.finish(logits)
+
+  def finish(self, products: jax.Array) -> jax.Array:
+    """Adds the bias to products with the kernel, and caps them."""
+    logits = products
     if self.bias is not None:
       logits += self.bias
     if self.soft_cap is not None:

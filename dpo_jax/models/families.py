@@ -422,7 +422,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   if family.has_attention_bias:
     raw["attention_bias"] = config.qkv_bias
   if config.attention_scale is not None:
-    raw["query_pre_attn_scalar"] = config.attention_scale**-2.0
+    # An integer, which transformers insists on.
+    raw["query_pre_attn_scalar"] = round(config.attention_scale**-2.0)
   raw |= _write_window(config, family)
   if not config.has_learned_positions and family.theta_key:
     raw |= _write_rope(config, family)

@@ -268,6 +268,7 @@ def save_params(
   params: Any,
   *,
   dtype: str,
+  token_ids: Mapping[str, Any] | None = None,
   max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> None:
   """Writes config.json and safetensors, in shards where they are large.
@@ -277,6 +278,8 @@ def save_params(
     policy: the decoder; adapters must be merged before.
     params: its parameters.
     dtype: of the weights in the files.
+    token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id` for
+      config.json; None where there is none.
     max_shard_bytes: the host holds one shard at a time.
 
   Raises:
@@ -285,6 +288,9 @@ def save_params(
   root = epath.Path(folder)
   config = policy.config
   raw = families.write_config(config) | {"torch_dtype": dtype}
+  # Said even where there is none: families have defaults for them.
+  raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+  raw |= token_ids or {}
   root.mkdir(parents=True, exist_ok=True)
   shards = _plan_shards(config, jnp.dtype(dtype).itemsize, max_shard_bytes)
   weight_map, total = {}, 0

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.losses.numerics import log1mexp
+from dpo_jax.models import vocabulary
 from dpo_jax.models.decoder import Policy, Readout
 from dpo_jax.types import Batch
 
@@ -57,8 +58,8 @@ def chunked_token_figures(
     hidden: [R, S, D] states that predict.
     readout: from states to logits.
     targets: i32 [R, S].
-    chunk_size: positions of a row projected at once; memory is
-      R * chunk_size * V floats.
+    chunk_size: positions of a row projected at once, on a block of the
+      vocabulary, see `vocabulary.figures`.
     figures: of "logps", log p(target); "ref_logps", the reference's;
       "alignment", log p(target) - log sum_v p(v)^2, without a gradient;
       "complement_logps", log(1 - p(target)); "kl", KL(pi_ref || pi) over the
@@ -74,33 +75,6 @@ def chunked_token_figures(
   num_chunks = -(-length // chunk_size)
   padding = num_chunks * chunk_size - length
 
-  def log_softmax(hidden, readout):
-    logits = readout.logits(hidden)
-    return logits, jax.nn.logsumexp(logits, axis=-1)
-
-  def at_target(logits, lse, targets):
-    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return chosen - lse
-
-  @jax.checkpoint
-  def chunk_figures(hidden, ref_hidden, targets):
-    logits, lse = log_softmax(hidden, readout)
-    logps = at_target(logits, lse, targets)
-    out = {"logps": logps}
-    if "complement_logps" in figures:
-      out["complement_logps"] = log1mexp(logps)
-    if "alignment" in figures:
-      collision = jax.nn.logsumexp(2.0 * logits, axis=-1) - 2.0 * lse
-      out["alignment"] = jax.lax.stop_gradient(logps - collision)
-    if ref_hidden is not None:
-      ref_logits, ref_lse = log_softmax(ref_hidden, ref_readout)
-      out["ref_logps"] = at_target(ref_logits, ref_lse, targets)
-      if "kl" in figures:
-        ref_logps = ref_logits - ref_lse[..., None]
-        ratio = ref_logps - (logits - lse[..., None])
-        out["kl"] = (jnp.exp(ref_logps) * ratio).sum(-1)
-    return {name: out[name] for name in figures}
-
   def in_chunks(x):
     """[R, S, ...] -> [chunks, R, chunk_size, ...]: rows stay whole, since
     they are what the mesh splits."""
@@ -108,11 +82,22 @@ def chunked_token_figures(
     shape = (num_rows, num_chunks, chunk_size, *x.shape[2:])
     return x.reshape(shape).swapaxes(0, 1)
 
-  chunks = jax.tree.map(in_chunks, (hidden, ref_hidden, targets))
-  out = jax.lax.map(lambda chunk: chunk_figures(*chunk), chunks)
-  return jax.tree.map(
-    lambda x: x.swapaxes(0, 1).reshape(num_rows, -1)[:, :length], out
+  if ref_hidden is not None:
+    reference = (in_chunks(ref_hidden), ref_readout)
+    reference = jax.lax.stop_gradient(reference)
+  else:
+    reference = None
+  wanted = figures - {"complement_logps"} | {"logps"}
+  out = vocabulary.figures(
+    in_chunks(hidden), readout, in_chunks(targets), reference, wanted
   )
+  out = {
+    name: x.swapaxes(0, 1).reshape(num_rows, -1)[:, :length]
+    for name, x in out.items()
+  }
+  if "complement_logps" in figures:
+    out["complement_logps"] = log1mexp(out["logps"])
+  return {name: out[name] for name in figures}
 
 
 def sum_by_slot(

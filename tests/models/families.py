@@ -87,7 +87,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
   "olmo2": ("Olmo2", _LLAMA),
   "phi3": (
     "Phi3",
-    _LLAMA | dict(sliding_window=5, partial_rotary_factor=1.0, pad_token_id=0),
+    _LLAMA | dict(sliding_window=5, partial_rotary_factor=1.0),
   ),
   "phi3 partial": (
     "Phi3",
@@ -96,7 +96,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
       num_attention_heads=3,
       num_key_value_heads=1,
       partial_rotary_factor=0.5,
-      pad_token_id=0,
     ),
   ),
 }
@@ -110,7 +109,7 @@ def make_model(name: str) -> Any:
   architecture, fields = CASES[name]
   config_name = f"{architecture}{'Text' if architecture == 'Gemma3' else ''}"
   config = getattr(transformers, f"{config_name}Config")(
-    **{"eos_token_id": 1, "bos_token_id": 2, **fields}
+    **{"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0, **fields}
   )
   torch.manual_seed(0)
   model = transformers.AutoModelForCausalLM.from_config(

@@ -1,0 +1,1 @@
+"""Measurements: python -m benchmarks.NAME writes a table of RESULTS.md."""

@@ -1,0 +1,121 @@
+"""Contenders in processes of their own, run in turn on one machine.
+
+A contender serves commands on stdin: "start" (answer: the first step) and
+"run N" (answer: figures of N steps). Between its turns it waits, so that a
+minute in which the machine is busy with other work slows all of them.
+"""
+
+from collections.abc import Mapping, Sequence
+import json
+import os
+import subprocess
+import sys
+from typing import Any, Protocol
+
+import numpy as np
+
+_MARK = "@@"  # libraries write to stdout too
+
+
+class Trainer(Protocol):
+  """What a contender's process serves."""
+
+  def start(self) -> dict[str, Any]: ...
+
+  def run(self, num_steps: int) -> dict[str, Any]: ...
+
+
+def serve(trainer: Trainer) -> None:
+  """Answers commands until stdin ends."""
+  for line in sys.stdin:
+    command, *arguments = line.split()
+    if command == "start":
+      answer = trainer.start()
+    else:
+      answer = trainer.run(int(arguments[0]))
+    print(_MARK + json.dumps(answer), flush=True)
+
+
+class Contender:
+  """A process that takes training steps when it is told to."""
+
+  def __init__(
+    self,
+    name: str,
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+  ):
+    """Starts the process; it waits for its first command."""
+    self.name, self.command = name, list(command)
+    self._process = subprocess.Popen(
+      self.command,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      env={**os.environ, **(env or {})},
+      cwd=cwd,
+      text=True,
+    )
+    self.first: dict[str, Any] = {}
+    self.turns: list[dict[str, Any]] = []
+
+  def ask(self, command: str) -> dict[str, Any]:
+    """Sends a command and waits for the answer."""
+    self._process.stdin.write(command + "\n")
+    self._process.stdin.flush()
+    for line in self._process.stdout:
+      if line.startswith(_MARK):
+        return json.loads(line.removeprefix(_MARK))
+    raise RuntimeError(
+      f"{self.name} ended with code {self._process.wait()} at {command!r}:"
+      f" {' '.join(self.command)}"
+    )
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.stdin.close()
+    self._process.wait()
+
+
+def run(
+  contenders: Sequence[Contender],
+  *,
+  num_turns: int,
+  steps_a_turn: int,
+  num_warm_turns: int = 1,
+) -> None:
+  """Starts all, warms up, and lets them take turns; answers are kept."""
+  for contender in contenders:
+    contender.first = contender.ask("start")
+  for turn in range(num_warm_turns + num_turns):
+    for contender in contenders:
+      answer = contender.ask(f"run {steps_a_turn}")
+      if turn >= num_warm_turns:
+        contender.turns.append(answer)
+
+
+def summarize(contender: Contender) -> dict[str, Any]:
+  """Medians of a contender's turns, and quartiles of its tokens a second."""
+  turns = contender.turns
+  rates = np.array([t["tokens"] / t["seconds"] for t in turns])
+  low, middle, high = np.percentile(rates, [25, 50, 75])
+
+  def median(numerator: str) -> float:
+    return float(np.median([t[numerator] / t["seconds"] for t in turns]))
+
+  return {
+    "name": contender.name,
+    "pairs_per_second": median("pairs"),
+    "tokens_per_second": float(middle),
+    "tokens_per_second_quartiles": [float(low), float(high)],
+    "useful_gflops_per_second": median("useful_flops") / 1e9,
+    "shared_gflops_per_second": median("shared_flops") / 1e9,
+    "peak_rss_mb": turns[-1]["peak_rss_mb"],
+    "padding": float(np.mean([t["padding"] for t in turns])),
+    "host_wait_fraction": sum(t.get("host_wait_s", 0.0) for t in turns)
+    / sum(t["seconds"] for t in turns),
+    "first_step_s": contender.first.get("first_step_s"),
+    "first_loss": contender.first["loss"],
+    "first_grad_norm": contender.first["grad_norm"],
+  }

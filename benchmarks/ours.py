@@ -1,0 +1,199 @@
+"""A contender: dpo_jax's own loader and compiled step on a workload.
+
+  python -m benchmarks.ours --layout=shared
+
+reads commands from stdin and answers each with a line of JSON, see
+`benchmarks.interleave`.
+"""
+
+import argparse
+import dataclasses
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import interleave, workload
+from dpo_jax import mesh, optimizer, reference
+from dpo_jax import step as step_lib
+from dpo_jax.config import default_config
+from dpo_jax.data import loader as loader_lib
+from dpo_jax.data import packing
+from dpo_jax.losses import build_objective
+from dpo_jax.models.config import ModelConfig
+from dpo_jax.models.decoder import Policy
+from dpo_jax.types import TrainState
+
+
+class Trainer:
+  """What `train.py` does between two looks at its metrics."""
+
+  def __init__(self, options: argparse.Namespace):
+    self.options = options
+    fields = dict(workload.MODEL)
+    fields["vocab_size"] = options.vocab_size
+    fields["max_positions"] = options.max_tokens
+    fields["remat"] = options.remat
+    self.policy = Policy(ModelConfig(**fields))
+    self.lengths = workload.read_lengths(options)
+    self.store = workload.make_store(
+      self.lengths, options.seed, vocab_size=options.vocab_size
+    )
+    sizes = dict.fromkeys(mesh.AXES, 1)
+    self.placement = mesh.Placement(
+      mesh.make_mesh(sizes, jax.devices()[:1]), "jit"
+    )
+    self.on_mesh = mesh.on_mesh(self.placement.mesh)
+    shardings = mesh.param_shardings(
+      self.policy.abstract_params(), self.placement.mesh
+    )
+    self.params = jax.jit(
+      lambda: self.policy.init(jax.random.key(options.seed)),
+      out_shardings=shardings,
+    )()
+    indices = np.arange(len(self.store))
+    self.loader = loader_lib.Loader(
+      self.store,
+      indices,
+      loader_lib.make_plan(
+        self.store,
+        indices,
+        batch_size=options.batch_size,
+        row_tokens=options.row_tokens,
+        row_multiple=1,
+        layout=options.layout,
+      ),
+      options.batch_size,
+      options.seed,
+    )
+
+  def start(self) -> dict[str, Any]:
+    """Scores the reference, compiles, and takes the first step."""
+    options = self.options
+    began = time.monotonic()
+    if options.reference == "cached":
+      logps_step = reference.make_logps_step(
+        self.policy, self.placement, options.logps_chunk
+      )
+      ref_logps = reference.compute_logps(
+        logps_step, self.params, self.loader, self.placement, progress=False
+      )
+      self.loader = dataclasses.replace(self.loader, ref_logps=ref_logps)
+    reference_s = time.monotonic() - began
+    settings = default_config().optimizer
+    settings.name, settings.learning_rate = "adamw", workload.LEARNING_RATE
+    settings.warmup_steps, settings.b2 = 0, 0.999
+    settings.max_grad_norm = 1e9
+    schedule = optimizer.build_schedule(settings, 1000)
+    chain = optimizer.build_optimizer(settings, schedule)
+    objective = build_objective({"name": "dpo", "beta": workload.BETA})
+
+    def fresh(params):
+      # Its own buffers: the policy's are donated.
+      is_live = options.reference == "frozen"
+      ref_params = jax.tree.map(jnp.copy, params) if is_live else None
+      return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=chain.init(params),
+        loss_state=objective.init(),
+        ref_params=ref_params,
+      )
+
+    abstract = jax.eval_shape(fresh, self.params)
+    shardings = mesh.state_shardings(
+      abstract, self.policy.abstract_params(), self.placement.mesh
+    )
+    self.state = jax.jit(fresh, out_shardings=shardings, donate_argnums=0)(
+      self.params
+    )
+    self.params = None
+    step = step_lib.make_train_step(
+      self.policy,
+      objective,
+      chain,
+      schedule,
+      accumulation_steps=1,
+      chunk_size=options.logps_chunk,
+      axis_name=None,
+    )
+    self.step = self.on_mesh(self.placement.compile_step(step, shardings))
+    self.next = 0
+    began = time.monotonic()
+    first = self.run(1)
+    first["first_step_s"] = time.monotonic() - began
+    first["reference_s"] = reference_s
+    return first
+
+  def make_batch(self, index: int) -> tuple[Any, float]:
+    batch = self.loader.batch(index)
+    placed = self.placement.place_training_batch(batch)
+    return placed, packing.padding_fraction(batch), batch.tokens.shape
+
+  def run(self, num_steps: int) -> dict[str, Any]:
+    """Takes steps; what they were, and the seconds they took."""
+    start, stop = self.next, self.next + num_steps
+    works = [
+      workload.count_work(
+        self.lengths[self.loader.order(i)], self.policy.config
+      )
+      for i in range(start, stop)
+    ]
+    padding, shapes = [], set()
+    waited = 0.0
+    began = time.monotonic()
+    batches = loader_lib.prefetch(self.make_batch, start, stop)
+    pending = None
+    while True:
+      asked = time.monotonic()
+      ready = next(batches, None)
+      waited += time.monotonic() - asked
+      if ready is None:
+        break
+      batch, fraction, shape = ready
+      self.state, metrics = self.step(self.state, batch)
+      if pending is not None:
+        self.placement.fetch(pending)
+      pending = metrics
+      padding.append(fraction)
+      shapes.add(shape)
+    metrics = self.placement.fetch(pending)
+    seconds = time.monotonic() - began
+    self.next = stop
+    return {
+      "seconds": seconds,
+      "host_wait_s": waited,
+      "steps": num_steps,
+      "pairs": num_steps * self.options.batch_size,
+      "tokens": sum(w.tokens for w in works),
+      "useful_flops": sum(w.useful_flops for w in works),
+      "shared_flops": sum(w.shared_flops for w in works),
+      "padding": float(np.mean(padding)),
+      "shapes": sorted(shapes),
+      "loss": float(metrics["loss"]),
+      "grad_norm": float(metrics["grad_norm"]),
+      "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser()
+  workload.add_options(parser)
+  parser.add_argument("--layout", default="shared")
+  parser.add_argument("--reference", default="cached")
+  parser.add_argument("--row_tokens", type=int, default=0)
+  parser.add_argument("--logps_chunk", type=int, default=128)
+  parser.add_argument("--remat", default="none")
+  return parser.parse_args(argv)
+
+
+def main() -> None:
+  interleave.serve(Trainer(parse(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+  main()

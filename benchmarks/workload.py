@@ -1,0 +1,150 @@
+"""Workload A: pairs of realistic lengths, made from a seed, and their FLOPs.
+
+Lengths are the quantiles of log-normals (so that a seed shuffles them and
+changes nothing else): prompts of median 74.5 and at most 316 tokens, chosen
+of median 91 and at most 408, rejected alike, prompt and response at most 512.
+The ids are uniform: what they say changes no time.
+"""
+
+import argparse
+import dataclasses
+import math
+import statistics
+
+import numpy as np
+
+from dpo_jax.data.store import Store, part_starts
+from dpo_jax.models.config import ModelConfig
+
+MODEL = dict(
+  vocab_size=32_000,
+  d_model=256,
+  num_layers=6,
+  num_heads=4,
+  num_kv_heads=4,
+  head_dim=64,
+  d_ff=1024,
+  max_positions=512,
+  rope_theta=1e6,
+  norm_eps=1e-5,
+  tie_embeddings=False,
+)
+BATCH_SIZE = 8
+BETA = 0.1
+LEARNING_RATE = 1e-4
+# Of the quantity that each name counts: median, mean, largest.
+_LENGTHS = {
+  "prompt": (74.5, 89.0, 316),
+  "chosen": (91.0, 108.0, 408),
+  "rejected": (91.0, 109.5, 408),
+}
+
+
+def make_lengths(
+  num_groups: int, seed: int, *, max_tokens: int = 512
+) -> np.ndarray:
+  """Prompt, chosen and rejected lengths: i32 [N, 3]."""
+  rng = np.random.default_rng(seed)
+  columns = []
+  normal = statistics.NormalDist()
+  places = (np.arange(num_groups) + 0.5) / num_groups
+  quantiles = np.array([normal.inv_cdf(p) for p in places])
+  for median, mean, largest in _LENGTHS.values():
+    spread = math.sqrt(2.0 * math.log(mean / median))
+    lengths = np.rint(median * np.exp(spread * quantiles)).astype(np.int32)
+    columns.append(rng.permutation(np.minimum(lengths, largest)))
+  lengths = np.stack(columns, 1)
+  room = np.maximum(max_tokens - lengths[:, :1], 1)
+  lengths[:, 1:] = np.minimum(lengths[:, 1:], room)
+  return lengths
+
+
+def make_store(
+  lengths: np.ndarray, seed: int, *, vocab_size: int = MODEL["vocab_size"]
+) -> Store:
+  """Random ids of these lengths, the first response preferred."""
+  rng = np.random.default_rng((seed, 1))
+  # The lowest ids are left to a tokenizer's special tokens.
+  tokens = rng.integers(8, vocab_size, int(lengths.sum())).astype(np.int32)
+  score = np.tile(
+    -np.arange(lengths.shape[1] - 1, dtype=np.float32), (len(lengths), 1)
+  )
+  return Store(
+    tokens=tokens,
+    starts=part_starts(lengths),
+    lengths=lengths,
+    score=score,
+    digest=f"workload-{seed}",
+    report={"source": "workload"},
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What a batch asks for, whoever computes it.
+
+  Attributes:
+    tokens: of all sequences, a prompt counted once for each response.
+    useful_flops: forward and backward, of every such token, causal attention,
+      vocabulary projection on response tokens, no reference.
+    shared_flops: the same with each prompt once.
+  """
+
+  tokens: int
+  useful_flops: float
+  shared_flops: float
+
+
+def count_work(lengths: np.ndarray, config: ModelConfig) -> Work:
+  """The work of groups of these lengths, i32 [B, 1 + K].
+
+  Three times the forward pass, of which a token's matmuls are two FLOPs a
+  weight, n tokens over themselves n (n + 1) / 2 scores of 4 H d FLOPs, and a
+  scored token 2 D V.
+  """
+  lengths = lengths.astype(np.float64)
+  prompts, responses = lengths[:, 0], lengths[:, 1:]
+  attention = 2 * config.d_model * config.head_dim
+  attention *= config.num_heads + config.num_kv_heads
+  weights = config.num_layers * (attention + 3 * config.d_model * config.d_ff)
+  score = 4 * config.num_heads * config.head_dim * config.num_layers
+  head = 2 * config.d_model * config.vocab_size * responses.sum()
+
+  def triangle(n):
+    return n * (n + 1) / 2
+
+  copies = (responses > 0).sum(1)
+  alone = (prompts[:, None] + responses) * (responses > 0)
+  prompt_scores = triangle(prompts)
+  scores = triangle(alone).sum()
+  shared_scores = scores - ((copies - 1) * prompt_scores).sum()
+  tokens = alone.sum()
+  shared_tokens = tokens - ((copies - 1) * prompts).sum()
+  return Work(
+    tokens=int(tokens),
+    useful_flops=3 * (2 * weights * tokens + score * scores + head),
+    shared_flops=3
+    * (2 * weights * shared_tokens + score * shared_scores + head),
+  )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+  """What every contender is told of the work."""
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--batch_size", type=int, default=BATCH_SIZE)
+  parser.add_argument("--num_groups", type=int, default=256)
+  parser.add_argument("--max_tokens", type=int, default=512)
+  parser.add_argument("--vocab_size", type=int, default=MODEL["vocab_size"])
+  # Prompt and response of equal groups, "512,1536"; "": workload A's lengths.
+  parser.add_argument("--equal_lengths", default="")
+
+
+def read_lengths(options: argparse.Namespace) -> np.ndarray:
+  """The lengths that the options describe: i32 [N, 3]."""
+  if not options.equal_lengths:
+    return make_lengths(
+      options.num_groups, options.seed, max_tokens=options.max_tokens
+    )
+  prompt, response = map(int, options.equal_lengths.split(","))
+  row = np.array([prompt, response, response], np.int32)
+  return np.tile(row, (options.num_groups, 1))

@@ -1,0 +1,308 @@
+"""Attention of packed rows, a block at a time, without what the mask empties.
+
+The memory of a row is linear in its length: scores of one block of queries
+and one of keys exist at a time, and the backward pass computes them again
+(Dao et al. 2022, arXiv:2205.14135). Which blocks of keys a block of queries
+needs follows from where its first token stands: what it sees lies in that
+token's prompt, and from the start of that token's own prompt or response on.
+These are two ranges, so that the responses before it in its group, and all
+other groups, cost nothing.
+"""
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+# Of a score that is masked, and of a row that has seen no key yet: finite, so
+# that no difference is NaN.
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+@flax.struct.dataclass
+class Blocks:
+  """Rows cut into N blocks of `size` tokens, T padded to N * size.
+
+  Attributes:
+    positions: i32 [R, N, size].
+    segments: i32 [R, N, size], 0 where padded.
+    branches: i32 [R, N, size].
+    starts: i32 [R, N], index of the first token of the prompt or response
+      that a block begins in.
+    prompt_starts: i32 [R, N], likewise of its prompt.
+    prompt_lengths: i32 [R, N]; 0 where the block begins in the prompt.
+  """
+
+  positions: jax.Array
+  segments: jax.Array
+  branches: jax.Array
+  starts: jax.Array
+  prompt_starts: jax.Array
+  prompt_lengths: jax.Array
+
+
+def make_blocks(
+  positions: jax.Array, segments: jax.Array, branches: jax.Array, size: int
+) -> Blocks:
+  """Cuts rows: i32 [R, T] each, see `types.Batch`."""
+  length = positions.shape[1]
+  num_blocks = -(-length // size)
+
+  def cut(x):
+    x = jnp.pad(x, ((0, 0), (0, num_blocks * size - length)))
+    return x.reshape(x.shape[0], num_blocks, size)
+
+  def last_change(*labels):
+    """Index of the first token with the labels that each token has."""
+    changed = functools.reduce(
+      jnp.logical_or, (x[:, 1:] != x[:, :-1] for x in labels)
+    )
+    places = jnp.where(changed, jnp.arange(1, length), 0)
+    places = jnp.pad(places, ((0, 0), (1, 0)))
+    return jax.lax.cummax(places, axis=1)
+
+  starts = last_change(segments, branches)
+  # A response goes on from its prompt, so its first position is the length.
+  prompt_lengths = jnp.take_along_axis(positions, starts, 1)
+  prompt_lengths = jnp.where(branches > 0, prompt_lengths, 0)
+  first = slice(None, None, size)
+  return Blocks(
+    cut(positions),
+    cut(segments),
+    cut(branches),
+    starts[:, first],
+    last_change(segments)[:, first],
+    prompt_lengths[:, first],
+  )
+
+
+def key_blocks(
+  blocks: Blocks, window: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """The two ranges of blocks of keys that a block of queries needs.
+
+  Args:
+    blocks: from `make_blocks`.
+    window: i32 [], see `attention.attend_rows`, or None.
+
+  Returns:
+    (first, number) of the range in the prompt, then of the range from the
+    block's own response on: i32 [R, N] each. They do not overlap.
+  """
+  num_blocks, size = blocks.positions.shape[1:]
+  here = jnp.arange(num_blocks, dtype=jnp.int32)
+  starts = blocks.starts
+  prompt_starts = blocks.prompt_starts
+  prompt_ends = prompt_starts + blocks.prompt_lengths
+  if window is not None:
+    starts = jnp.maximum(starts, here * size - (window - 1))
+    # The lowest position that a token of this segment has in the block: a
+    # response that begins in it begins where the prompt ends.
+    first, last = blocks.positions[..., 0], blocks.branches[..., -1]
+    goes_on = (blocks.segments[..., 0] == blocks.segments[..., -1]) & (
+      blocks.branches[..., 0] == last
+    )
+    lowest = jnp.where(goes_on, first, blocks.prompt_lengths)
+    prompt_starts += jnp.clip(lowest - (window - 1), 0, blocks.prompt_lengths)
+  first_own = starts // size
+  own = jnp.where((blocks.segments > 0).any(-1), here - first_own + 1, 0)
+  first_prompt = prompt_starts // size
+  last_prompt = jnp.minimum((prompt_ends - 1) // size, first_own - 1)
+  has_prompt = (prompt_ends > prompt_starts) & (own > 0)
+  in_prompt = jnp.where(
+    has_prompt, jnp.maximum(last_prompt - first_prompt + 1, 0), 0
+  )
+  return first_prompt, in_prompt, first_own, own
+
+
+def attend_blocks(
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  blocks: Blocks,
+  *,
+  window: jax.Array | None,
+  scale: float,
+  soft_cap: float | None,
+) -> jax.Array:
+  """As `attention.attend_rows`; padding gets zeros."""
+  num_rows, length, num_heads, head_dim = queries.shape
+  num_blocks, size = blocks.positions.shape[1:]
+  num_kv_heads = keys.shape[2]
+
+  def cut(x):
+    """[R, T, H, d] -> [R * N, num_kv_heads, H / num_kv_heads * size, d]."""
+    x = jnp.pad(x, ((0, 0), (0, num_blocks * size - length), (0, 0), (0, 0)))
+    x = x.reshape(num_rows * num_blocks, size, num_kv_heads, -1, head_dim)
+    x = jnp.transpose(x, (0, 2, 3, 1, 4))
+    return x.reshape(*x.shape[:2], -1, head_dim)
+
+  first_prompt, in_prompt, first_own, own = key_blocks(blocks, window)
+  # Rows one behind the other: a block's number is that of all rows' blocks.
+  offsets = jnp.arange(num_rows, dtype=jnp.int32)[:, None] * num_blocks
+  ranges = (first_prompt + offsets, in_prompt, first_own + offsets, own)
+  ranges = tuple(x.reshape(-1) for x in ranges)
+  labels = tuple(
+    x.reshape(-1, size)
+    for x in (blocks.positions, blocks.segments, blocks.branches)
+  )
+  out = _attend(
+    cut(queries),
+    cut(keys),
+    cut(values),
+    ranges,
+    labels,
+    window,
+    scale,
+    soft_cap,
+  )
+  out = out.reshape(num_rows, num_blocks, num_kv_heads, -1, size, head_dim)
+  out = jnp.transpose(out, (0, 1, 4, 2, 3, 5))
+  out = out.reshape(num_rows, num_blocks * size, num_heads, head_dim)
+  return out[:, :length]
+
+
+def _pick(ranges: Any, step: jax.Array) -> jax.Array:
+  """The step-th block of keys of two ranges."""
+  first_prompt, in_prompt, first_own, _ = ranges
+  return jnp.where(
+    step < in_prompt, first_prompt + step, first_own + step - in_prompt
+  )
+
+
+def _visible(
+  query_labels: Any, key_labels: Any, window: jax.Array | None
+) -> jax.Array:
+  """bool [size, size]: see `attention.shared_prompt_mask`."""
+  positions, segments, branches = (x[:, None] for x in query_labels)
+  key_positions, key_segments, key_branches = (x[None] for x in key_labels)
+  seen = (segments == key_segments) & (segments > 0)
+  seen &= (branches == key_branches) | (key_branches == 0)
+  seen &= key_positions <= positions
+  if window is not None:
+    seen &= positions - key_positions < window
+  return seen
+
+
+def _scores(queries, keys, seen, scale, soft_cap):
+  """Masked scores f32 [h, g * size, size], and what the cap's slope is of."""
+  raw = scale * jnp.einsum(
+    "hqd,hkd->hqk", queries, keys, preferred_element_type=jnp.float32
+  )
+  capped = raw if soft_cap is None else soft_cap * jnp.tanh(raw / soft_cap)
+  groups = queries.shape[1] // seen.shape[0]
+  seen = jnp.tile(seen, (groups, 1))[None]
+  return jnp.where(seen, capped, _MASKED), seen
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attend(queries, keys, values, ranges, labels, window, scale, soft_cap):
+  return _forward(
+    queries, keys, values, ranges, labels, window, scale, soft_cap
+  )[0]
+
+
+def _forward(queries, keys, values, ranges, labels, window, scale, soft_cap):
+  """Outputs like queries, and the log of each softmax's sum, f32."""
+
+  def one_block(scanned):
+    query, query_ranges, query_labels = scanned
+
+    def add(step, carry):
+      peak, total, out = carry
+      place = _pick(query_ranges, step)
+      seen = _visible(query_labels, [x[place] for x in labels], window)
+      scores, seen = _scores(query, keys[place], seen, scale, soft_cap)
+      new_peak = jnp.maximum(peak, scores.max(-1))
+      weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
+      shrink = jnp.exp(peak - new_peak)
+      total = total * shrink + weights.sum(-1)
+      out = out * shrink[..., None] + jnp.einsum(
+        "hqk,hkd->hqd",
+        weights.astype(values.dtype),
+        values[place],
+        preferred_element_type=jnp.float32,
+      )
+      return new_peak, total, out
+
+    lines = query.shape[:-1]
+    carry = (
+      jnp.full(lines, _MASKED, jnp.float32),
+      jnp.zeros(lines, jnp.float32),
+      jnp.zeros(query.shape, jnp.float32),
+    )
+    num_steps = query_ranges[1] + query_ranges[3]
+    peak, total, out = jax.lax.fori_loop(0, num_steps, add, carry)
+    total = jnp.where(total > 0.0, total, 1.0)  # padding sees nothing
+    out = (out / total[..., None]).astype(query.dtype)
+    return out, peak + jnp.log(total)
+
+  return jax.lax.map(one_block, (queries, ranges, labels))
+
+
+def _attend_fwd(queries, keys, values, ranges, labels, window, scale, cap):
+  out, lse = _forward(queries, keys, values, ranges, labels, window, scale, cap)
+  return out, (queries, keys, values, ranges, labels, window, out, lse)
+
+
+def _attend_bwd(scale, soft_cap, saved, out_gradient):
+  queries, keys, values, ranges, labels, window, out, lse = saved
+  # What each line's weights sum to, weighed by their own gradients.
+  delta = jnp.sum(
+    out.astype(jnp.float32) * out_gradient.astype(jnp.float32), -1
+  )
+
+  def one_block(gradients, scanned):
+    query, pull, line_lse, line_delta, query_ranges, query_labels = scanned
+
+    def add(step, carry):
+      query_gradient, key_gradient, value_gradient = carry
+      place = _pick(query_ranges, step)
+      key, value = keys[place], values[place]
+      seen = _visible(query_labels, [x[place] for x in labels], window)
+      scores, seen = _scores(query, key, seen, scale, soft_cap)
+      weights = jnp.where(seen, jnp.exp(scores - line_lse[..., None]), 0.0)
+      slope = weights * (
+        jnp.einsum(
+          "hqd,hkd->hqk", pull, value, preferred_element_type=jnp.float32
+        )
+        - line_delta[..., None]
+      )
+      if soft_cap is not None:
+        slope *= jnp.where(seen, 1.0 - jnp.square(scores / soft_cap), 0.0)
+      slope = (scale * slope).astype(query.dtype)
+      weights = weights.astype(query.dtype)
+      product = functools.partial(
+        jnp.einsum, preferred_element_type=jnp.float32
+      )
+      query_gradient += product("hqk,hkd->hqd", slope, key)
+      key_gradient = key_gradient.at[place].add(
+        product("hqk,hqd->hkd", slope, query)
+      )
+      value_gradient = value_gradient.at[place].add(
+        product("hqk,hqd->hkd", weights, pull)
+      )
+      return query_gradient, key_gradient, value_gradient
+
+    num_steps = query_ranges[1] + query_ranges[3]
+    carry = (jnp.zeros(query.shape, jnp.float32), *gradients)
+    query_gradient, *gradients = jax.lax.fori_loop(0, num_steps, add, carry)
+    return tuple(gradients), query_gradient.astype(query.dtype)
+
+  zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
+  (key_gradient, value_gradient), query_gradient = jax.lax.scan(
+    one_block, zeros, (queries, out_gradient, lse, delta, ranges, labels)
+  )
+  return (
+    query_gradient,
+    key_gradient.astype(keys.dtype),
+    value_gradient.astype(values.dtype),
+    None,
+    None,
+    None,
+  )
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,0 +1,302 @@
+"""Figures of a softmax over the vocabulary, without the softmax in memory.
+
+A chunk of positions meets the vocabulary a block at a time. The forward pass
+keeps running sums, the backward pass computes a block's logits once more and
+adds to that block's columns of the gradient in place: neither an array of
+positions x vocabulary nor one of chunk x vocabulary exists. Blocks of the
+vocabulary rather than of positions alone, since every chunk of positions
+reads and writes all of the unembedding's gradient.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from dpo_jax.models.decoder import Readout
+
+# Logits that exist at a time, over the rows of a device: 16 MiB of float32,
+# about what a core's share of the cache holds.
+_LOGITS = 4 * 2**20
+_ROW_AXES = ("data", "fsdp")
+
+
+def figures(
+  hidden: jax.Array,
+  readout: Readout,
+  targets: jax.Array,
+  reference: tuple[jax.Array, Readout] | None,
+  wanted: frozenset[str],
+) -> dict[str, jax.Array]:
+  """What `logps.chunked_token_figures` gives, of chunks.
+
+  Args:
+    hidden: [C, R, S, D] states that predict, C chunks one after the other.
+    readout: to V logits; V may be split over the mesh axis `tensor`.
+    targets: i32 [C, R, S].
+    reference: the reference's hidden and readout, without a gradient, or
+      None.
+    wanted: of "logps", "ref_logps", "alignment" and "kl".
+
+  Returns:
+    Those figures, f32 [C, R, S] each, nats. Gradients flow through "logps"
+    and "kl" into hidden and readout.
+  """
+  logps, kl, others = _figures(hidden, readout, targets, reference, wanted)
+  out = {"logps": logps, "kl": kl, **others}
+  return {name: out[name] for name in wanted}
+
+
+def _mesh_sizes() -> dict[str, int]:
+  mesh = jax.sharding.get_abstract_mesh()
+  return {
+    name: mesh.shape[name]
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if kind is AxisType.Auto
+  }
+
+
+def _pin(x: jax.Array, *axes: Any) -> jax.Array:
+  """Lays x over those axes of the mesh that there are."""
+  sizes = _mesh_sizes()
+  if math.prod(sizes.values()) == 1:
+    return x
+  spec = []
+  for size, axis in zip(x.shape, axes, strict=True):
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    names = tuple(name for name in names if name in sizes)
+    divides = size % math.prod(sizes[name] for name in names) == 0
+    spec.append(names if names and divides else None)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+class _Columns:
+  """The vocabulary in blocks, each with a part of every device's share.
+
+  [D, V] is seen as [D, P, V / P], P devices on the axis `tensor`; a block is
+  `size` columns of all P parts. The last block of a part may be smaller.
+  """
+
+  def __init__(self, readout: Readout, num_positions: int):
+    self.depth, self.vocab_size = readout.kernel.shape
+    parts = _mesh_sizes().get("tensor", 1)
+    self.parts = parts if self.vocab_size % parts == 0 else 1
+    self.width = self.vocab_size // self.parts
+    shards = math.prod(
+      size for name, size in _mesh_sizes().items() if name in _ROW_AXES
+    )
+    size = _LOGITS * shards // max(num_positions, 1)
+    # Whole lanes, and no fewer than what keeps a matmul busy.
+    size = max(size // 256 * 256, 256)
+    num_blocks = -(-self.width // size)
+    # Blocks of equal size, where that wastes nothing.
+    even = -(-self.width // num_blocks)
+    self.size = even if even * num_blocks == self.width else size
+    self.size = min(self.size, self.width)
+
+  def split(self, readout: Readout) -> Readout:
+    """Kernel [D, P, V / P], bias [P, V / P]."""
+    shape = (self.parts, self.width)
+    bias = readout.bias
+    return readout.replace(
+      kernel=readout.kernel.reshape(self.depth, *shape),
+      bias=None if bias is None else bias.reshape(shape),
+    )
+
+  def block(self, readout: Readout, start: Any, size: int) -> Readout:
+    """`size` columns of each part, on every device that holds rows."""
+    cut = functools.partial(
+      jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=-1
+    )
+    bias = readout.bias
+    return readout.replace(
+      kernel=_pin(cut(readout.kernel), None, "tensor", None),
+      bias=None if bias is None else _pin(cut(bias), "tensor", None),
+    )
+
+  def ids(self, start: Any, size: int) -> jax.Array:
+    """i32 [P, size], which tokens a block's columns are."""
+    parts = jnp.arange(self.parts, dtype=jnp.int32)[:, None] * self.width
+    return parts + start + jnp.arange(size, dtype=jnp.int32)
+
+  def scan(self, body: Any, carry: Any) -> Any:
+    """carry = body(carry, start, size) over all blocks."""
+    num_blocks, rest = divmod(self.width, self.size)
+    carry = jax.lax.fori_loop(
+      0, num_blocks, lambda i, c: body(c, i * self.size, self.size), carry
+    )
+    if rest:
+      carry = body(carry, self.width - rest, rest)
+    return carry
+
+
+def _logits(hidden: jax.Array, block: Readout) -> jax.Array:
+  """[R, S, D] and a block -> f32 [R, S, P, size]."""
+  logits = jnp.einsum(
+    "rsd,dpv->rspv", hidden, block.kernel, preferred_element_type=jnp.float32
+  )
+  logits = block.finish(logits)
+  return _pin(logits, _ROW_AXES, None, "tensor", None)
+
+
+def _fold(
+  peak: jax.Array, sums: tuple[jax.Array, ...], new_peak: jax.Array
+) -> tuple[jax.Array, ...]:
+  """Sums of exponentials above `peak`, as sums above `new_peak`."""
+  shrink = jnp.exp(peak - new_peak)
+  return tuple(x * shrink for x in sums)
+
+
+def _chunk_figures(hidden, readout, targets, reference, wanted):
+  """f32 [R, S] each: logps, kl, the others, and the log-sum-exps."""
+  columns = _Columns(readout, targets.size)
+  readout = columns.split(readout)
+  zeros = jnp.zeros(targets.shape, jnp.float32)
+  lowest = jnp.full(targets.shape, -jnp.inf, jnp.float32)
+  with_alignment = "alignment" in wanted
+  if reference is not None:
+    ref_hidden, ref_readout = reference[0], columns.split(reference[1])
+
+  def body(carry, start, size):
+    logits = _logits(hidden, columns.block(readout, start, size))
+    is_target = columns.ids(start, size) == targets[..., None, None]
+
+    def pick(logits):
+      return jnp.where(is_target, logits, 0.0).sum((-2, -1))
+
+    def above(peak):
+      return jnp.exp(logits - peak[..., None, None])
+
+    new = dict(carry)
+    new["target"] = carry["target"] + pick(logits)
+    new["peak"] = peak = jnp.maximum(carry["peak"], logits.max((-2, -1)))
+    (kept,) = _fold(carry["peak"], (carry["sum"],), peak)
+    new["sum"] = kept + above(peak).sum((-2, -1))
+    if with_alignment:
+      (kept,) = _fold(2 * carry["peak"], (carry["squares"],), 2 * peak)
+      new["squares"] = kept + jnp.square(above(peak)).sum((-2, -1))
+    if reference is not None:
+      ref = _logits(ref_hidden, columns.block(ref_readout, start, size))
+      new["ref_target"] = carry["ref_target"] + pick(ref)
+      ref_peak = jnp.maximum(carry["ref_peak"], ref.max((-2, -1)))
+      new["ref_peak"] = ref_peak
+      kept, kept_gap = _fold(
+        carry["ref_peak"], (carry["ref_sum"], carry["gap"]), ref_peak
+      )
+      weights = jnp.exp(ref - ref_peak[..., None, None])
+      new["ref_sum"] = kept + weights.sum((-2, -1))
+      if "kl" in wanted:
+        new["gap"] = kept_gap + (weights * (ref - logits)).sum((-2, -1))
+    return new
+
+  names = ["target", "sum", "squares", "ref_target", "ref_sum", "gap"]
+  carry = dict.fromkeys(names, zeros)
+  carry |= {"peak": lowest, "ref_peak": lowest}
+  sums = columns.scan(body, carry)
+  lse = sums["peak"] + jnp.log(sums["sum"])
+  logps = sums["target"] - lse
+  others, kl, ref_lse = {}, zeros, zeros
+  if with_alignment:
+    collision = 2 * sums["peak"] + jnp.log(sums["squares"]) - 2 * lse
+    others["alignment"] = logps - collision
+  if reference is not None:
+    ref_lse = sums["ref_peak"] + jnp.log(sums["ref_sum"])
+    others["ref_logps"] = sums["ref_target"] - ref_lse
+    if "kl" in wanted:
+      kl = sums["gap"] / sums["ref_sum"] - ref_lse + lse
+  return (logps, kl, others), (lse, ref_lse)
+
+
+def _forward(hidden, readout, targets, reference, wanted):
+  ref_hidden, ref_readout = reference or (None, None)
+
+  def one_chunk(scanned):
+    chunk, chunk_targets, ref_chunk = scanned
+    ref = None if ref_chunk is None else (ref_chunk, ref_readout)
+    return _chunk_figures(chunk, readout, chunk_targets, ref, wanted)
+
+  return jax.lax.map(one_chunk, (hidden, targets, ref_hidden))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _figures(hidden, readout, targets, reference, wanted):
+  return _forward(hidden, readout, targets, reference, wanted)[0]
+
+
+def _figures_fwd(hidden, readout, targets, reference, wanted):
+  out, sums = _forward(hidden, readout, targets, reference, wanted)
+  return out, (hidden, readout, targets, reference, sums)
+
+
+def _figures_bwd(wanted, saved, gradients):
+  hidden, readout, targets, reference, (lse, ref_lse) = saved
+  logps_gradient, kl_gradient, _ = gradients
+  columns = _Columns(readout, targets[0].size)
+  split = columns.split(readout)
+  with_kl = "kl" in wanted
+  ref_hidden = None
+  if with_kl:
+    ref_hidden, ref_readout = reference[0], columns.split(reference[1])
+
+  def one_chunk(readout_gradient, scanned):
+    chunk, its_targets, its_lse, pull, ref_chunk, its_ref_lse, kl_pull = scanned
+
+    def body(carry, start, size):
+      readout_gradient, chunk_gradient = carry
+      block = columns.block(split, start, size)
+      logits = _logits(chunk, block)
+      probs = jnp.exp(logits - its_lse[..., None, None])
+      is_target = columns.ids(start, size) == its_targets[..., None, None]
+      slope = jnp.where(is_target, 1.0 - probs, -probs) * pull[..., None, None]
+      if with_kl:
+        ref = _logits(ref_chunk, columns.block(ref_readout, start, size))
+        ref_probs = jnp.exp(ref - its_ref_lse[..., None, None])
+        slope += (probs - ref_probs) * kl_pull[..., None, None]
+      if block.soft_cap is not None:
+        slope *= 1.0 - jnp.square(logits / block.soft_cap)
+      bias_added = slope.sum((0, 1))
+      slope = slope.astype(chunk.dtype)
+      product = functools.partial(
+        jnp.einsum, preferred_element_type=jnp.float32
+      )
+      chunk_gradient += product("rspv,dpv->rsd", slope, block.kernel)
+      added = product("rsd,rspv->dpv", chunk, slope)
+      added = _pin(added, "fsdp", "tensor", None)
+      kernel, bias = readout_gradient
+      kernel = _add_columns(kernel, added, start)
+      bias = None if bias is None else _add_columns(bias, bias_added, start)
+      return (kernel, bias), chunk_gradient
+
+    zeros = jnp.zeros(chunk.shape, jnp.float32)
+    readout_gradient, chunk_gradient = columns.scan(
+      body, (readout_gradient, zeros)
+    )
+    return readout_gradient, chunk_gradient.astype(chunk.dtype)
+
+  zeros = jnp.zeros(split.kernel.shape, jnp.float32)
+  zeros = (
+    _pin(zeros, "fsdp", "tensor", None),
+    None if split.bias is None else jnp.zeros_like(split.bias),
+  )
+  (kernel, bias), hidden_gradient = jax.lax.scan(
+    one_chunk,
+    zeros,
+    (hidden, targets, lse, logps_gradient, ref_hidden, ref_lse, kl_gradient),
+  )
+  kernel = kernel.reshape(readout.kernel.shape).astype(readout.kernel.dtype)
+  bias = None if bias is None else bias.reshape(readout.bias.shape)
+  return hidden_gradient, readout.replace(kernel=kernel, bias=bias), None, None
+
+
+def _add_columns(total: jax.Array, added: jax.Array, start: Any) -> jax.Array:
+  size = added.shape[-1]
+  before = jax.lax.dynamic_slice_in_dim(total, start, size, total.ndim - 1)
+  return jax.lax.dynamic_update_slice_in_dim(
+    total, before + added, start, total.ndim - 1
+  )
+
+
+_figures.defvjp(_figures_fwd, _figures_bwd)

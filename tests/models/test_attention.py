@@ -1,0 +1,144 @@
+"""Blocked attention, against all scores at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.models import attention, blocked
+from tests import tiny
+
+
+def random_batch(seed, num_slots, length, layout="shared"):
+  """Groups of random lengths; some prompts span blocks, some do not."""
+  rng = np.random.default_rng(seed)
+
+  def text(low, high):
+    return rng.integers(0, 90, rng.integers(low, high)).astype(np.int32)
+
+  groups = [
+    [text(1, 40), *(text(1, 30) for _ in range(num_slots))]
+    for _ in range(rng.integers(3, 8))
+  ]
+  return tiny.pack(groups, layout, length)
+
+
+def labels_of(batch):
+  return [
+    jnp.asarray(x) for x in (batch.positions, batch.segments, batch.branches)
+  ]
+
+
+def values_and_grads(attend, batch, *, num_heads, num_kv_heads):
+  """Outputs of real tokens, and the gradients of a random sum of them."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  shape = (*batch.tokens.shape, num_heads, 8)
+  kv_shape = (*batch.tokens.shape, num_kv_heads, 8)
+  is_real = (batch.segments > 0)[..., None, None]
+  weights = jax.random.normal(keys[3], shape) * is_real
+
+  def total(queries, keys, values):
+    out = jnp.where(is_real, attend(queries, keys, values), 0.0)
+    return (out * weights).sum(), out
+
+  arrays = [
+    jax.random.normal(key, s)
+    for key, s in zip(keys, (shape, kv_shape, kv_shape), strict=False)
+  ]
+  (_, out), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(
+    *arrays
+  )
+  return out, *grads
+
+
+@pytest.mark.parametrize(
+  ("num_slots", "length", "size", "window", "soft_cap", "kv_heads", "layout"),
+  [
+    (2, 256, 32, None, None, 4, "shared"),
+    (2, 250, 32, 7, None, 2, "shared"),
+    (3, 256, 8, 33, 5.0, 1, "shared"),
+    (1, 192, 64, None, 2.0, 2, "packed"),
+    (4, 256, 16, 12, None, 2, "shared"),
+  ],
+)
+def test_blocks_equal_all_scores_at_once(
+  num_slots, length, size, window, soft_cap, kv_heads, layout
+):
+  batch = random_batch(num_slots, num_slots, length, layout)
+  labels = labels_of(batch)
+  rows = attention.make_rows(*labels, backend="dense")
+  blocks = blocked.make_blocks(*labels, size)
+  settings = dict(
+    window=None if window is None else jnp.int32(window),
+    scale=0.7,
+    soft_cap=soft_cap,
+  )
+  heads = dict(num_heads=4, num_kv_heads=kv_heads)
+  wanted = values_and_grads(
+    lambda q, k, v: attention.attend_rows(q, k, v, rows, **settings),
+    batch,
+    **heads,
+  )
+  got = values_and_grads(
+    lambda q, k, v: blocked.attend_blocks(q, k, v, blocks, **settings),
+    batch,
+    **heads,
+  )
+  for one, other in zip(got, wanted, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_block_that_is_needed_is_left_out(seed):
+  """Property, over random groups and windows: what the mask shows is read."""
+  rng = np.random.default_rng(seed)
+  size, window = int(rng.choice([4, 8, 16])), int(rng.integers(1, 40))
+  batch = random_batch(seed, int(rng.integers(1, 5)), 256)
+  labels = labels_of(batch)
+  blocks = blocked.make_blocks(*labels, size)
+  mask = np.array(attention.shared_prompt_mask(*labels[1:]))
+  mask &= (batch.segments > 0)[:, :, None]
+  for w in (None, jnp.int32(window)):
+    if w is not None:
+      mask &= np.asarray(attention.in_window(labels[0], labels[0], w))
+    num = mask.shape[1] // size
+    needed = mask.reshape(-1, num, size, num, size).any((2, 4))
+    ranges = [np.asarray(x) for x in blocked.key_blocks(blocks, w)]
+    read = np.zeros_like(needed, int)
+    for r, n in np.ndindex(*ranges[0].shape):
+      first_prompt, in_prompt, first_own, own = (x[r, n] for x in ranges)
+      read[r, n, first_prompt : first_prompt + in_prompt] += 1
+      read[r, n, first_own : first_own + own] += 1
+    assert read.max() <= 1, "a block is read twice"
+    assert (read >= needed).all()
+    # What is read in vain is at an edge of a window, not whole groups.
+    assert read.sum() <= 1.5 * needed.sum() + num
+
+
+@pytest.mark.parametrize("backend", ["xla"])
+def test_no_array_of_length_squared(backend):
+  length = 4096
+
+  def total(queries, keys, values, *labels):
+    rows = attention.make_rows(*labels, backend=backend)
+    out = attention.attend_rows(
+      queries, keys, values, rows, window=None, scale=1.0, soft_cap=None
+    )
+    return out.sum()
+
+  shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+  label = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  compiled = (
+    jax.jit(jax.grad(total, (0, 1, 2)))
+    .lower(shape, shape, shape, label, label, label)
+    .compile()
+  )
+  assert f"{length},{length}" not in compiled.as_text()
+  used = compiled.memory_analysis().temp_size_in_bytes
+  assert used < length * length, "more than a byte for each pair of tokens"
+
+
+def test_an_unknown_backend_is_told_the_known_ones():
+  label = jnp.zeros((1, 8), jnp.int32)
+  with pytest.raises(ValueError, match="Known: auto, xla, splash"):
+    attention.make_rows(label, label, label, backend="flash")

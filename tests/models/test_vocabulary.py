@@ -1,0 +1,177 @@
+"""Blocks of the vocabulary, against the whole of it; and on a mesh."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+import pytest
+
+from dpo_jax import mesh as mesh_lib
+from dpo_jax.models import logps as logps_lib
+from dpo_jax.models import vocabulary
+from dpo_jax.models.decoder import Readout
+
+FIGURES = frozenset(
+  {"logps", "ref_logps", "alignment", "complement_logps", "kl"}
+)
+
+
+def inputs(
+  num_rows=2,
+  length=13,
+  depth=8,
+  vocab_size=1003,
+  spread=1.0,
+  has_bias=False,
+  soft_cap=None,
+):
+  keys = jax.random.split(jax.random.key(0), 7)
+  shape = (num_rows, length, depth)
+
+  def readout(key, bias_key):
+    bias = jax.random.normal(bias_key, (vocab_size,)) if has_bias else None
+    kernel = spread * jax.random.normal(key, (depth, vocab_size))
+    return Readout(kernel, bias, soft_cap)
+
+  return dict(
+    hidden=jax.random.normal(keys[0], shape),
+    readout=readout(keys[1], keys[5]),
+    targets=jax.random.randint(keys[2], shape[:2], 0, vocab_size),
+    ref_hidden=jax.random.normal(keys[3], shape),
+    ref_readout=readout(keys[4], keys[6]),
+  )
+
+
+def whole_vocabulary(x):
+  """The figures from full log-softmaxes, by their definitions."""
+
+  def log_probs(hidden, readout):
+    logits = jnp.einsum("rsd,dv->rsv", hidden, readout.kernel)
+    if readout.bias is not None:
+      logits = logits + readout.bias
+    if readout.soft_cap is not None:
+      logits = readout.soft_cap * jnp.tanh(logits / readout.soft_cap)
+    return jax.nn.log_softmax(logits)
+
+  def take(log_probs):
+    return jnp.take_along_axis(log_probs, x["targets"][..., None], -1)[..., 0]
+
+  ours = log_probs(x["hidden"], x["readout"])
+  reference = log_probs(x["ref_hidden"], x["ref_readout"])
+  collision = jnp.log((jnp.exp(ours) ** 2).sum(-1))
+  return {
+    "logps": take(ours),
+    "ref_logps": take(reference),
+    "alignment": jax.lax.stop_gradient(take(ours) - collision),
+    "complement_logps": jnp.log1p(-jnp.exp(take(ours))),
+    "kl": (jnp.exp(reference) * (reference - ours)).sum(-1),
+  }
+
+
+def blocked_vocabulary(x, chunk_size):
+  return logps_lib.chunked_token_figures(
+    **x, chunk_size=chunk_size, figures=FIGURES
+  )
+
+
+def with_gradients(function, x, name):
+  """A figure, and what a weighted sum of it pulls on the policy."""
+  weights = jnp.linspace(-1.0, 2.0, x["targets"].size)
+  weights = weights.reshape(x["targets"].shape)
+
+  def total(hidden, readout):
+    figure = function(x | dict(hidden=hidden, readout=readout))[name]
+    return (figure * weights).sum(), figure
+
+  grads, figure = jax.jit(jax.grad(total, (0, 1), has_aux=True))(
+    x["hidden"], x["readout"]
+  )
+  return figure, *jax.tree.leaves(grads)
+
+
+def assert_close(got, wanted, tolerance=2e-5):
+  for one, other in zip(got, wanted, strict=True):
+    scale = max(float(jnp.abs(other).max()), 1e-3)
+    np.testing.assert_allclose(one, other, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES))
+@pytest.mark.parametrize("chunk_size", [5, 100])
+def test_blocks_equal_the_whole_vocabulary(name, chunk_size, monkeypatch):
+  """1003 columns: three blocks of 256 and a rest."""
+  monkeypatch.setattr(vocabulary, "_LOGITS", 1)
+  x = inputs()
+  got = with_gradients(lambda x: blocked_vocabulary(x, chunk_size), x, name)
+  assert_close(got, with_gradients(whole_vocabulary, x, name))
+
+
+@pytest.mark.parametrize("name", ["logps", "alignment", "kl"])
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+def test_a_bias_and_a_soft_cap_are_part_of_the_logits(
+  name, soft_cap, monkeypatch
+):
+  monkeypatch.setattr(vocabulary, "_LOGITS", 1)
+  x = inputs(has_bias=True, soft_cap=soft_cap)
+  got = with_gradients(lambda x: blocked_vocabulary(x, 5), x, name)
+  assert len(got) == 4
+  assert_close(got, with_gradients(whole_vocabulary, x, name))
+
+
+def test_large_logits_stay_finite(monkeypatch):
+  monkeypatch.setattr(vocabulary, "_LOGITS", 1)
+  x = inputs(spread=60.0)
+  for name in ("logps", "kl"):
+    got = with_gradients(lambda x: blocked_vocabulary(x, 100), x, name)
+    assert all(np.isfinite(array).all() for array in got)
+    assert_close(got, with_gradients(whole_vocabulary, x, name))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 4), (2, 2, 2), (1, 4, 1)], ids=str)
+def test_a_sharded_vocabulary_gives_the_same(sizes, monkeypatch):
+  """And no device ever holds all columns of its rows' logits."""
+  monkeypatch.setattr(vocabulary, "_LOGITS", 1)
+  axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+  axes = {axis: axes.get(axis, 1) for axis in mesh_lib.AXES}
+  mesh = mesh_lib.make_mesh(axes, jax.devices()[: int(np.prod(sizes))])
+  x = inputs(num_rows=4, vocab_size=2048)
+  kernel = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+  rows = NamedSharding(mesh, PartitionSpec(mesh_lib.ROW_AXES))
+  placed = {
+    name: jax.device_put(a, kernel if "readout" in name else rows)
+    for name, a in x.items()
+  }
+  for name in ("logps", "kl"):
+    wanted = with_gradients(whole_vocabulary, x, name)
+    with jax.set_mesh(mesh):
+      got = with_gradients(lambda x: blocked_vocabulary(x, 100), placed, name)
+    assert_close(got, wanted)
+
+
+def test_no_buffer_of_positions_times_vocabulary():
+  """Of the compiled program: neither the policy's nor a reference's."""
+  depth, length, vocab_size = 16, 1536, 50_000
+  shape = jax.ShapeDtypeStruct
+  hidden = shape((1, length, depth), jnp.float32)
+  kernel = shape((depth, vocab_size), jnp.float32)
+
+  def total(hidden, kernel, ref_hidden, ref_kernel, targets):
+    figures = logps_lib.chunked_token_figures(
+      hidden,
+      Readout(kernel),
+      targets,
+      chunk_size=4096,
+      figures=FIGURES,
+      ref_hidden=ref_hidden,
+      ref_readout=Readout(ref_kernel),
+    )
+    return sum(figure.sum() for figure in figures.values())
+
+  compiled = (
+    jax.jit(jax.grad(total, (0, 1)))
+    .lower(hidden, kernel, hidden, kernel, shape((1, length), jnp.int32))
+    .compile()
+  )
+  used = compiled.memory_analysis().temp_size_in_bytes
+  # Two blocks of logits and their like; the whole would be 307 MB.
+  assert used < 100e6
+  assert f"{length},1,{vocab_size}" not in compiled.as_text()
