@@ -125,7 +125,7 @@ class Checkpoints:
       OSError: no room for it.
     """
     self.wait()
-    _check_room(self._root, state)
+    _check_room(self._root, (state.params, _rest(state)))
     if metrics and self._best_metric not in metrics:
       _LOG.warning(
         "checkpoint.best_metric=%r is not measured, so the latest step counts"
@@ -329,12 +329,12 @@ def _quarantine_damaged(root: epath.Path) -> None:
     )
 
 
-def _check_room(root: epath.Path, state: TrainState) -> None:
+def _check_room(root: epath.Path, arrays: Any) -> None:
   try:
     free = shutil.disk_usage(root).free
   except OSError:  # not a local folder: a bucket has no end
     return
-  needed = sum(x.nbytes for x in jax.tree.leaves(state))
+  needed = sum(x.nbytes for x in jax.tree.leaves(arrays))
   if needed > free:
     raise OSError(
       f"a checkpoint takes {needed:,} bytes, and {root} has {free:,} free:"

@@ -50,6 +50,17 @@ def default_config() -> ml_collections.ConfigDict:
   config.policy.param_dtype = "float32"  # what is trained
   config.policy.compute_dtype = "float32"  # of matmuls and activations
   config.policy.remat = "none"  # or "full", "dots"
+  # Regular expression; parameters whose path it finds are not trained.
+  config.policy.frozen = ""
+
+  # Adapters (arXiv:2106.09685): only they are trained. rank 0, or lora=None,
+  # trains the policy itself.
+  config.lora = ml_collections.ConfigDict()
+  config.lora.rank = 0
+  config.lora.alpha = 16.0  # their scale is alpha / rank
+  # Regular expression over query key value attention_out gate up down.
+  config.lora.targets = ".*"
+  config.lora.rank_stabilized = False  # alpha / sqrt(rank): arXiv:2312.03732
 
   config.data = ml_collections.ConfigDict()
   config.data.source = "synthetic:review_pairs"  # data/sources.py lists kinds
@@ -74,9 +85,10 @@ def default_config() -> ml_collections.ConfigDict:
 
   config.reference = ml_collections.ConfigDict()
   # "cached": log-probs computed once; "frozen": a copy runs in every step;
-  # "ema": a copy that follows the policy (TR-DPO); "none": for losses that
-  # read no reference. "auto" is "none" where it can be, "frozen" where a loss
-  # reads more of the reference than sums, and else "cached".
+  # "adapter_off": the policy without its adapters, at no memory; "ema": a copy
+  # that follows the policy (TR-DPO); "none": for losses that read no reference.
+  # "auto" is "none" where it can be, "cached" where a loss reads no more of the
+  # reference than sums, and else "adapter_off" or "frozen".
   config.reference.kind = "auto"
   # TR-DPO (arXiv:2404.09656): every so many steps the reference becomes
   # alpha * policy + (1 - alpha) * reference; 1 is a hard update.
@@ -155,6 +167,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   All missing and unknown keys are named at once, unknown ones with the
   nearest that exists. Values are checked where they are used.
   """
+  with config.ignore_type():
+    if config.get("lora", {}) is None:
+      config.lora = default_config().lora
   # A loss, or a list of them, is checked by `build_objective`.
   wanted, found = (
     {k: v for k, v in flatten(c) if k.partition(".")[0] != "loss"}
@@ -187,6 +202,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     ("checkpoint.every_steps", 0),
     ("checkpoint.keep", 2),
     ("log.every_steps", 1),
+    ("lora.rank", 0),
   ):
     if found[key] < low:
       raise ValueError(f"config.{key}={found[key]} must be at least {low}")

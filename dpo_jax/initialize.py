@@ -10,16 +10,25 @@ import jax.numpy as jnp
 
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.mesh import param_shardings
-from dpo_jax.models import hf
-from dpo_jax.models.config import ModelConfig
+from dpo_jax.models import hf, lora
+from dpo_jax.models.config import Lora, ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.presets import PRESETS
+from dpo_jax.optimizer import split_params
+from dpo_jax.reference import params_digest
+from dpo_jax.types import join_trees
 
-KINDS = ("random", "hf:FOLDER", "run:WORKDIR")
+# File of a workdir with the digest of the parameters that are not trained.
+FROZEN_DIGEST = "frozen.txt"
+KINDS = ("random", "hf:FOLDER", "hub:ORG/NAME@REVISION", "run:WORKDIR")
 
 
 def load_policy(
-  config: Any, *, vocab_size: int, value_head: bool = False
+  config: Any,
+  *,
+  vocab_size: int,
+  value_head: bool = False,
+  adapters: Any = None,
 ) -> Policy:
   """The decoder that `config.policy` describes.
 
@@ -28,6 +37,7 @@ def load_policy(
     vocab_size: ids that the tokenizer may give; the embedding of random
       weights is that large, rounded up to a multiple of 128.
     value_head: whether the loss reads values.
+    adapters: `config.lora`; rank 0, or None, for none.
 
   Returns:
     The decoder, without parameters.
@@ -41,7 +51,15 @@ def load_policy(
     "compute_dtype": config.compute_dtype,
     "remat": config.remat,
     "value_head": value_head,
+    "lora": None,
   }
+  if adapters is not None and adapters.rank:
+    ours["lora"] = Lora(
+      adapters.rank,
+      adapters.alpha,
+      adapters.targets,
+      adapters.rank_stabilized,
+    )
   kind, _, where = config.init.partition(":")
   if kind == "random" and not where:
     if config.preset not in PRESETS:
@@ -52,8 +70,8 @@ def load_policy(
     return Policy(
       ModelConfig(**{**PRESETS[config.preset], "vocab_size": rounded, **ours})
     )
-  if kind == "hf" and where:
-    return Policy(hf.load_config(where, **ours))
+  if kind in ("hf", "hub") and where:
+    return Policy(hf.load_config(model_folder(config.init), **ours))
   if kind == "run" and where:
     path = epath.Path(where) / "model.json"
     if not path.exists():
@@ -72,23 +90,32 @@ def write_model(policy: Policy, workdir: epath.Path) -> None:
   (workdir / "model.json").write_text(text + "\n")
 
 
+def model_folder(init: str) -> str:
+  """The local folder of "hf:FOLDER" or "hub:ORG/NAME@REVISION"."""
+  kind, _, where = init.partition(":")
+  return hf.download(where) if kind == "hub" else where
+
+
 def load_params(init: str, policy: Policy, mesh: Any, *, seed: int) -> Any:
   """Parameters on the mesh.
 
   Args:
-    init: "random", "hf:FOLDER" or "run:WORKDIR", which takes that run's best
-      checkpoint.
+    init: "random", "hf:FOLDER", "hub:ORG/NAME@REVISION" or "run:WORKDIR",
+      which takes that run's best checkpoint, its adapters merged.
     policy: the decoder, of that shape.
     mesh: where they go.
-    seed: of random weights.
+    seed: of random weights, adapters among them.
 
   Returns:
     Nested dict of arrays, sharded by the partition rules.
 
   Raises:
     FileNotFoundError: a run without a checkpoint.
-    ValueError: weights of another shape.
+    ValueError: weights of another shape, or adapters whose base has changed.
   """
+  if policy.config.lora is not None:
+    base = load_params(init, policy.without_adapters, mesh, seed=seed)
+    return join_trees(_fresh_adapters(policy, mesh, seed), base)
   kind, _, where = init.partition(":")
   if policy.config.value_head and not _has_value_head(kind, where):
     # What it starts from has none: it begins at zero, as a random one does.
@@ -98,32 +125,89 @@ def load_params(init: str, policy: Policy, mesh: Any, *, seed: int) -> Any:
     sharding = param_shardings({"value_head": abstract}, mesh)["value_head"]
     zeros = jnp.zeros(abstract.shape, abstract.dtype, device=sharding)
     return {**params, "value_head": zeros}
-  abstract = policy.abstract_params()
-  shardings = param_shardings(abstract, mesh)
+  shardings = param_shardings(policy.abstract_params(), mesh)
   if kind == "random":
     make = jax.jit(policy.init, out_shardings=shardings)
     return make(jax.random.key(seed))
-  if kind == "hf":
-    return hf.load_params(where, policy, shardings)
+  if kind in ("hf", "hub"):
+    return hf.load_params(model_folder(init), policy, shardings)
+  return _load_run(epath.Path(where), policy, mesh)
+
+
+def _fresh_adapters(policy: Policy, mesh: Any, seed: int) -> Any:
+  """Adapters that do nothing yet; the base is not made."""
+
+  def adapters(tree: Any) -> Any:
+    return split_params({"layers": tree["layers"]}, "")[0]
+
+  shardings = param_shardings(adapters(policy.abstract_params()), mesh)
+  make = jax.jit(
+    lambda key: adapters(policy.init(key)), out_shardings=shardings
+  )
+  return make(jax.random.key(seed))
+
+
+def _load_run(workdir: epath.Path, policy: Policy, mesh: Any) -> Any:
+  """The best checkpoint of a run, joined with what that run did not train."""
+  config = json.loads((workdir / "config.json").read_text())
+  recorded = json.loads((workdir / "model.json").read_text())
+  theirs = Policy(
+    dataclasses.replace(
+      policy.config, lora=ModelConfig.from_dict(recorded).lora
+    )
+  )
+  abstract = theirs.abstract_params()
+  trained, frozen = split_params(abstract, config["policy"].get("frozen", ""))
   targets = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    abstract,
-    shardings,
+    trained,
+    param_shardings(trained, mesh),
   )
-  checkpoints = open_checkpoints(
-    where,
-    json.loads((epath.Path(where) / "config.json").read_text()),
-    is_reader=True,
-  )
+  checkpoints = open_checkpoints(workdir, config, is_reader=True)
   try:
     step = checkpoints.best_step
     if step is None:
       raise FileNotFoundError(
-        f"{where} has no finished checkpoint to start from"
+        f"{workdir} has no finished checkpoint to start from"
       )
-    return checkpoints.restore_params(targets, step=step)
+    params = checkpoints.restore_params(targets, step=step)
   finally:
     checkpoints.close()
+  if frozen is None:
+    return params
+  base = load_params(
+    config["policy"]["init"], theirs, mesh, seed=config["seed"]
+  )
+  base = split_params(base, config["policy"].get("frozen", ""))[1]
+  check_frozen(base, workdir, config["policy"]["init"])
+  params = join_trees(params, base)
+  if theirs.config.lora is None:
+    return params
+  return jax.jit(
+    lambda params: lora.merge_adapters(params, theirs.config),
+    out_shardings=param_shardings(policy.abstract_params(), mesh),
+  )(params)
+
+
+def check_frozen(frozen: Any, workdir: epath.Path, init: str) -> None:
+  """Whether parameters that a run does not save are those it began with.
+
+  Args:
+    frozen: as they are read now.
+    workdir: of the run.
+    init: where they are read from.
+
+  Raises:
+    ValueError: they are others.
+  """
+  path = workdir / FROZEN_DIGEST
+  digest = params_digest(frozen)
+  if path.exists() and path.read_text().strip() != digest:
+    raise ValueError(
+      f"{workdir} trained parts of another model: {path} says"
+      f" {path.read_text().strip()[:12]}, and {init} is {digest[:12]} now."
+      " Adapters mean nothing on another base: bring the old weights back"
+    )
 
 
 def _has_value_head(kind: str, where: str) -> bool:

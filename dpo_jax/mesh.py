@@ -46,7 +46,24 @@ PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     PartitionSpec(None, "tensor", None, "fsdp"),
   ),
   (r"^layers/down/kernel$", PartitionSpec(None, "tensor", "fsdp")),
-  (r"scale$|^value_head$", PartitionSpec()),
+  (r"^position_embedding$", PartitionSpec(None, "fsdp")),
+  (r"^layers/(query|key|value|gate|up)/bias$", PartitionSpec(None, "tensor")),
+  (r"^head_bias$", PartitionSpec("tensor")),
+  # Adapters lie as the axes of their kernels do.
+  (
+    r"^layers/(query|key|value|gate|up)/lora_a$",
+    PartitionSpec(None, "fsdp", None),
+  ),
+  (
+    r"^layers/(query|key|value|gate|up)/lora_b$",
+    PartitionSpec(None, None, "tensor"),
+  ),
+  (r"^layers/(attention_out|down)/lora_a$", PartitionSpec(None, "tensor")),
+  (
+    r"^layers/(attention_out|down)/lora_b$",
+    PartitionSpec(None, None, "fsdp"),
+  ),
+  (r"(scale|bias)$|^value_head$", PartitionSpec()),
 )
 
 

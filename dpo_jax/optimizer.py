@@ -1,12 +1,15 @@
 """Learning-rate schedule and optax chain."""
 
+from collections.abc import Mapping
 import math
+import re
 from typing import Any
 
 import jax
 import optax
 
 from dpo_jax.mesh import path_name
+from dpo_jax.models import lora
 
 OPTIMIZERS = ("adamw", "rmsprop", "adafactor", "lion")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -62,7 +65,7 @@ def build_optimizer(
     schedule: from `build_schedule`.
 
   Returns:
-    The chain. Weight decay leaves norm scales alone.
+    The chain. Weight decay leaves norm scales and biases alone.
 
   Raises:
     ValueError: an unknown optimizer, or a knob out of range.
@@ -112,5 +115,56 @@ def build_optimizer(
 
 def _is_decayed(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: not path_name(path).endswith("scale"), params
+    lambda path, _: not path_name(path).endswith(("scale", "bias")), params
   )
+
+
+def split_params(
+  params: Mapping[str, Any], frozen: str
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """Parameters that are trained, and those that are not.
+
+  Args:
+    params: a nested dict. Where it holds adapters, they and a value head are
+      trained and nothing else.
+    frozen: regular expression; a parameter whose path it finds is not trained;
+      "" freezes none.
+
+  Returns:
+    Two nested dicts with each leaf in one of them; None for the second if
+    there are none.
+
+  Raises:
+    ValueError: an expression that finds no parameter, or all of them.
+  """
+  only_adapters = lora.has_adapters(params)
+  try:
+    pattern = re.compile(frozen)
+  except re.error as error:
+    raise ValueError(
+      f"policy.frozen={frozen!r} is no regular expression: {error}"
+    ) from error
+
+  def is_trained(name: str) -> bool:
+    if frozen and pattern.search(name):
+      return False
+    is_adapter = name.rpartition("/")[2] in lora.ADAPTER_LEAVES
+    return not only_adapters or is_adapter or name == "value_head"
+
+  parts: tuple[dict, dict] = ({}, {})
+  names = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = path_name(path)
+    names.append(name)
+    node = parts[not is_trained(name)]
+    *outer, last = name.split("/")
+    for key in outer:
+      node = node.setdefault(key, {})
+    node[last] = leaf
+  if frozen and not any(pattern.search(name) for name in names):
+    raise ValueError(
+      f"policy.frozen={frozen!r} finds none of {', '.join(names)}"
+    )
+  if not parts[0]:
+    raise ValueError(f"policy.frozen={frozen!r} leaves nothing to train")
+  return parts[0], parts[1] or None

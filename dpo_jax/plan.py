@@ -270,7 +270,7 @@ def _known_memory(run: Run, state: Any, batch: Batch) -> dict[str, float]:
   chunk = min(run.config.logps_chunk, batch.targets.shape[1])
   vocabulary = run.policy.config.vocab_size / sizes["tensor"]
   return {
-    "parameters": shard_bytes(state.params),
+    "parameters": shard_bytes(state.policy_params),
     "optimizer state": shard_bytes(state.opt_state),
     "reference": shard_bytes(state.ref_params),
     "batch": shard_bytes(batch),

@@ -23,17 +23,22 @@ from dpo_jax.models import logps as logps_lib
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 
-KINDS = ("auto", "cached", "frozen", "ema", "none")
+KINDS = ("auto", "cached", "frozen", "adapter_off", "ema", "none")
+# Where the reference runs in every step.
+LIVE_KINDS = ("frozen", "adapter_off", "ema")
 # Fields of Sequences that a cache of log-probs does not hold.
 LIVE_FIELDS = frozenset({"kl", "ref_head_logps", "ref_sampled_logps"})
 
 
-def resolve(config: Any, objective: Objective | WeightedSum) -> None:
+def resolve(
+  config: Any, objective: Objective | WeightedSum, *, has_adapters: bool
+) -> None:
   """Settles `config.reference`: which kind, and the knobs of TR-DPO.
 
   Args:
     config: `config.reference`, changed in place.
     objective: what reads the reference.
+    has_adapters: whether the policy is trained by adapters.
 
   Raises:
     ValueError: an unknown kind, one that the loss cannot do with, or knobs
@@ -48,11 +53,17 @@ def resolve(config: Any, objective: Objective | WeightedSum) -> None:
     if not objective.needs_reference:
       config.kind = "none"
     else:
-      config.kind = "frozen" if live else "cached"
+      off = "adapter_off" if has_adapters and not config.init else "frozen"
+      config.kind = off if live else "cached"
   if objective.needs_reference and config.kind == "none":
     raise ValueError(
       f"loss {objective.name!r} compares with a reference: set reference.kind"
       " to 'cached' or 'frozen', or loss.reward to one without a reference"
+    )
+  if config.kind == "adapter_off" and (config.init or not has_adapters):
+    raise ValueError(
+      "reference.kind='adapter_off' is the policy without its adapters: set"
+      " lora.rank above 0 and leave reference.init empty"
     )
   if live and config.kind == "cached":
     raise ValueError(

@@ -78,11 +78,22 @@ class Run:
   @property
   def has_live_reference(self) -> bool:
     """Whether the reference's parameters are on the devices."""
-    is_live = self.config.reference.kind in ("frozen", "ema")
+    is_live = self.config.reference.kind in reference.LIVE_KINDS
     return is_live and self.objective.needs_reference
 
+  def split_params(self, params: Any) -> tuple[Any, Any]:
+    """What is trained, and what is not or None."""
+    return optimizer.split_params(params, self.config.policy.frozen)
+
   def fresh_state(self, params: Any, ref_params: Any) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step, without the frozen parameters.
+
+    Args:
+      params: what is trained.
+      ref_params: the same of the reference, or None.
+    """
+    if self.config.reference.kind == "adapter_off" and ref_params is not None:
+      ref_params = {}
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
@@ -94,9 +105,10 @@ class Run:
   def abstract_state(self) -> tuple[TrainState, TrainState]:
     """The state as ShapeDtypeStructs on the mesh, and its shardings."""
     params = self.policy.abstract_params()
+    trained, frozen = self.split_params(params)
     abstract = jax.eval_shape(
-      self.fresh_state, params, params if self.has_live_reference else None
-    )
+      self.fresh_state, trained, trained if self.has_live_reference else None
+    ).replace(frozen_params=frozen)
     shardings = mesh.state_shardings(abstract, params, self.placement.mesh)
     return with_shardings(abstract, shardings), shardings
 
@@ -150,7 +162,8 @@ def build_run(
   config = config.copy_and_resolve_references()
   objective = build_objective(config.loss)
   _resolve_loss(config, objective)
-  reference.resolve(config.reference, objective)
+  has_adapters = config.lora.rank > 0
+  reference.resolve(config.reference, objective, has_adapters=has_adapters)
   eval_objectives = _eval_objectives(config, objective)
   judge = judges.get_judge(config.eval.judge)
   placement = mesh.Placement(
@@ -169,7 +182,9 @@ def build_run(
     config.policy,
     vocab_size=tokenizer.vocab_size if tokenizer else vocab_size,
     value_head="values" in objective.needs,
+    adapters=config.lora,
   )
+  _check_parts(config, policy)
   mesh.param_shardings(policy.abstract_params(), placement.mesh)
   _check_sizes(config, policy, placement)
   schedule = optimizer.build_schedule(config.optimizer, config.total_steps)
@@ -192,6 +207,20 @@ def build_run(
   )
 
 
+def _check_parts(config: Any, policy: Policy) -> None:
+  """Whether what is frozen and where the reference runs go together."""
+  _, frozen = optimizer.split_params(
+    policy.abstract_params(), config.policy.frozen
+  )
+  other_start = config.reference.init not in ("", config.policy.init)
+  if frozen and other_start and config.reference.kind in reference.LIVE_KINDS:
+    raise ValueError(
+      f"reference.kind={config.reference.kind!r} shares the frozen parameters"
+      f" with the policy, and reference.init={config.reference.init!r} has"
+      " others: set reference.kind='cached'"
+    )
+
+
 def _resolve_loss(config: Any, objective: Objective | WeightedSum) -> None:
   """Writes every knob that the loss reads into the config."""
   resolved = objective.to_dict()
@@ -210,7 +239,7 @@ def _eval_objectives(
   # What depends on the run: the rest comes with every forward pass.
   absent = {"values", "mismatched_logps", "mismatched_ref_logps"}
   absent -= objective.needs
-  if config.reference.kind not in ("frozen", "ema"):
+  if config.reference.kind not in reference.LIVE_KINDS:
     absent |= reference.LIVE_FIELDS
   if not objective.needs_reference:
     absent |= reference.LIVE_FIELDS | {"ref_logps"}
@@ -234,12 +263,12 @@ def _eval_objectives(
 def _tokenizer_folder(config: Any) -> str:
   if config.data.tokenizer:
     return config.data.tokenizer
-  if not config.policy.init.startswith("hf:"):
+  if not config.policy.init.startswith(("hf:", "hub:")):
     raise ValueError(
       "data.tokenizer='' means the tokenizer of the policy's folder, and"
-      f" policy.init={config.policy.init!r} is no Hugging Face folder"
+      f" policy.init={config.policy.init!r} is no Hugging Face model"
     )
-  return config.policy.init.removeprefix("hf:")
+  return initialize.model_folder(config.policy.init)
 
 
 def _check_sizes(

@@ -109,8 +109,8 @@ def make_train_step(
   def read(params: Any, state: TrainState, part: Batch) -> Sequences:
     return read_sequences(
       policy,
-      params,
-      state.ref_params,
+      state.replace(params=params).policy_params,
+      state.reference_params,
       part,
       chunk_size=chunk_size,
       needs=objective.needs,

@@ -52,6 +52,7 @@ from dpo_jax import step as step_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.metrics import MetricsWriter, ProgressBar, read_metrics
+from dpo_jax.models import lora
 from dpo_jax.profile import ProfileWindow
 from dpo_jax.run import build_run, use_compilation_cache
 from dpo_jax.types import TrainState
@@ -177,7 +178,7 @@ class _Loop:
     if start >= config.total_steps:
       _LOG.info("%s is finished: %d steps", run.workdir, start)
       return _last_figures(run.workdir)
-    self._attach_reference(is_fresh=start == 0)
+    self._attach_reference(state, is_fresh=start == 0)
     self._build_eval()
     if start == 0:
       self._check_step_zero(state)
@@ -197,15 +198,24 @@ class _Loop:
     state = self.checkpoints.restore(target)
     if state is not None:
       _LOG.info("goes on at step %d", int(state.step))
+      if target.frozen_params is not None:
+        frozen = run.split_params(self._load(config.policy.init))[1]
+        initialize.check_frozen(frozen, run.workdir, config.policy.init)
+        state = state.replace(frozen_params=frozen)
       return state, shardings
-    params = self._load(config.policy.init)
+    params, frozen = run.split_params(self._load(config.policy.init))
     # Loaded again, not copied by reference: the policy's buffers are donated.
     ref_params = None
     if run.has_live_reference:
-      ref_params = self._load(self._reference_init())
-    make = jax.jit(run.fresh_state, out_shardings=shardings)
+      ref_params = run.split_params(self._load(self._reference_init()))[0]
+    make = jax.jit(
+      run.fresh_state, out_shardings=shardings.replace(frozen_params=None)
+    )
     state = make(params, ref_params)
-    return state, shardings
+    if frozen is not None and run.is_writer:
+      digest = reference.params_digest(frozen)
+      (run.workdir / initialize.FROZEN_DIGEST).write_text(digest + "\n")
+    return state.replace(frozen_params=frozen), shardings
 
   def _reference_init(self) -> str:
     return self.config.reference.init or self.config.policy.init
@@ -216,10 +226,14 @@ class _Loop:
     )
 
   def _reference_params(self, state: TrainState) -> Any:
-    """What the reference began as; loaded anew if not on the device."""
-    if state.ref_params is not None and self.config.reference.kind == "frozen":
-      return state.ref_params
-    return self._load(self._reference_init())
+    """What the reference began as; loaded anew if not on the devices."""
+    kind = self.config.reference.kind
+    if state.ref_params is not None and kind in ("frozen", "adapter_off"):
+      return state.reference_params
+    has_adapters = self.run.policy.config.lora is not None
+    if has_adapters and self._reference_init() == self.config.policy.init:
+      return lora.without_adapters(state.policy_params)
+    return lora.without_adapters(self._load(self._reference_init()))
 
   @functools.cached_property
   def _logps_step(self) -> Any:
@@ -227,7 +241,7 @@ class _Loop:
       self.run.policy, self.run.placement, self.config.logps_chunk
     )
 
-  def _attach_reference(self, *, is_fresh: bool) -> None:
+  def _attach_reference(self, state: TrainState, *, is_fresh: bool) -> None:
     """Gives the loaders cached log-probs, computing them where needed."""
     run, config = self.run, self.config
     self.train_loader, self.eval_loader = run.data.train, run.data.eval
@@ -235,13 +249,14 @@ class _Loop:
     if not (is_cached and run.objective.needs_reference):
       return
     folder = config.reference.cache_dir or run.workdir / "reference"
-    params = self._load(self._reference_init())
+    params = self._reference_params(state)
+    policy = run.policy.without_adapters
     self._check_same_reference(params, is_fresh=is_fresh)
     by_store: dict[str, np.ndarray] = {}
 
     def attach(loader: loader_lib.Loader) -> loader_lib.Loader:
       key = reference.cache_key(
-        params, run.policy.config, f"{loader.store.digest}/{len(loader.store)}"
+        params, policy.config, f"{loader.store.digest}/{len(loader.store)}"
       )
       if key not in by_store:
         by_store[key] = self._cached_logps(folder, key, params, loader)
@@ -331,8 +346,8 @@ class _Loop:
     sequences, per_group, _ = jax.tree.map(
       reference.to_host,
       self.eval_step(
-        state.params,
-        state.ref_params,
+        state.policy_params,
+        state.reference_params,
         state.loss_state,
         batch,
         [counts] * (1 + len(run.eval_objectives)),
@@ -475,8 +490,8 @@ class _Loop:
     figures, records = evaluate_lib.evaluate(
       self.eval_step,
       self.run.objective,
-      state.params,
-      state.ref_params,
+      state.policy_params,
+      state.reference_params,
       state.loss_state,
       self.eval_loader,
       self.run.placement,
@@ -485,13 +500,13 @@ class _Loop:
     if self.config.eval.save_logps and self.run.is_writer:
       evaluate_lib.write_records(self.run.workdir, step, records)
     if is_edge and self.ref_samples is not None:
-      samples = self._sample(state.params)
+      samples = self._sample(state.policy_params)
       figures |= evaluate_lib.compare_samples(samples, self.ref_samples)
       settings = self.config.eval
       if (settings.temperature, settings.top_k, settings.top_p) == (1, 0, 1):
         figures |= evaluate_lib.sampled_kl(
           self._logps_step,
-          state.params,
+          state.policy_params,
           self._reference_params(state),
           samples,
           self.run.placement,

@@ -114,15 +114,22 @@ class Sequences:
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything that a step changes, and all that a checkpoint holds.
+  """Everything that a step changes, and the parameters that it does not.
+
+  A checkpoint holds all but `frozen_params`, which are read again from where
+  they came.
 
   Attributes:
     step: i32 [], optimizer steps taken.
-    params: the policy's parameters, a nested dict.
+    params: the parameters that are trained, a nested dict: the policy's, or
+      its adapters, or what `policy.frozen` leaves.
     opt_state: optax state.
     loss_state: state of the objective (running means), or ().
-    ref_params: the reference's parameters where they live on the device
-      (`reference.kind` "frozen" or "ema"), else None.
+    ref_params: the reference's parameters where they live on the device, as
+      far as they are not frozen ones: a copy of what is trained
+      (`reference.kind` "frozen" or "ema"), nothing ("adapter_off"); None for
+      a reference that does not run in a step.
+    frozen_params: the policy's other parameters, or None.
   """
 
   step: jax.Array
@@ -130,3 +137,26 @@ class TrainState:
   opt_state: Any
   loss_state: Any = ()
   ref_params: Any = None
+  frozen_params: Any = None
+
+  @property
+  def policy_params(self) -> Any:
+    """All parameters of the policy."""
+    return join_trees(self.params, self.frozen_params)
+
+  @property
+  def reference_params(self) -> Any:
+    """All parameters of the reference, or None where it does not run."""
+    if self.ref_params is None:
+      return None
+    return join_trees(self.ref_params, self.frozen_params)
+
+
+def join_trees(one: Any, other: Any) -> Any:
+  """The leaves of two nested dicts that have none in common."""
+  if other is None:
+    return one
+  joined = dict(other)
+  for key, value in one.items():
+    joined[key] = join_trees(value, other[key]) if key in other else value
+  return joined

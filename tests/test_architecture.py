@@ -47,6 +47,7 @@ _FOLDERS = {
   "models": [
     "config",
     "presets",
+    "lora",
     "rotary",
     "blocked",
     "splash",

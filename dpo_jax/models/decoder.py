@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_policies
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from dpo_jax.models import attention, rotary
+from dpo_jax.models import attention, lora, rotary
 from dpo_jax.models.config import ModelConfig
 
 # K and V of all layers: f [L, B, C, num_kv_heads, head_dim] each.
@@ -352,7 +352,10 @@ class Readout:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """The decoder as functions of a parameter tree."""
+  """The decoder as functions of a parameter tree.
+
+  A tree without adapters is the policy with its adapters off.
+  """
 
   config: ModelConfig
 
@@ -377,6 +380,8 @@ class Policy:
     return Policy(dataclasses.replace(self.config, lora=None))
 
   def _bind(self, params: Any) -> Decoder:
+    if self.config.lora is not None and not lora.has_adapters(params):
+      return self.without_adapters._bind(params)
     graph, abstract = self._graph_and_state
     state = jax.tree.map(lambda x: x, abstract)
     nnx.replace_by_pure_dict(state, params)

@@ -337,6 +337,8 @@ def read_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _read_window(
   raw: Mapping[str, Any], family: Family, num_layers: int
 ) -> dict[str, Any]:
+  if not family.window:
+    return {}
   window = raw.get("sliding_window")
   if window is None or not raw.get("use_sliding_window", True):
     return {}
@@ -385,7 +387,9 @@ def _read_rope(
     )
     if share != 1.0:
       fields["rotary_dim"] = int(head_dim * share)
-  kind = rope.get("rope_type", rope.get("type", "default"))
+  kind = rope.get("rope_type", rope.get("type"))
+  if kind is None:
+    kind = "default" if not raw.get("rope_scaling") else None
   if kind in ("linear", "llama3"):
     scaling = {"kind": kind, "factor": float(rope["factor"])}
     if kind == "llama3":
@@ -396,7 +400,10 @@ def _read_rope(
       }
     fields["rope_scaling"] = RopeScaling(**scaling)
   elif kind != "default":
-    faults.append(f"rope type {kind!r} (only default, linear and llama3)")
+    faults.append(
+      f"rope_parameters or rope_scaling of type {kind!r} (only default,"
+      " linear and llama3)"
+    )
   return fields
 
 

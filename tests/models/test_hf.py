@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax import mesh as mesh_lib
-from dpo_jax.models import generate, hf
+from dpo_jax.models import generate, hf, tensor_map
 from dpo_jax.models.decoder import Policy
 
 
@@ -145,17 +145,98 @@ def test_nan_weights_are_refused(folder):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"model_type": "gpt2"}, "model_type='gpt2'"),
-    ({"rope_scaling": {"factor": 8.0}}, "rope_scaling"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters"),
-    ({"attention_bias": True}, "attention_bias=True"),
+    ({"model_type": "bloom"}, "model_type='bloom' is not one of.*gemma.*qwen3"),
+    ({"rope_scaling": {"factor": 8.0}}, "rope_scaling of type None"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "of type 'yarn'"),
     ({"sliding_window": 4096}, "sliding_window=4096"),
+    ({"hidden_act": "swiglu_oai"}, "hidden_act='swiglu_oai'"),
+    ({"num_experts": 8, "quantization_config": {}}, "num_experts=8; quanti"),
   ],
 )
 def test_what_the_decoder_does_not_do_is_refused(folder, fields, message):
   reconfigure(folder, **fields)
   with pytest.raises(ValueError, match=message):
     hf.load_config(str(folder))
+
+
+def test_a_missing_field_is_named(folder):
+  path = folder / "config.json"
+  raw = json.loads(path.read_text())
+  del raw["hidden_size"]
+  path.write_text(json.dumps(raw))
+  with pytest.raises(ValueError, match="lacks hidden_size"):
+    hf.load_config(str(folder))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 300, -40])
+def test_a_file_that_is_cut_short_is_named(folder, kept):
+  path = folder / "model.safetensors"
+  path.write_bytes(path.read_bytes()[:kept])
+  with pytest.raises(ValueError, match=r"model\.safetensors is cut short"):
+    load(folder)
+
+
+@pytest.mark.parametrize(
+  "name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"]
+)
+def test_an_index_may_not_point_outside_its_folder(folder, name):
+  index = folder / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+  with pytest.raises(ValueError, match="must name files in its own folder"):
+    load(folder)
+
+
+def test_an_index_that_names_absent_files_is_refused(folder):
+  index = folder / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": {"x": "model-2.safetensors"}}))
+  with pytest.raises(FileNotFoundError, match=r"model-2\.safetensors"):
+    load(folder)
+  index.write_text("{")
+  with pytest.raises(ValueError, match="is not JSON"):
+    load(folder)
+
+
+def test_a_tensor_in_two_files_is_refused(folder):
+  (folder / "model.safetensors").rename(folder / "a.safetensors")
+  shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+  with pytest.raises(ValueError, match="which another file holds too"):
+    load(folder)
+
+
+def test_only_a_device_s_own_part_is_read(folder, monkeypatch):
+  """No read is larger than the largest tensor's part on a device."""
+  sizes = []
+  original = tensor_map.Tensor.read
+
+  def read(self, source, which, index):
+    piece = original(self, source, which, index)
+    sizes.append(piece.size)
+    return piece
+
+  monkeypatch.setattr(tensor_map.Tensor, "read", read)
+  policy = Policy(hf.load_config(str(folder)))
+  mesh = mesh_lib.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+  shardings = mesh_lib.param_shardings(policy.abstract_params(), mesh)
+  hf.load_params(str(folder), policy, shardings)
+  assert max(sizes) == 48 * 12 // 8
+  # What lies on several devices is read once.
+  assert sizes.count(12) == len(["final"]) + 4 * len(["norms"])
+
+
+def test_a_hub_model_needs_a_pinned_revision(monkeypatch, folder):
+  calls = []
+
+  def snapshot_download(name, **settings):
+    calls.append((name, settings))
+    return str(folder)
+
+  monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+  with pytest.raises(ValueError, match="ORG/NAME@REVISION"):
+    hf.download("org/name")
+  assert hf.download("org/name@0123abc") == str(folder)
+  name, settings = calls[0]
+  assert (name, settings["revision"]) == ("org/name", "0123abc")
+  assert not any("bin" in p or "py" in p for p in settings["allow_patterns"])
 
 
 def test_missing_files_are_named(tmp_path, folder):

@@ -1,0 +1,70 @@
+"""Low-rank adapters as part of a parameter tree.
+
+Hu et al. 2021 (arXiv:2106.09685). An adapter is a pair of leaves beside its
+kernel; `decoder.Projection` applies it without a merged copy. A tree without
+them is the same policy with its adapters off, which is what it started from.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.models.config import ModelConfig
+
+ADAPTER_LEAVES = ("lora_a", "lora_b")
+
+
+def has_adapters(params: Mapping[str, Any]) -> bool:
+  """Whether a nested dict holds adapters."""
+  return any(
+    key in ADAPTER_LEAVES or (isinstance(x, Mapping) and has_adapters(x))
+    for key, x in params.items()
+  )
+
+
+def without_adapters(params: Mapping[str, Any]) -> dict[str, Any]:
+  """The base: every leaf that is no adapter's."""
+  return {
+    key: without_adapters(x) if isinstance(x, Mapping) else x
+    for key, x in params.items()
+    if key not in ADAPTER_LEAVES
+  }
+
+
+def merge_adapters(params: Any, config: ModelConfig) -> Any:
+  """W + scale A B in place of W: what a policy without adapters computes.
+
+  Args:
+    params: with adapters, as `config` describes.
+    config: of the policy.
+
+  Returns:
+    The tree without adapters, kernels in their own dtype. The products are
+    float32.
+  """
+  shapes, scale = config.projection_shapes(), config.lora.scale
+
+  def merge(name: str, leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
+    base = {k: x for k, x in leaves.items() if k not in ADAPTER_LEAVES}
+    if "lora_a" not in leaves:
+      return base
+    # Layers lead: [L, *inputs, r] and [L, r, *outputs].
+    inputs, outputs = shapes[name]
+    kernel, low, high = (leaves[k] for k in ("kernel", *ADAPTER_LEAVES))
+    rank = low.shape[-1]
+    product = jnp.einsum(
+      "lir,lro->lio",
+      low.reshape(len(low), -1, rank),
+      high.reshape(len(high), rank, -1),
+      precision="highest",
+    ).reshape(-1, *inputs, *outputs)
+    merged = kernel.astype(jnp.float32) + scale * product
+    return base | {"kernel": merged.astype(kernel.dtype)}
+
+  layers = {
+    name: merge(name, leaves) if name in shapes else leaves
+    for name, leaves in params["layers"].items()
+  }
+  return {**params, "layers": layers}
