@@ -31,7 +31,7 @@ LIVE_FIELDS = frozenset({"kl", "ref_head_logps", "ref_sampled_logps"})
 
 
 def resolve(
-  config: Any, objective: Objective | WeightedSum, *, has_adapters: bool
+  config: Any, objective: Objective | WeightedSum, *, has_adapters: bool = False
 ) -> None:
   """Settles `config.reference`: which kind, and the knobs of TR-DPO.
 

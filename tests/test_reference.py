@@ -66,7 +66,7 @@ def test_a_digest_changes_with_order_shape_and_name():
 def test_a_digest_does_not_change_with_sharding():
   params = tiny.make_params(tiny.make_policy())
   wanted = reference.params_digest(params)
-  for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)):
+  for sizes in ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (4, 1, 2, 1)):
     mesh = mesh_lib.make_mesh(dict(zip(mesh_lib.AXES, sizes, strict=True)))
     placed = jax.device_put(params, mesh_lib.param_shardings(params, mesh))
     assert reference.params_digest(placed) == wanted, sizes

@@ -1,0 +1,159 @@
+"""Runs that train a part of the policy: adapters, or what is not frozen."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import initialize, mesh
+from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.metrics import read_metrics
+from dpo_jax.models import lora
+from dpo_jax.models.config import ModelConfig
+from dpo_jax.models.decoder import Policy
+from dpo_jax.train import train
+from tests import tiny
+
+pytestmark = pytest.mark.slow
+ONE = {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(fast_compilation):
+  yield
+
+
+def make_config(**overrides):
+  return tiny.make_config(
+    **{"lora__rank": 2, "optimizer__learning_rate": 3e-3, **overrides}
+  )
+
+
+def load(workdir):
+  """A run's policy, as another run would start from it."""
+  recorded = json.loads((workdir / "model.json").read_text())
+  config = dataclasses.replace(ModelConfig.from_dict(recorded), lora=None)
+  return initialize.load_params(
+    f"run:{workdir}", Policy(config), mesh.make_mesh(ONE), seed=0
+  )
+
+
+def saved_names(workdir):
+  """Paths of what the latest checkpoint holds."""
+  reader = Checkpoints(
+    workdir, keep=2, best_metric="", best_is_lower=False, is_reader=True
+  )
+  found = reader._checkpointer.checkpointables_metadata(reader.steps[-1])
+  reader.close()
+  return [
+    mesh.path_name(path)
+    for part in ("params", "rest")
+    for path, _ in jax.tree_util.tree_leaves_with_path(found.metadata[part])
+  ]
+
+
+def test_adapters_learn_and_are_all_that_is_saved(tmp_path):
+  train(make_config(total_steps=16), tmp_path)
+  rows = read_metrics(tmp_path, "train")
+  assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+  assert rows[-1]["loss"] < 0.6
+  names = saved_names(tmp_path)
+  arrays = [name for name in names if "layers/" in name]
+  assert arrays and all("lora_" in name for name in arrays), arrays
+  assert not any("embedding" in name for name in names)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "adapter_off"])
+def test_a_live_reference_is_the_cached_one(tmp_path, kind):
+  cached = train(make_config(reference__kind="cached"), tmp_path / "cached")
+  live = train(make_config(reference__kind=kind), tmp_path / kind)
+  for name in ("loss", "reward/margin", "log_ratio/chosen"):
+    assert live[f"eval/{name}"] == pytest.approx(
+      cached[f"eval/{name}"], abs=2e-5
+    )
+
+
+def test_auto_turns_adapters_off_for_what_no_cache_holds(tmp_path):
+  train(make_config(loss__name="tdpo"), tmp_path)
+  config = json.loads((tmp_path / "config.json").read_text())
+  assert config["reference"]["kind"] == "adapter_off"
+  assert read_metrics(tmp_path, "train")[0]["loss"] == pytest.approx(
+    np.log(2), abs=1e-5
+  )
+
+
+def test_ten_steps_are_five_and_five_more(tmp_path):
+  knobs = dict(checkpoint__every_steps=5, lora__targets="query|up")
+  train(make_config(total_steps=10, **knobs), tmp_path / "whole")
+  train(make_config(total_steps=5, **knobs), tmp_path / "parts")
+  train(make_config(total_steps=10, **knobs), tmp_path / "parts")
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    load(tmp_path / "whole"),
+    load(tmp_path / "parts"),
+  )
+
+
+def test_the_next_run_starts_from_the_merged_policy(tmp_path):
+  first = tmp_path / "first"
+  train(make_config(total_steps=6), first)
+  params = load(first)
+  assert not lora.has_adapters(params)
+  # Its loss on the pairs is below log 2 by itself, against the same start;
+  # as its own reference it is at log 2.
+  figures = train(
+    make_config(policy__init=f"run:{first}", total_steps=1), tmp_path / "next"
+  )
+  rows = read_metrics(tmp_path / "next", "eval")
+  assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+  assert rows[0]["logps/chosen"] == pytest.approx(
+    read_metrics(first, "eval")[-1]["logps/chosen"], rel=1e-4
+  )
+  assert np.isfinite(figures["eval/loss"])
+
+
+def test_adapters_of_another_base_are_refused(tmp_path):
+  base, run = tmp_path / "base", tmp_path / "run"
+  full = dict(lora=None, loss__name="sft", reference__kind="none")
+  train(tiny.make_config(**full, total_steps=1), base)
+  train(make_config(policy__init=f"run:{base}", total_steps=2), run)
+  # The base is trained on, as if nothing hung on it.
+  train(tiny.make_config(**full, total_steps=3), base)
+  with pytest.raises(ValueError, match="trained parts of another model"):
+    load(run)
+  with pytest.raises(ValueError, match="trained parts of another model"):
+    train(make_config(policy__init=f"run:{base}", total_steps=4), run)
+
+
+def test_frozen_parameters_stay_and_the_others_move(tmp_path):
+  train(
+    tiny.make_config(policy__frozen="embedding|norm", total_steps=2), tmp_path
+  )
+  policy = Policy(
+    ModelConfig.from_dict(json.loads((tmp_path / "model.json").read_text()))
+  )
+  start = initialize.load_params("random", policy, mesh.make_mesh(ONE), seed=0)
+  now = load(tmp_path)
+  np.testing.assert_array_equal(now["embedding"], start["embedding"])
+  moved = now["layers"]["up"]["kernel"] - start["layers"]["up"]["kernel"]
+  assert np.abs(moved).max() > 1e-4
+  assert not any("embedding" in name for name in saved_names(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    ({"lora__rank": 0, "reference__kind": "adapter_off"}, "lora.rank above 0"),
+    ({"lora__targets": "q_proj"}, "matches none of"),
+    (
+      {"reference__kind": "frozen", "reference__init": "run:elsewhere"},
+      "reference.kind='cached'",
+    ),
+    ({"lora__rank": -1}, "lora.rank=-1"),
+  ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, overrides, message):
+  with pytest.raises(ValueError, match=message):
+    train(make_config(**overrides), tmp_path)
