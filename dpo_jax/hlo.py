@@ -40,6 +40,8 @@ _CALLED = re.compile(
   r"(calls|to_apply|body|condition|true_computation|false_computation)="
   r"%?([\w.-]+)"
 )
+# Loops that XLA makes itself, to overlap a matmul with its gather, count in u32.
+_LIMIT = re.compile(r"[su](?:32|64)\[\]\S* constant\((\d+)\)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
@@ -178,7 +180,7 @@ def _trip_count(line: str, condition: list[_Instruction]) -> int:
   limits = [
     int(match[1])
     for instruction in condition
-    if (match := re.search(r"s32\[\]\S* constant\((\d+)\)", instruction.line))
+    if (match := _LIMIT.search(instruction.line))
   ]
   return max(limits, default=1)
 

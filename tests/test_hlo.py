@@ -113,3 +113,14 @@ def test_every_spelling_of_groups_is_read(spelling, groups):
 
 def test_bytes_of_shapes():
   assert hlo.shape_bytes("(bf16[2,3]{1,0:T(8,128)(2,1)}, s32[]{:S(2)})") == 16
+
+
+def test_loops_that_count_in_unsigned_integers_have_trips():
+  """As XLA's own windowed matmuls do, around a ring."""
+  text = _TEXT.replace(
+    "%limit = s32[]{:T(128)} constant(5)",
+    "%limit = u32[]{:T(128)} constant(5)",
+  )
+  assert text != _TEXT
+  trips = {c.kind: c.trips for c in hlo.collectives(text, 8)}
+  assert trips["all-reduce"] == 15
