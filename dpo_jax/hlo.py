@@ -40,7 +40,8 @@ _CALLED = re.compile(
   r"(calls|to_apply|body|condition|true_computation|false_computation)="
   r"%?([\w.-]+)"
 )
-# Loops that XLA makes itself, to overlap a matmul with its gather, count in u32.
+# Loops that XLA makes itself, of a matmul that overlaps its gather, count in
+# unsigned integers.
 _LIMIT = re.compile(r"[su](?:32|64)\[\]\S* constant\((\d+)\)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
@@ -115,7 +116,8 @@ def collectives(
       channel = re.search(r"channel_id=(\d+)", instruction.line)
       key = channel[1] if channel else f"{computation}/{instruction.name}"
       before = found.get(key)
-      if before is None or before.trips < trips:
+      # Its steps may be in a loop that it overlaps; its start is not.
+      if before is None or trips < before.trips:
         found[key] = one
   return list(found.values())
 
