@@ -40,6 +40,9 @@ _CALLED = re.compile(
   r"(calls|to_apply|body|condition|true_computation|false_computation)="
   r"%?([\w.-]+)"
 )
+# Loops that XLA makes itself, of a matmul that overlaps its gather, count in
+# unsigned integers.
+_LIMIT = re.compile(r"[su](?:32|64)\[\]\S* constant\((\d+)\)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
@@ -113,7 +116,8 @@ def collectives(
       channel = re.search(r"channel_id=(\d+)", instruction.line)
       key = channel[1] if channel else f"{computation}/{instruction.name}"
       before = found.get(key)
-      if before is None or before.trips < trips:
+      # Its steps may be in a loop that it overlaps; its start is not.
+      if before is None or trips < before.trips:
         found[key] = one
   return list(found.values())
 
@@ -178,7 +182,7 @@ def _trip_count(line: str, condition: list[_Instruction]) -> int:
   limits = [
     int(match[1])
     for instruction in condition
-    if (match := re.search(r"s32\[\]\S* constant\((\d+)\)", instruction.line))
+    if (match := _LIMIT.search(instruction.line))
   ]
   return max(limits, default=1)
 

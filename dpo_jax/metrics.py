@@ -2,11 +2,50 @@
 
 import json
 import math
+import time
 from typing import Any
 
 from etils import epath
 import numpy as np
 from tqdm import tqdm
+
+
+class GrowingFile:
+  """Text that is appended to, also in a bucket, where no file can grow.
+
+  There the whole is written anew, at most every `_PERIOD_S` and at the end: to
+  open it for appending would begin it again.
+  """
+
+  _PERIOD_S = 20.0
+
+  def __init__(self, path: epath.Path):
+    self._path = path
+    self._text, self._written = "", -math.inf
+    self._file = None
+    if "://" not in str(path):
+      self._file = path.open("a")
+    elif path.exists():
+      self._text = path.read_text()
+
+  def append(self, text: str) -> None:
+    if self._file is not None:
+      self._file.write(text)
+      self._file.flush()
+      return
+    self._text += text
+    if time.monotonic() - self._written >= self._PERIOD_S:
+      self._write()
+
+  def _write(self) -> None:
+    self._path.write_text(self._text)
+    self._written = time.monotonic()
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+    elif self._text:
+      self._write()
 
 
 class MetricsWriter:
@@ -30,7 +69,7 @@ class MetricsWriter:
     if not is_writer:
       return
     workdir.mkdir(parents=True, exist_ok=True)
-    self._file = (workdir / "metrics.jsonl").open("a")
+    self._file = GrowingFile(workdir / "metrics.jsonl")
     if tensorboard:
       from tensorboardX import SummaryWriter  # slow to import
 
@@ -45,8 +84,7 @@ class MetricsWriter:
       name: number if math.isfinite(number) else None
       for name, number in numbers.items()
     }
-    self._file.write(json.dumps({"step": step, "split": split, **line}) + "\n")
-    self._file.flush()
+    self._file.append(json.dumps({"step": step, "split": split, **line}) + "\n")
     if self._events is not None:
       for name, number in numbers.items():
         self._events.add_scalar(f"{split}/{name}", number, step)

@@ -51,7 +51,12 @@ from dpo_jax import evaluate as evaluate_lib
 from dpo_jax import step as step_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
-from dpo_jax.metrics import MetricsWriter, ProgressBar, read_metrics
+from dpo_jax.metrics import (
+  GrowingFile,
+  MetricsWriter,
+  ProgressBar,
+  read_metrics,
+)
 from dpo_jax.models import lora
 from dpo_jax.profile import ProfileWindow
 from dpo_jax.run import build_run, use_compilation_cache
@@ -538,14 +543,15 @@ class _Loop:
   def _write_samples(self, step: int, samples: evaluate_lib.Samples) -> None:
     if not self.run.is_writer:
       return
-    with (self.run.workdir / "samples.jsonl").open("a") as file:
-      for i, (prompt, text) in enumerate(
-        zip(samples.prompt_texts, samples.texts, strict=True)
-      ):
-        row = {"step": step, "prompt": prompt, "response": text}
-        if samples.rewards is not None:
-          row["reward"] = float(samples.rewards[i])
-        file.write(json.dumps(row) + "\n")
+    file = GrowingFile(self.run.workdir / "samples.jsonl")
+    for i, (prompt, text) in enumerate(
+      zip(samples.prompt_texts, samples.texts, strict=True)
+    ):
+      row = {"step": step, "prompt": prompt, "response": text}
+      if samples.rewards is not None:
+        row["reward"] = float(samples.rewards[i])
+      file.append(json.dumps(row) + "\n")
+    file.close()
 
 
 def _last_figures(workdir: epath.Path) -> dict[str, float]:

@@ -6,8 +6,9 @@ import pytest
 
 from dpo_jax import hlo
 
-# A loop of 3 trips gathers f32[8,4] over 4 devices, in a fusion that starts it
-# and one that ends it; inside it a loop of 5 all-reduces bf16[16] over pairs.
+# A loop of 3 trips gathers f32[8,4] over 4 devices, in a fusion that starts it,
+# one that ends it, and a step in an inner loop of 5 that it overlaps, which
+# all-reduces bf16[16] over pairs.
 _TEXT = """
 HloModule step, is_scheduled=true
 
@@ -22,6 +23,11 @@ HloModule step, is_scheduled=true
   ROOT %g = f32[8,4]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}, use_global_device_ids=true
 }
 
+%gather_step (p: f32[2,4]) -> f32[8,4] {
+  %p = f32[2,4]{1,0:T(8,128)} parameter(0)
+  ROOT %g.2 = f32[8,4]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}, use_global_device_ids=true
+}
+
 %gather_done (p: f32[2,4]) -> f32[8,4] {
   %p = f32[2,4]{1,0:T(8,128)} parameter(0)
   ROOT %g.1 = f32[8,4]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}, use_global_device_ids=true
@@ -31,6 +37,7 @@ HloModule step, is_scheduled=true
   %t = (s32[]{:T(128)}, bf16[16]{0:T(256)}) parameter(0)
   %x = bf16[16]{0:T(256)} get-tuple-element(%t), index=1
   %r = bf16[16]{0:T(256)} all-reduce(%x), channel_id=8, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+  %step = f32[8,4] fusion(%x), kind=kCustom, calls=%gather_step
   ROOT %o = (s32[], bf16[16]) tuple(%i, %r)
 }
 
@@ -113,3 +120,14 @@ def test_every_spelling_of_groups_is_read(spelling, groups):
 
 def test_bytes_of_shapes():
   assert hlo.shape_bytes("(bf16[2,3]{1,0:T(8,128)(2,1)}, s32[]{:S(2)})") == 16
+
+
+def test_loops_that_count_in_unsigned_integers_have_trips():
+  """As XLA's own windowed matmuls do, around a ring."""
+  text = _TEXT.replace(
+    "%limit = s32[]{:T(128)} constant(5)",
+    "%limit = u32[]{:T(128)} constant(5)",
+  )
+  assert text != _TEXT
+  trips = {c.kind: c.trips for c in hlo.collectives(text, 8)}
+  assert trips["all-reduce"] == 15

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.metrics import (
+  GrowingFile,
   MetricsWriter,
   ProgressBar,
   format_table,
@@ -132,3 +133,33 @@ def test_the_bar_shows_loss_and_accuracy_where_it_is_shown(capsys):
   hidden.advance()
   hidden.close()
   assert capsys.readouterr().err == ""
+
+
+class Bucket:
+  """An object store: a write replaces the whole, nothing is appended."""
+
+  def __init__(self):
+    self.text = None
+
+  def __str__(self):
+    return "gs://bucket/metrics.jsonl"
+
+  def exists(self):
+    return self.text is not None
+
+  def read_text(self):
+    return self.text
+
+  def write_text(self, text):
+    self.text = text
+
+
+def test_a_file_in_a_bucket_grows_over_several_runs():
+  bucket = Bucket()
+  for run in range(2):
+    file = GrowingFile(bucket)
+    for line in range(3):
+      file.append(f"{run} {line}\n")
+    file.close()
+  wanted = [f"{run} {line}" for run in range(2) for line in range(3)]
+  assert bucket.text.splitlines() == wanted

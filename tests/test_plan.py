@@ -1,0 +1,232 @@
+"""Plans: by formula, by hand, and by compiling for each kind of TPU."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import hlo, mesh, plan, roofline, topology
+from tests import faults, tiny
+
+
+@pytest.fixture(scope="module")
+def libtpu():
+  """A libtpu of the version that jax pins, or a skip."""
+  try:
+    topology.check_libtpu()
+  except RuntimeError as error:
+    pytest.skip(str(error))
+
+
+def make_request(name="v5e-8", **fields):
+  config = tiny.make_config(
+    mesh={"data": 2, "fsdp": -1, "tensor": 2}, policy__remat="full"
+  )
+  shapes = dict(rows=8, row_tokens=128, vocab_size=256) | fields
+  return plan.Request(config, topology.parse_topology(name), **shapes)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+  """The eight simulated devices in the place of a v5e-8."""
+  monkeypatch.setattr(
+    topology.Topology, "devices", lambda self: jax.devices()[:8]
+  )
+
+
+def test_flops_are_those_of_a_loop_over_matrices():
+  policy = tiny.make_policy(remat="full")
+  c = policy.config
+  rows, tokens, scored = 3, 10, 4
+  forward = 0
+  for _ in range(c.num_layers):
+    for entries in (
+      c.d_model * c.num_heads * c.head_dim,
+      c.d_model * c.num_kv_heads * c.head_dim,
+      c.d_model * c.num_kv_heads * c.head_dim,
+      c.num_heads * c.head_dim * c.d_model,
+      3 * c.d_model * c.d_ff,
+    ):
+      forward += 2 * entries * rows * tokens
+    for token in range(tokens):
+      # Scores and weighted values of every token that this one sees.
+      seen = token + 1
+      forward += rows * 2 * (2 * c.num_heads * c.head_dim * seen)
+  head = 2 * c.vocab_size * c.d_model * rows * scored
+  work = roofline.count_work(
+    c,
+    policy.abstract_params(),
+    num_rows=rows,
+    row_tokens=tokens,
+    scored_tokens=scored,
+    has_live_reference=True,
+  )
+  assert work.model_flops == 4 * (forward + head)
+  assert work.executed_flops == work.model_flops + forward + head
+
+
+def test_matrices_and_the_rest_are_all_parameters():
+  policy = tiny.make_policy()
+  work = roofline.count_work(
+    policy.config,
+    policy.abstract_params(),
+    num_rows=1,
+    row_tokens=1,
+    scored_tokens=1,
+    has_live_reference=False,
+  )
+  norms = (2 * policy.config.num_layers + 1) * policy.config.d_model
+  total = work.layer_entries + work.head_entries + norms
+  assert total == policy.config.num_params()
+
+
+def test_the_state_of_a_device_is_counted_shard_by_shard(on_cpu):
+  request = make_request()
+  run = plan.build(request)
+  state, shardings = run.abstract_state()
+  memory = plan._known_memory(run, state, plan.abstract_batch(run, request))
+  device = jax.devices()[0]
+  params = jax.tree.map(
+    lambda x, sharding: jax.device_put(np.zeros(x.shape, x.dtype), sharding),
+    run.policy.abstract_params(),
+    shardings.params,
+  )
+  held = sum(
+    shard.data.nbytes
+    for leaf in jax.tree.leaves(params)
+    for shard in leaf.addressable_shards
+    if shard.device == device
+  )
+  assert memory["parameters"] == held
+  # Adam's two moments, and two counts.
+  assert memory["optimizer state"] == pytest.approx(2 * held, abs=16)
+
+
+def test_the_plan_has_the_shapes_of_the_runs_own_batch(on_cpu):
+  request = dataclasses.replace(
+    make_request(), rows=0, row_tokens=0, vocab_size=0
+  )
+  request.config.data.source = "synthetic:review_pairs:80"
+  run = plan.build(request)
+  batch = plan.abstract_batch(run, request)
+  real = run.placement.place_rows(run.data.train.batch(0))
+  for name in ("tokens", "targets", "valid"):
+    planned, placed = getattr(batch, name), getattr(real, name)
+    assert (planned.shape, planned.dtype) == (placed.shape, placed.dtype)
+    assert planned.sharding == placed.sharding
+  assert batch.ref_logps.shape == batch.score.shape
+
+
+def test_what_does_not_fit_is_a_table_of_remedies(on_cpu, monkeypatch):
+  class Lowered:
+    def compile(self):
+      raise jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of"
+        " memory in memory space hbm. Used 20.5G of 15.75G hbm."
+      )
+
+  class Step:
+    def lower(self, *arguments):
+      return Lowered()
+
+  monkeypatch.setattr(
+    mesh.Placement, "compile_step", lambda self, *arguments: Step()
+  )
+  request = make_request()
+  request.config.policy.remat = "none"
+  made = plan.make_plan(plan.build(request), request)
+  assert not made.fits and made.peak == 20.5 * 2**30
+  text = plan.describe(made, request)
+  assert "It does not fit: 20.50 GiB wanted, 16.00" in text
+  for change in (
+    "policy.remat=full",
+    "mesh.data=1 mesh.fsdp=4",
+    "policy.param_dtype=bfloat16",
+    "optimizer.name=rmsprop",
+  ):
+    assert change in text
+
+
+@pytest.mark.parametrize(
+  ("message", "size"),
+  [
+    ("Used 20.5G of 15.75G hbm. Exceeded", 20.5 * 2**30),
+    ("Used 300.0M of 15.75G hbm", 300 * 2**20),
+    ("something else", math.nan),
+  ],
+)
+def test_what_xla_wanted_is_read_from_its_message(message, size):
+  np.testing.assert_equal(plan.wanted_bytes(message), size)
+
+
+def test_bounds_by_hand():
+  """One chip of v5e that does exactly a second of each."""
+  chip = topology.CHIPS["v5e"]
+  work = roofline.Work(1.0, 16 * chip.flops, 3, 3, 1, 1)
+  bounds = roofline.lower_bounds(
+    work,
+    chip.hbm_bandwidth,
+    [
+      hlo.Collective("all-gather", 2 * chip.ici_bandwidth, 2, 16),
+      hlo.Collective("all-reduce", chip.dcn_bandwidth, 1, 2, True),
+    ],
+    topology.parse_topology("v5e-16"),
+  )
+  assert bounds == {"compute": 1.0, "HBM": 1.0, "ICI": 1.0, "DCN": 1.0}
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(on_cpu):
+  with pytest.raises(ValueError, match="--rows=6 must be a multiple of 4"):
+    request = make_request(rows=6)
+    plan.abstract_batch(plan.build(request), request)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name", ["v4-8", "v5e-8", "v5p-16", "v6e-8", "tpu7x-8", "2xv5e-4"]
+)
+def test_the_tiny_step_compiles_for_every_kind(libtpu, name):
+  request = make_request(name)
+  made = plan.make_plan(plan.build(request), request)
+  assert made.fits
+  assert 0 < made.peak < 2**30
+  kinds = {c.kind for c in made.collectives}
+  assert kinds & {"all-gather", "reduce-scatter", "all-reduce"}
+  assert any(c.crosses for c in made.collectives) == ("x" in name[:2])
+  text = plan.describe(made, request)
+  assert "bound by" in text and "all-gather" in text
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_plan(libtpu, tmp_path):
+  config = tmp_path / "config.py"
+  config.write_text(
+    "from tests import tiny\n"
+    "def get_config():\n"
+    "  return tiny.make_config(data__source='jsonl:/nowhere.jsonl',\n"
+    "                          mesh={'data': 1, 'fsdp': -1})\n"
+  )
+  command = [sys.executable, "-m", "dpo_jax.plan", f"--config={config}"]
+
+  def run(*more):
+    return subprocess.run(
+      command + list(more),
+      capture_output=True,
+      text=True,
+      env=faults.environment(),
+      cwd=faults.ROOT,
+      check=False,
+    )
+
+  done = run("--topology=v5e-4")
+  assert done.returncode == 1
+  assert "give the shapes by --row_tokens" in done.stderr
+  assert "Traceback" not in done.stderr
+  done = run("--topology=v5e-4", "--row_tokens=128", "--price_per_chip_hour=1")
+  assert done.returncode == 0, done.stderr
+  assert "4 chips (v5e:2x2), 4 devices" in done.stdout
+  assert "cost at 1 a chip-hour" in done.stdout
