@@ -36,6 +36,7 @@ _FOLDERS = {
     "links",
     "regularizers",
     "preference",
+    "policy_gradient",
     "catalogue",
     "objective",
   ],

@@ -7,20 +7,24 @@ import jax.numpy as jnp
 _LARGEST_EXPONENT = 80.0
 
 
-def safe_exp(x: jax.Array) -> jax.Array:
-  """exp(x), continued by its tangent above x = 80.
+def safe_exp(
+  x: jax.Array, *, straight_above: float = _LARGEST_EXPONENT
+) -> jax.Array:
+  """exp(x), continued by its tangent above x = `straight_above`.
 
   A loss that holds exp of a log-ratio overflows float32 at 89. The tangent
   keeps value and gradient finite and the gradient's sign right.
 
   Args:
     x: f32 [...].
+    straight_above: where the tangent takes over; lower where the figure is
+      multiplied or summed further.
 
   Returns:
-    f32 [...], exact up to 80.
+    f32 [...], exact up to `straight_above`.
   """
-  below = jnp.minimum(x, _LARGEST_EXPONENT)
-  above = jnp.maximum(x - _LARGEST_EXPONENT, 0.0)
+  below = jnp.minimum(x, straight_above)
+  above = jnp.maximum(x - straight_above, 0.0)
   return jnp.exp(below) * (1.0 + above)
 
 
