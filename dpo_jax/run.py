@@ -16,7 +16,15 @@ import numpy as np
 import optax
 
 from dpo_jax import config as config_lib
-from dpo_jax import initialize, judges, mesh, optimizer, reference, step
+from dpo_jax import (
+  initialize,
+  judges,
+  mesh,
+  online,
+  optimizer,
+  reference,
+  step,
+)
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing, sources, store, tokenizers
 from dpo_jax.losses import Objective, WeightedSum, build_objective
@@ -27,11 +35,20 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """Batches to train on, held-out batches, and their tokenizer."""
+  """Batches to train on, held-out batches, and their tokenizer.
+
+  Attributes:
+    tokenizer: of both.
+    train: groups; of on-policy training, their prompts.
+    eval: held-out groups.
+    is_measured: whether the loss can be measured on the held-out groups, or
+      only their prompts are used.
+  """
 
   tokenizer: tokenizers.Tokenizer
   train: loader_lib.Loader
   eval: loader_lib.Loader | None
+  is_measured: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +65,7 @@ class Run:
   optimizer: optax.GradientTransformation
   schedule: optax.Schedule
   judge: judges.Judge | None
+  online_judge: judges.Judge | None
 
   @property
   def is_writer(self) -> bool:
@@ -61,8 +79,10 @@ def build_run(config: Any, workdir: epath.Path) -> Run:
   objective = build_objective(config.loss)
   _resolve_loss(config, objective)
   reference.resolve(config.reference, objective)
+  online.resolve(config, objective)
   eval_objectives = _eval_objectives(config, objective)
   judge = judges.get_judge(config.eval.judge)
+  online_judge = judges.get_judge(config.online.judge, key="online.judge")
   placement = mesh.Placement(mesh.make_mesh(config.mesh), config.parallelism)
   step.check_coupling(objective, placement.axis_name)
   tokenizer = tokenizers.load_tokenizer(
@@ -71,7 +91,7 @@ def build_run(config: Any, workdir: epath.Path) -> Run:
   policy = initialize.load_policy(
     config.policy,
     vocab_size=tokenizer.vocab_size,
-    value_head="values" in objective.needs,
+    value_head=bool(objective.needs & {"values", "token_values"}),
   )
   mesh.param_shardings(policy.abstract_params(), placement.mesh)
   schedule = optimizer.build_schedule(config.optimizer, config.total_steps)
@@ -88,6 +108,7 @@ def build_run(config: Any, workdir: epath.Path) -> Run:
     optimizer=optimizer.build_optimizer(config.optimizer, schedule),
     schedule=schedule,
     judge=judge,
+    online_judge=online_judge,
   )
 
 
@@ -108,6 +129,8 @@ def _eval_objectives(
   others = tuple(build_objective({"name": n}) for n in config.eval.losses)
   # What depends on the run: the rest comes with every forward pass.
   absent = {"values", "mismatched_logps", "mismatched_ref_logps"}
+  absent |= {"token_mask", "token_logps", "token_values"}
+  absent |= set(step.ON_POLICY_FIELDS)
   absent -= objective.needs
   if config.reference.kind not in ("frozen", "ema"):
     absent |= reference.LIVE_FIELDS
@@ -172,6 +195,8 @@ def _build_data(
     mask for mask in packing.TOKEN_MASKS if f"{mask}_logps" in read
   )
 
+  is_offline = config.online.kind == "none"
+
   def open_store(spec: str) -> store.Store:
     opened = store.build_store(
       sources.open_source(spec),
@@ -184,7 +209,8 @@ def _build_data(
     is_split = config.data.split_pairs and opened.num_slots == 2
     if is_split and objective.group == "single":
       opened = opened.split_pairs()
-    objective.check_group_size(opened.num_slots)
+    if is_offline:
+      objective.check_group_size(opened.num_slots)
     opened = opened.first_slots(objective.num_slots or opened.num_slots)
     if "mismatched_logps" in objective.needs:
       opened = opened.with_mismatched(config.seed, config.data.max_tokens)
@@ -237,7 +263,13 @@ def _build_data(
     eval_loader = make_loader(
       eval_groups, eval_indices, config.eval.batch_size, 1
     )
-  return Data(tokenizer, train_loader, eval_loader)
+  return Data(
+    tokenizer,
+    train_loader,
+    eval_loader,
+    is_measured=is_offline
+    or (objective.group != "samples" and groups.num_slots == 2),
+  )
 
 
 def default_cache_dir() -> str:
