@@ -32,11 +32,11 @@ ORDER = [
 _FOLDERS = {
   "losses": [
     "numerics",
+    "policy_gradient",
     "rewards",
     "links",
     "regularizers",
     "preference",
-    "policy_gradient",
     "catalogue",
     "objective",
   ],

@@ -79,6 +79,50 @@ class ByteTokenizer:
     raise RecordError("the byte tokenizer has no chat template")
 
 
+class LetterTokenizer:
+  """The first letters of the alphabet, for tasks that can be enumerated.
+
+  All texts of such a task have one length, so that no response needs an end:
+  EOS is an id that the model's vocabulary does not have, and data.max_tokens
+  cuts it off. So probabilities of all texts of that length sum to 1.
+  """
+
+  bos_id = None
+  has_chat_template = False
+
+  def __init__(self, num_letters: int):
+    """Letters "a", "b", ... are ids 0, 1, ...
+
+    Args:
+      num_letters: of them, up to 26.
+
+    Raises:
+      ValueError: more letters than there are.
+    """
+    if not 1 < num_letters <= 26:
+      raise ValueError(f"letters:{num_letters} must have 2 to 26 letters")
+    self.vocab_size = self.eos_id = num_letters
+    self.digest = f"letters-{num_letters}"
+
+  def encode(
+    self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
+  ) -> list[list[int]]:
+    del is_rendered, is_continuation
+    ids = [[ord(letter) - ord("a") for letter in text] for text in texts]
+    for text, found in zip(texts, ids, strict=True):
+      if not all(0 <= i < self.vocab_size for i in found):
+        raise RecordError(
+          f"{text!r} holds more than the first {self.vocab_size} letters"
+        )
+    return ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return "".join(chr(i + ord("a")) for i in ids if i < self.vocab_size)
+
+  def render(self, messages: Sequence[Message], header: bool) -> str:
+    raise RecordError("the letters have no chat template")
+
+
 class HFTokenizer:
   """A folder with tokenizer.json and, usually, tokenizer_config.json."""
 
@@ -284,7 +328,10 @@ def _compile(template: str) -> Any:
 
 
 def load_tokenizer(spec: str, *, chat_template: str = "") -> Tokenizer:
-  """'bytes', or the folder of a Hugging Face tokenizer."""
+  """'bytes', 'letters:N', or the folder of a Hugging Face tokenizer."""
   if spec == "bytes":
     return ByteTokenizer()
+  kind, _, count = spec.partition(":")
+  if kind == "letters" and count.isdecimal():
+    return LetterTokenizer(int(count))
   return HFTokenizer(spec, chat_template=chat_template)
