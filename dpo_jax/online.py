@@ -204,6 +204,27 @@ class Snapshot:
     )
 
 
+@jax.jit
+def _advantages(
+  scores: jax.Array,
+  logps: jax.Array,
+  ref_logps: jax.Array,
+  values: jax.Array,
+  mask: jax.Array,
+  kl_weight: float,
+  discount: float,
+  gae_lambda: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Advantages, whitened over all tokens, and returns: f32 [B, M] each."""
+  shaped = policy_gradient.shape_rewards(
+    scores, logps, ref_logps, mask, kl_coef=kl_weight, estimator="k1"
+  )
+  advantages, returns = policy_gradient.gae(
+    shaped, values, mask, discount=discount, gae_lambda=gae_lambda
+  )
+  return policy_gradient.whiten(advantages, mask, shift_mean=True), returns
+
+
 class OnPolicy:
   """A loader of what the policy itself said."""
 
@@ -573,23 +594,16 @@ class OnPolicy:
       for name, values in measured.items()
       if values.ndim == 3
     }
-    mask = flat["token_mask"]
-    shaped = policy_gradient.shape_rewards(
+    advantages, returns = _advantages(
       rewards.reshape(-1).astype(np.float32),
       flat["token_logps"],
       flat["ref_token_logps"],
-      mask,
-      kl_coef=kl_weight,
-      estimator="k1",
-    )
-    advantages, returns = policy_gradient.gae(
-      shaped,
       flat["token_values"],
-      mask,
-      discount=settings.discount,
-      gae_lambda=settings.gae_lambda,
+      flat["token_mask"],
+      kl_weight,
+      settings.discount,
+      settings.gae_lambda,
     )
-    advantages = policy_gradient.whiten(advantages, mask, shift_mean=True)
     return {
       "old_token_logps": measured["token_logps"],
       "old_token_values": measured["token_values"],

@@ -9,27 +9,32 @@ method is held against it at its own KL (`share`), and against the optimum of
 its beta (`regret`, `total_variation`). Two CPU cores.
 """
 
-import os
 import sys
 
 import matplotlib.pyplot as plt
 
 from experiments import exact_sweep, harness
 from experiments.exact_sweep import Sweep
-from experiments.exact_task import Task
 from experiments.harness import Row, Run, Settings
 
 FLIPS = (0.1, 0.2, 0.4)
 BEST_OF = (2, 4, 8, 16, 64)
-_BETAS = {"tiny": (0.25, 0.5, 1.0), "paper": (0.1, 0.25, 0.5, 1.0, 2.0)}
+# Of DPO; of the losses and the baselines beside it.
+_BETAS = {
+  "tiny": ((0.25, 0.5, 1.0), (0.5,), (0.5, 1.0)),
+  "paper": ((0.1, 0.25, 0.5, 1.0, 2.0),) * 3,
+}
 # How often on-policy DPO samples afresh.
 _ROUNDS = 4
 
 
-def _add_offline(sweep: Sweep, seed: int, betas: tuple[float, ...]) -> None:
+def _add_offline(
+  sweep: Sweep, seed: int, dpo: tuple[float, ...], others: tuple[float, ...]
+) -> None:
   """Losses on the pairs that were drawn from the reference."""
-  for beta in betas:
+  for beta in dpo:
     sweep.add_dpo(seed, beta)
+  for beta in others:
     sweep.add("IPO", exact_sweep.ipo(beta), seed=seed, beta=beta)
     for method, name in (("hinge", "hinge"), ("KTO", "kto")):
       sweep.add(method, dict(name=name, beta=beta), seed=seed, beta=beta)
@@ -63,22 +68,18 @@ def _add_on_policy(sweep: Sweep, seed: int, betas: tuple[float, ...]) -> None:
 def runs(settings: Settings) -> list[Run]:
   """The reference, pairs by label and flips, and every method's runs."""
   sweep = Sweep(settings)
+  dpo, others, on_policy = _BETAS[settings.scale]
   for seed in sweep.seeds:
-    _add_offline(sweep, seed, _BETAS[settings.scale])
+    _add_offline(sweep, seed, dpo, others)
     for flips in FLIPS:
       sweep.add_noisy(seed, 0.5, flips)
-    _add_on_policy(sweep, seed, _BETAS[settings.scale])
+    _add_on_policy(sweep, seed, on_policy)
   return list(sweep.runs.values())
 
 
 def collect(workdir: str) -> harness.Collected:
   """What was trained, besides Best-of-N and the frontier, by enumeration."""
-  found = harness.collect(workdir)
-  folder = os.path.join(workdir, "reference")
-  if not os.path.exists(os.path.join(folder, "task.npz")):
-    return found
-  known = exact_sweep.known(Task.read(folder), BEST_OF)
-  return harness.Collected(found.rows + known, found.missing)
+  return exact_sweep.collect(workdir, BEST_OF)
 
 
 def plot(rows: list[Row], path: str) -> list[str]:
@@ -101,8 +102,7 @@ def plot(rows: list[Row], path: str) -> list[str]:
   noisy = [
     row
     for row in means
-    if row["beta"] == 0.5
-    and row["method"] in ("DPO", "cDPO", "robust DPO", "IPO")
+    if row["beta"] == 0.5 and row["method"] in ("DPO", "cDPO", "robust DPO")
   ]
   exact_sweep.draw(axes[2], noisy, "flips", "regret")
   kl = "KL to the reference (nats)"

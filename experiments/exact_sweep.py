@@ -6,13 +6,14 @@ is measured by enumeration.
 
 from collections.abc import Sequence
 import functools
+import os
 from typing import Any
 
 import numpy as np
 
 from dpo_jax import judges
 from dpo_jax.config import default_config, loss_config
-from experiments import exact_task, harness
+from experiments import exact_task, harness, trained
 from experiments.exact_task import Task
 from experiments.harness import Row, Run, Settings
 
@@ -33,22 +34,28 @@ def _labels(method: str, seed: int, **others: Any) -> Row:
   return {"method": method, "seed": seed, **rest, **others}
 
 
-def known(task: Task, best_of: Sequence[int]) -> list[Row]:
-  """What needs no training: Best-of-N and the frontier."""
+def collect(workdir: str, best_of: Sequence[int] = ()) -> harness.Collected:
+  """What was trained; Best-of-N and the frontier, which need no training."""
+  found = harness.collect(workdir)
+  folder = os.path.join(workdir, "reference")
+  if not os.path.exists(os.path.join(folder, "task.npz")):
+    return found
+  task = Task.read(folder)
   rows = [
     _labels("Best-of-N", 0, knob=f"N={num}")
     | task.figures(task.best_of(num), None)
     for num in best_of
   ]
   kls, rewards = task.frontier()
-  return rows + [
+  rows += [
     _labels("frontier", 0) | {"reward": reward, "kl": kl, "share": 1.0}
     for kl, reward in zip(kls.tolist(), rewards.tolist(), strict=True)
   ]
+  return harness.Collected(found.rows + rows, found.missing)
 
 
 def _measure(folder: str, *, reference: str, beta: float | None) -> list[Row]:
-  logps = exact_task.all_logps(*exact_task.load_run(folder))
+  logps = exact_task.all_logps(*trained.load(folder))
   return [Task.read(reference).figures(logps, beta)]
 
 
@@ -82,6 +89,10 @@ class Sweep:
     self.runs: dict[str, Run] = {}
     self._add_reference()
 
+  def use_every_pair_once(self) -> None:
+    """Draws as many pairs as the steps take: as many labels as on policy."""
+    self.size = self.size | {"pairs": self.steps * _BATCH}
+
   @property
   def seeds(self) -> range:
     return range(self.size["seeds"])
@@ -97,6 +108,8 @@ class Sweep:
     # Of four prompts none is held out: all is known.
     config.data.eval_fraction = 0.0
     config.data.cache_dir = f"{self.root}/cache"
+    # Runs on the same pairs share the reference's log-probs.
+    config.reference.cache_dir = f"{self.root}/reference_logps"
     config.batch_size = _BATCH
     config.total_steps = steps
     config.optimizer.name = "adamw"
@@ -124,7 +137,7 @@ class Sweep:
       )
 
     def measure(folder: str) -> list[Row]:
-      logps = exact_task.all_logps(*exact_task.load_run(folder))
+      logps = exact_task.all_logps(*trained.load(folder))
       task = Task.make(logps, TASK_SEED)
       task.write(folder)
       return [task.figures(logps, None)]
@@ -244,14 +257,11 @@ class Sweep:
     )
 
   def add_noisy(self, seed: int, beta: float, flips: float) -> None:
-    """The losses that are told how many labels are wrong, and those not."""
+    """DPO, and the two losses that are told how many labels are wrong."""
     smoothed = dict(beta=beta, label_smoothing=flips)
-    for method, loss in (
-      ("DPO", dict(name="dpo", beta=beta)),
-      ("cDPO", dict(name="cdpo", **smoothed)),
-      ("robust DPO", dict(name="robust_dpo", **smoothed)),
-      ("IPO", ipo(beta)),
-    ):
+    self.add_dpo(seed, beta, flips=flips)
+    for method, name in (("cDPO", "cdpo"), ("robust DPO", "robust_dpo")):
+      loss = dict(name=name, **smoothed)
       self.add(method, loss, seed=seed, beta=beta, flips=flips)
 
 

@@ -11,14 +11,10 @@ import json
 import os
 from typing import Any
 
-from etils import epath
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
-from dpo_jax import initialize
-from dpo_jax.mesh import make_mesh
 from dpo_jax.models.decoder import Policy
 
 NUM_LETTERS, LENGTH = 8, 4
@@ -319,16 +315,3 @@ def _logits(policy: Policy, params: Any, tokens: Any) -> jax.Array:
   return hidden.astype(jnp.float32) @ policy.unembedding(params).astype(
     jnp.float32
   )
-
-
-def load_run(workdir: str) -> tuple[Policy, Any]:
-  """A run's policy with the parameters that it ended with."""
-  root = epath.Path(workdir)
-  settings = json.loads((root / "config.json").read_text())
-  init = f"run:{workdir}"
-  policy = initialize.load_policy(
-    ml_collections.ConfigDict(settings["policy"] | {"init": init}),
-    vocab_size=NUM_LETTERS,
-  )
-  mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-  return policy, initialize.load_params(init, policy, mesh, seed=0)

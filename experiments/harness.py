@@ -11,7 +11,8 @@ and `main` gives it a command line:
   python -m experiments.NAME --workdir=W --scale=tiny|paper [--dry_run]
       [--only=ID,...] [--shard=i/n] [--plot]
 
-A run has a folder of its own, WORKDIR/NAME. Finished runs are skipped and an
+A run has a folder of its own, WORKDIR/NAME, on a disk that all workers see (a
+mounted bucket will do; the locks are flock's). Finished runs are skipped and an
 interrupted one resumes, so the same command is given until all is done.
 `--shard=i/n` is the i-th (from 0) of n workers on one workdir; a worker waits
 for a run that it starts from and another one trains.
@@ -49,8 +50,8 @@ SCALES = ("tiny", "paper")
 # What `--dry_run` reckons with: FLOP/s that training reaches, and seconds
 # that a run takes besides to start, compile, evaluate and save.
 SPEEDS = {
-  "tiny": ("2 CPU cores", 6e9, 10.0),
-  "paper": ("8 TPU v5e chips at 40 % of their 197 TFLOP/s", 6.3e14, 300.0),
+  "tiny": ("2 CPU cores", 3e10, 8.0),
+  "paper": ("8 TPU v5e chips at 40 % of their 197 TFLOP/s", 6.3e14, 60.0),
 }
 _POLL_S = 2.0
 
