@@ -304,6 +304,12 @@ def _write_pairs(folder: str, *, plan: _Plan) -> None:
     plan.response_tokens,
   )
   samples = bench.sample(policy, params, seed=7, count=_SAMPLES)
+  if not np.ptp(samples.rewards):
+    raise ValueError(
+      f"the labeller {plan.labeller} gives all {len(samples.texts)} completions"
+      f" {samples.rewards[0]}: there is no pair to learn from, and the first is"
+      f" {samples.texts[0]!r}"
+    )
   with open(f"{folder}/pairs.jsonl.tmp", "w", encoding="utf-8") as file:
     for start in range(0, len(samples.texts), _SAMPLES):
       for i, j in itertools.combinations(range(start, start + _SAMPLES), 2):
