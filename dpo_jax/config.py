@@ -83,6 +83,29 @@ def default_config() -> ml_collections.ConfigDict:
 
   config.loss = loss_config("dpo")
 
+  # Responses that the policy itself gives: online.py. The prompts are those of
+  # data.source. A kind fills in the knobs it reads; other knobs are refused.
+  config.online = ml_collections.ConfigDict()
+  # "none"; "pairs": labelled by a judge, for a loss of pairs; "rollouts":
+  # rewarded by a judge, for `ppo` and `reinforce`.
+  config.online.kind = "none"
+  config.online.judge = config_dict.placeholder(str)  # see judges.py
+  config.online.every_steps = config_dict.placeholder(int)  # between samplings
+  config.online.epochs = config_dict.placeholder(int)  # over what was sampled
+  config.online.num_samples = config_dict.placeholder(int)  # of a prompt
+  config.online.max_response_tokens = config_dict.placeholder(int)  # with EOS
+  config.online.max_kl = config_dict.placeholder(float)  # nats; stops above it
+  config.online.temperature = config_dict.placeholder(float)  # pairs only
+  config.online.label = config_dict.placeholder(str)  # argmax, bradley_terry
+  config.online.flips = config_dict.placeholder(float)  # wrong labels, of 1
+  config.online.kl_weight = config_dict.placeholder(float)  # reward for a nat
+  # A KL per response that kl_weight is adapted to (arXiv:1909.08593), nats;
+  # 0: kl_weight stays as it is.
+  config.online.kl_target = config_dict.placeholder(float)
+  config.online.kl_gain = config_dict.placeholder(float)  # of that adaptation
+  config.online.discount = config_dict.placeholder(float)  # of GAE
+  config.online.gae_lambda = config_dict.placeholder(float)  # of GAE
+
   config.reference = ml_collections.ConfigDict()
   # "cached": log-probs computed once; "frozen": a copy runs in every step;
   # "adapter_off": the policy without its adapters, at no memory; "ema": a copy

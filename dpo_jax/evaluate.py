@@ -10,11 +10,11 @@ from etils import epath
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax import judges
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.loader import Loader
 from dpo_jax.data.store import Store, part_starts
 from dpo_jax.data.tokenizers import Tokenizer
-from dpo_jax.judges import Judge
 from dpo_jax.losses import Objective, WeightedSum
 from dpo_jax.mesh import Placement
 from dpo_jax.models import generate
@@ -240,7 +240,7 @@ def draw_samples(
   params: Any,
   prompts: Sequence[Sequence[int]],
   tokenizer: Tokenizer,
-  judge: Judge | None,
+  judge: judges.Judge | None,
   *,
   seed: int,
   config: Any,
@@ -252,7 +252,7 @@ def draw_samples(
     params: its parameters.
     prompts: token ids.
     tokenizer: to read responses with.
-    judge: (prompt, response) -> reward, or None.
+    judge: who rewards them, or None.
     seed: of the samples.
     config: `config.eval`.
 
@@ -260,7 +260,7 @@ def draw_samples(
     The samples.
 
   Raises:
-    ValueError: a judge that returns something that is not finite.
+    ValueError: a judge that does not give a finite number for each.
   """
   responses = generate.sample(
     policy,
@@ -277,14 +277,7 @@ def draw_samples(
   texts = [tokenizer.decode(response) for response in responses]
   rewards = None
   if judge is not None:
-    pairs = zip(prompt_texts, texts, strict=True)
-    rewards = np.array([judge(p, t) for p, t in pairs], np.float64)
-    bad = np.flatnonzero(~np.isfinite(rewards))
-    if len(bad):
-      raise ValueError(
-        f"eval.judge gave {rewards[bad[0]]} for {texts[bad[0]]!r}: a reward"
-        " must be finite"
-      )
+    rewards = judges.ask(judge, prompt_texts, texts)
   return Samples(
     [list(p) for p in prompts], responses, prompt_texts, texts, rewards
   )

@@ -35,7 +35,7 @@ def load_policy(
   Args:
     config: `config.policy`.
     vocab_size: ids that the tokenizer may give; the embedding of random
-      weights is that large, rounded up to a multiple of 128.
+      weights is that large, rounded up to a multiple of 128 (of 8, up to 64).
     value_head: whether the loss reads values.
     adapters: `config.lora`; rank 0, or None, for none.
 
@@ -66,7 +66,9 @@ def load_policy(
       raise ValueError(
         f"policy.preset={config.preset!r} must be one of {', '.join(PRESETS)}"
       )
-    rounded = -(-vocab_size // 128) * 128
+    # So that a mesh divides it; a toy alphabet stays as small as it is.
+    multiple = 128 if vocab_size > 64 else 8
+    rounded = -(-vocab_size // multiple) * multiple
     return Policy(
       ModelConfig(**{**PRESETS[config.preset], "vocab_size": rounded, **ours})
     )

@@ -76,7 +76,7 @@ class MetricsWriter:
       self._events = SummaryWriter(str(workdir / "tensorboard"))
 
   def write(self, step: int, split: str, figures: dict[str, Any]) -> None:
-    """Writes the figures of a step; `split` is "train" or "eval"."""
+    """Writes the figures of a step; `split` is train, eval or online."""
     if self._file is None:
       return
     numbers = {name: float(np.asarray(v)) for name, v in figures.items()}

@@ -24,6 +24,7 @@ from dpo_jax import (
   initialize,
   judges,
   mesh,
+  online,
   optimizer,
   profile,
   reference,
@@ -40,11 +41,20 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """Batches to train on, held-out batches, and their tokenizer."""
+  """Batches to train on, held-out batches, and their tokenizer.
+
+  Attributes:
+    tokenizer: of both.
+    train: groups; of on-policy training, their prompts.
+    eval: held-out groups.
+    is_measured: whether the loss can be measured on the held-out groups, or
+      only their prompts are used.
+  """
 
   tokenizer: tokenizers.Tokenizer
   train: loader_lib.Loader
   eval: loader_lib.Loader | None
+  is_measured: bool = True
 
   def digests(self) -> dict[str, str]:
     """What all hosts must have in common."""
@@ -70,6 +80,7 @@ class Run:
   optimizer: optax.GradientTransformation
   schedule: optax.Schedule
   judge: judges.Judge | None
+  online_judge: judges.Judge | None
 
   @property
   def is_writer(self) -> bool:
@@ -164,8 +175,10 @@ def build_run(
   _resolve_loss(config, objective)
   has_adapters = config.lora.rank > 0
   reference.resolve(config.reference, objective, has_adapters=has_adapters)
+  online.resolve(config, objective)
   eval_objectives = _eval_objectives(config, objective)
   judge = judges.get_judge(config.eval.judge)
+  online_judge = judges.get_judge(config.online.judge, key="online.judge")
   placement = mesh.Placement(
     on or mesh.make_mesh(config.mesh), config.parallelism
   )
@@ -181,7 +194,7 @@ def build_run(
   policy = initialize.load_policy(
     config.policy,
     vocab_size=tokenizer.vocab_size if tokenizer else vocab_size,
-    value_head="values" in objective.needs,
+    value_head=bool(objective.needs & {"values", "token_values"}),
     adapters=config.lora,
   )
   _check_parts(config, policy)
@@ -204,6 +217,7 @@ def build_run(
     optimizer=optimizer.build_optimizer(config.optimizer, schedule),
     schedule=schedule,
     judge=judge,
+    online_judge=online_judge,
   )
 
 
@@ -238,6 +252,8 @@ def _eval_objectives(
   others = tuple(build_objective({"name": n}) for n in config.eval.losses)
   # What depends on the run: the rest comes with every forward pass.
   absent = {"values", "mismatched_logps", "mismatched_ref_logps"}
+  absent |= {"token_mask", "token_logps", "token_values"}
+  absent |= set(step.ON_POLICY_FIELDS)
   absent -= objective.needs
   if config.reference.kind not in reference.LIVE_KINDS:
     absent |= reference.LIVE_FIELDS
@@ -317,6 +333,8 @@ def _build_data(
     mask for mask in packing.TOKEN_MASKS if f"{mask}_logps" in read
   )
 
+  is_offline = config.online.kind == "none"
+
   def open_store(spec: str) -> store.Store:
     opened = store.build_store(
       sources.open_source(spec),
@@ -330,7 +348,8 @@ def _build_data(
     is_split = config.data.split_pairs and opened.num_slots == 2
     if is_split and objective.group == "single":
       opened = opened.split_pairs()
-    objective.check_group_size(opened.num_slots)
+    if is_offline:
+      objective.check_group_size(opened.num_slots)
     opened = opened.first_slots(objective.num_slots or opened.num_slots)
     if "mismatched_logps" in objective.needs:
       opened = opened.with_mismatched(config.seed, config.data.max_tokens)
@@ -386,7 +405,13 @@ def _build_data(
     eval_loader = make_loader(
       eval_groups, eval_indices, config.eval.batch_size, 1
     )
-  return Data(tokenizer, train_loader, eval_loader)
+  return Data(
+    tokenizer,
+    train_loader,
+    eval_loader,
+    is_measured=is_offline
+    or (objective.group != "samples" and groups.num_slots == 2),
+  )
 
 
 def check_context(row_tokens: int, placement: mesh.Placement) -> None:

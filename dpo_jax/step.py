@@ -18,11 +18,18 @@ from dpo_jax.models.decoder import Policy
 from dpo_jax.types import Batch, Sequences, TrainState
 
 Metrics = dict[str, jax.Array]
+# What on-policy batches bring with them.
+ON_POLICY_FIELDS = (
+  "old_token_logps",
+  "old_token_values",
+  "advantages",
+  "returns",
+)
 
 
 def flatten_groups(x: jax.Array) -> jax.Array:
-  """[R, G, K] -> [B, K]."""
-  return x.reshape(-1, x.shape[-1])
+  """[R, G, K, ...] -> [B, K, ...]."""
+  return x.reshape(-1, *x.shape[2:])
 
 
 def read_sequences(
@@ -33,6 +40,7 @@ def read_sequences(
   *,
   chunk_size: int,
   needs: frozenset[str] = frozenset(),
+  max_tokens: int = 0,
 ) -> Sequences:
   """Runs the policy, and the reference if it is on the device.
 
@@ -44,13 +52,23 @@ def read_sequences(
       of every group holds another group's response.
     chunk_size: see `logps.chunked_token_figures`.
     needs: optional fields of Sequences to fill.
+    max_tokens: M of the fields of single tokens; 0: as the batch's.
 
   Returns:
     Sequences with B = R * G.
   """
+  on_policy = {name: getattr(batch, name) for name in ON_POLICY_FIELDS}
   figures = logps_lib.response_figures(
-    policy, params, ref_params, batch, chunk_size=chunk_size, needs=needs
+    policy,
+    params,
+    ref_params,
+    batch,
+    chunk_size=chunk_size,
+    needs=needs,
+    max_tokens=max_tokens
+    or (0 if batch.advantages is None else batch.advantages.shape[-1]),
   )
+  figures |= {k: v for k, v in on_policy.items() if v is not None}
   if batch.ref_logps is not None:
     figures.setdefault("ref_logps", batch.ref_logps)
   figures |= {

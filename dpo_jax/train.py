@@ -6,7 +6,7 @@ The one module that knows all the others: run.py checks and builds, and this
 one restores, steps, evaluates and saves.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
 import json
@@ -46,7 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import config as config_lib
-from dpo_jax import distributed, initialize, mesh, reference
+from dpo_jax import distributed, initialize, mesh, online, reference
 from dpo_jax import evaluate as evaluate_lib
 from dpo_jax import step as step_lib
 from dpo_jax.data import loader as loader_lib
@@ -185,14 +185,16 @@ class _Loop:
       return _last_figures(run.workdir)
     self._attach_reference(state, is_fresh=start == 0)
     self._build_eval()
+    self.state = run.placement.place_state(state)
     if start == 0:
+      self._begin_batches(0)
       self._check_step_zero(state)
     if run.data.eval is not None and config.eval.num_samples:
       # Sampled even on a resume: the policy is compared with these.
       self.ref_samples = self._sample(self._reference_params(state))
     if start == 0:
       self._evaluate(0, state, is_edge=True)
-    state = self._train(state, shardings, start)
+    self._train(shardings, start)
     return self.figures
 
   def _start_state(self) -> tuple[TrainState, Any]:
@@ -249,7 +251,11 @@ class _Loop:
   def _attach_reference(self, state: TrainState, *, is_fresh: bool) -> None:
     """Gives the loaders cached log-probs, computing them where needed."""
     run, config = self.run, self.config
-    self.train_loader, self.eval_loader = run.data.train, run.data.eval
+    self.train_loader = run.data.train
+    self.eval_loader = run.data.eval if run.data.is_measured else None
+    is_online = config.online.kind != "none"
+    if is_online:
+      self.train_loader = self._on_policy()
     is_cached = config.reference.kind == "cached"
     if not (is_cached and run.objective.needs_reference):
       return
@@ -267,9 +273,25 @@ class _Loop:
         by_store[key] = self._cached_logps(folder, key, params, loader)
       return dataclasses.replace(loader, ref_logps=by_store[key])
 
-    self.train_loader = attach(self.train_loader)
+    if not is_online:
+      self.train_loader = attach(self.train_loader)
     if self.eval_loader is not None:
       self.eval_loader = attach(self.eval_loader)
+
+  def _on_policy(self) -> online.OnPolicy:
+    """A loader of what the policy says."""
+    run = self.run
+    return online.OnPolicy(
+      self.config,
+      run.workdir,
+      run.data.train,
+      objective=run.objective,
+      policy=run.policy,
+      ref_params=self._load(self._reference_init()),
+      tokenizer=run.data.tokenizer,
+      judge=run.online_judge,
+      placement=run.placement,
+    )
 
   def _check_same_reference(self, params: Any, *, is_fresh: bool) -> None:
     """Stops a run that would go on with another reference than it began with.
@@ -383,7 +405,7 @@ class _Loop:
       )
     _LOG.info("step 0: %s", figures)
 
-  def _train(self, state: TrainState, shardings: Any, start: int) -> TrainState:
+  def _train(self, shardings: Any, start: int) -> None:
     run, config = self.run, self.config
     placement = run.placement
     limit = len(self.train_loader.plan.row_counts)
@@ -400,16 +422,13 @@ class _Loop:
       name=run.objective.name,
     )
     clock = _Clock()
-    state = placement.place_state(state)
     pending = None
     profile = ProfileWindow(config.profile.steps, run.workdir)
-    batches = loader_lib.prefetch(
-      self._make_batch, start, config.total_steps, depth=2
-    )
+    batches = self._batches(start)
     try:
       for step, (batch, counts) in enumerate(batches, start):
         with profile.step(step):
-          state, metrics = compiled(state, batch)
+          self.state, metrics = compiled(self.state, batch)
         profile.after(step, metrics)
         # The step before is looked at while this one runs.
         self._look_at(pending, bar, clock)
@@ -424,7 +443,7 @@ class _Loop:
           self._look_at(pending, bar, clock)
           pending = None
           clock.pause()
-          on_mesh = placement.gather_state(state)
+          on_mesh = placement.gather_state(self.state)
           if wants_eval and not must_stop:
             self._evaluate(done, on_mesh, is_edge=is_last)
           if wants_save or must_stop:
@@ -441,7 +460,26 @@ class _Loop:
       batches.close()
       bar.close()
       profile.close()
-    return placement.gather_state(state)
+
+  def _batches(self, start: int) -> Iterator[tuple[Any, dict[str, float]]]:
+    """The batches from a step to the last, made ahead while they are known."""
+    while start < self.config.total_steps:
+      stop = self._begin_batches(start)
+      yield from loader_lib.prefetch(self._make_batch, start, stop, depth=2)
+      start = stop
+
+  def _begin_batches(self, step: int) -> int:
+    """Where the batches end that do not depend on what is learned till then."""
+    total = self.config.total_steps
+    if not isinstance(self.train_loader, online.OnPolicy):
+      return total
+    params = self.run.placement.gather_state(self.state).policy_params
+    stop, figures = self.train_loader.begin(
+      step, params, oldest=min(self.checkpoints.steps, default=0)
+    )
+    if figures:
+      self.writer.write(step, "online", figures)
+    return min(stop, total)
 
   def _make_batch(self, step: int) -> tuple[Any, dict[str, float]]:
     """A placed batch, and what the host knows of it."""
@@ -490,20 +528,20 @@ class _Loop:
 
   def _evaluate(self, step: int, state: TrainState, *, is_edge: bool) -> None:
     """Held-out figures; samples too at the start and the end."""
-    if self.eval_loader is None:
-      return
-    figures, records = evaluate_lib.evaluate(
-      self.eval_step,
-      self.run.objective,
-      state.policy_params,
-      state.reference_params,
-      state.loss_state,
-      self.eval_loader,
-      self.run.placement,
-      self.run.eval_objectives,
-    )
-    if self.config.eval.save_logps and self.run.is_writer:
-      evaluate_lib.write_records(self.run.workdir, step, records)
+    figures: dict[str, float] = {}
+    if self.eval_loader is not None:
+      figures, records = evaluate_lib.evaluate(
+        self.eval_step,
+        self.run.objective,
+        state.policy_params,
+        state.reference_params,
+        state.loss_state,
+        self.eval_loader,
+        self.run.placement,
+        self.run.eval_objectives,
+      )
+      if self.config.eval.save_logps and self.run.is_writer:
+        evaluate_lib.write_records(self.run.workdir, step, records)
     if is_edge and self.ref_samples is not None:
       samples = self._sample(state.policy_params)
       figures |= evaluate_lib.compare_samples(samples, self.ref_samples)
@@ -518,6 +556,8 @@ class _Loop:
           batch_size=settings.batch_size,
         )
       self._write_samples(step, samples)
+    if not figures:
+      return
     self.writer.write(step, "eval", figures)
     self.figures = {f"eval/{name}": v for name, v in figures.items()}
 

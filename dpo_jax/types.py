@@ -7,7 +7,7 @@ Shape letters, here and in every docstring:
   S  scored tokens of a row        V  vocabulary
   G  groups of a row               D  model width
   H  attention heads               L  layers
-  N  examples of a dataset
+  N  examples of a dataset         M  tokens that a sampled response may have
 """
 
 from typing import Any
@@ -46,6 +46,12 @@ class Batch:
     head: bool [R, S], whether a scored token is among the first n of its
       response, n the length of its group's shortest; None if nothing asks.
     sampled: bool [R, S], n scored tokens of every response, drawn at random.
+    old_token_logps: f32 [R, G, K, M], of on-policy data: log-probs of a
+      response's tokens under the policy that sampled them; this and the next
+      three are 0 behind a response's end, and None of other data.
+    old_token_values: f32 [R, G, K, M], the value head then.
+    advantages: f32 [R, G, K, M].
+    returns: f32 [R, G, K, M], what the value head is fitted to.
   """
 
   tokens: jax.Array
@@ -62,6 +68,10 @@ class Batch:
   ref_logps: jax.Array | None = None
   head: jax.Array | None = None
   sampled: jax.Array | None = None
+  old_token_logps: jax.Array | None = None
+  old_token_values: jax.Array | None = None
+  advantages: jax.Array | None = None
+  returns: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -88,6 +98,14 @@ class Sequences:
     alignment: f32 [B, K], mean over tokens of log p(token) - log sum_v p(v)^2.
     kl: f32 [B, K], sum over positions of KL(pi_ref || pi), exact over V.
     values: f32 [B, K], the value head at the response's last token.
+    token_mask: bool [B, K, M], whether a response has that many tokens.
+    token_logps: f32 [B, K, M], log-probs of single tokens.
+    token_values: f32 [B, K, M], the value head where a token is predicted.
+    ref_token_logps: f32 [B, K, M], as token_logps under the reference.
+    old_token_logps: f32 [B, K, M], see Batch, as the next three.
+    old_token_values: f32 [B, K, M].
+    advantages: f32 [B, K, M].
+    returns: f32 [B, K, M].
     num_groups: f32 [], valid groups of the global batch. None means that
       these sequences are the whole batch.
     total_tokens: f32 [], scored tokens of the global batch, or None likewise.
@@ -108,6 +126,14 @@ class Sequences:
   alignment: jax.Array | None = None
   kl: jax.Array | None = None
   values: jax.Array | None = None
+  token_mask: jax.Array | None = None
+  token_logps: jax.Array | None = None
+  token_values: jax.Array | None = None
+  ref_token_logps: jax.Array | None = None
+  old_token_logps: jax.Array | None = None
+  old_token_values: jax.Array | None = None
+  advantages: jax.Array | None = None
+  returns: jax.Array | None = None
   num_groups: jax.Array | None = None
   total_tokens: jax.Array | None = None
 

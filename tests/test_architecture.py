@@ -22,8 +22,10 @@ ORDER = [
   "reference",
   "step",
   "initialize",
+  "classifier",
   "judges",
   "evaluate",
+  "online",
   "metrics",
   "profile",
   "run",
@@ -36,11 +38,11 @@ ORDER = [
 _FOLDERS = {
   "losses": [
     "numerics",
+    "policy_gradient",
     "rewards",
     "links",
     "regularizers",
     "preference",
-    "policy_gradient",
     "catalogue",
     "objective",
   ],

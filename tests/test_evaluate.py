@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import evaluate as evaluate_lib
-from dpo_jax import reference
+from dpo_jax import judges, reference
 from dpo_jax import step as step_lib
 from dpo_jax.data import tokenizers
 from dpo_jax.evaluate import Samples, compare_samples, wilson_interval
@@ -282,7 +282,7 @@ def test_the_judge_reads_prompt_and_response(monkeypatch):
     seen.append((prompt, response))
     return len(response)
 
-  samples = draw(monkeypatch, judge)
+  samples = draw(monkeypatch, judges.per_text(judge))
   assert seen == [("P", "ab"), ("Q", "c")]
   assert samples.rewards.tolist() == [2.0, 1.0]
   assert samples.texts == ["ab", "c"]
@@ -295,7 +295,7 @@ def test_a_judge_that_gives_no_number_is_an_error(monkeypatch, reward):
     return reward if response == "c" else 1.0
 
   with pytest.raises(ValueError, match=r"eval.judge gave .* for 'c'"):
-    draw(monkeypatch, judge)
+    draw(monkeypatch, judges.per_text(judge))
 
 
 def held_out(groups, num, max_tokens=100, indices=None):

@@ -110,6 +110,61 @@ class ByteTokenizer:
     )
 
 
+class LetterTokenizer:
+  """The first letters of the alphabet, for tasks that can be enumerated.
+
+  All texts of such a task have one length, so that no response needs an end:
+  EOS is an id that the model's vocabulary does not have, and data.max_tokens
+  cuts it off. So probabilities of all texts of that length sum to 1.
+  """
+
+  bos_id = None
+  has_chat_template = False
+
+  def __init__(self, num_letters: int):
+    """Letters "a", "b", ... are ids 0, 1, ...
+
+    Args:
+      num_letters: of them, up to 26.
+
+    Raises:
+      ValueError: more letters than there are.
+    """
+    if not 1 < num_letters <= 26:
+      raise ValueError(f"letters:{num_letters} must have 2 to 26 letters")
+    self.vocab_size = self.eos_id = num_letters
+    self.stop_ids = (self.eos_id,)
+    self.digest = f"letters-{num_letters}"
+
+  def encode(
+    self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
+  ) -> list[list[int]]:
+    del is_rendered, is_continuation
+    ids = [[ord(letter) - ord("a") for letter in text] for text in texts]
+    for text, found in zip(texts, ids, strict=True):
+      if not all(0 <= i < self.vocab_size for i in found):
+        raise RecordError(
+          f"{text!r} holds more than the first {self.vocab_size} letters"
+        )
+    return ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return "".join(chr(i + ord("a")) for i in ids if i < self.vocab_size)
+
+  def render(
+    self,
+    messages: Sequence[Message],
+    header: bool,
+    extras: Mapping[str, Any] | None = None,
+  ) -> str:
+    raise RecordError("the letters have no chat template")
+
+  def render_batch(
+    self, requests: Sequence[Request]
+  ) -> list[str | RecordError]:
+    return [RecordError("the letters have no chat template")] * len(requests)
+
+
 class HFTokenizer:
   """A folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt.
 
@@ -437,7 +492,7 @@ def load_tokenizer(
   eos_token: str = "",
   template_date: str = DEFAULT_DATE,
 ) -> Tokenizer:
-  """'bytes', or the folder of a Hugging Face tokenizer.
+  """'bytes', 'letters:N', or the folder of a Hugging Face tokenizer.
 
   Args:
     spec: which.
@@ -452,6 +507,9 @@ def load_tokenizer(
         " that of 'bytes' is its id 257"
       )
     return ByteTokenizer()
+  kind, _, count = spec.partition(":")
+  if kind == "letters" and count.isdecimal():
+    return LetterTokenizer(int(count))
   return HFTokenizer(
     spec,
     chat_template=chat_template,

@@ -16,7 +16,7 @@ from dpo_jax.losses import regularizers
 from dpo_jax.losses.links import LINKS, Link
 from dpo_jax.losses.rewards import DIVERGENCES, REWARDS, Reward
 
-GROUPS = ("first", "single", "pair", "ranking")
+GROUPS = ("first", "single", "pair", "ranking", "samples")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,16 @@ KNOBS: dict[str, Knob] = {
     float, "weight of the penalty on a falling chosen log-ratio", low=0
   ),
   "shift": Knob(float, "weight of the rejected reward", low=0, high=1),
-  "clip": Knob(float, "bound R of the clipped margin", low=0, above=True),
+  "clip": Knob(
+    float,
+    "bound R of the clipped margin (chi_po), or of a ratio's distance from 1",
+    low=0,
+    above=True,
+  ),
+  "value_clip": Knob(
+    float, "how far a value may move from its old one", low=0, above=True
+  ),
+  "value_weight": Knob(float, "weight of the value head's error", low=0),
   "divergence": Knob(str, "the f-divergence", choices=DIVERGENCES),
   "token_level": Knob(bool, "unlikelihood by tokens, not by sequences"),
   "desirable_weight": Knob(float, "weight of desirable responses", low=0),
@@ -124,7 +133,8 @@ class Loss:
     regularizers: functions that are added.
     group: what a group must be: "first" (only slot 0 is read, so only slot 0
       is packed), "single" (K = 1 with a label), "pair" (K = 2, slot 0
-      chosen), or "ranking" (best first).
+      chosen), "ranking" (best first), or "samples" (of the policy, in any
+      order, with their rewards as scores).
     scale: knob that multiplies the reward in the metrics `reward/*`.
     is_per_token: whether the mean is over tokens, unless the knob
       `per_sequence` says otherwise.
@@ -606,6 +616,30 @@ _ROWS = (
     "Rafailov et al. 2023, arXiv:2305.18290, eq. 2",
     group="ranking",
     scale=None,
+  ),
+  Loss(
+    "ppo",
+    "logps",
+    "clipped_policy_gradient",
+    dict(clip=0.2, value_clip=0.2, value_weight=0.1),
+    "-min(ratio A, clip(ratio) A) + value_weight (V - R)^2 / 2, per token",
+    "Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019,"
+    " arXiv:1909.08593",
+    group="samples",
+    scale=None,
+    is_per_token=True,
+    peers="TRL's PPO trainer, whose vf_coef is value_weight",
+  ),
+  Loss(
+    "reinforce",
+    "logps",
+    "leave_one_out",
+    dict(),
+    "-(R - mean of the siblings' R) lp, the mean over the samples",
+    "Ahmadian et al. 2024, arXiv:2402.14740 (RLOO)",
+    group="samples",
+    scale=None,
+    peers="TRL's RLOO trainer",
   ),
 )
 CATALOGUE: dict[str, Loss] = {row.name: row for row in _ROWS}

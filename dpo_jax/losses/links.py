@@ -18,6 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.losses import policy_gradient
 from dpo_jax.losses.numerics import safe_exp
 from dpo_jax.types import Sequences
 
@@ -556,6 +557,57 @@ def _ranking_loss(z: jax.Array, sequences: Sequences) -> jax.Array:
   return jnp.where(valid, jax.nn.logsumexp(gaps, axis=-1), 0.0).sum(-1)
 
 
+def clipped_policy_gradient(
+  rewards: jax.Array,
+  sequences: Sequences,
+  *,
+  clip: float,
+  value_clip: float,
+  value_weight: float,
+) -> jax.Array:
+  """PPO: the clipped surrogate and the value head's error, summed over tokens.
+
+  Schulman et al. 2017 (arXiv:1707.06347), eq. 7 and 9; the advantages and the
+  returns are those of `online.py`. `rewards` are not read: what a response is
+  worth is in its advantages.
+  """
+  del rewards
+  mask = sequences.token_mask
+  shape = mask.shape
+
+  def flat(x):
+    return x.reshape(-1, shape[-1])
+
+  mask = flat(mask & sequences.valid[..., None])
+  loss = policy_gradient.clipped_surrogate(
+    flat(sequences.token_logps),
+    flat(sequences.old_token_logps),
+    flat(sequences.advantages),
+    mask,
+    clip=clip,
+  )
+  loss += value_weight * policy_gradient.clipped_value_loss(
+    flat(sequences.token_values),
+    flat(sequences.old_token_values),
+    flat(sequences.returns),
+    mask,
+    clip=value_clip,
+  )
+  return loss.reshape(shape).sum((-2, -1))
+
+
+def leave_one_out(rewards: jax.Array, sequences: Sequences) -> jax.Array:
+  """RLOO: -(R - mean of the siblings' R) log pi(y), the mean over responses.
+
+  Ahmadian et al. 2024 (arXiv:2402.14740), sec. 3; R is the score, from which
+  `online.py` has taken the price of the KL.
+  """
+  valid = sequences.valid
+  advantages = policy_gradient.leave_one_out(sequences.score, valid)
+  loss = policy_gradient.reinforce(rewards, advantages, valid)
+  return loss.sum(-1) / jnp.maximum(valid.sum(-1), 1)
+
+
 def _is_desirable(sequences: Sequences) -> jax.Array:
   return sequences.score[:, 0] > 0.5
 
@@ -628,4 +680,19 @@ LINKS: dict[str, Link] = {
   "negative": _group(negative),
   "plackett_luce": _group(plackett_luce),
   "bradley_terry": _group(bradley_terry),
+  "leave_one_out": _group(leave_one_out),
+  "clipped_policy_gradient": _group(
+    clipped_policy_gradient,
+    needs=frozenset(
+      {
+        "token_mask",
+        "token_logps",
+        "token_values",
+        "old_token_logps",
+        "old_token_values",
+        "advantages",
+        "returns",
+      }
+    ),
+  ),
 }

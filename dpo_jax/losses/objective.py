@@ -65,9 +65,7 @@ class Objective:
   @property
   def num_slots(self) -> int | None:
     """Responses of a group that the loss reads; None is all of them."""
-    return {"first": 1, "single": 1, "pair": 2, "ranking": None}[
-      self.loss.group
-    ]
+    return {"first": 1, "single": 1, "pair": 2}.get(self.loss.group)
 
   def init(self) -> Any:
     """State that the loss carries from step to step: a tree, () if none."""
@@ -77,10 +75,13 @@ class Objective:
   def valid_groups(self, valid: jax.Array) -> jax.Array:
     """Which groups the loss can read: bool [B, K] -> bool [B].
 
-    A ranking needs two responses, every other loss all that it reads.
+    A ranking needs two responses, samples one, every other loss all that it
+    reads.
     """
     if self.loss.group == "ranking":
       return valid.sum(-1) >= 2
+    if self.loss.group == "samples":
+      return valid.any(-1)
     return valid[:, : self.num_slots].all(-1)
 
   def scored_tokens(self, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
@@ -141,6 +142,7 @@ class Objective:
       "single": num_responses == 1,
       "pair": num_responses == 2,
       "ranking": num_responses >= 2,
+      "samples": num_responses >= 1,
     }[self.loss.group]
     if not fits:
       wanted = {
@@ -148,6 +150,7 @@ class Objective:
         "single": "1 response with a label",
         "pair": "2 responses, the chosen first",
         "ranking": "2 or more responses, best first",
+        "samples": "at least 1 response of the policy",
       }[self.loss.group]
       raise ValueError(
         f"loss {self.name!r} reads groups of {wanted}, and these hold"
@@ -200,11 +203,15 @@ class Objective:
     sequences, rewards = jax.lax.stop_gradient((sequences, rewards))
     scale = self.knobs[self.loss.scale] if self.loss.scale else 1.0
     figures = {"logps": sequences.logps}
-    if self.loss.group != "first":
+    if self.loss.group == "samples":
+      figures["score"] = sequences.score
+    elif self.loss.group != "first":
       figures["reward"] = scale * rewards
     if sequences.ref_logps is not None:
       figures["log_ratio"] = sequences.logps - sequences.ref_logps
-    if self.loss.group == "first":
+    if self.loss.group == "samples":
+      metrics = _sample_metrics(figures, sequences)
+    elif self.loss.group == "first":
       metrics = {f"{k}/chosen": v[:, 0] for k, v in figures.items()}
     elif self.loss.group == "single":
       metrics = _label_metrics(figures, sequences)
@@ -253,6 +260,17 @@ def _label_metrics(
     jnp.sign(sign * figures["reward"][:, 0]) + 1.0
   )
   return metrics
+
+
+def _sample_metrics(
+  figures: Mapping[str, jax.Array], sequences: Sequences
+) -> Metrics:
+  """Means over a prompt's samples, of which none is chosen."""
+  count = jnp.maximum(sequences.valid.sum(-1), 1)
+  return {
+    f"{name}/mean": jnp.where(sequences.valid, figure, 0.0).sum(-1) / count
+    for name, figure in figures.items()
+  }
 
 
 def _order_metrics(

@@ -122,6 +122,36 @@ def sum_by_slot(
   return sums.reshape(-1, *group_shape)
 
 
+def spread_by_slot(
+  values: jax.Array,
+  slots: jax.Array,
+  group_shape: tuple[int, int],
+  max_tokens: int,
+) -> jax.Array:
+  """Lays figures of tokens out by response and place in it.
+
+  Args:
+    values: [R, S].
+    slots: i32 [R, S], g * K + k, or G * K where padded; the tokens of a
+      response follow each other.
+    group_shape: (G, K).
+    max_tokens: M; what a response has beyond is dropped.
+
+  Returns:
+    [R, G, K, M], 0 behind a response's end.
+  """
+  num_slots = group_shape[0] * group_shape[1]
+
+  def spread_row(values, slots):
+    index = jnp.arange(len(slots))
+    first = jax.ops.segment_min(index, slots, num_slots + 1)
+    out = jnp.zeros((num_slots, max_tokens), values.dtype)
+    return out.at[slots, index - first[slots]].set(values, mode="drop")
+
+  spread = jax.vmap(spread_row)(values, slots)
+  return spread.reshape(-1, *group_shape, max_tokens)
+
+
 def num_tokens(batch: Batch) -> jax.Array:
   """Scored tokens of every response: f32 [R, G, K]."""
   ones = jnp.ones(batch.slots.shape, jnp.float32)
@@ -155,6 +185,7 @@ def response_figures(
   *,
   chunk_size: int,
   needs: frozenset[str],
+  max_tokens: int = 0,
 ) -> dict[str, jax.Array]:
   """What a loss asks of every response, from one forward pass.
 
@@ -166,9 +197,11 @@ def response_figures(
     chunk_size: see `chunked_token_figures`.
     needs: optional fields of Sequences that are wanted besides `logps`, and
       besides `ref_logps` where there are ref_params.
+    max_tokens: M, for the fields of single tokens.
 
   Returns:
     Fields of Sequences, f32 [R, G, K] each; 0 where a slot has no response.
+    Those of single tokens are [R, G, K, M].
   """
 
   def states(params):
@@ -212,7 +245,29 @@ def response_figures(
     last = take_positions(hidden, places).astype(jnp.float32)
     values = last @ params["value_head"].astype(jnp.float32)
     figures["values"] = values.reshape(batch.valid.shape)
+  if "token_logps" in needs:
+    figures |= {
+      name: spread_by_slot(values, batch.slots, group_shape, max_tokens)
+      for name, values in _single_tokens(params, predicting, tokens, needs)
+    }
   return figures
+
+
+def _single_tokens(
+  params: Any, predicting: jax.Array, tokens: dict[str, jax.Array], needs: Any
+) -> list[tuple[str, jax.Array]]:
+  """Fields of Sequences that are not summed: [R, S] each."""
+  found = [
+    ("token_logps", tokens["logps"]),
+    ("token_mask", jnp.ones(tokens["logps"].shape, bool)),
+  ]
+  if "ref_logps" in tokens:
+    found.append(("ref_token_logps", tokens["ref_logps"]))
+  if "token_values" in needs:
+    # V of the state in which the token is chosen: what has been read then.
+    head = params["value_head"].astype(jnp.float32)
+    found.append(("token_values", predicting.astype(jnp.float32) @ head))
+  return found
 
 
 def take_positions(hidden: jax.Array, places: jax.Array) -> jax.Array:

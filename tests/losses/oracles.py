@@ -294,8 +294,42 @@ def beta_dpo(groups, beta, alpha):
   return [-log_sigmoid(b * margin(g)) for g in groups]
 
 
+def ppo(groups, clip, value_clip, value_weight):
+  """Per token of the batch; the tokens are those of `num_tokens`."""
+  sums = []
+  for g in groups:
+    total = 0.0
+    for k in range(len(g["lp"])):
+      for t, counts in enumerate(g["mask"][k]):
+        if not counts:
+          continue
+        ratio_ = math.exp(g["tokens"][k][t] - g["old_tokens"][k][t])
+        near = min(max(ratio_, 1 - clip), 1 + clip)
+        a = g["advantages"][k][t]
+        v, old, wanted = (
+          g[name][k][t] for name in ("token_values", "old_values", "returns")
+        )
+        moved = old + min(max(v - old, -value_clip), value_clip)
+        total -= min(ratio_ * a, near * a)
+        total += (
+          value_weight * max((v - wanted) ** 2, (moved - wanted) ** 2) / 2
+        )
+    sums.append(total)
+  num_tokens = sum(sum(g["n"]) for g in groups)
+  return [x * len(groups) / num_tokens for x in sums]
+
+
+def reinforce(g):
+  total = 0.0
+  for k, lp in enumerate(g["lp"]):
+    others = [s for j, s in enumerate(g["score"]) if j != k]
+    total -= (g["score"][k] - sum(others) / len(others)) * lp
+  return total / len(g["lp"])
+
+
 preferred_ft = sft
 OF_A_BATCH = [
+  "ppo",
   "sft",
   "preferred_ft",
   "aot",

@@ -15,7 +15,7 @@ from dpo_jax.types import Sequences
 from tests.losses import oracles
 
 NAMES = sorted(CATALOGUE)
-WIDTH = {"first": 1, "single": 1, "pair": 2, "ranking": 4}
+WIDTH = {"first": 1, "single": 1, "pair": 2, "ranking": 4, "samples": 3}
 # Knobs beside the defaults that are worth a test of their own.
 VARIANTS = [(name, {}) for name in NAMES] + [
   ("ipo", {"length_normalize": True}),
@@ -67,8 +67,20 @@ def make_sequences(num_slots, num=6, seed=0, scale=5.0):
     "kl": rng.uniform(0, 3, shape),
     "values": rng.normal(0, 2, shape),
   }
+  # Four tokens of each response, the last of some of them padding.
+  fields |= {
+    "token_logps": rng.uniform(-3, 0, (*shape, 4)),
+    "old_token_logps": rng.uniform(-3, 0, (*shape, 4)),
+    "token_values": rng.normal(0, 1, (*shape, 4)),
+    "old_token_values": rng.normal(0, 1, (*shape, 4)),
+    "advantages": rng.normal(0, 1, (*shape, 4)),
+    "returns": rng.normal(0, 1, (*shape, 4)),
+  }
   fields = {k: jnp.asarray(v, jnp.float32) for k, v in fields.items()}
-  return Sequences(**fields, valid=jnp.ones(shape, bool))
+  mask = np.arange(4) < rng.integers(1, 5, (*shape, 1))
+  return Sequences(
+    **fields, token_mask=jnp.asarray(mask), valid=jnp.ones(shape, bool)
+  )
 
 
 def as_groups(sequences):
@@ -88,6 +100,13 @@ def as_groups(sequences):
     "alignment": "alignment",
     "kl": "kl",
     "values": "values",
+    "token_mask": "mask",
+    "token_logps": "tokens",
+    "old_token_logps": "old_tokens",
+    "token_values": "token_values",
+    "old_token_values": "old_values",
+    "advantages": "advantages",
+    "returns": "returns",
   }
   num = sequences.logps.shape[0]
   return [
@@ -162,10 +181,14 @@ def test_golden_figures(golden):
 # Under a stop-gradient these hold a mean of the batch, which a finite
 # difference moves and a gradient must not: the test below is for them.
 SHIFTED = ("bco", "bco_pair", "beta_dpo")
+# These take log-probs in float32 whatever they are given: tests of their own.
+SAMPLED = ("ppo", "reinforce")
 
 
 @pytest.mark.parametrize(
-  ("name", "knobs"), [v for v in VARIANTS if v[0] not in SHIFTED], ids=str
+  ("name", "knobs"),
+  [v for v in VARIANTS if v[0] not in (*SHIFTED, *SAMPLED)],
+  ids=str,
 )
 def test_gradients_equal_finite_differences(name, knobs):
   objective = build(name, **knobs)
@@ -181,6 +204,54 @@ def test_gradients_equal_finite_differences(name, knobs):
       return mean_loss(objective, sequences.replace(logps=logps))
 
     check_grads(loss, (sequences.logps,), order=1, modes=["rev"], eps=1e-6)
+
+
+def test_gradients_of_ppo_equal_finite_differences():
+  objective = build("ppo")
+  with jax.enable_x64(True):
+    sequences = jax.tree.map(
+      lambda x: (
+        jnp.asarray(np.asarray(x, np.float64)) if x.dtype != bool else x
+      ),
+      sequences_for("ppo"),
+    )
+
+    def loss(token_logps, token_values):
+      return mean_loss(
+        objective,
+        sequences.replace(token_logps=token_logps, token_values=token_values),
+      )
+
+    # The old log-probs are data, and float32 by design: hence the coarse step.
+    check_grads(
+      loss,
+      (sequences.token_logps, sequences.token_values),
+      order=1,
+      modes=["rev"],
+      eps=1e-3,
+      rtol=1e-2,
+      atol=1e-3,
+    )
+
+
+def test_the_gradient_of_reinforce_is_minus_the_advantage():
+  objective = build("reinforce")
+  sequences = sequences_for("reinforce")
+  grad = jax.grad(
+    lambda logps: mean_loss(objective, sequences.replace(logps=logps))
+  )(sequences.logps)
+  score = np.asarray(sequences.score, np.float64)
+  advantages = score - (score.sum(1, keepdims=True) - score) / 2
+  # The mean over 6 groups of the mean over 3 samples.
+  np.testing.assert_allclose(grad, -advantages / 18, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sample_without_siblings_teaches_reinforce_nothing():
+  sequences = sequences_for("reinforce")
+  alone = sequences.valid.at[0, 1:].set(False)
+  per_group = losses_of(build("reinforce"), sequences.replace(valid=alone))
+  assert per_group[0] == 0.0
+  assert (per_group[1:] != 0.0).all()
 
 
 @pytest.mark.parametrize("name", ["bco", "bco_pair", "beta_dpo", "kto"])

@@ -1,0 +1,612 @@
+"""Batches that are sampled from the policy: PPO, RLOO, on-policy DPO.
+
+The loop asks for batch(step), as it does of a loader. Every so many steps it
+tells `begin` where the policy stands; responses are sampled and judged then,
+and all batches until the next time are cut from them. So a batch is a function
+of (seed, step, the parameters at the last sampling), and what was sampled is
+kept beside the checkpoints, in WORKDIR/online/STEP.npz: a run that stops
+between two samplings goes on with the same batches.
+"""
+
+import dataclasses
+import functools
+import io
+import logging
+from typing import Any
+import zipfile
+
+from etils import epath
+import jax
+import numpy as np
+
+from dpo_jax import judges
+from dpo_jax import step as step_lib
+from dpo_jax.data import loader as loader_lib
+from dpo_jax.data.store import Store, part_starts
+from dpo_jax.data.tokenizers import Tokenizer
+from dpo_jax.losses import Objective, WeightedSum, policy_gradient
+from dpo_jax.mesh import Placement, on_mesh
+from dpo_jax.models import generate
+from dpo_jax.models.decoder import Policy
+from dpo_jax.reference import to_host
+from dpo_jax.types import Batch
+
+_LOG = logging.getLogger(__name__)
+
+KINDS = ("none", "pairs", "rollouts")
+LABELS = ("argmax", "bradley_terry")
+_SAMPLED_AT_ONCE = 1024
+_SHARED = dict(
+  judge="",
+  every_steps=1,
+  epochs=1,
+  num_samples=2,
+  max_response_tokens=128,
+  max_kl=200.0,
+)
+_KNOBS: dict[str, dict[str, Any]] = {
+  "none": {},
+  "pairs": _SHARED | dict(temperature=1.0, label="argmax", flips=0.0),
+  "rollouts": _SHARED | dict(kl_weight=0.05, kl_target=0.0, kl_gain=0.1),
+}
+_GAE = dict(discount=1.0, gae_lambda=0.95)  # arXiv:1707.06347, sec. 5
+
+
+class DriftError(RuntimeError):
+  """The policy has gone so far from its reference that the run is lost."""
+
+
+def resolve(config: Any, objective: Objective | WeightedSum) -> None:
+  """Settles `config.online`: defaults of its kind, and what fits the loss.
+
+  Args:
+    config: of the run, changed in place.
+    objective: what is trained.
+
+  Raises:
+    ValueError: an unknown kind, one that the loss cannot do with, a knob that
+      is not read, or a value out of range.
+  """
+  online, group = config.online, objective.group
+  if online.kind not in KINDS:
+    raise ValueError(
+      f"online.kind={online.kind!r} must be one of {', '.join(KINDS)}"
+    )
+  if (group == "samples") != (online.kind == "rollouts"):
+    raise ValueError(
+      f"loss {objective.name!r} with online.kind={online.kind!r}: 'rollouts' is"
+      " for the losses that learn from rewarded samples of the policy, such as"
+      " ppo and reinforce, and they for it"
+    )
+  if online.kind == "pairs" and group not in ("pair", "ranking", "first"):
+    raise ValueError(
+      f"loss {objective.name!r} reads groups of the kind {group!r}, and"
+      " online.kind='pairs' gives a chosen and a rejected response"
+    )
+  knobs = dict(_KNOBS[online.kind])
+  if "advantages" in objective.needs:
+    knobs |= _GAE
+  for name, value in online.items():
+    if name != "kind" and value is not None and name not in knobs:
+      raise ValueError(
+        f"online.{name}={value} is set, and online.kind={online.kind!r} with"
+        f" loss {objective.name!r} does not read it. It reads:"
+        f" {', '.join(sorted(knobs)) or 'nothing'}"
+      )
+  for name, value in knobs.items():
+    if online[name] is None:
+      online[name] = value
+  if online.kind != "none":
+    _check_ranges(config, objective)
+
+
+def _check_ranges(config: Any, objective: Objective | WeightedSum) -> None:
+  online = config.online
+  bounds = {
+    "every_steps": (1, None),
+    "epochs": (1, None),
+    "num_samples": (2 if online.kind == "pairs" else 1, None),
+    "max_response_tokens": (1, None),
+    "max_kl": (0, None),
+    "temperature": (0, None),
+    "flips": (0, 0.5),
+    "kl_weight": (0, None),
+    "kl_target": (0, None),
+    "kl_gain": (0, 5),
+    "discount": (0, 1),
+    "gae_lambda": (0, 1),
+  }
+  for name, (low, high) in bounds.items():
+    value = online[name]
+    if value is not None and not (
+      value >= low and (high is None or value <= high)
+    ):
+      wanted = f"at least {low}" + ("" if high is None else f", at most {high}")
+      raise ValueError(f"online.{name}={value} must be {wanted}")
+  if not online.judge:
+    raise ValueError(
+      "online.judge is not set: it rewards what the policy says, and is one of"
+      f" {', '.join(judges.KINDS)}"
+    )
+  if online.label is not None and online.label not in LABELS:
+    raise ValueError(
+      f"online.label={online.label!r} must be one of {', '.join(LABELS)}"
+    )
+  if online.label == "bradley_terry" and online.num_samples != 2:
+    raise ValueError(
+      "online.label='bradley_terry' draws a label for a pair, and"
+      f" online.num_samples={online.num_samples}: set it to 2"
+    )
+  num_groups = online.every_steps * config.batch_size
+  if num_groups % online.epochs:
+    raise ValueError(
+      f"online.epochs={online.epochs} must divide online.every_steps *"
+      f" batch_size = {num_groups}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+  """What was sampled at a step, all that batches are cut from.
+
+  Attributes:
+    step: when.
+    prompts: i64 [n], indices of the prompts' groups.
+    responses: i32 [n, K, M], -1 behind the end; a group of nothing but -1
+      teaches nothing and is left out of the loss.
+    score: f32 [n, K].
+    ref_logps: f32 [n, K].
+    kl_weight: f64 [], of the next sampling.
+    tokens: f32 [n, K, M] each, on-policy fields of Batch, or empty.
+  """
+
+  step: int
+  prompts: np.ndarray
+  responses: np.ndarray
+  score: np.ndarray
+  ref_logps: np.ndarray
+  kl_weight: float
+  tokens: dict[str, np.ndarray]
+
+  def write(self, path: epath.Path) -> None:
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    fields |= fields.pop("tokens")
+    buffer = io.BytesIO()
+    np.savez(buffer, **fields)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(buffer.getvalue())
+    temporary.replace(path)
+
+  @classmethod
+  def read(cls, path: epath.Path) -> "Snapshot":
+    """What `write` wrote; zip keeps a checksum of every array.
+
+    Raises:
+      ValueError: it is not there, or damaged.
+    """
+    try:
+      with np.load(io.BytesIO(path.read_bytes())) as file:
+        fields = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+      raise ValueError(
+        f"{path} is missing or damaged, and holds the responses that the run's"
+        " next steps learn from. Move the checkpoints behind step"
+        f" {path.stem} aside, and it goes on from one before: {error}"
+      ) from error
+    names = set(step_lib.ON_POLICY_FIELDS) & fields.keys()
+    tokens = {name: fields.pop(name) for name in names}
+    return cls(
+      step=int(fields.pop("step")),
+      kl_weight=float(fields.pop("kl_weight")),
+      tokens=tokens,
+      **fields,
+    )
+
+
+@jax.jit
+def _advantages(
+  scores: jax.Array,
+  logps: jax.Array,
+  ref_logps: jax.Array,
+  values: jax.Array,
+  mask: jax.Array,
+  kl_weight: float,
+  discount: float,
+  gae_lambda: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Advantages, whitened over all tokens, and returns: f32 [B, M] each."""
+  shaped = policy_gradient.shape_rewards(
+    scores, logps, ref_logps, mask, kl_coef=kl_weight, estimator="k1"
+  )
+  advantages, returns = policy_gradient.gae(
+    shaped, values, mask, discount=discount, gae_lambda=gae_lambda
+  )
+  return policy_gradient.whiten(advantages, mask, shift_mean=True), returns
+
+
+class OnPolicy:
+  """A loader of what the policy itself said."""
+
+  def __init__(
+    self,
+    config: Any,
+    workdir: epath.Path,
+    prompts: loader_lib.Loader,
+    *,
+    objective: Objective | WeightedSum,
+    policy: Policy,
+    ref_params: Any,
+    tokenizer: Tokenizer,
+    judge: judges.Judge,
+    placement: Placement,
+  ):
+    """Plans the batches; samples nothing yet.
+
+    Args:
+      config: of the run, resolved.
+      workdir: of the run.
+      prompts: the loader of the training data, for its prompts.
+      objective: what is trained.
+      policy: the decoder.
+      ref_params: the reference's parameters.
+      tokenizer: to read responses with.
+      judge: who rewards them.
+      placement: mesh.
+
+    Raises:
+      ValueError: no prompt leaves room for a response.
+    """
+    self._settings, self._config = config.online, config
+    self._folder = workdir / "online"
+    self._objective, self._policy = objective, policy
+    self._ref_params, self._placement = ref_params, placement
+    self._tokenizer, self._judge = tokenizer, judge
+    self._source = prompts
+    self._snapshot: Snapshot | None = None
+    settings = self._settings
+    room = policy.config.max_positions - settings.max_response_tokens
+    lengths = prompts.store.lengths[prompts.indices, 0]
+    indices = prompts.indices[lengths <= room]
+    if not len(indices):
+      raise ValueError(
+        f"online.max_response_tokens={settings.max_response_tokens} leaves"
+        f" {room} of the model's {policy.config.max_positions} positions, and"
+        f" the shortest prompt takes {lengths.min()}: lower it"
+      )
+    # Indices of prompts, as many a sampling as its batches need.
+    num_groups = settings.every_steps * config.batch_size // settings.epochs
+    self._prompts = dataclasses.replace(
+      prompts, indices=indices, batch_size=num_groups, ref_logps=None
+    )
+    self.plan = self._make_plan()
+
+  @property
+  def _num_slots(self) -> int:
+    return 2 if self._settings.kind == "pairs" else self._settings.num_samples
+
+  def _make_plan(self) -> loader_lib.Plan:
+    """Shapes that hold the longest responses that there can be."""
+    most = self._settings.max_response_tokens
+    lengths = self._prompts.store.lengths[:, :1]
+    longest = np.full((len(lengths), self._num_slots), most, np.int32)
+    lengths = np.concatenate([lengths, longest], 1)
+    imagined = Store(
+      tokens=np.zeros(0, np.int32),
+      starts=part_starts(lengths),
+      lengths=lengths,
+      score=np.zeros(longest.shape, np.float32),
+      digest="longest",
+      report={},
+    )
+    config = self._config
+    return loader_lib.make_plan(
+      imagined,
+      self._prompts.indices,
+      batch_size=config.batch_size,
+      row_tokens=config.data.row_tokens,
+      row_multiple=self._placement.num_row_shards * config.accumulation_steps,
+      layout=config.data.layout,
+    )
+
+  def begin(
+    self, step: int, params: Any, *, oldest: int
+  ) -> tuple[int, dict[str, float]]:
+    """Makes the batches from `step` on known.
+
+    Args:
+      step: the next to be trained.
+      params: the policy's, on the mesh, at that step.
+      oldest: the earliest checkpoint there is; what was sampled long before
+        it is deleted.
+
+    Returns:
+      The step at which `begin` is due again, and figures of the responses:
+      empty where they were sampled before.
+
+    Raises:
+      ValueError: a judge that gives no number, or a lost snapshot.
+      DriftError: a KL above `online.max_kl`.
+    """
+    every = self._settings.every_steps
+    first = step - step % every
+    figures: dict[str, float] = {}
+    if self._snapshot is None or self._snapshot.step != first:
+      if step == first:
+        self._snapshot, figures = self._sample(first, params)
+        if jax.process_index() == 0:
+          self._snapshot.write(self._path(first))
+          self._delete_before(oldest - every)
+      else:
+        self._snapshot = Snapshot.read(self._path(first))
+      self.__dict__.pop("_loader", None)
+    return first + every, figures
+
+  def order(self, step: int) -> np.ndarray:
+    """Indices of the groups whose prompts a step has: i64 [batch_size]."""
+    chosen = self._loader.order(step - self._snapshot.step)
+    return self._snapshot.prompts[chosen]
+
+  def batch(self, step: int) -> Batch:
+    """The batch of a step: this process's rows, numpy."""
+    batch = self._loader.batch(step - self._snapshot.step)
+    is_group = batch.example_ids >= 0
+    fields = {
+      name: np.where(
+        is_group[..., None, None], values[batch.example_ids], 0.0
+      ).astype(np.float32)
+      for name, values in self._snapshot.tokens.items()
+    }
+    return batch.replace(**fields)
+
+  @functools.cached_property
+  def _loader(self) -> loader_lib.Loader:
+    ref_logps = None
+    if self._config.reference.kind == "cached":
+      ref_logps = self._snapshot.ref_logps
+    return self._make_loader(
+      self._snapshot.step,
+      self._snapshot.prompts,
+      self._snapshot.responses,
+      self._snapshot.score,
+      ref_logps,
+    )
+
+  def _path(self, step: int) -> epath.Path:
+    return self._folder / f"{step}.npz"
+
+  def _delete_before(self, step: int) -> None:
+    for path in self._folder.glob("*.npz"):
+      if path.stem.isdecimal() and int(path.stem) < step:
+        path.unlink()
+
+  def _seed(self, step: int, what: int) -> int:
+    state = np.random.SeedSequence((self._config.seed, step, what))
+    return int(state.generate_state(1)[0] >> 1)
+
+  def _make_loader(
+    self,
+    step: int,
+    prompts: np.ndarray,
+    responses: np.ndarray,
+    score: np.ndarray,
+    ref_logps: np.ndarray | None = None,
+  ) -> loader_lib.Loader:
+    """A loader of groups of one prompt and its sampled responses."""
+    store = self._source.store
+    parts, lengths = [], []
+    for index, group in zip(prompts, responses, strict=True):
+      mine = [store.group(index)[0], *(row[row >= 0] for row in group)]
+      parts += mine
+      lengths.append([len(part) for part in mine])
+    lengths = np.array(lengths, np.int32)
+    sampled = Store(
+      tokens=np.concatenate(parts),
+      starts=part_starts(lengths),
+      lengths=lengths,
+      score=score,
+      digest="sampled",
+      report={},
+    )
+    return dataclasses.replace(
+      self._source,
+      store=sampled,
+      indices=np.arange(len(prompts)),
+      plan=self.plan,
+      batch_size=self._config.batch_size,
+      seed=self._seed(step, 0),
+      ref_logps=ref_logps,
+    )
+
+  def _sample(
+    self, step: int, params: Any
+  ) -> tuple[Snapshot, dict[str, float]]:
+    """Samples, judges, and measures what the loss learns from."""
+    settings = self._settings
+    prompts = self._prompts.order(step // settings.every_steps)
+    responses, rewards = self._ask(step, params, prompts)
+    figures = {
+      "reward": float(rewards.mean()),
+      "reward_deviation": float(rewards.std()),
+      "tokens": float((responses >= 0).sum(-1).mean()),
+    }
+    if settings.kind == "pairs":
+      responses, score, is_tied = self._label(step, responses, rewards)
+      figures["ties"] = float(is_tied.mean())
+    else:
+      score = rewards
+    loader = self._make_loader(step, prompts, responses, score)
+    measured = self._measure(params, loader)
+    is_there = (responses >= 0).any(-1)
+    log_ratios = np.where(
+      is_there, measured["logps"] - measured["ref_logps"], 0
+    )
+    kl = float(log_ratios.sum() / max(is_there.sum(), 1))
+    kl_weight = self._kl_weight(step)
+    if not abs(kl) <= settings.max_kl:  # NaN included
+      raise DriftError(
+        f"step {step}: the policy's KL to its reference is {kl:.1f} nats a"
+        f" response, and online.max_kl={settings.max_kl:g}. Checkpoints and"
+        " metrics so far are kept. A larger kl_weight, a kl_target, or a lower"
+        " optimizer.learning_rate holds the policy nearer"
+      )
+    figures["kl"] = kl
+    tokens = {}
+    next_weight = kl_weight
+    if settings.kind == "rollouts":
+      figures["kl_weight"] = kl_weight
+      if "advantages" in self._objective.needs:
+        tokens = self._advantages(rewards, measured, kl_weight)
+      score = rewards - kl_weight * log_ratios
+      if settings.kl_target:
+        next_weight = float(
+          policy_gradient.update_kl_coef(
+            np.float32(kl_weight),
+            np.float32(kl),
+            target=settings.kl_target,
+            gain=settings.kl_gain,
+          )
+        )
+    snapshot = Snapshot(
+      step,
+      prompts,
+      responses,
+      score.astype(np.float32),
+      measured["ref_logps"],
+      next_weight,
+      tokens,
+    )
+    return snapshot, figures
+
+  def _kl_weight(self, step: int) -> float:
+    """As the sampling before left it."""
+    if self._settings.kind != "rollouts":
+      return 0.0
+    if step == 0 or not self._settings.kl_target:
+      return self._settings.kl_weight
+    before = step - self._settings.every_steps
+    if self._snapshot is not None and self._snapshot.step == before:
+      return self._snapshot.kl_weight
+    return Snapshot.read(self._path(before)).kl_weight
+
+  def _ask(
+    self, step: int, params: Any, prompts: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Responses i32 [n, K, M] of the policy, and rewards f64 [n, K]."""
+    settings, store = self._settings, self._source.store
+    count = settings.num_samples
+    asked = [store.group(i)[0].tolist() for i in prompts for _ in range(count)]
+    sampled = generate.sample(
+      self._policy,
+      params,
+      asked,
+      seed=self._seed(step, 1),
+      max_response_tokens=settings.max_response_tokens,
+      temperature=settings.temperature if settings.kind == "pairs" else 1.0,
+      eos_id=self._tokenizer.eos_id,
+      batch_size=min(len(asked), _SAMPLED_AT_ONCE),
+    )
+    rewards = judges.ask(
+      self._judge,
+      [self._tokenizer.decode(prompt) for prompt in asked],
+      [self._tokenizer.decode(response) for response in sampled],
+      key="online.judge",
+    )
+    responses = np.full(
+      (len(asked), settings.max_response_tokens), -1, np.int32
+    )
+    for row, response in zip(responses, sampled, strict=True):
+      row[: len(response)] = response
+    shape = (len(prompts), count)
+    return responses.reshape(*shape, -1), rewards.reshape(shape)
+
+  def _label(
+    self, step: int, responses: np.ndarray, rewards: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs, the chosen first; f32 [n, 2] rewards; bool [n] ties."""
+    rng = np.random.default_rng(self._seed(step, 2))
+    rows = np.arange(len(rewards))
+    if self._settings.label == "argmax":
+      order = np.argsort(-rewards, 1, kind="stable")[:, [0, -1]]
+      is_tied = rewards[rows, order[:, 0]] == rewards[rows, order[:, 1]]
+    else:
+      gap = rewards[:, 0] - rewards[:, 1]
+      wins = rng.random(len(gap)) < 1.0 / (1.0 + np.exp(-gap))
+      order = np.where(wins[:, None], [[0, 1]], [[1, 0]])
+      is_tied = np.zeros(len(gap), bool)
+    is_flipped = rng.random(len(rewards)) < self._settings.flips
+    order = np.where(is_flipped[:, None], order[:, ::-1], order)
+    pairs = responses[rows[:, None], order]
+    # Of two equal responses, or two equally good ones, none is to be preferred.
+    is_tied |= (pairs[:, 0] == pairs[:, 1]).all(-1)
+    pairs = np.where(is_tied[:, None, None], -1, pairs)
+    return pairs, rewards[rows[:, None], order].astype(np.float32), is_tied
+
+  @functools.cached_property
+  def _read(self) -> Any:
+    """Compiled (params, ref_params, batch) -> what the policy said and how."""
+    needs = {"token_logps"} if "advantages" in self._objective.needs else set()
+    needs |= {"token_values"} & self._objective.needs
+
+    def read(params, ref_params, batch):
+      sequences = step_lib.read_sequences(
+        self._policy,
+        params,
+        ref_params,
+        batch,
+        chunk_size=self._config.logps_chunk,
+        needs=frozenset(needs),
+        max_tokens=self._settings.max_response_tokens,
+      )
+      names = ("logps", "ref_logps", "token_mask", "token_logps")
+      names += ("ref_token_logps", "token_values")
+      found = {name: getattr(sequences, name) for name in names}
+      return {k: v for k, v in found.items() if v is not None}
+
+    return on_mesh(self._placement.mesh)(
+      jax.jit(read, out_shardings=self._placement.replicated)
+    )
+
+  def _measure(
+    self, params: Any, loader: loader_lib.Loader
+  ) -> dict[str, np.ndarray]:
+    """Fields of Sequences of all groups, [n, K] or [n, K, M]."""
+    out: dict[str, np.ndarray] = {}
+    for index in range(loader.num_eval_batches()):
+      batch = self._placement.place_rows(loader.eval_batch(index))
+      ids = to_host(batch.example_ids).reshape(-1)
+      for name, found in self._read(params, self._ref_params, batch).items():
+        found = to_host(found)
+        if name not in out:
+          shape = (len(loader.indices), *found.shape[1:])
+          out[name] = np.zeros(shape, found.dtype)
+        out[name][ids[ids >= 0]] = found[ids >= 0]
+    return out
+
+  def _advantages(
+    self, rewards: np.ndarray, measured: dict[str, np.ndarray], kl_weight: float
+  ) -> dict[str, np.ndarray]:
+    """On-policy fields of Batch, f32 [n, K, M]: GAE, whitened over all."""
+    settings = self._settings
+    shape = measured["token_logps"].shape
+    flat = {
+      name: values.reshape(-1, shape[-1])
+      for name, values in measured.items()
+      if values.ndim == 3
+    }
+    advantages, returns = _advantages(
+      rewards.reshape(-1).astype(np.float32),
+      flat["token_logps"],
+      flat["ref_token_logps"],
+      flat["token_values"],
+      flat["token_mask"],
+      kl_weight,
+      settings.discount,
+      settings.gae_lambda,
+    )
+    return {
+      "old_token_logps": measured["token_logps"],
+      "old_token_values": measured["token_values"],
+      "advantages": np.asarray(advantages).reshape(shape),
+      "returns": np.asarray(returns).reshape(shape),
+    }

@@ -1,0 +1,134 @@
+"""Every loss of the catalogue, each tuned with the same small budget.
+
+  python -m experiments.loss_ablation --workdir=runs/loss_ablation
+
+On the exact task: for every loss that learns from pairs, two values of the knob
+that sets its strength times two learning rates; the best of the four by
+J = E[r] - 0.5 KL counts. An ordering of losses that were not tuned says more of
+the defaults than of the losses (SimPO, arXiv:2405.14734). The share of the
+frontier compares at the KL that each has reached. Two CPU cores.
+"""
+
+import sys
+
+import matplotlib.pyplot as plt
+
+from dpo_jax.losses import CATALOGUE
+from experiments import exact_sweep, harness
+from experiments.exact_sweep import Sweep
+from experiments.harness import Row, Run, Settings
+
+LEARNING_RATES = (1e-3, 3e-3)
+# Of tuning: J is taken at this beta, whatever a loss calls its own.
+BETA = 0.5
+_STEPS = {"tiny": 120, "paper": 2500}
+# The knob that sets how far a loss goes, and its two values.
+_STRENGTH: dict[str, tuple[str, tuple[float, float]]] = {
+  "ipo": ("tau", (0.06, 0.25)),
+  "slic": ("sft_weight", (0.1, 1.0)),
+  "orpo": ("odds_ratio_weight", (0.1, 1.0)),
+  "cpo": ("beta", (0.1, 0.5)),
+  "simpo": ("beta", (2.0, 10.0)),
+  "alphapo": ("beta", (2.0, 10.0)),
+  "length_normalized_dpo": ("beta", (1.0, 4.0)),
+  "unlikelihood": ("alpha", (0.1, 0.5)),
+  "sft": ("", (0.0,)),
+  "preferred_ft": ("", (0.0,)),
+  "simper": ("", (0.0,)),
+}
+_USUAL = ("beta", (0.25, 1.0))
+
+
+def names() -> list[str]:
+  """Losses of pairs, or of what pairs can be split into."""
+  # A value head is no policy; samples are another experiment's.
+  return [
+    name
+    for name, loss in CATALOGUE.items()
+    if loss.group != "samples" and loss.reward != "values"
+  ]
+
+
+def runs(settings: Settings) -> list[Run]:
+  """Up to four trials of every loss, one seed."""
+  sweep = Sweep(settings, steps=_STEPS[settings.scale])
+  for name in names():
+    knob, values = _STRENGTH.get(name, _USUAL)
+    for value in values:
+      for rate in LEARNING_RATES:
+        loss = {"name": name, **({knob: value} if knob else {})}
+        tried = f"{knob}={value:g} " if knob else ""
+        sweep.add(
+          name,
+          loss,
+          seed=0,
+          beta=BETA,
+          knob=f"{tried}lr={rate:g}",
+          learning_rate=rate,
+        )
+  return list(sweep.runs.values())
+
+
+def collect(workdir: str) -> harness.Collected:
+  return exact_sweep.collect(workdir)
+
+
+def best(rows: list[Row]) -> list[Row]:
+  """The best trial of every loss, best loss first."""
+  found: dict[str, Row] = {}
+  trials: dict[str, int] = {}
+  for row in rows:
+    if row["method"] not in CATALOGUE:
+      continue
+    row = row | {"J": row["reward"] - BETA * row["kl"]}
+    trials[row["method"]] = trials.get(row["method"], 0) + 1
+    before = found.setdefault(row["method"], row)
+    if row["J"] > before["J"]:
+      found[row["method"]] = row
+  ordered = sorted(found.values(), key=lambda row: -row["J"])
+  return [row | {"trials": trials[row["method"]]} for row in ordered]
+
+
+def table(rows: list[Row]) -> list[Row]:
+  """The winners."""
+  columns = ("method", "knob", "trials", "J", "reward", "kl", "share")
+  return [{name: row[name] for name in columns} for row in best(rows)]
+
+
+def plot(rows: list[Row], path: str) -> list[str]:
+  """J of the best trial, and all trials on the plane of reward and KL."""
+  figure, axes = plt.subplots(1, 2, figsize=(12, 7.5), layout="constrained")
+  winners = best(rows)[::-1]
+  axes[0].barh(
+    [row["method"] for row in winners], [row["J"] for row in winners]
+  )
+  axes[0].set(xlabel=f"E[r] - {BETA:g} KL of the best trial")
+  axes[0].tick_params(labelsize=7)
+  exact_sweep.draw_frontier(axes[1], rows)
+  trials = [row for row in rows if row["method"] in CATALOGUE]
+  axes[1].plot(
+    [row["kl"] for row in trials],
+    [row["reward"] for row in trials],
+    "o",
+    color="tab:gray",
+    markersize=3,
+    label="a trial",
+  )
+  axes[1].plot(
+    [row["kl"] for row in winners],
+    [row["reward"] for row in winners],
+    "o",
+    markersize=4,
+    label="the best of a loss",
+  )
+  axes[1].set(xlabel="KL to the reference (nats)", ylabel="E[r]")
+  axes[1].legend()
+  for axis in axes:
+    axis.grid(alpha=0.3)
+  written = harness.save_figure(figure, rows, path)
+  plt.close(figure)
+  return written
+
+
+if __name__ == "__main__":
+  harness.main(sys.modules[__name__], table)

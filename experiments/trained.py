@@ -1,0 +1,147 @@
+"""What a finished run has learned: its steps' parameters, samples, figures."""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+import jax
+import ml_collections
+import numpy as np
+
+from dpo_jax import evaluate, initialize, judges, reference
+from dpo_jax.data import tokenizers
+from dpo_jax.mesh import Placement, make_mesh, param_shardings
+from dpo_jax.models import generate
+from dpo_jax.models.decoder import Policy
+
+
+def one_mesh() -> Any:
+  """All devices along `data`."""
+  return make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+
+
+def settings_of(workdir: str) -> Any:
+  """A run's resolved config."""
+  path = epath.Path(workdir) / "config.json"
+  return ml_collections.ConfigDict(json.loads(path.read_text()))
+
+
+def load(workdir: str) -> tuple[Policy, Any]:
+  """A run's policy and the parameters that it ended with."""
+  return load_steps(workdir)[-1][1:]
+
+
+def load_steps(workdir: str) -> list[tuple[int, Policy, Any]]:
+  """Every step of a run that has a checkpoint, ascending.
+
+  Raises:
+    FileNotFoundError: a run without a finished checkpoint.
+  """
+  settings = settings_of(workdir)
+  settings.policy.init = f"run:{workdir}"
+  # The shape is the run's own, whatever the vocabulary.
+  policy = initialize.load_policy(settings.policy, vocab_size=1)
+  abstract = policy.abstract_params()
+  targets = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    abstract,
+    param_shardings(abstract, one_mesh()),
+  )
+  checkpoints = initialize.open_checkpoints(workdir, settings, is_reader=True)
+  try:
+    if not checkpoints.steps:
+      raise FileNotFoundError(f"{workdir} has no finished checkpoint")
+    return [
+      (step, policy, checkpoints.restore_params(targets, step=step))
+      for step in checkpoints.steps
+    ]
+  finally:
+    checkpoints.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """What policies are sampled and compared on.
+
+  Attributes:
+    tokenizer: of all of them.
+    prompts: token ids, held out.
+    gold: who says what a response is worth.
+    ref_policy: the reference.
+    ref_params: its parameters.
+    max_response_tokens: of a sample, EOS included.
+  """
+
+  tokenizer: tokenizers.Tokenizer
+  prompts: list[list[int]]
+  gold: judges.Judge
+  ref_policy: Policy
+  ref_params: Any
+  max_response_tokens: int
+
+  def sample(
+    self, policy: Policy, params: Any, *, seed: int, count: int = 1
+  ) -> evaluate.Samples:
+    """`count` samples to every prompt, those of a prompt side by side."""
+    prompts = [p for p in self.prompts for _ in range(count)]
+    responses = generate.sample(
+      policy,
+      params,
+      prompts,
+      seed=seed,
+      max_response_tokens=self.max_response_tokens,
+      temperature=1.0,
+      eos_id=self.tokenizer.eos_id,
+    )
+    return self.judge(prompts, responses)
+
+  def judge(
+    self, prompts: list[list[int]], responses: Sequence[Sequence[int]]
+  ) -> evaluate.Samples:
+    prompt_texts = [self.tokenizer.decode(prompt) for prompt in prompts]
+    texts = [self.tokenizer.decode(response) for response in responses]
+    rewards = judges.ask(self.gold, prompt_texts, texts, key="the gold judge")
+    return evaluate.Samples(
+      prompts, [list(r) for r in responses], prompt_texts, texts, rewards
+    )
+
+  def figures(
+    self, policy: Policy, params: Any, samples: evaluate.Samples
+  ) -> dict[str, float]:
+    """Gold reward, p(positive) = sigmoid of it, and KL to the reference."""
+    placement = Placement(one_mesh(), "jit")
+    # A value head adds nothing to log-probs, and the reference may have none.
+    headless = {k: v for k, v in params.items() if k != "value_head"}
+    bare = dataclasses.replace(policy.config, value_head=False)
+    kl = evaluate.sampled_kl(
+      reference.make_logps_step(Policy(bare), placement, 128),
+      headless,
+      self.ref_params,
+      samples,
+      placement,
+      batch_size=64,
+    )
+    return reward_figures(samples.rewards) | kl
+
+
+def reward_figures(rewards: np.ndarray) -> dict[str, float]:
+  """Mean, its standard error, and the mean of the sigmoid."""
+  return {
+    "reward": float(rewards.mean()),
+    "reward_error": float(rewards.std(ddof=1) / np.sqrt(len(rewards))),
+    "p_positive": float((1.0 / (1.0 + np.exp(-rewards))).mean()),
+  }
+
+
+def write_samples(
+  path: str, step: int, samples: evaluate.Samples, num: int
+) -> None:
+  """Appends the first `num` as JSON lines."""
+  with epath.Path(path).open("a") as file:
+    for prompt, text, reward in list(
+      zip(samples.prompt_texts, samples.texts, samples.rewards, strict=True)
+    )[:num]:
+      row = {"step": step, "prompt": prompt, "response": text}
+      file.write(json.dumps(row | {"reward": float(reward)}) + "\n")

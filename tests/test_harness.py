@@ -1,0 +1,281 @@
+"""A sweep: finished once, resumed, locked, and honest about what it lacks."""
+
+import multiprocessing
+import signal
+
+import pytest
+
+from dpo_jax.config import default_config
+from experiments import harness
+from experiments.harness import Run, Settings
+from tests import faults
+
+
+def make_sweep(calls, **inputs):
+  """Two runs that train nothing; the second starts from the first."""
+
+  def work(name):
+    return lambda folder: calls.append(name)
+
+  return [
+    Run(
+      "b",
+      {"method": "b", "seed": 0},
+      after=("a",),
+      work=work("b"),
+      measure=lambda folder: [{"reward": 2.0}, {"reward": 3.0}],
+      inputs=inputs,
+    ),
+    Run(
+      "a",
+      {"method": "a", "seed": 0},
+      work=work("a"),
+      measure=lambda folder: [{"reward": 1.0}],
+    ),
+  ]
+
+
+def execute(runs, workdir, **choice):
+  return harness.execute(runs, harness.choose(runs, **choice), str(workdir))
+
+
+def test_runs_come_after_those_that_they_start_from_and_once(tmp_path):
+  calls = []
+  runs = make_sweep(calls)
+  assert execute(runs, tmp_path) == {}
+  assert calls == ["a", "b"]
+  assert execute(runs, tmp_path) == {}
+  assert calls == ["a", "b"]
+  found = harness.collect(str(tmp_path))
+  assert [(r["run"], r["reward"]) for r in found.rows] == [
+    ("a", 1.0),
+    ("b", 2.0),
+    ("b", 3.0),
+  ]
+  assert found.missing == []
+
+
+def test_only_takes_what_a_run_starts_from():
+  runs = [*make_sweep([]), Run("c", {})]
+  assert [r.name for r in harness.choose(runs, only=["b"])] == ["a", "b"]
+  with pytest.raises(ValueError, match=r"no such run\. This .* a, c, b"):
+    harness.choose(runs, only=["d"])
+
+
+def test_shards_share_the_sweep_out():
+  runs = [Run(str(i), {}) for i in range(7)]
+  parts = [harness.choose(runs, shard=f"{i}/3") for i in range(3)]
+  assert sorted(r.name for part in parts for r in part) == list("0123456")
+  assert max(map(len, parts)) - min(map(len, parts)) <= 1
+  for wrong in ("3/3", "1", "a/b", "-1/2"):
+    with pytest.raises(ValueError, match="must be i/n"):
+      harness.choose(runs, shard=wrong)
+
+
+def test_circles_and_doubles_are_refused():
+  with pytest.raises(ValueError, match="names a run twice: a"):
+    harness.in_order([Run("a", {}), Run("a", {})])
+  with pytest.raises(ValueError, match="a after b\n  b after a"):
+    harness.in_order([Run("a", {}, after=("b",)), Run("b", {}, after=("a",))])
+
+
+def test_a_changed_sweep_is_shown_and_refused_before_anything_is_done(tmp_path):
+  execute(make_sweep([], flips=0.1), tmp_path)
+  calls = []
+  with pytest.raises(
+    ValueError, match=r"b: inputs.flips was 0.1 and is 0.2\n.*another workdir"
+  ):
+    execute(make_sweep(calls, flips=0.2), tmp_path)
+  assert calls == []
+
+
+def test_a_changed_config_is_a_change_but_not_where_it_is_logged(tmp_path):
+  def runs(**changes):
+    config = default_config()
+    for key, value in changes.items():
+      node = config
+      *path, last = key.split("__")
+      for part in path:
+        node = node[part]
+      node[last] = value
+    return [Run("a", {}, config=config)]
+
+  harness._write_json(tmp_path / "a" / "spec.json", runs()[0].spec())
+  harness._check_unchanged(runs(log__every_steps=3), tmp_path)
+  with pytest.raises(ValueError, match=r"config.loss.beta was None and is 0.3"):
+    harness._check_unchanged(runs(loss__beta=0.3), tmp_path)
+
+
+def test_a_failure_keeps_the_rest_and_says_who_waited_for_it(tmp_path):
+  runs = make_sweep([])
+  fails = []
+
+  def work(folder):
+    if not fails:
+      raise FloatingPointError("no number")
+
+  runs[1] = Run("a", {"method": "a"}, work=work, measure=runs[1].measure)
+  runs.append(Run("c", {"method": "c"}, measure=lambda f: [{"reward": 9.0}]))
+  failures = execute(runs, tmp_path)
+  assert failures == {
+    "a": "FloatingPointError: no number",
+    "b": "it starts from a, which failed",
+  }
+  found = harness.collect(str(tmp_path))
+  assert [row["run"] for row in found.rows] == ["c"]
+  assert found.missing == [
+    "a: failed: FloatingPointError: no number",
+    "b: not started",
+  ]
+  fails.append("no more")
+  assert execute(runs, tmp_path) == {}
+  assert not harness.collect(str(tmp_path)).missing
+
+
+def test_a_half_finished_run_is_reported_with_its_step(tmp_path):
+  execute([], tmp_path)
+  harness._write_json(
+    tmp_path / "sweep.json", [{"name": "a", "labels": {"seed": 1}}]
+  )
+  folder = tmp_path / "a"
+  harness._write_json(folder / "spec.json", {})
+  harness._write_json(folder / "config.json", {"total_steps": 50})
+  (folder / "metrics.jsonl").write_text('{"step": 20, "split": "train"}\n')
+  found = harness.collect(str(tmp_path))
+  assert found.missing == ["a: half-finished: step 20 of 50"]
+  with pytest.raises(FileNotFoundError, match="holds no sweep"):
+    harness.collect(str(tmp_path / "elsewhere"))
+
+
+def _hold(folder, is_held, may_go):
+  with harness._lock(folder):
+    is_held.set()
+    may_go.wait(60)
+
+
+def test_two_workers_on_one_run_are_told_of_each_other(tmp_path):
+  context = multiprocessing.get_context("spawn")
+  is_held, may_go = context.Event(), context.Event()
+  other = context.Process(
+    target=_hold, args=(tmp_path / "a", is_held, may_go), daemon=True
+  )
+  other.start()
+  assert is_held.wait(60)
+  runs = make_sweep([])
+  with pytest.raises(
+    harness.Locked, match=rf"process {other.pid} on .*--shard"
+  ):
+    execute(runs, tmp_path)
+  other.kill()
+  other.join()
+  assert execute(runs, tmp_path) == {}
+
+
+def test_mean_and_spread_over_seeds():
+  rows = [
+    {"method": "x", "seed": 0, "reward": 1.0, "kl": 5.0},
+    {"method": "x", "seed": 1, "reward": 3.0, "kl": None},
+    {"method": "y", "seed": 0, "reward": 7.0},
+  ]
+  x, y = harness.mean_and_spread(rows, ["method"], ["reward", "kl"])
+  assert (x["seeds"], x["reward"], x["kl"]) == (2, 2.0, 5.0)
+  assert x["reward_spread"] == pytest.approx(2**0.5)
+  assert (y["seeds"], y["reward_spread"]) == (1, 0.0)
+
+
+def test_estimate_by_hand():
+  config = default_config()
+  config.policy.preset = "tiny"
+  config.data.max_tokens = 100
+  config.batch_size, config.total_steps = 10, 7
+  row = harness.estimate([Run("a", {}, config=config)], "tiny")[0]
+  layer = 64 * 16 * 2 * (4 + 2) + 3 * 64 * 160 + 2 * 64
+  params = 384 * 64 + 2 * layer + 64
+  assert float(row["FLOPs"]) == pytest.approx(
+    (6 + 2) * params * 100 * 2 * 10 * 7, rel=0.01
+  )
+  assert row["hours"] > 8 / 3600
+
+
+def test_csv_has_every_column(tmp_path):
+  path = tmp_path / "rows.csv"
+  harness.write_csv([{"a": 1}, {"b": "x"}], str(path))
+  assert path.read_text().splitlines() == ["a,b", "1,", ",x"]
+
+
+_SWEEP = """
+import sys
+from experiments import harness
+from tests import tiny
+from dpo_jax.metrics import read_metrics
+
+def measure(folder):
+  return [read_metrics(folder, "train")[-1]]
+
+def config(workdir, init):
+  made = tiny.make_config(
+    total_steps=12, checkpoint__every_steps=2, data__eval_fraction=0.0,
+    data__cache_dir=workdir + "/cache", policy__init=init,
+  )
+  return made
+
+workdir = sys.argv[1]
+harness.compile_once(workdir)
+runs = [
+  harness.Run("one", {"method": "one"}, config(workdir, "random"),
+              measure=measure),
+  harness.Run("two", {"method": "two"},
+              config(workdir, f"run:{workdir}/one"), after=("one",),
+              measure=measure),
+]
+print("failures", harness.execute(runs, harness.choose(runs), workdir))
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_in_the_middle_gives_the_same_table(tmp_path):
+  def rows(name):
+    found = harness.collect(str(tmp_path / name))
+    assert not found.missing
+    timed = ("groups_per_second", "tokens_per_second")
+    return [
+      {k: v for k, v in row.items() if k not in timed} for row in found.rows
+    ]
+
+  def run(name):
+    return faults.spawn(_SWEEP, str(tmp_path / name))
+
+  whole = run("whole")
+  assert whole.wait(300) == 0, whole.communicate()[0]
+  checkpoints = tmp_path / "killed" / "two" / "checkpoints"
+  killed = run("killed")
+  code = faults.kill_when(
+    killed,
+    lambda: checkpoints.exists() and any(checkpoints.glob("*/manifest.json")),
+    signal.SIGKILL,
+  )
+  assert code == -signal.SIGKILL
+  found = harness.collect(str(tmp_path / "killed"))
+  assert [row["run"] for row in found.rows] == ["one"]
+  assert found.missing[0].startswith("two: half-finished: step")
+  again = run("killed")
+  assert again.wait(300) == 0, again.communicate()[0]
+  assert rows("killed") == rows("whole")
+
+
+def test_the_command_line_prints_what_a_sweep_costs(tmp_path, capsys):
+  class Experiment:
+    @staticmethod
+    def runs(settings: Settings):
+      assert settings.scale == "tiny"
+      config = default_config()
+      return [Run("a", {}, config=config), Run("b", {}, after=("a",))]
+
+  class Options:
+    workdir, scale, policy, reviews = str(tmp_path / "w"), "tiny", "", ""
+    plot, dry_run, only, shard = False, True, [], "0/1"
+
+  assert harness._command(Experiment, None, "name", Options) == 0
+  out = capsys.readouterr().out
+  assert "2 runs," in out and "2 CPU cores" in out
+  assert not (tmp_path / "w").exists()

@@ -1,0 +1,173 @@
+"""Judges give one finite number for a response, or the run says who did not."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dpo_jax import judges
+from dpo_jax.classifier import Classifier, fit_classifier, text_buckets
+from dpo_jax.data import synthetic
+from dpo_jax.train import train
+from tests import faults, tiny
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+def test_the_built_in_truth_reads_the_response_alone():
+  judge = judges.get_judge("sentiment")
+  rewards = judges.ask(judge, ["awful", "great"], [" was great.", " was bad."])
+  assert rewards.tolist() == [1.0, -0.75]
+  assert judges.get_judge("") is None
+
+
+@pytest.mark.parametrize("name", ["me", "table:", "sentiment:x", "reward:"])
+def test_unknown_judges_are_named_with_their_key(name):
+  with pytest.raises(
+    ValueError, match=r"online.judge=.* one of sentiment, tab"
+  ):
+    judges.get_judge(name, key="online.judge")
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ([1.0], "one number for each of 2 responses, and gave \\[1.0\\]"),
+    ("good", "and gave 'good'"),
+    (["good", "bad"], "and gave \\['good', 'bad'\\]"),
+    ([None, 1.0], "gave nan for 'x'"),
+    ([1.0, np.inf], "gave inf for 'y': a reward must be finite"),
+    (np.ones((2, 2)), "one number for each"),
+  ],
+)
+def test_nonsense_is_refused_with_what_it_was(given, message):
+  with pytest.raises(ValueError, match=message):
+    judges.ask(lambda prompts, responses: given, ["p", "q"], ["x", "y"])
+
+
+def test_a_table_knows_its_rewards_and_nothing_else(tmp_path):
+  path = tmp_path / "table.jsonl"
+  path.write_text('{"prompt": "p", "response": "x", "reward": 2}\n')
+  judge = judges.get_judge(f"table:{path}")
+  assert judges.ask(judge, ["p"], ["x"]).tolist() == [2.0]
+  with pytest.raises(ValueError, match="no reward for the response 'y' to 'p'"):
+    judges.ask(judge, ["p"], ["y"])
+  path.write_text('{"prompt": "p"}\n')
+  with pytest.raises(ValueError, match=r"table\.jsonl:1: not .*KeyError"):
+    judges.get_judge(f"table:{path}")
+
+
+def test_buckets_are_words_and_pairs_once():
+  alone = text_buckets("good", 2**20)
+  assert len(alone) == 1
+  assert len(text_buckets("Good good, GOOD", 2**20)) == 2  # and "good good"
+  assert set(alone) < set(text_buckets("a good film", 2**20))
+  assert len(text_buckets("", 8)) == 0
+
+
+def test_a_classifier_learns_sentiment_and_comes_back_from_disk(tmp_path):
+  texts = [r["completion"] for r in synthetic.review_demonstrations(600, 0)]
+  labels = np.array([synthetic.sentiment(text) > 0 for text in texts])
+  found = fit_classifier(
+    texts[:400], labels[:400], num_buckets=2**12, num_steps=100
+  )
+  right = (found.logits(texts[400:]) > 0) == labels[400:]
+  assert right.mean() > 0.85
+  path = str(tmp_path / "folder" / "classifier.npz")
+  found.write(path)
+  judge = judges.get_judge(f"classifier:{path}")
+  np.testing.assert_allclose(
+    judges.ask(judge, ["We saw it. The plot"], [texts[0]]),
+    found.logits(["We saw it. The plot" + texts[0]]),
+  )
+
+
+def test_a_classifier_by_hand():
+  weights = np.zeros(64, np.float32)
+  for word in ("good", "film", "good film"):
+    weights[text_buckets(word, 64)] += 0.0
+  buckets = text_buckets("good film", 64)
+  weights[buckets] = 1.0
+  logit = Classifier(weights, 0.5).logits(["Good film!", ""])
+  wanted = 0.5 + len(buckets) / np.sqrt(len(text_buckets("Good film!", 64)))
+  assert logit[1] == 0.5
+  assert logit[0] >= 0.5 and wanted > 0.5
+
+
+def test_a_damaged_classifier_and_a_single_class_are_explained(tmp_path):
+  path = tmp_path / "c.npz"
+  Classifier(np.ones(1000, np.float32), 0.0).write(str(path))
+  faults.truncate(path)
+  with pytest.raises(ValueError, match="is damaged, or is no classifier"):
+    judges.get_judge(f"classifier:{path}")
+  with pytest.raises(FileNotFoundError, match="no such file"):
+    judges.get_judge(f"classifier:{tmp_path}/none.npz")
+  with pytest.raises(ValueError, match="two classes"):
+    fit_classifier(["a", "b"], [True, True])
+
+
+def test_bootstrap_interval_is_the_normal_one_for_many_values():
+  values = np.random.default_rng(0).normal(3.0, 2.0, 400)
+  low, high = judges.bootstrap_interval(values)
+  half = 1.96 * values.std() / 20
+  assert low == pytest.approx(values.mean() - half, abs=0.04)
+  assert high == pytest.approx(values.mean() + half, abs=0.04)
+  assert judges.bootstrap_interval([2.0, 2.0]) == (2.0, 2.0)
+  with pytest.raises(ValueError, match="at least one"):
+    judges.bootstrap_interval([])
+
+
+def test_win_rate_counts_a_tie_a_half():
+  found = judges.win_rate(np.array([1.0, 2.0, 3.0, 4.0]), np.full(4, 2.0))
+  assert found["win_rate"] == pytest.approx(0.625)
+  assert 0.0 <= found["win_rate_low"] <= 0.625 <= found["win_rate_high"] <= 1.0
+
+
+def test_a_judge_that_always_takes_the_first_gives_a_half():
+  found = judges.compare_in_both_orders(
+    lambda prompt, first, second: 1.0, ["p", "q"], ["a", "b"], ["c", "d"]
+  )
+  assert found["win_rate"] == 0.5
+  assert found["order_bias"] == 1.0
+  longer = judges.compare_in_both_orders(
+    lambda prompt, first, second: float(len(first) > len(second)),
+    ["p", "q"],
+    ["aa", "b"],
+    ["c", "dd"],
+  )
+  assert (longer["win_rate"], longer["order_bias"]) == (0.5, 0.0)
+  with pytest.raises(ValueError, match=r"gave 7 for 'a' as the first of two"):
+    judges.compare_in_both_orders(lambda *x: 7, ["p"], ["a"], ["b"])
+
+
+def test_a_run_that_is_no_reward_model_is_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"loss\.name='reward_model'"):
+    judges.get_judge(f"reward:{tmp_path}")
+  (tmp_path / "config.json").write_text("{}")
+  (tmp_path / "model.json").write_text(json.dumps({"value_head": False}))
+  with pytest.raises(ValueError, match="has no value head"):
+    judges.get_judge(f"reward:{tmp_path}")
+
+
+@pytest.mark.slow
+def test_a_reward_model_judges_as_it_was_evaluated(tmp_path):
+  """The judge, which reads text, and the run, which reads packed pairs."""
+  config = tiny.make_config(
+    loss__name="reward_model",
+    total_steps=3,
+    data__source="synthetic:review_pairs:60",
+    data__eval_fraction=0.4,
+    data__cache_dir=str(tmp_path / "cache"),
+    eval__max_groups=0,
+  )
+  train(config, tmp_path / "run")
+  with np.load(tmp_path / "run" / "eval_logps" / "3.npz") as file:
+    values, ids = file["values"], file["example_ids"]
+  records = list(synthetic.review_pairs(60, 0))
+  judge = judges.get_judge(f"reward:{tmp_path / 'run'}")
+  chosen = [records[i] for i in ids]
+  prompts = [record["prompt"] for record in chosen]
+  for slot, name in enumerate(("chosen", "rejected")):
+    rewards = judges.ask(judge, prompts, [record[name] for record in chosen])
+    np.testing.assert_allclose(rewards, values[:, slot], atol=1e-5)
+  assert np.ptp(values) > 1e-3

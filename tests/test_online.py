@@ -1,0 +1,250 @@
+"""On-policy batches: what is sampled, judged, kept, and learned from."""
+
+import types
+
+from etils import epath
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import online
+from dpo_jax import step as step_lib
+from dpo_jax.classifier import Classifier
+from dpo_jax.losses import build_objective
+from dpo_jax.metrics import read_metrics
+from dpo_jax.models import logps as logps_lib
+from dpo_jax.train import train
+from tests import faults, tiny
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+def settle(loss="dpo", **overrides):
+  config = tiny.make_config(**{f"online__{k}": v for k, v in overrides.items()})
+  online.resolve(config, build_objective({"name": loss}))
+  return config.online
+
+
+def test_a_kind_fills_in_the_knobs_it_reads():
+  assert settle().judge is None
+  pairs = settle(kind="pairs", judge="sentiment", flips=0.1)
+  assert (pairs.label, pairs.every_steps, pairs.flips) == ("argmax", 1, 0.1)
+  assert pairs.kl_weight is None
+  ppo = settle("ppo", kind="rollouts", judge="sentiment")
+  assert (ppo.gae_lambda, ppo.discount) == (0.95, 1.0)
+  rloo = settle("reinforce", kind="rollouts", judge="sentiment")
+  assert rloo.gae_lambda is None
+
+
+@pytest.mark.parametrize(
+  ("loss", "overrides", "message"),
+  [
+    ("dpo", dict(kind="pair"), "must be one of none, pairs, rollouts"),
+    ("dpo", dict(every_steps=4), "'none' with loss 'dpo' does not read it"),
+    ("dpo", dict(kind="pairs"), "online.judge is not set"),
+    ("dpo", dict(kind="pairs", kl_weight=0.1), "does not read it. It reads: e"),
+    ("ppo", dict(), "loss 'ppo' with online.kind='none'"),
+    ("dpo", dict(kind="rollouts"), "such as ppo and reinforce"),
+    ("kto", dict(kind="pairs"), "reads groups of the kind 'single'"),
+    (
+      "reinforce",
+      dict(kind="rollouts", judge="sentiment", gae_lambda=0.9),
+      "gae_lambda=0.9 is set",
+    ),
+    (
+      "dpo",
+      dict(kind="pairs", judge="x", label="bradley_terry", num_samples=4),
+      "set it to 2",
+    ),
+    ("dpo", dict(kind="pairs", judge="x", num_samples=1), "must be at least 2"),
+    ("dpo", dict(kind="pairs", judge="x", flips=0.7), "at most 0.5"),
+    (
+      "dpo",
+      dict(kind="pairs", judge="x", label="me"),
+      "label='me' must be one",
+    ),
+    (
+      "ppo",
+      dict(kind="rollouts", judge="x", epochs=3),
+      "epochs=3 must divide .* = 8",
+    ),
+  ],
+)
+def test_what_does_not_fit_is_refused(loss, overrides, message):
+  with pytest.raises(ValueError, match=message):
+    settle(loss, **overrides)
+
+
+def test_single_tokens_lie_where_their_responses_put_them():
+  groups = tiny.make_groups(5, num_slots=3)
+  batch = tiny.pack(groups)
+  values = np.arange(batch.slots.size, dtype=np.float32)
+  values = values.reshape(batch.slots.shape)
+  out = np.asarray(
+    logps_lib.spread_by_slot(values, batch.slots, batch.valid.shape[1:], 6)
+  )
+  wanted = np.zeros_like(out)
+  for r, row in enumerate(batch.slots):
+    seen = {}
+    for s, slot in enumerate(row):
+      place = seen.setdefault(int(slot), 0)
+      seen[int(slot)] += 1
+      if slot < batch.valid[0].size and place < 6:
+        g, k = divmod(int(slot), 3)
+        wanted[r, g, k, place] = values[r, s]
+  np.testing.assert_array_equal(out, wanted)
+
+
+def test_log_probs_of_single_tokens_sum_to_the_response_s():
+  policy = tiny.make_policy(value_head=True)
+  params = tiny.make_params(policy)
+  batch = tiny.pack(tiny.make_groups(4))
+  sequences = step_lib.read_sequences(
+    policy,
+    params,
+    None,
+    batch,
+    chunk_size=16,
+    needs=frozenset({"token_logps", "token_values"}),
+    max_tokens=16,
+  )
+  sums = np.asarray(sequences.token_logps).sum(-1)
+  np.testing.assert_allclose(sums, sequences.logps, rtol=1e-5, atol=1e-5)
+  counts = np.asarray(sequences.token_mask).sum(-1)
+  np.testing.assert_array_equal(counts, sequences.num_tokens)
+  assert sequences.token_values.shape == sequences.token_logps.shape
+
+
+def make_source(responses, rewards, **settings):
+  """An OnPolicy that has been told what was sampled; labels only."""
+  source = object.__new__(online.OnPolicy)
+  known = dict(label="argmax", flips=0.0)
+  source._settings = types.SimpleNamespace(**(known | settings))
+  source._config = types.SimpleNamespace(seed=0)
+  return source._label(0, np.array(responses), np.array(rewards, float))
+
+
+def test_the_best_is_held_against_the_worst_and_ties_are_left_out():
+  responses = [[[1], [2], [3]], [[4], [5], [6]], [[7], [7], [7]]]
+  pairs, score, is_tied = make_source(
+    responses, [[0.0, 2.0, 1.0], [1.0, 1.0, 1.0], [3.0, 1.0, 2.0]]
+  )
+  assert pairs[0].tolist() == [[2], [1]]
+  assert score[0].tolist() == [2.0, 0.0]
+  assert is_tied.tolist() == [False, True, True]
+  assert (pairs[1:] == -1).all()
+
+
+def test_bradley_terry_labels_and_flips_have_their_rates():
+  num = 4000
+  responses = np.tile([[[1], [2]]], (num, 1, 1))
+  rewards = np.tile([[1.0, 0.0]], (num, 1))
+  first = make_source(responses, rewards, label="bradley_terry")[0][:, 0, 0]
+  assert (first == 1).mean() == pytest.approx(1 / (1 + np.exp(-1)), abs=0.03)
+  first = make_source(responses, rewards, flips=0.2)[0][:, 0, 0]
+  assert (first == 1).mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_a_snapshot_comes_back_whole_or_not_at_all(tmp_path):
+  snapshot = online.Snapshot(
+    3,
+    np.arange(2),
+    np.ones((2, 2, 4), np.int32),
+    np.ones((2, 2), np.float32),
+    -np.ones((2, 2), np.float32),
+    0.07,
+    {"advantages": np.random.default_rng(0).normal(size=(2, 2, 4))},
+  )
+  path = epath.Path(tmp_path) / "online" / "3.npz"
+  snapshot.write(path)
+  back = online.Snapshot.read(path)
+  assert (back.step, back.kl_weight) == (3, 0.07)
+  np.testing.assert_array_equal(
+    back.tokens["advantages"], snapshot.tokens["advantages"]
+  )
+  faults.flip_byte(path)
+  with pytest.raises(ValueError, match=r"missing or damaged.*behind step 3"):
+    online.Snapshot.read(path)
+
+
+def run_config(folder, loss, **overrides):
+  """A run whose judge, a classifier with random weights, tells texts apart."""
+  rng = np.random.default_rng(0)
+  path = f"{folder}/classifier.npz"
+  Classifier(rng.normal(0, 2, 4096).astype(np.float32), 0.0).write(path)
+  kinds = {"dpo": "pairs"}
+  return tiny.make_config(
+    **dict(
+      loss__name=loss,
+      online__kind=kinds.get(loss, "rollouts"),
+      online__judge=f"classifier:{path}",
+      online__every_steps=3,
+      online__max_response_tokens=24,
+      data__cache_dir=f"{folder}/cache",
+      data__eval_fraction=0.0,
+      optimizer__learning_rate=3e-3,
+      total_steps=8,
+      checkpoint__every_steps=2,
+    )
+    | overrides
+  )
+
+
+def figures(workdir):
+  """Of all steps and samplings, without those of the clock."""
+  rows = read_metrics(workdir, "train") + read_metrics(workdir, "online")
+  return [
+    {k: v for k, v in row.items() if not k.endswith("per_second")}
+    for row in rows
+  ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["ppo", "reinforce", "dpo"])
+def test_a_resume_between_two_samplings_changes_nothing(tmp_path, loss):
+  extra = {} if loss == "dpo" else {"online__kl_target": 1.0}
+  train(run_config(tmp_path, loss, **extra), tmp_path / "whole")
+  # Stopped at 4, which is between the samplings at 3 and 6; and at 6.
+  for total in (4, 6, 8):
+    config = run_config(tmp_path, loss, total_steps=total, **extra)
+    train(config, tmp_path / "parts")
+  whole, parts = figures(tmp_path / "whole"), figures(tmp_path / "parts")
+  assert whole == parts
+  sampled = read_metrics(tmp_path / "whole", "online")
+  assert [row["step"] for row in sampled] == [0, 3, 6]
+  assert len({row["reward"] for row in sampled}) == 3
+  assert sampled[0]["kl"] == pytest.approx(0.0, abs=1e-4)
+  if loss != "dpo":
+    assert sampled[1]["kl_weight"] == pytest.approx(0.05 * (1 - 0.1 * 0.2))
+  assert all(row["grad_norm"] > 0 for row in whole if "grad_norm" in row)
+
+
+@pytest.mark.slow
+def test_a_kl_that_explodes_stops_the_run_and_keeps_what_is_done(tmp_path):
+  config = run_config(
+    tmp_path,
+    "ppo",
+    online__max_kl=0.5,
+    online__kl_weight=0.0,
+    optimizer__learning_rate=0.1,
+  )
+  with pytest.raises(online.DriftError, match=r"online.max_kl=0.5.*are kept"):
+    train(config, tmp_path / "run")
+  assert read_metrics(tmp_path / "run", "train")
+  assert list((tmp_path / "run" / "checkpoints").glob("*/manifest.json"))
+
+
+@pytest.mark.slow
+def test_layouts_of_the_mesh_give_the_same_advantages(tmp_path):
+  """PPO on one device's mesh and on eight."""
+  for name, sizes in (
+    ("fsdp", {"data": 1, "fsdp": 8, "tensor": 1}),
+    ("data", {"data": 8, "fsdp": 1, "tensor": 1}),
+  ):
+    config = run_config(tmp_path, "ppo", total_steps=2, mesh=sizes)
+    train(config, tmp_path / name)
+  assert len(jax.devices()) == 8
+  one, other = (read_metrics(tmp_path / n, "train") for n in ("fsdp", "data"))
+  for a, b in zip(one, other, strict=True):
+    assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    assert a["score/mean"] == pytest.approx(b["score/mean"], abs=1e-3)
