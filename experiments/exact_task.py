@@ -312,6 +312,4 @@ def _logits(policy: Policy, params: Any, tokens: Any) -> jax.Array:
   hidden = policy.hidden_states(
     params, tokens, positions, ones, jnp.zeros_like(tokens)
   )
-  return hidden.astype(jnp.float32) @ policy.unembedding(params).astype(
-    jnp.float32
-  )
+  return policy.readout(params).logits(hidden)

@@ -234,7 +234,9 @@ def _blank(sequences: Sequences) -> Sequences:
   def blank(x):
     if x is None or x.ndim == 0:
       return x
-    return jnp.where(valid if x.ndim == 2 else valid[:, 0], x, 0)
+    # [B], [B, K] or [B, K, M].
+    mask = {1: valid[:, 0], 2: valid, 3: valid[..., None]}[x.ndim]
+    return jnp.where(mask, x, 0)
 
   return sequences.replace(
     **{
