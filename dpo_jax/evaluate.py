@@ -244,6 +244,7 @@ def draw_samples(
   *,
   seed: int,
   config: Any,
+  placement: Placement,
 ) -> Samples:
   """Samples a response to each prompt and has it judged.
 
@@ -255,6 +256,7 @@ def draw_samples(
     judge: who rewards them, or None.
     seed: of the samples.
     config: `config.eval`.
+    placement: mesh that the prompts are split over.
 
   Returns:
     The samples.
@@ -269,9 +271,10 @@ def draw_samples(
     seed=seed,
     max_response_tokens=config.max_response_tokens,
     temperature=config.temperature,
-    eos_id=tokenizer.eos_id,
+    stop_ids=tokenizer.stop_ids,
     top_k=config.top_k,
     top_p=config.top_p,
+    rows=placement.row_sharding,
   )
   prompt_texts = [tokenizer.decode(prompt) for prompt in prompts]
   texts = [tokenizer.decode(response) for response in responses]

@@ -149,17 +149,32 @@ def _fresh_adapters(policy: Policy, mesh: Any, seed: int) -> Any:
   return make(jax.random.key(seed))
 
 
-def _load_run(workdir: epath.Path, policy: Policy, mesh: Any) -> Any:
-  """The best checkpoint of a run, joined with what that run did not train."""
+def base_name(init: str) -> str:
+  """What a card calls the model that a run started from."""
+  kind, _, where = init.partition(":")
+  return where.partition("@")[0] if where else f"{kind} weights"
+
+
+def load_trained(workdir: epath.PathLike, policy: Policy, mesh: Any) -> Any:
+  """What a run trained, of its best checkpoint, and nothing else.
+
+  Args:
+    workdir: of the run.
+    policy: its decoder, with its adapters.
+    mesh: where the parameters go.
+
+  Returns:
+    Nested dict of arrays.
+
+  Raises:
+    FileNotFoundError: no finished checkpoint.
+    ValueError: weights of another shape.
+  """
+  workdir = epath.Path(workdir)
   config = json.loads((workdir / "config.json").read_text())
-  recorded = json.loads((workdir / "model.json").read_text())
-  theirs = Policy(
-    dataclasses.replace(
-      policy.config, lora=ModelConfig.from_dict(recorded).lora
-    )
+  trained, _ = split_params(
+    policy.abstract_params(), config["policy"].get("frozen", "")
   )
-  abstract = theirs.abstract_params()
-  trained, frozen = split_params(abstract, config["policy"].get("frozen", ""))
   targets = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     trained,
@@ -172,15 +187,28 @@ def _load_run(workdir: epath.Path, policy: Policy, mesh: Any) -> Any:
       raise FileNotFoundError(
         f"{workdir} has no finished checkpoint to start from"
       )
-    params = checkpoints.restore_params(targets, step=step)
+    return checkpoints.restore_params(targets, step=step)
   finally:
     checkpoints.close()
-  if frozen is None:
+
+
+def _load_run(workdir: epath.Path, policy: Policy, mesh: Any) -> Any:
+  """The best checkpoint of a run, joined with what that run did not train."""
+  config = json.loads((workdir / "config.json").read_text())
+  recorded = json.loads((workdir / "model.json").read_text())
+  theirs = Policy(
+    dataclasses.replace(
+      policy.config, lora=ModelConfig.from_dict(recorded).lora
+    )
+  )
+  params = load_trained(workdir, theirs, mesh)
+  pattern = config["policy"].get("frozen", "")
+  if split_params(theirs.abstract_params(), pattern)[1] is None:
     return params
   base = load_params(
     config["policy"]["init"], theirs, mesh, seed=config["seed"]
   )
-  base = split_params(base, config["policy"].get("frozen", ""))[1]
+  base = split_params(base, pattern)[1]
   check_frozen(base, workdir, config["policy"]["init"])
   params = join_trees(params, base)
   if theirs.config.lora is None:

@@ -391,6 +391,11 @@ class Placement:
 
     return jax.tree_util.tree_map_with_path(place, batch)
 
+  @property
+  def row_sharding(self) -> NamedSharding:
+    """Of arrays whose first axis is rows, or whatever is as many."""
+    return NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
+
   def place_rows(self, batch: Batch) -> Batch:
     """Numpy rows of this process -> global arrays split over the mesh."""
     count = self.row_reader[1]

@@ -503,8 +503,9 @@ class OnPolicy:
       seed=self._seed(step, 1),
       max_response_tokens=settings.max_response_tokens,
       temperature=settings.temperature if settings.kind == "pairs" else 1.0,
-      eos_id=self._tokenizer.eos_id,
+      stop_ids=self._tokenizer.stop_ids,
       batch_size=min(len(asked), _SAMPLED_AT_ONCE),
+      rows=self._placement.row_sharding,
     )
     rewards = judges.ask(
       self._judge,

@@ -85,8 +85,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
 
   Args:
     config: complete, see `dpo_jax.config.default_config`.
-    workdir: local or gs://; holds config.json, model.json, metrics.jsonl,
-      samples.jsonl, checkpoints/ and reference/.
+    workdir: local or gs://; holds config.json, model.json, data.json,
+      metrics.jsonl, samples.jsonl, checkpoints/ and reference/.
 
   Returns:
     The figures of the last evaluation.
@@ -109,6 +109,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   if run.is_writer:
     initialize.write_model(run.policy, run.workdir)
     (run.workdir / "git.txt").write_text(_git_hash() + "\n")
+    digests = json.dumps(run.data.digests(), indent=2)
+    (run.workdir / "data.json").write_text(digests + "\n")
   checkpoints = initialize.open_checkpoints(run.workdir, run.config)
   writer = MetricsWriter(
     run.workdir,
@@ -578,6 +580,7 @@ class _Loop:
       self.run.judge,
       seed=self.config.seed,
       config=settings,
+      placement=self.run.placement,
     )
 
   def _write_samples(self, step: int, samples: evaluate_lib.Samples) -> None:

@@ -267,7 +267,7 @@ def _prompts(
         seed=1000 + seed,
         max_response_tokens=length,
         temperature=1.0,
-        eos_id=tokenizer.eos_id,
+        stop_ids=tokenizer.stop_ids,
       )
       whole = [tuple(t) for t in texts if tokenizer.eos_id not in t]
       found |= dict.fromkeys(whole)

@@ -93,7 +93,7 @@ class Bench:
       seed=seed,
       max_response_tokens=self.max_response_tokens,
       temperature=1.0,
-      eos_id=self.tokenizer.eos_id,
+      stop_ids=self.tokenizer.stop_ids,
     )
     return self.judge(prompts, responses)
 

@@ -30,6 +30,7 @@ ORDER = [
   "profile",
   "run",
   "train",
+  "export",
   "topology",
   "hlo",
   "roofline",
@@ -61,6 +62,7 @@ _FOLDERS = {
     "families",
     "tensor_map",
     "hf",
+    "peft",
   ],
   "data": [
     "dialogues",
@@ -70,6 +72,7 @@ _FOLDERS = {
     "sources",
     "templates",
     "tokenizers",
+    "tokenizer_files",
     "store",
     "packing",
     "loader",

@@ -272,6 +272,7 @@ def draw(monkeypatch, judge):
     judge,
     seed=0,
     config=SETTINGS,
+    placement=tiny.make_placement(),
   )
 
 

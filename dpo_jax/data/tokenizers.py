@@ -204,7 +204,7 @@ class HFTokenizer:
         "generation_config",
       )
     )
-    text = _read_tokenizer(root, config)
+    self.json = text = _read_tokenizer(root, config)
     self._with_specials, self._plain = _read_tokenizers(text)
     continuing = _without_beginnings(text)
     self._continuing = (
@@ -240,6 +240,11 @@ class HFTokenizer:
     self.digest = hashlib.sha256(
       json.dumps(decisive, sort_keys=True).encode()
     ).hexdigest()
+
+  @property
+  def special_tokens(self) -> dict[str, str]:
+    """Spelling of `bos_token`, `eos_token` and the like, where there is one."""
+    return dict(self._special)
 
   def _fill_special(self, name: str, *configs: Mapping[str, Any]) -> None:
     """Names a token that only a model's config knows, by its id."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import functools
+import math
 from typing import Any
 
 import jax
@@ -45,7 +46,8 @@ def filter_logits(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
     "temperature",
     "top_k",
     "top_p",
-    "eos_id",
+    "stop_ids",
+    "rows",
   ),
 )
 def _sample(
@@ -59,11 +61,11 @@ def _sample(
   temperature: float,
   top_k: int,
   top_p: float,
-  eos_id: int,
+  stop_ids: tuple[int, ...],
+  rows: jax.sharding.NamedSharding | None,
 ) -> jax.Array:
   """Responses i32 [B, max_response_tokens]; -1 after the end."""
   batch_size, prompt_length = prompts.shape
-  rows = jnp.arange(batch_size)
   readout = policy.readout(params)
 
   def choose(hidden, index):
@@ -78,7 +80,7 @@ def _sample(
   cache = policy.init_cache(batch_size, prompt_length + max_response_tokens)
   positions = jnp.broadcast_to(jnp.arange(prompt_length), prompts.shape)
   hidden, cache = policy.extend(params, prompts, positions, cache)
-  token = choose(hidden[rows, lengths - 1], 0)
+  token = choose(hidden[jnp.arange(batch_size), lengths - 1], 0)
   responses = jnp.full((batch_size, max_response_tokens), -1, jnp.int32)
 
   def is_running(carry):
@@ -88,7 +90,7 @@ def _sample(
   def step(carry):
     index, token, is_done, responses, cache = carry
     responses = responses.at[:, index].set(jnp.where(is_done, -1, token))
-    is_done |= token == eos_id
+    is_done |= jnp.isin(token, jnp.array(stop_ids))
     hidden, cache = policy.extend(
       params, token[:, None], (lengths + index)[:, None], cache
     )
@@ -97,7 +99,12 @@ def _sample(
 
   is_done = jnp.zeros(batch_size, bool)
   carry = (0, token, is_done, responses, cache)
-  return jax.lax.while_loop(is_running, step, carry)[3]
+  responses = jax.lax.while_loop(is_running, step, carry)[3]
+  if rows is None:
+    return responses
+  # Every host reads all of them.
+  whole = jax.sharding.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())
+  return jax.lax.with_sharding_constraint(responses, whole)
 
 
 def sample(
@@ -108,11 +115,12 @@ def sample(
   seed: int,
   max_response_tokens: int,
   temperature: float,
-  eos_id: int,
+  stop_ids: Sequence[int],
   top_k: int = 0,
   top_p: float = 1.0,
   batch_size: int = 64,
   first_index: int = 0,
+  rows: jax.sharding.NamedSharding | None = None,
 ) -> list[list[int]]:
   """Samples one response to every prompt.
 
@@ -126,14 +134,16 @@ def sample(
     seed: of the whole call.
     max_response_tokens: longest response, EOS included.
     temperature: 0 is greedy.
-    eos_id: ends a response.
+    stop_ids: each ends a response.
     top_k: most likely tokens to sample from; 0 is all.
     top_p: nucleus mass, in (0, 1].
     batch_size: prompts sampled at once.
     first_index: index of the first prompt, for the randomness.
+    rows: how the prompts of a batch lie on the mesh of the parameters; None
+      leaves it to the compiler.
 
   Returns:
-    Token ids of every response; EOS is its last where it was reached.
+    Token ids of every response; a stop id is its last where one was reached.
 
   Raises:
     ValueError: an empty prompt, a temperature below 0, a top_p outside
@@ -162,6 +172,9 @@ def sample(
       f" max_positions={policy.config.max_positions}: shorten one of them"
     )
   batch_size = min(batch_size, len(prompts))
+  if rows is not None:
+    shards = math.prod(rows.mesh.shape[axis] for axis in rows.spec[0])
+    batch_size = -(-batch_size // shards) * shards
   base = jax.random.key(seed)
   responses: list[list[int]] = []
   for start in range(0, len(prompts), batch_size):
@@ -173,17 +186,19 @@ def sample(
       lengths[row] = len(prompt)
     indices = first_index + start + np.arange(batch_size)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(base, indices)
+    given = (padded, lengths, keys)
+    if rows is not None:
+      given = jax.device_put(given, rows)
     out = _sample(
       params,
-      padded,
-      lengths,
-      keys,
+      *given,
       policy=policy,
       max_response_tokens=max_response_tokens,
       temperature=temperature,
       top_k=top_k,
       top_p=top_p,
-      eos_id=eos_id,
+      stop_ids=tuple(stop_ids),
+      rows=rows,
     )
     for row in np.asarray(out)[: len(part)]:
       responses.append(row[row >= 0].tolist())

@@ -299,7 +299,10 @@ def save_params(
     if len(shards) > 1:
       file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     tensors = {
-      name: _export_tensor(tensor, params, layer).astype(dtype)
+      # safetensors writes the buffer as it lies, whatever the strides say.
+      name: np.ascontiguousarray(
+        _export_tensor(tensor, params, layer).astype(dtype)
+      )
       for name, tensor, layer in members
     }
     weight_map |= dict.fromkeys(tensors, file)

@@ -84,6 +84,11 @@ class Tensor:
     inputs = math.prod(self.parts[0].inputs)
     return (outputs, inputs) if self.is_transposed else (inputs, outputs)
 
+  def with_inputs(self, inputs: tuple[int, ...]) -> "Tensor":
+    """The tensor of a kernel that contracts other axes."""
+    parts = tuple(dataclasses.replace(p, inputs=inputs) for p in self.parts)
+    return dataclasses.replace(self, parts=parts)
+
   def names(self, num_layers: int) -> list[str]:
     """Its names in the checkpoint."""
     if not self.is_stacked:

@@ -160,7 +160,7 @@ def test_cached_sampling_equals_the_uncached_forward(load, name, temperature):
   ]
   num = 12
   knobs = dict(seed=3, max_response_tokens=num, temperature=temperature)
-  ours = generate.sample(policy, params, prompts, eos_id=1, **knobs)
+  ours = generate.sample(policy, params, prompts, stop_ids=(1,), **knobs)
   forward = jax.jit(functools.partial(our_logits, policy))
   base = jax.random.key(3)
   for i, (prompt, response) in enumerate(zip(prompts, ours, strict=True)):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import mesh as mesh_lib
 from dpo_jax.models import generate
 from tests import tiny
 
@@ -34,7 +35,7 @@ def sample(policy, params, prompts, **kwargs):
     "seed": 3,
     "max_response_tokens": 12,
     "temperature": 1.0,
-    "eos_id": EOS,
+    "stop_ids": (EOS,),
   }
   return generate.sample(policy, params, prompts, **(settings | kwargs))
 
@@ -132,3 +133,30 @@ def test_filters_equal_a_loop():
 def test_bad_requests_are_refused(model, prompts, kwargs, message):
   with pytest.raises(ValueError, match=message):
     sample(*model, prompts, **kwargs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mesh_changes_no_sample(model, temperature):
+  """Prompts split over devices, parameters too."""
+  policy, params = model
+  wanted = sample(policy, params, PROMPTS, temperature=temperature)
+  mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  placement = mesh_lib.Placement(mesh, "jit")
+  placed = jax.device_put(params, mesh_lib.param_shardings(params, mesh))
+  # Three of them, on four devices that split rows.
+  got = sample(
+    policy,
+    placed,
+    PROMPTS[:3],
+    temperature=temperature,
+    rows=placement.row_sharding,
+  )
+  assert got == wanted[:3]
+
+
+def test_any_of_several_stop_ids_ends_a_response(model):
+  free = sample(*model, PROMPTS, temperature=0.0, stop_ids=(EOS,))
+  stop = free[0][3]
+  assert stop not in free[0][:3]
+  ended = sample(*model, PROMPTS, temperature=0.0, stop_ids=(EOS, stop))
+  assert ended[0] == free[0][:4]

@@ -1,0 +1,219 @@
+"""A trained policy as a Hugging Face folder.
+
+  python -m dpo_jax.export --workdir=runs/dpo --out=exported
+  python -m dpo_jax.export --workdir=runs/dpo --out=adapter --adapter
+
+config.json, safetensors, tokenizer files, generation_config.json and a model
+card: what transformers and vLLM open. `--adapter` writes the adapters of a run
+alone, as peft has them. The best checkpoint is taken, adapters merged.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import logging
+from typing import Any
+
+from absl import app, flags
+from etils import epath
+import jax
+
+from dpo_jax import initialize, mesh
+from dpo_jax.data import tokenizer_files, tokenizers
+from dpo_jax.metrics import read_metrics
+from dpo_jax.models import hf, peft
+from dpo_jax.models.config import DTYPES, ModelConfig
+from dpo_jax.models.decoder import Policy
+
+_LOG = logging.getLogger(__name__)
+
+
+def export(
+  workdir: epath.PathLike,
+  out: epath.PathLike,
+  *,
+  dtype: str = "",
+  only_adapter: bool = False,
+) -> None:
+  """Writes a run's best policy to a folder.
+
+  Args:
+    workdir: of the run.
+    out: folder to write; it must not hold a model already.
+    dtype: of the weights; "" is that of the run's parameters.
+    only_adapter: write the adapters alone.
+
+  Raises:
+    FileNotFoundError: no run, or one without a checkpoint.
+    ValueError: a folder that holds a model, an unknown dtype, or
+      `only_adapter` of a run that has none.
+  """
+  workdir, out = epath.Path(workdir), epath.Path(out)
+  config, model = _read(workdir)
+  dtype = dtype or model.param_dtype
+  if dtype not in DTYPES:
+    raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+  if only_adapter and model.lora is None:
+    raise ValueError(
+      f"{workdir} trained no adapters (lora.rank is 0): leave --adapter out"
+    )
+  for name in ("config.json", "adapter_config.json"):
+    if (out / name).exists():
+      raise ValueError(f"{out} holds a model already: choose another folder")
+  placement = mesh.make_mesh({"data": -1})
+  if only_adapter:
+    policy = Policy(model)
+    params = initialize.load_trained(workdir, policy, placement)
+    base = initialize.base_name(config["policy"]["init"])
+    peft.save_adapter(out, params, model, base=base)
+  else:
+    policy = Policy(dataclasses.replace(model, lora=None))
+    params = initialize.load_params(
+      f"run:{workdir}", policy, placement, seed=config["seed"]
+    )
+    if policy.config.value_head:
+      _LOG.warning("the value head is not exported: transformers has none")
+      params = {k: x for k, x in params.items() if k != "value_head"}
+      policy = Policy(dataclasses.replace(policy.config, value_head=False))
+    tokenizer = _open_tokenizer(config)
+    hf.save_params(
+      out, policy, params, dtype=dtype, token_ids=_token_ids(tokenizer)
+    )
+    tokenizer_files.save_tokenizer(tokenizer, out)
+    _write_generation_config(out, config, tokenizer)
+  (out / "README.md").write_text(model_card(workdir, config, only_adapter))
+
+
+def _read(workdir: epath.Path) -> tuple[dict[str, Any], ModelConfig]:
+  for name in ("config.json", "model.json"):
+    if not (workdir / name).exists():
+      raise FileNotFoundError(
+        f"{workdir / name} does not exist: {workdir} is no workdir of a run"
+      )
+  config = json.loads((workdir / "config.json").read_text())
+  model = json.loads((workdir / "model.json").read_text())
+  return config, ModelConfig.from_dict(model)
+
+
+def _open_tokenizer(config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+  data = config["data"]
+  spec = data["tokenizer"] or initialize.model_folder(config["policy"]["init"])
+  return tokenizers.load_tokenizer(
+    spec,
+    chat_template=data["chat_template"],
+    eos_token=data.get("eos_token", ""),
+  )
+
+
+def _token_ids(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+  return {
+    "bos_token_id": tokenizer.bos_id,
+    "eos_token_id": tokenizer.eos_id,
+    "pad_token_id": tokenizer.eos_id,
+  }
+
+
+def _write_generation_config(
+  out: epath.Path, config: Mapping[str, Any], tokenizer: tokenizers.Tokenizer
+) -> None:
+  stops = list(tokenizer.stop_ids)
+  raw = _token_ids(tokenizer) | {
+    "eos_token_id": stops if len(stops) > 1 else stops[0],
+    "do_sample": config["eval"]["temperature"] > 0,
+  }
+  if raw["do_sample"]:
+    raw |= {
+      "temperature": config["eval"]["temperature"],
+      "top_p": config["eval"]["top_p"],
+      "top_k": config["eval"]["top_k"],
+    }
+  (out / "generation_config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def model_card(
+  workdir: epath.Path, config: Mapping[str, Any], is_adapter: bool
+) -> str:
+  """README.md of an export: what was trained, on what, with which figures."""
+  loss = config["loss"]
+  name = (
+    loss["name"]
+    if isinstance(loss, Mapping)
+    else "+".join(term["name"] for term in loss)
+  )
+  rows = read_metrics(workdir, "eval")
+  figures = {
+    key: value
+    for key, value in (rows[-1] if rows else {}).items()
+    if key not in ("step", "split") and isinstance(value, float)
+  }
+  base = initialize.base_name(config["policy"]["init"])
+  git = workdir / "git.txt"
+  revision = git.read_text().strip() if git.exists() else "unknown"
+  library = "peft" if is_adapter else "transformers"
+  opening = ["---", f"library_name: {library}"]
+  if is_adapter:
+    opening.append(f"base_model: {base}")
+  opening += ["tags:", "- dpo_jax", f"- {name}", "---"]
+  load = (
+    "AutoModelForCausalLM.from_pretrained(FOLDER)"
+    if not is_adapter
+    else "PeftModel.from_pretrained(base_model, FOLDER)"
+  )
+  lines = [
+    *opening,
+    f"# {name} with dpo_jax",
+    "",
+    f"Trained from `{base}` on `{config['data']['source']}` for"
+    f" {config['total_steps']} steps of {config['batch_size']} groups.",
+    "",
+    "```python",
+    load,
+    "```",
+    "",
+    f"- code: dpo_jax at {revision}",
+    f"- data digest: {_data_digest(workdir)}",
+    "",
+    "## Held-out figures of the last evaluation",
+    "",
+    "| figure | value |",
+    "|---|---|",
+    *(f"| {key} | {value:.6g} |" for key, value in sorted(figures.items())),
+    "",
+    "## Config",
+    "",
+    "```json",
+    json.dumps(config, indent=2, sort_keys=True),
+    "```",
+  ]
+  return "\n".join(lines) + "\n"
+
+
+def _data_digest(workdir: epath.Path) -> str:
+  path = workdir / "data.json"
+  if not path.exists():
+    return "unknown"
+  digests = json.loads(path.read_text())
+  return "; ".join(f"{name}: {value}" for name, value in digests.items())
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+  out = flags.FLAGS.out
+  export(
+    flags.FLAGS.workdir,
+    out,
+    dtype=flags.FLAGS.dtype,
+    only_adapter=flags.FLAGS.adapter,
+  )
+  for path in sorted(epath.Path(out).iterdir()):
+    print(f"{path.stat().length:>14,}  {path}")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "of the run", required=True)
+  flags.DEFINE_string("out", None, "folder to write", required=True)
+  flags.DEFINE_string("dtype", "", "of the weights; the run's if empty")
+  flags.DEFINE_bool("adapter", False, "write the adapters alone")
+  jax.config.update("jax_platforms", "cpu")  # no accelerator is needed
+  app.run(main)
