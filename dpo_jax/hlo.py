@@ -96,6 +96,9 @@ def collectives(
   found: dict[str, Collective] = {}
   for computation, trips in _multiplicities(computations, entry).items():
     for instruction in computations[computation]:
+      across = _megascale(instruction, trips)
+      if across is not None:
+        found[f"{computation}/{instruction.name}"] = across
       kind = instruction.opcode.removesuffix("-start")
       if kind not in KINDS:
         continue
@@ -120,6 +123,21 @@ def collectives(
       if before is None or trips < before.trips:
         found[key] = one
   return list(found.values())
+
+
+def _megascale(instruction: _Instruction, trips: int) -> Collective | None:
+  """What a device receives from other slices; a TPU sends that by its host.
+
+  The compiler takes a collective over slices apart into one within the slice
+  and a pair of `send` and `recv`, whose buffer is what comes in.
+  """
+  found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.line)
+  if instruction.opcode != "recv" or not found:
+    return None
+  kind = found[1].lower().replace("_", "-")
+  kind = kind if kind in KINDS else "collective-permute"
+  size = shape_bytes(_ARRAY.search(instruction.shape)[0])
+  return Collective(kind, size, trips, 2, crosses=True)
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:

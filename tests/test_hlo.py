@@ -131,3 +131,17 @@ def test_loops_that_count_in_unsigned_integers_have_trips():
   assert text != _TEXT
   trips = {c.kind: c.trips for c in hlo.collectives(text, 8)}
   assert trips["all-reduce"] == 15
+
+
+def test_what_hosts_bring_from_other_slices_is_counted():
+  """Reading f32[8,2] from the other slice, in the loop of 3 trips."""
+  recv = (
+    "  %recv = (f32[8,2]{1,0}, u32[], token[]) recv(%token), channel_id=20,"
+    " is_host_transfer=true, frontend_attributes={_xla_megascale_target="
+    '"{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+  )
+  send = recv.replace("recv", "send").replace("channel_id=20", "channel_id=21")
+  place = "  %d = f32[8,4] fusion(%s)"
+  text = _TEXT.replace(place, recv + send + place)
+  found = [c for c in hlo.collectives(text, 8) if c.crosses]
+  assert found == [hlo.Collective("all-reduce", 64, 3, 2, True)]

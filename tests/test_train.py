@@ -20,7 +20,7 @@ from dpo_jax import train as train_lib
 from dpo_jax.data.loader import Loader
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
 from dpo_jax.metrics import read_metrics
-from dpo_jax.run import build_run
+from dpo_jax.run import build_run, use_compilation_cache
 from dpo_jax.train import NonFiniteError, Preempted, train
 from tests import faults, tiny
 
@@ -802,3 +802,35 @@ def test_groups_per_second_leave_evaluation_out(monkeypatch):
   now[0] = 13.0
   clock.count({"num_groups": 8.0, "num_tokens": 50.0})
   assert clock.rates()["groups_per_second"] == 8.0
+
+
+def test_help_is_answered_without_jax():
+  """Importing it takes seconds, and help needs none of it."""
+  code = (
+    "import runpy, sys; sys.argv = ['train', '--help']\n"
+    "try: runpy.run_module('dpo_jax.train', run_name='__main__')\n"
+    "except SystemExit as done: assert not done.code\n"
+    "assert 'jax' not in sys.modules\n"
+  )
+  process = faults.spawn(code)
+  out, error = process.communicate(timeout=60)
+  assert process.returncode == 0, error
+  assert "--coordinator_address" in str(out)
+
+
+def test_compiled_programs_are_kept_by_default(tmp_path, monkeypatch):
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  try:
+    for directory, wanted in (
+      ("off", None),
+      ("", str(tmp_path / "dpo_jax" / "compiled")),
+      (str(tmp_path / "mine"), str(tmp_path / "mine")),
+    ):
+      jax.config.update("jax_compilation_cache_dir", None)
+      use_compilation_cache(directory)
+      assert jax.config.jax_compilation_cache_dir == wanted
+    use_compilation_cache("")  # what JAX was told comes first
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
