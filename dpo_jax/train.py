@@ -6,7 +6,7 @@ The one module that knows all the others: run.py checks and builds, and this
 one restores, steps, evaluates and saves.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
 import json
@@ -370,7 +370,7 @@ class _Loop:
       axis_name=placement.axis_name,
       update_reference=reference.make_update(config.reference),
     )
-    limit = len(self.train_loader.plan.row_counts)
+    limit = len(self.train_loader.plan.shapes)
     chex.clear_trace_counter()
     compiled = placement.compile_step(
       chex.assert_max_traces(train_step, n=limit), shardings
@@ -390,7 +390,7 @@ class _Loop:
       self._make_batch, start, config.total_steps, depth=2
     )
     try:
-      for step, (batch, counts) in enumerate(batches, start):
+      for step, (batch, counts) in enumerate(clock.waiting(batches), start):
         state, metrics = compiled(state, batch)
         # The step before is looked at while this one runs.
         self._look_at(pending, bar, clock)
@@ -543,16 +543,27 @@ def _is_due(step: int, every: int) -> bool:
 
 
 class _Clock:
-  """Groups and tokens a second, evaluation and saving left out."""
+  """Groups and tokens a second, evaluation and saving left out; and which
+  part of the time went by waiting for the loader."""
 
   def __init__(self):
     self._totals = {"num_groups": 0.0, "num_tokens": 0.0}
-    self._seconds = 0.0
+    self._seconds = self._waited = 0.0
     self._since = time.monotonic()
 
   def count(self, counts: Mapping[str, float]) -> None:
     for name in self._totals:
       self._totals[name] += counts[name]
+
+  def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, the wait for each of them counted."""
+    while True:
+      asked = time.monotonic()
+      batch = next(batches, None)
+      self._waited += time.monotonic() - asked
+      if batch is None:
+        return
+      yield batch
 
   def pause(self) -> None:
     self._seconds += time.monotonic() - self._since
@@ -567,6 +578,7 @@ class _Clock:
     rates = {
       "groups_per_second": self._totals["num_groups"] / seconds,
       "tokens_per_second": self._totals["num_tokens"] / seconds,
+      "host_wait_fraction": self._waited / seconds,
     }
     self.__init__()
     return rates

@@ -27,6 +27,7 @@ def figures(
   unembedding: jax.Array,
   targets: jax.Array,
   reference: tuple[jax.Array, jax.Array] | None,
+  is_used: jax.Array,
   wanted: frozenset[str],
 ) -> dict[str, jax.Array]:
   """What `logps.chunked_token_figures` gives, of chunks.
@@ -37,13 +38,16 @@ def figures(
     targets: i32 [C, R, S].
     reference: the reference's hidden and unembedding, without a gradient, or
       None.
+    is_used: bool [C], chunks that are worth computing; the others give zeros.
     wanted: of "logps", "ref_logps", "alignment" and "kl".
 
   Returns:
     Those figures, f32 [C, R, S] each, nats. Gradients flow through "logps"
     and "kl" into hidden and unembedding.
   """
-  logps, kl, others = _figures(hidden, unembedding, targets, reference, wanted)
+  logps, kl, others = _figures(
+    hidden, unembedding, targets, reference, is_used, wanted
+  )
   out = {"logps": logps, "kl": kl, **others}
   return {name: out[name] for name in wanted}
 
@@ -195,29 +199,38 @@ def _chunk_figures(hidden, unembedding, targets, reference, wanted):
   return (logps, kl, others), (lse, ref_lse)
 
 
-def _forward(hidden, unembedding, targets, reference, wanted):
+def _forward(hidden, unembedding, targets, reference, is_used, wanted):
   ref_hidden, ref_unembedding = reference or (None, None)
 
-  def one_chunk(scanned):
-    chunk, chunk_targets, ref_chunk = scanned
+  def compute(chunk, chunk_targets, ref_chunk):
     ref = None if ref_chunk is None else (ref_chunk, ref_unembedding)
     return _chunk_figures(chunk, unembedding, chunk_targets, ref, wanted)
 
-  return jax.lax.map(one_chunk, (hidden, targets, ref_hidden))
+  def one_chunk(scanned):
+    used, *chunk = scanned
+    shapes = jax.eval_shape(compute, *chunk)
+    return jax.lax.cond(
+      used,
+      compute,
+      lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+      *chunk,
+    )
+
+  return jax.lax.map(one_chunk, (is_used, hidden, targets, ref_hidden))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _figures(hidden, unembedding, targets, reference, wanted):
-  return _forward(hidden, unembedding, targets, reference, wanted)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _figures(hidden, unembedding, targets, reference, is_used, wanted):
+  return _forward(hidden, unembedding, targets, reference, is_used, wanted)[0]
 
 
-def _figures_fwd(hidden, unembedding, targets, reference, wanted):
-  out, sums = _forward(hidden, unembedding, targets, reference, wanted)
-  return out, (hidden, unembedding, targets, reference, sums)
+def _figures_fwd(hidden, unembedding, targets, reference, is_used, wanted):
+  out, sums = _forward(hidden, unembedding, targets, reference, is_used, wanted)
+  return out, (hidden, unembedding, targets, reference, is_used, sums)
 
 
 def _figures_bwd(wanted, saved, gradients):
-  hidden, unembedding, targets, reference, (lse, ref_lse) = saved
+  hidden, unembedding, targets, reference, is_used, (lse, ref_lse) = saved
   logps_gradient, kl_gradient, _ = gradients
   columns = _Columns(unembedding, targets[0].size)
   kernel = columns.split(unembedding)
@@ -226,7 +239,7 @@ def _figures_bwd(wanted, saved, gradients):
   if with_kl:
     ref_hidden, ref_kernel = reference[0], columns.split(reference[1])
 
-  def one_chunk(kernel_gradient, scanned):
+  def compute(kernel_gradient, scanned):
     chunk, its_targets, its_lse, pull, ref_chunk, its_ref_lse, kl_pull = scanned
 
     def body(carry, start, size):
@@ -258,16 +271,36 @@ def _figures_bwd(wanted, saved, gradients):
     )
     return kernel_gradient, chunk_gradient.astype(chunk.dtype)
 
+  def one_chunk(kernel_gradient, scanned):
+    used, *scanned = scanned
+    return jax.lax.cond(
+      used,
+      compute,
+      lambda gradient, scanned: (gradient, jnp.zeros_like(scanned[0])),
+      kernel_gradient,
+      scanned,
+    )
+
   zeros = _pin(jnp.zeros(kernel.shape, jnp.float32), "fsdp", "tensor", None)
   kernel_gradient, hidden_gradient = jax.lax.scan(
     one_chunk,
     zeros,
-    (hidden, targets, lse, logps_gradient, ref_hidden, ref_lse, kl_gradient),
+    (
+      is_used,
+      hidden,
+      targets,
+      lse,
+      logps_gradient,
+      ref_hidden,
+      ref_lse,
+      kl_gradient,
+    ),
   )
   kernel_gradient = kernel_gradient.reshape(unembedding.shape)
   return (
     hidden_gradient,
     kernel_gradient.astype(unembedding.dtype),
+    None,
     None,
     None,
   )
