@@ -145,7 +145,7 @@ class Trainer:
     ]
     padding, shapes = [], set()
     waited = 0.0
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), time.process_time()
     batches = loader_lib.prefetch(self.make_batch, start, stop)
     pending = None
     while True:
@@ -163,9 +163,11 @@ class Trainer:
       shapes.add(shape)
     metrics = self.placement.fetch(pending)
     seconds = time.monotonic() - began
+    cpu_seconds = time.process_time() - cpu_began
     self.next = stop
     return {
       "seconds": seconds,
+      "cpu_seconds": cpu_seconds,
       "host_wait_s": waited,
       "steps": num_steps,
       "pairs": num_steps * self.options.batch_size,
@@ -186,7 +188,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--layout", default="shared")
   parser.add_argument("--reference", default="cached")
   parser.add_argument("--row_tokens", type=int, default=0)
-  parser.add_argument("--logps_chunk", type=int, default=128)
+  parser.add_argument("--logps_chunk", type=int, default=256)
   parser.add_argument("--remat", default="none")
   return parser.parse_args(argv)
 

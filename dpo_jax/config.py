@@ -40,7 +40,7 @@ def default_config() -> ml_collections.ConfigDict:
   # Compiled programs, for the next start; "": ~/.cache/dpo_jax/compiled,
   # "off": none. JAX_COMPILATION_CACHE_DIR comes first.
   config.compilation_cache_dir = ""
-  config.logps_chunk = 128  # scored tokens of a row projected at once
+  config.logps_chunk = 256  # scored tokens of a row projected at once
 
   config.policy = ml_collections.ConfigDict()
   # Where the weights come from: "random", "hf:FOLDER" (a Hugging Face model),
@@ -77,7 +77,7 @@ def default_config() -> ml_collections.ConfigDict:
   config.data.max_prompt_tokens = 256  # kept of a prompt that is too long
   # Pairs become two responses with a label each, for a loss that reads those.
   config.data.split_pairs = True
-  config.data.row_tokens = 0  # of a packed row; 0: as the longest group needs
+  config.data.row_tokens = 0  # of a packed row; 0: one row for each device
   config.data.layout = "shared"  # or "packed", "padded": data/packing.py
   config.data.cache_dir = ""  # token stores; "": ~/.cache/dpo_jax
 

@@ -368,7 +368,8 @@ def _build_data(
       row_multiple=placement.num_row_shards * parts,
       layout=config.data.layout,
     )
-    check_context(plan.row.num_tokens, placement)
+    for shape in plan.shapes:
+      check_context(shape.row.num_tokens, placement)
     return loader_lib.Loader(
       groups,
       indices,

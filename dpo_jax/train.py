@@ -410,7 +410,7 @@ class _Loop:
   def _train(self, shardings: Any, start: int) -> None:
     run, config = self.run, self.config
     placement = run.placement
-    limit = len(self.train_loader.plan.row_counts)
+    limit = len(self.train_loader.plan.shapes)
     chex.clear_trace_counter()
     compiled = placement.compile_step(
       chex.assert_max_traces(run.make_train_step(), n=limit), shardings
@@ -428,7 +428,7 @@ class _Loop:
     profile = ProfileWindow(config.profile.steps, run.workdir)
     batches = self._batches(start)
     try:
-      for step, (batch, counts) in enumerate(batches, start):
+      for step, (batch, counts) in enumerate(clock.waiting(batches), start):
         with profile.step(step):
           self.state, metrics = compiled(self.state, batch)
         profile.after(step, metrics)
@@ -614,16 +614,27 @@ def _is_due(step: int, every: int) -> bool:
 
 
 class _Clock:
-  """Groups and tokens a second, evaluation and saving left out."""
+  """Groups and tokens a second, evaluation and saving left out; and which
+  part of the time went by waiting for the loader."""
 
   def __init__(self):
     self._totals = {"num_groups": 0.0, "num_tokens": 0.0}
-    self._seconds = 0.0
+    self._seconds = self._waited = 0.0
     self._since = time.monotonic()
 
   def count(self, counts: Mapping[str, float]) -> None:
     for name in self._totals:
       self._totals[name] += counts[name]
+
+  def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, the wait for each of them counted."""
+    while True:
+      asked = time.monotonic()
+      batch = next(batches, None)
+      self._waited += time.monotonic() - asked
+      if batch is None:
+        return
+      yield batch
 
   def pause(self) -> None:
     self._seconds += time.monotonic() - self._since
@@ -638,6 +649,7 @@ class _Clock:
     rates = {
       "groups_per_second": self._totals["num_groups"] / seconds,
       "tokens_per_second": self._totals["num_tokens"] / seconds,
+      "host_wait_fraction": self._waited / seconds,
     }
     self.__init__()
     return rates

@@ -8,6 +8,7 @@ numbers, which the tests hold them to.
 
 from collections.abc import Sequence
 import dataclasses
+import heapq
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,31 @@ def assign_rows(
       room[row] = (shape.num_tokens, shape.num_scored, shape.num_groups)
     rows[row].append(int(i))
     room[row] -= need
+  return rows
+
+
+def deal_rows(
+  num_tokens: np.ndarray, num_rows: int, *, max_groups: int
+) -> list[list[int]]:
+  """Longest first, to the row that is shortest: rows of about equal length.
+
+  Graham 1969: the fullest row is at most 4/3 of what it must be.
+
+  Args:
+    num_tokens: i64 [B], tokens each group takes in a row.
+    num_rows: R.
+    max_groups: of a row; R times it must be at least B.
+
+  Returns:
+    R rows of indices into the batch; some may be empty.
+  """
+  rows: list[list[int]] = [[] for _ in range(num_rows)]
+  shortest = [(0, row) for row in range(num_rows)]  # a heap already
+  for i in np.argsort(-num_tokens, kind="stable"):
+    filled, row = heapq.heappop(shortest)
+    rows[row].append(int(i))
+    if len(rows[row]) < max_groups:  # else it takes no more
+      heapq.heappush(shortest, (filled + int(num_tokens[i]), row))
   return rows
 
 

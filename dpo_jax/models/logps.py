@@ -4,6 +4,7 @@ The vocabulary projection runs on scored positions only, a chunk at a time,
 and the backward pass computes a chunk's logits again: [S, V] never exists.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -51,6 +52,7 @@ def chunked_token_figures(
   figures: frozenset[str],
   ref_hidden: jax.Array | None = None,
   ref_readout: Readout | None = None,
+  is_scored: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
   """Everything that losses ask of the vocabulary, in one pass over it.
 
@@ -66,6 +68,8 @@ def chunked_token_figures(
       vocabulary.
     ref_hidden: as hidden, of the reference, for "ref_logps" and "kl".
     ref_readout: the reference's.
+    is_scored: bool [R, S], which positions count; a chunk in which none does
+      is passed over, and gives zeros. None: all count.
 
   Returns:
     Those figures, f32 [R, S] each, nats.
@@ -88,8 +92,17 @@ def chunked_token_figures(
   else:
     reference = None
   wanted = figures - {"complement_logps"} | {"logps"}
+  if is_scored is None:
+    is_used = jnp.ones(num_chunks, bool)
+  else:
+    is_used = in_chunks(is_scored).any((1, 2))
   out = vocabulary.figures(
-    in_chunks(hidden), readout, in_chunks(targets), reference, wanted
+    in_chunks(hidden),
+    readout,
+    in_chunks(targets),
+    reference,
+    is_used,
+    wanted,
   )
   out = {
     name: x.swapaxes(0, 1).reshape(num_rows, -1)[:, :length]
@@ -226,6 +239,7 @@ def response_figures(
     figures=frozenset(token_fields | {"logps"}),
     ref_hidden=ref_predicting,
     ref_readout=ref_readout,
+    is_scored=batch.slots < math.prod(batch.valid.shape[1:]),
   )
   group_shape = batch.valid.shape[1:]
   figures = {

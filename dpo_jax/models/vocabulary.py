@@ -29,6 +29,7 @@ def figures(
   readout: Readout,
   targets: jax.Array,
   reference: tuple[jax.Array, Readout] | None,
+  is_used: jax.Array,
   wanted: frozenset[str],
 ) -> dict[str, jax.Array]:
   """What `logps.chunked_token_figures` gives, of chunks.
@@ -39,13 +40,16 @@ def figures(
     targets: i32 [C, R, S].
     reference: the reference's hidden and readout, without a gradient, or
       None.
+    is_used: bool [C], chunks that are worth computing; the others give zeros.
     wanted: of "logps", "ref_logps", "alignment" and "kl".
 
   Returns:
     Those figures, f32 [C, R, S] each, nats. Gradients flow through "logps"
     and "kl" into hidden and readout.
   """
-  logps, kl, others = _figures(hidden, readout, targets, reference, wanted)
+  logps, kl, others = _figures(
+    hidden, readout, targets, reference, is_used, wanted
+  )
   out = {"logps": logps, "kl": kl, **others}
   return {name: out[name] for name in wanted}
 
@@ -210,29 +214,38 @@ def _chunk_figures(hidden, readout, targets, reference, wanted):
   return (logps, kl, others), (lse, ref_lse)
 
 
-def _forward(hidden, readout, targets, reference, wanted):
+def _forward(hidden, readout, targets, reference, is_used, wanted):
   ref_hidden, ref_readout = reference or (None, None)
 
-  def one_chunk(scanned):
-    chunk, chunk_targets, ref_chunk = scanned
+  def compute(chunk, chunk_targets, ref_chunk):
     ref = None if ref_chunk is None else (ref_chunk, ref_readout)
     return _chunk_figures(chunk, readout, chunk_targets, ref, wanted)
 
-  return jax.lax.map(one_chunk, (hidden, targets, ref_hidden))
+  def one_chunk(scanned):
+    used, *chunk = scanned
+    shapes = jax.eval_shape(compute, *chunk)
+    return jax.lax.cond(
+      used,
+      compute,
+      lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+      *chunk,
+    )
+
+  return jax.lax.map(one_chunk, (is_used, hidden, targets, ref_hidden))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _figures(hidden, readout, targets, reference, wanted):
-  return _forward(hidden, readout, targets, reference, wanted)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _figures(hidden, readout, targets, reference, is_used, wanted):
+  return _forward(hidden, readout, targets, reference, is_used, wanted)[0]
 
 
-def _figures_fwd(hidden, readout, targets, reference, wanted):
-  out, sums = _forward(hidden, readout, targets, reference, wanted)
-  return out, (hidden, readout, targets, reference, sums)
+def _figures_fwd(hidden, readout, targets, reference, is_used, wanted):
+  out, sums = _forward(hidden, readout, targets, reference, is_used, wanted)
+  return out, (hidden, readout, targets, reference, is_used, sums)
 
 
 def _figures_bwd(wanted, saved, gradients):
-  hidden, readout, targets, reference, (lse, ref_lse) = saved
+  hidden, readout, targets, reference, is_used, (lse, ref_lse) = saved
   logps_gradient, kl_gradient, _ = gradients
   columns = _Columns(readout, targets[0].size)
   split = columns.split(readout)
@@ -241,7 +254,7 @@ def _figures_bwd(wanted, saved, gradients):
   if with_kl:
     ref_hidden, ref_readout = reference[0], columns.split(reference[1])
 
-  def one_chunk(readout_gradient, scanned):
+  def compute(readout_gradient, scanned):
     chunk, its_targets, its_lse, pull, ref_chunk, its_ref_lse, kl_pull = scanned
 
     def body(carry, start, size):
@@ -276,6 +289,16 @@ def _figures_bwd(wanted, saved, gradients):
     )
     return readout_gradient, chunk_gradient.astype(chunk.dtype)
 
+  def one_chunk(gradient, scanned):
+    used, *scanned = scanned
+    return jax.lax.cond(
+      used,
+      compute,
+      lambda gradient, scanned: (gradient, jnp.zeros_like(scanned[0])),
+      gradient,
+      scanned,
+    )
+
   zeros = jnp.zeros(split.kernel.shape, jnp.float32)
   zeros = (
     _pin(zeros, "fsdp", "tensor", None),
@@ -284,11 +307,21 @@ def _figures_bwd(wanted, saved, gradients):
   (kernel, bias), hidden_gradient = jax.lax.scan(
     one_chunk,
     zeros,
-    (hidden, targets, lse, logps_gradient, ref_hidden, ref_lse, kl_gradient),
+    (
+      is_used,
+      hidden,
+      targets,
+      lse,
+      logps_gradient,
+      ref_hidden,
+      ref_lse,
+      kl_gradient,
+    ),
   )
   kernel = kernel.reshape(readout.kernel.shape).astype(readout.kernel.dtype)
   bias = None if bias is None else bias.reshape(readout.bias.shape)
-  return hidden_gradient, readout.replace(kernel=kernel, bias=bias), None, None
+  readout = readout.replace(kernel=kernel, bias=bias)
+  return hidden_gradient, readout, None, None, None
 
 
 def _add_columns(total: jax.Array, added: jax.Array, start: Any) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 import dataclasses
+import itertools
 import threading
 import time
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.data.loader import Loader, make_plan, prefetch
 from dpo_jax.data.store import Store, part_starts
@@ -194,26 +196,90 @@ def test_eval_batches_go_by_length_and_not_by_seed():
     longest = found.max()
 
 
+def test_eval_batches_of_flat_rows_take_the_same_tokens():
+  """Lengths are dealt out, so that one shape serves nearly all."""
+  loader = make_loader(num=64, batch_size=8, row_tokens=0, row_multiple=1)
+  sizes = [
+    (loader.eval_batch(i).segments > 0).sum()
+    for i in range(loader.num_eval_batches())
+  ]
+  by_length = np.sort(loader.store.lengths.sum(1)).reshape(-1, 8).sum(1)
+  assert np.ptp(sizes) < np.ptp(by_length) / 4
+
+
 # Shapes.
 
 
 @pytest.mark.parametrize("layout", packing.LAYOUTS)
 @pytest.mark.parametrize("row_tokens", [0, 64])
-def test_row_counts_come_from_the_plan(layout, row_tokens):
+def test_shapes_come_from_the_plan(layout, row_tokens):
   loader = make_loader(
-    num=60, batch_size=10, row_tokens=row_tokens, layout=layout
+    num=60, batch_size=12, row_tokens=row_tokens, layout=layout
   )
-  plan = loader.plan
-  assert list(plan.row_counts) == sorted(set(plan.row_counts))
-  assert all(count % 4 == 0 for count in plan.row_counts)
-  counts = Counter()
+  shapes = loader.plan.shapes
+  assert len(shapes) <= 4
+  known = set()
+  for shape in shapes:
+    assert shape.num_rows % 4 == 0
+    row = shape.row
+    known.add((shape.num_rows, row.num_tokens, row.num_scored, row.num_groups))
   for step in range(40):
     batch = loader.batch(step)
-    counts[batch.tokens.shape[0]] += 1
-    assert batch.tokens.shape[1] == plan.row.num_tokens
-    assert batch.targets.shape[1] == plan.row.num_scored
-    assert batch.valid.shape[1:] == (plan.row.num_groups, 2)
-  assert set(counts) <= set(plan.row_counts)
+    assert groups_of(batch) == sorted(loader.order(step).tolist())
+    num_rows, num_tokens = batch.tokens.shape
+    seen = (num_rows, num_tokens, batch.targets.shape[1], batch.valid.shape[1])
+    assert seen in known
+
+
+@pytest.mark.parametrize("row_multiple", [1, 4])
+def test_flat_rows_pad_less_than_a_tenth(row_multiple):
+  """On lengths like those of real preference data."""
+  rng = np.random.default_rng(0)
+  lengths = np.exp(rng.normal(4.4, 0.6, (256, 3))).astype(int).clip(1, 400)
+  groups = [[np.zeros(n, np.int32) for n in group] for group in lengths]
+  loader = make_loader(
+    groups=groups, batch_size=32, row_tokens=0, row_multiple=row_multiple
+  )
+  padding = [packing.padding_fraction(loader.batch(i)) for i in range(60)]
+  assert np.mean(padding) < 0.1
+
+
+@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@pytest.mark.parametrize("row_multiple", [1, 4])
+def test_the_largest_shape_holds_the_worst_batch(layout, row_multiple):
+  """Four groups in 300 are long: no trial draws all of them, and twice."""
+  big = [np.full(90, 1, np.int32)] * 3
+  loader = make_loader(
+    groups=[*tiny.make_groups(296), *[big] * 4],
+    batch_size=8,
+    row_tokens=0,
+    row_multiple=row_multiple,
+    layout=layout,
+  )
+  worst = dataclasses.replace(loader, indices=np.arange(296, 300))
+  assert groups_of(worst.batch(0)) == sorted([*range(296, 300)] * 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_ladder_wastes_least(seed):
+  """Against every ladder there is."""
+  rng = np.random.default_rng(seed)
+  needs = rng.integers(1, 9, 20)
+  sizes = np.unique(needs)
+
+  def waste(ladder):
+    ladder = np.array(sorted(ladder))
+    return (ladder[np.searchsorted(ladder, needs)] - needs).sum()
+
+  for num_steps in (1, 2, 3, 20):
+    ladder = loader_lib._cheapest_ladder(needs, num_steps)
+    assert len(ladder) <= num_steps and ladder == sorted(ladder)
+    least = min(
+      waste((*steps, sizes[-1]))
+      for k in range(min(num_steps, len(sizes)))
+      for steps in itertools.combinations(sizes[:-1], k)
+    )
+    assert waste(ladder) == least
 
 
 def test_the_largest_row_count_holds_the_worst_batch():
@@ -221,18 +287,18 @@ def test_the_largest_row_count_holds_the_worst_batch():
   small = tiny.make_groups(49)
   big = [np.full(20, 1, np.int32)] * 3
   loader = make_loader(groups=[*small, big], batch_size=6, row_multiple=1)
-  assert loader.plan.row_counts[0] < 6
+  assert loader.plan.shapes[0].num_rows < 6
   worst = dataclasses.replace(loader, indices=np.full(6, 49))
   batch = worst.batch(0)
   assert groups_of(batch) == [49] * 6
-  assert batch.tokens.shape[0] == loader.plan.row_counts[-1] == 6
+  assert batch.tokens.shape[0] == loader.plan.shapes[-1].num_rows == 6
 
 
 def test_groups_of_one_row_are_limited_by_the_plan():
   """A batch of the shortest groups would put more into a row than trials."""
   groups = [[np.full(n, 1, np.int32)] * 3 for n in [1] * 6 + [10] * 60]
   loader = make_loader(groups=groups, batch_size=6, row_multiple=1)
-  assert loader.plan.row.num_groups < 6
+  assert loader.plan.shapes[0].row.num_groups < 6
   shortest = dataclasses.replace(loader, indices=np.arange(6))
   batch = shortest.batch(0)
   assert groups_of(batch) == list(range(6))
@@ -241,8 +307,8 @@ def test_groups_of_one_row_are_limited_by_the_plan():
 def test_a_plan_s_rows_take_the_groups_that_fit():
   groups = [[np.full(7, 1, np.int32)] * 3] * 20  # 21 tokens: three in 64
   loader = make_loader(groups=groups, batch_size=8, row_multiple=1)
-  assert loader.plan.row.num_groups == 3
-  assert loader.plan.row_counts == (3, 8)
+  assert loader.plan.shapes[0].row.num_groups == 3
+  assert [shape.num_rows for shape in loader.plan.shapes] == [3, 8]
 
 
 def test_a_plan_is_the_same_on_every_process():
@@ -253,8 +319,7 @@ def test_a_plan_without_row_tokens_holds_the_longest_group():
   for layout in packing.LAYOUTS:
     loader = make_loader(row_tokens=0, layout=layout)
     taken = packing.group_tokens(loader.store.lengths, layout)
-    assert loader.plan.row.num_tokens >= taken.max()
-    assert loader.plan.row.num_tokens % 64 == 0
+    assert loader.plan.shapes[-1].row.num_tokens >= taken.max()
 
 
 def test_rows_that_are_too_short_are_told_what_would_do():
@@ -265,7 +330,8 @@ def test_rows_that_are_too_short_are_told_what_would_do():
   assert "data.row_tokens=64" in message
   assert "takes 90 tokens" in message
   assert "set it to 128 or more" in message
-  assert make_loader(groups=groups, row_tokens=128).plan.row.num_tokens == 128
+  loader = make_loader(groups=groups, row_tokens=128)
+  assert loader.plan.shapes[0].row.num_tokens == 128
 
 
 def test_an_unknown_layout_is_told_the_known_ones():

@@ -112,3 +112,18 @@ def test_sums_by_slot_equal_a_loop_and_drop_padding():
       if slot < 6:
         wanted[r, slot] += value
   np.testing.assert_allclose(sums, wanted.reshape(3, 3, 2), rtol=1e-5)
+
+
+def test_no_array_of_all_scored_positions_times_vocabulary():
+  """Neither forward nor backward holds [S, V]."""
+  policy = tiny.make_policy(vocab_size=1000)
+  batch = tiny.pack(tiny.make_groups(5), num_tokens=512)
+  params = policy.abstract_params()
+
+  def loss(params):
+    logps = logps_lib.response_logps(policy, params, batch, chunk_size=8)
+    return logps.sum()
+
+  text = jax.jit(jax.grad(loss)).lower(params).as_text()
+  assert "x512x1000x" not in text
+  assert "x8x1x1000x" in text

@@ -175,3 +175,24 @@ def test_no_buffer_of_positions_times_vocabulary():
   # Two blocks of logits and their like; the whole would be 307 MB.
   assert used < 100e6
   assert f"{length},1,{vocab_size}" not in compiled.as_text()
+
+
+def test_chunks_without_scored_positions_are_passed_over():
+  x = inputs(length=12)
+  is_scored = np.zeros((2, 12), bool)
+  is_scored[0, :3] = is_scored[1, :6] = True
+
+  def ours(x):
+    return logps_lib.chunked_token_figures(
+      **x, chunk_size=4, figures=FIGURES, is_scored=is_scored
+    )
+
+  def masked(x):
+    kept = np.arange(12) < 8  # the chunks with a scored position
+    return {
+      name: jnp.where(kept, figure, 0.0)
+      for name, figure in whole_vocabulary(x).items()
+    }
+
+  for name in ("logps", "kl"):
+    assert_close(with_gradients(ours, x, name), with_gradients(masked, x, name))
