@@ -240,16 +240,27 @@ def _compile(run, state, shardings, batch) -> tuple[Any, float]:
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      return None, wanted_bytes(str(error))
+      wanted = wanted_bytes(str(error), shard_bytes((state, batch)))
+      return None, wanted
 
 
-def wanted_bytes(message: str) -> float:
-  """'Used 20.5G of 15.75G hbm' -> 20.5 * 2^30; NaN if it does not say."""
-  found = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", message)
-  if not found:
-    return math.nan
-  scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[found[2]]
-  return float(found[1]) * scale
+def wanted_bytes(message: str, arguments: float) -> float:
+  """What a step would have needed, from XLA's message.
+
+  Args:
+    message: '... HLO temporaries (38.08G) exceeds available HBM (15.75G)', or
+      '... Used 20.5G of 15.75G hbm'.
+    arguments: bytes of the state and the batch, which are no temporaries.
+
+  Returns:
+    Bytes of a device; NaN if the message says neither.
+  """
+  scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+  found = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
+  if found:
+    return float(found[1]) * scale[found[2]] + arguments
+  found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+  return float(found[1]) * scale[found[2]] if found else math.nan
 
 
 def shard_bytes(tree: Any) -> float:
@@ -447,6 +458,7 @@ def describe(plan: Plan, request: Request) -> str:
       f"It does not fit: {plan.peak / _GIB:.2f} GiB wanted, {hbm / _GIB:.2f}"
       " there.",
       format_table(remedies(plan)),
+      "What frees activations is a rule of thumb: plan again with the change.",
     ]
   return "\n\n".join(parts)
 

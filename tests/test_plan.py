@@ -125,8 +125,8 @@ def test_what_does_not_fit_is_a_table_of_remedies(on_cpu, monkeypatch):
   class Lowered:
     def compile(self):
       raise jax.errors.JaxRuntimeError(
-        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of"
-        " memory in memory space hbm. Used 20.5G of 15.75G hbm."
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory"
+        " required for HLO temporaries (20.50G) exceeds available HBM (15.75G)."
       )
 
   class Step:
@@ -139,7 +139,8 @@ def test_what_does_not_fit_is_a_table_of_remedies(on_cpu, monkeypatch):
   request = make_request()
   request.config.policy.remat = "none"
   made = plan.make_plan(plan.build(request), request)
-  assert not made.fits and made.peak == 20.5 * 2**30
+  assert not made.fits
+  assert made.peak == pytest.approx(20.5 * 2**30, rel=1e-4)
   text = plan.describe(made, request)
   assert "It does not fit: 20.50 GiB wanted, 16.00" in text
   for change in (
@@ -154,13 +155,32 @@ def test_what_does_not_fit_is_a_table_of_remedies(on_cpu, monkeypatch):
 @pytest.mark.parametrize(
   ("message", "size"),
   [
-    ("Used 20.5G of 15.75G hbm. Exceeded", 20.5 * 2**30),
-    ("Used 300.0M of 15.75G hbm", 300 * 2**20),
+    (
+      "Ran out of memory on HBM, the total memory required for HLO temporaries"
+      " (38.08G) exceeds available HBM (15.75G).",
+      38.08 * 2**30 + 7,
+    ),
+    ("Used 300.0M of 15.75G hbm. Exceeded", 300 * 2**20),
     ("something else", math.nan),
   ],
 )
 def test_what_xla_wanted_is_read_from_its_message(message, size):
-  np.testing.assert_equal(plan.wanted_bytes(message), size)
+  np.testing.assert_equal(plan.wanted_bytes(message, 7.0), size)
+
+
+@pytest.mark.slow
+def test_a_step_that_is_too_large_is_told_by_the_real_compiler(libtpu):
+  """The message is libtpu's own, whose words may change."""
+  request = make_request("v5e-1", rows=1, row_tokens=4096, vocab_size=128_256)
+  request.config.policy.preset = "llama3-8b"
+  request.config.policy.remat = "none"
+  request.config.batch_size = request.config.eval.batch_size = 1
+  request.config.mesh = {"data": 1}
+  made = plan.make_plan(plan.build(request), request)
+  assert not made.fits
+  assert made.peak > made.memory["parameters"] > 2**34
+  text = plan.describe(made, request)
+  assert "nan" not in text and "policy.remat=full" in text
 
 
 def test_bounds_by_hand():
