@@ -78,7 +78,7 @@ def evaluate(
   counts = [
     {
       "num_groups": jnp.float32(one.valid_groups(lengths > 0).sum()),
-      "total_tokens": jnp.float32(lengths[:, : one.num_slots].sum()),
+      "total_tokens": one.scored_tokens(lengths, lengths > 0),
     }
     for one in (objective, *others)
   ]

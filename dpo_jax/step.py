@@ -239,15 +239,10 @@ def count_batch(
 ) -> dict[str, jax.Array]:
   """Groups and tokens that the objective divides by: f32 [] each."""
   valid = flatten_groups(batch.valid)
-  sequences = Sequences(
-    logps=jnp.zeros(valid.shape),
-    num_tokens=flatten_groups(logps_lib.num_tokens(batch)),
-    score=flatten_groups(batch.score),
-    valid=valid,
-  )
+  num_tokens = flatten_groups(logps_lib.num_tokens(batch))
   return {
     "num_groups": objective.valid_groups(valid).sum().astype(jnp.float32),
-    "total_tokens": objective.scored_tokens(sequences),
+    "total_tokens": objective.scored_tokens(num_tokens, valid),
   }
 
 
@@ -353,16 +348,23 @@ def measure(objective: Objective, sequences: Sequences) -> Metrics:
 
   Returns:
     `NAME/loss`; `NAME/margin` of a loss with one; and `NAME/gradient_weight`,
-    the size of its pull on the first response's log-prob.
+    the size of its pull on the first response: on the log-prob of a token that
+    every sum it reads contains, or on the value of a reward model.
   """
+  sums = {
+    name: getattr(sequences, name)
+    for name in ("logps", "head_logps", "sampled_logps", "values")
+    if getattr(sequences, name) is not None
+  }
 
-  def total(logps):
+  def total(sums):
     per_group, metrics, _ = objective.apply(
-      sequences.replace(logps=logps), objective.init()
+      sequences.replace(**sums), objective.init()
     )
     return spread(objective, per_group, sequences).sum(), (per_group, metrics)
 
-  pull, (per_group, metrics) = jax.grad(total, has_aux=True)(sequences.logps)
+  pulls, (per_group, metrics) = jax.grad(total, has_aux=True)(sums)
+  pull = sum(pulls.values())
   is_valid = objective.valid_groups(sequences.valid)
   figures = {
     "loss": spread(objective, per_group, sequences),

@@ -4,8 +4,9 @@
 
 Trains a byte-level model of 1M parameters on the synthetic review task, whose
 ground-truth reward is known. Prints a table of the policy before and after
-DPO, and writes quickstart.png. Minutes on two CPU cores; started again, it
-goes on where it stopped.
+DPO, and writes quickstart.png, and dpo/displacement.png: where chosen and
+rejected log-probs went. Minutes on two CPU cores; started again, it goes on
+where it stopped.
 """
 
 import json
@@ -19,6 +20,7 @@ import matplotlib
 from configs import reviews
 from dpo_jax.metrics import format_table, read_metrics
 from dpo_jax.train import show_progress_logs, train
+from experiments import replay
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -143,7 +145,7 @@ def main(argv: list[str]) -> None:
   print(format_table(collect(workdir)))
   path = os.path.join(workdir, "quickstart.png")
   plot(workdir, path)
-  print(f"\nfigure: {path}")
+  print(f"\nfigures: {path}, {replay.draw(f'{workdir}/dpo')}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
 """Any loss on log-probs that were saved, without the model.
 
-  python -m experiments.replay --workdir=runs/dpo [--losses=dpo,ipo,hinge]
+  python -m experiments.replay --workdir=runs/dpo [--losses=dpo,ipo:tau=0.2]
 
 Evaluation writes every held-out group's log-probs to WORKDIR/eval_logps. From
 these this prints, for each loss that they suffice for, its value, accuracy
-and the size of its pull, at the first and the last evaluation; how well
-sigmoid(beta D) is calibrated; and draws displacement.png: where chosen and
-rejected log-probs went, and which pairs still pull.
+and the size of its pull, at the first and the last evaluation: first the run's
+own as it was trained, then others by name, with their defaults but for the
+knobs that follow a colon. It prints how well sigmoid(beta D) is calibrated,
+and draws displacement.png: where chosen and rejected log-probs went, and which
+pairs still pull.
 """
 
 import json
-import os
 from typing import Any
 
 from absl import app, flags
+from etils import epath
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -25,7 +27,12 @@ from dpo_jax.evaluate import (
   read_records,
   wilson_interval,
 )
-from dpo_jax.losses import CATALOGUE, Objective, build_objective
+from dpo_jax.losses import (
+  CATALOGUE,
+  Objective,
+  WeightedSum,
+  build_objective,
+)
 from dpo_jax.metrics import format_table
 from dpo_jax.step import measure
 from dpo_jax.types import Sequences
@@ -40,13 +47,42 @@ def to_sequences(records: Records) -> Sequences:
   return Sequences(**fields)
 
 
+def parse_loss(text: str) -> dict[str, Any]:
+  """'ipo:tau=0.2' as a config of a loss.
+
+  Raises:
+    ValueError: a knob without a value.
+  """
+  name, *settings = text.split(":")
+  config = {"name": name}
+  for setting in settings:
+    knob, is_set, value = setting.partition("=")
+    if not is_set:
+      raise ValueError(
+        f"--losses: {text!r} must be NAME:KNOB=VALUE:..., as in ipo:tau=0.2"
+      )
+    try:
+      config[knob] = json.loads(value)
+    except json.JSONDecodeError:
+      config[knob] = value
+  return config
+
+
 def objectives_for(
-  sequences: Sequences, names: list[str]
-) -> tuple[list[Objective], dict[str, str]]:
-  """Losses that these log-probs suffice for, and why others are left out."""
-  chosen, left_out = [], {}
-  for name in names:
-    objective = build_objective({"name": name})
+  sequences: Sequences, configs: dict[str, Any]
+) -> tuple[dict[str, Objective | WeightedSum], dict[str, str]]:
+  """Losses that these log-probs suffice for, and why others are left out.
+
+  Args:
+    sequences: what was saved.
+    configs: of losses, by what they are to be called.
+
+  Returns:
+    Objectives, and the reasons, both by the same names.
+  """
+  chosen, left_out = {}, {}
+  for name, config in configs.items():
+    objective = build_objective(config)
     missing = sorted(
       field for field in objective.needs if getattr(sequences, field) is None
     )
@@ -58,11 +94,13 @@ def objectives_for(
     if missing:
       left_out[name] = f"reads {', '.join(missing)}, which were not saved"
     else:
-      chosen.append(objective)
+      chosen[name] = objective
   return chosen, left_out
 
 
-def replay(objective: Objective, sequences: Sequences) -> dict[str, Any]:
+def replay(
+  objective: Objective | WeightedSum, sequences: Sequences
+) -> dict[str, Any]:
   """A row of the table: what a loss makes of these log-probs."""
   per_group, metrics, _ = objective.apply(sequences, objective.init())
   count = objective.valid_groups(sequences.valid).sum()
@@ -122,7 +160,9 @@ def pair_margins(records: Records, beta: float) -> np.ndarray:
   return beta * (log_ratios[is_pair, 0] - log_ratios[is_pair, 1])
 
 
-def plot(by_step: dict[int, Records], beta: float, path: str) -> None:
+def plot(
+  by_step: dict[int, Records], beta: float, path: epath.PathLike
+) -> None:
   """The displacement of log-probs over training."""
   figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
   steps = sorted(by_step)
@@ -163,8 +203,32 @@ def plot(by_step: dict[int, Records], beta: float, path: str) -> None:
   axes[3].errorbar(steps, rates, [lows, highs], marker="o", capsize=3)
   axes[3].axhline(0.5, color="black", linewidth=0.8)
   axes[3].set(title="accuracy, 95 % interval", xlabel="step")
-  figure.savefig(path, dpi=90)
+  with epath.Path(path).open("wb") as file:
+    figure.savefig(file, dpi=90, format="png")
   plt.close(figure)
+
+
+def draw(workdir: epath.PathLike) -> epath.Path | None:
+  """Writes WORKDIR/displacement.png; None if there is no reference or pair."""
+  by_step = read_records(workdir)
+  last = by_step[max(by_step)]
+  if last.get("ref_logps") is None or last["logps"].shape[1] != 2:
+    return None
+  path = epath.Path(workdir) / "displacement.png"
+  plot(by_step, trained_beta(read_loss(workdir)), path)
+  return path
+
+
+def read_loss(workdir: epath.PathLike) -> Any:
+  """The loss that a run was trained with: a dict, or a list of them."""
+  text = (epath.Path(workdir) / "config.json").read_text()
+  return json.loads(text)["loss"]
+
+
+def trained_beta(loss: Any) -> float:
+  """The run's own beta; DPO's default where its loss has none."""
+  own = loss.get("beta") if isinstance(loss, dict) else None
+  return own or CATALOGUE["dpo"].defaults["beta"]
 
 
 def main(argv: list[str]) -> None:
@@ -172,21 +236,20 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
   workdir = flags.FLAGS.workdir
   by_step = read_records(workdir)
-  with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
-    trained = json.load(file)["loss"]
-  beta = (trained.get("beta") if isinstance(trained, dict) else None) or 0.1
-  names = flags.FLAGS.losses or sorted(CATALOGUE)
+  trained = read_loss(workdir)
   steps = sorted(by_step)
   first, last = (to_sequences(by_step[s]) for s in (steps[0], steps[-1]))
-  chosen, left_out = objectives_for(last, names)
+  names = flags.FLAGS.losses or sorted(CATALOGUE)
+  configs = {"as trained": trained} | {name: parse_loss(name) for name in names}
+  chosen, left_out = objectives_for(last, configs)
   rows = []
-  for objective in chosen:
+  for name, objective in chosen.items():
     before, after = (
       jax.device_get(replay(objective, s)) for s in (first, last)
     )
     rows.append(
       {
-        "name": objective.name,
+        "loss": name,
         f"loss at {steps[0]}": before["loss"],
         f"loss at {steps[-1]}": after["loss"],
         "pull": f"{after['pull']:.2e}",
@@ -197,17 +260,17 @@ def main(argv: list[str]) -> None:
   print(format_table(rows))
   for name, reason in left_out.items():
     print(f"left out: {name} {reason}")
-  if by_step[steps[-1]].get("ref_logps") is None:
-    return
-  if by_step[steps[-1]]["logps"].shape[1] == 2:
+  path = draw(workdir)
+  if path is not None:
+    beta = trained_beta(trained)
     print(f"\ncalibration of sigmoid(beta D), beta {beta:g}")
     print(format_table(calibration(pair_margins(by_step[steps[-1]], beta))))
-    path = os.path.join(workdir, "displacement.png")
-    plot(by_step, beta, path)
     print(f"\nfigure: {path}")
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "of a run", required=True)
-  flags.DEFINE_list("losses", [], "names; all of the catalogue if empty")
+  flags.DEFINE_list(
+    "losses", [], "NAME[:KNOB=VALUE...]; all of the catalogue if empty"
+  )
   app.run(main)

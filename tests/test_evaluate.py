@@ -84,7 +84,8 @@ def models():
 
 def evaluate(models, batch_size, *, loss="dpo", sizes=None, is_frozen=False):
   placement = tiny.make_placement(sizes)
-  objective = build_objective({"name": loss})
+  is_name = isinstance(loss, str)
+  objective = build_objective({"name": loss} if is_name else loss)
   is_cached = objective.needs_reference and not is_frozen
   step = step_lib.make_eval_step(models.policy, objective, chunk_size=16)
   loader = tiny.make_loader(
@@ -98,7 +99,7 @@ def evaluate(models, batch_size, *, loss="dpo", sizes=None, is_frozen=False):
     objective,
     models.params,
     models.ref_params if is_frozen else None,
-    (),
+    objective.init(),
     loader,
     placement,
   )[0]
@@ -155,6 +156,17 @@ def test_a_loss_per_token_divides_by_the_tokens_of_the_whole_set(
     },
   )
   assert "reward/accuracy_low" not in got
+
+
+def test_the_loss_of_a_list_is_the_weighted_sum_of_its_terms(models):
+  got = evaluate(
+    models,
+    4,
+    loss=[{"name": "dpo", "weight": 0.5}, {"name": "sft", "weight": 2.0}],
+  )
+  dpo, sft = (evaluate(models, 4, loss=name) for name in ("dpo", "sft"))
+  wanted = 0.5 * dpo["loss"] + 2.0 * sft["loss"]
+  assert got["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_margin_of_zero_counts_a_half(models):

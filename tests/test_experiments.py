@@ -65,15 +65,50 @@ def test_replayed_figures_are_the_evaluations(trained):
 
 def test_replay_says_what_it_leaves_out(trained):
   sequences = replay.to_sequences(read_records(trained)[3])
-  chosen, left_out = replay.objectives_for(sequences, ["dpo", "tdpo", "kto"])
-  assert [objective.name for objective in chosen] == ["dpo"]
+  chosen, left_out = replay.objectives_for(
+    sequences, {name: {"name": name} for name in ("dpo", "tdpo", "kto")}
+  )
+  assert list(chosen) == ["dpo"]
   assert left_out["tdpo"] == "reads kl, which were not saved"
   assert "'single'" in left_out["kto"]
 
 
-def test_replay_draws_the_displacement(trained, tmp_path):
-  replay.plot(read_records(trained), 0.1, str(tmp_path / "figure.png"))
-  assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+def test_replay_draws_the_displacement(trained):
+  path = replay.draw(trained)
+  assert path.name == "displacement.png"
+  assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_replay_knows_the_knobs_that_a_run_was_trained_with(trained, tmp_path):
+  loss = replay.read_loss(trained)
+  assert replay.trained_beta(loss) == 0.1
+  assert build_objective(loss) == build_objective({"name": "dpo"})
+  (tmp_path / "config.json").write_text('{"loss": {"name": "dpo", "beta": 2}}')
+  assert replay.trained_beta(replay.read_loss(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+  ("text", "config"),
+  [
+    ("dpo", {"name": "dpo"}),
+    (
+      "ipo:tau=0.2:length_normalize=true",
+      {"name": "ipo", "tau": 0.2, "length_normalize": True},
+    ),
+    (
+      "f_dpo:divergence=forward_kl",
+      {"name": "f_dpo", "divergence": "forward_kl"},
+    ),
+  ],
+)
+def test_a_loss_to_replay_is_a_name_and_its_knobs(text, config):
+  assert replay.parse_loss(text) == config
+  build_objective(config)
+
+
+def test_a_knob_to_replay_without_a_value_is_refused():
+  with pytest.raises(ValueError, match=r"NAME:KNOB=VALUE"):
+    replay.parse_loss("ipo:tau")
 
 
 def test_replay_of_a_run_without_log_probs_is_explained(tmp_path):

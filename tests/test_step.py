@@ -17,6 +17,7 @@ from dpo_jax.models.config import PRESETS, ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.types import TrainState
 from tests import tiny
+from tests.losses.test_catalogue import make_sequences
 
 COUPLED = [n for n, row in CATALOGUE.items() if row.link_row.is_coupled]
 WIDTH = {"single": 1, "pair": 2, "first": 1, "ranking": 2}
@@ -277,6 +278,32 @@ def test_the_kind_of_reference_follows_from_the_loss(loss, settings, kind):
 def test_references_that_cannot_be_are_refused(loss, settings, message):
   with pytest.raises(ValueError, match=message):
     resolve(loss, **settings)
+
+
+def test_a_gradient_weight_is_of_all_sums_that_a_loss_reads():
+  """Where every token is in every sum, these losses pull as DPO does."""
+  sequences = make_sequences(2)
+  sequences = sequences.replace(
+    head_logps=sequences.logps,
+    ref_head_logps=sequences.ref_logps,
+    sampled_logps=sequences.logps,
+    ref_sampled_logps=sequences.ref_logps,
+  )
+  weights = {
+    name: step_lib.measure(build_objective({"name": name}), sequences)[
+      f"{name}/gradient_weight"
+    ]
+    for name in ("dpo", "ld_dpo", "sampo", "reward_model")
+  }
+  assert (weights["dpo"] > 0).all()
+  np.testing.assert_allclose(weights["ld_dpo"], weights["dpo"], rtol=1e-5)
+  np.testing.assert_allclose(weights["sampo"], weights["dpo"], rtol=1e-5)
+  values = np.asarray(sequences.values, np.float64)
+  np.testing.assert_allclose(
+    weights["reward_model"],
+    1 / (1 + np.exp(values[:, 0] - values[:, 1])),
+    rtol=1e-5,
+  )
 
 
 def test_other_losses_come_from_the_same_forward_pass(model):

@@ -9,6 +9,7 @@ docs/losses.md read this table, so the row is all that it takes.
 from collections.abc import Callable, Mapping
 import dataclasses
 import inspect
+import math
 from typing import Any
 
 from dpo_jax.losses import regularizers
@@ -64,7 +65,7 @@ class Knob:
     too_high = self.high is not None and (
       value >= self.high if self.below else value > self.high
     )
-    if too_low or too_high or value != value:
+    if too_low or too_high or not math.isfinite(value):
       opening = "(" if self.above or self.low is None else "["
       closing = ")" if self.below or self.high is None else "]"
       low = "-inf" if self.low is None else f"{self.low:g}"

@@ -84,10 +84,10 @@ class Objective:
       return valid.any(-1)
     return valid[:, : self.num_slots].all(-1)
 
-  def scored_tokens(self, sequences: Sequences) -> jax.Array:
-    """Tokens that a per-token mean divides by: f32 []."""
-    tokens = jnp.where(sequences.valid, sequences.num_tokens, 0.0)
-    return tokens[:, : self.num_slots].sum()
+  def scored_tokens(self, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
+    """Tokens that a per-token mean divides by: [B, K] each -> f32 []."""
+    is_counted = valid & self.valid_groups(valid)[:, None]
+    return jnp.where(is_counted, num_tokens, 0.0)[:, : self.num_slots].sum()
 
   def apply(
     self, sequences: Sequences, loss_state: Any
@@ -115,10 +115,10 @@ class Objective:
     self.check_group_size(sequences.valid.shape[1])
     self._check_fields(sequences)
     is_valid = self.valid_groups(sequences.valid)
+    sequences = _blank(sequences)
     reward = self.loss.reward_row.function
     rewards = reward(sequences, **self._knobs_for(reward))
-    # Inside as well as outside: an unread slot must not send NaN through the
-    # gradient of the branch that `where` drops.
+    # A reward of what is blank need not be 0.
     rewards = jnp.where(sequences.valid, rewards, 0.0)
     per_group, loss_state = self._link(rewards, sequences, loss_state)
     for regularizer in self.loss.regularizers:
@@ -194,7 +194,7 @@ class Objective:
     num_groups, total_tokens = sequences.num_groups, sequences.total_tokens
     if num_groups is None:
       num_groups = is_valid.sum()
-      total_tokens = self.scored_tokens(sequences)
+      total_tokens = self.scored_tokens(sequences.num_tokens, sequences.valid)
     return num_groups / jnp.maximum(total_tokens, 1.0)
 
   def _metrics(
@@ -221,6 +221,28 @@ class Objective:
       name: jnp.where(is_valid, figure, jnp.nan)
       for name, figure in metrics.items()
     }
+
+
+def _blank(sequences: Sequences) -> Sequences:
+  """0 wherever a slot holds no response, whatever stood there.
+
+  What is masked afterwards only would still send NaN through the gradient of
+  the branch that `where` drops.
+  """
+  valid = sequences.valid
+
+  def blank(x):
+    if x is None or x.ndim == 0:
+      return x
+    return jnp.where(valid if x.ndim == 2 else valid[:, 0], x, 0)
+
+  return sequences.replace(
+    **{
+      field.name: blank(getattr(sequences, field.name))
+      for field in dataclasses.fields(sequences)
+      if field.name != "valid"
+    }
+  )
 
 
 def _label_metrics(
@@ -324,10 +346,10 @@ class WeightedSum:
     masks = [term.valid_groups(valid) for _, term in self.terms]
     return functools.reduce(operator.and_, masks)
 
-  def scored_tokens(self, sequences: Sequences) -> jax.Array:
+  def scored_tokens(self, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
     """Tokens of slot 0, which is all that a per-token term reads."""
-    tokens = jnp.where(sequences.valid, sequences.num_tokens, 0.0)
-    return tokens[:, :1].sum()
+    is_counted = valid & self.valid_groups(valid)[:, None]
+    return jnp.where(is_counted, num_tokens, 0.0)[:, :1].sum()
 
   def check_group_size(self, num_responses: int) -> None:
     for _, term in self.terms:
@@ -392,6 +414,11 @@ def build_objective(config: Any) -> Objective | WeightedSum:
   if len(kinds) > 1:
     raise ValueError(
       f"the losses of a list read groups of different kinds: {sorted(kinds)}"
+    )
+  if {term.group for _, term in terms} == {"first", "single"}:
+    raise ValueError(
+      "a loss on single responses with a label cannot be summed with one that"
+      " makes every response more likely: it would the undesirable ones too"
     )
   return WeightedSum(tuple(terms))
 
@@ -474,7 +501,30 @@ def _recombine(loss: Loss, reward: str | None, link: str | None) -> Loss:
       " no such zero. A margin link would do"
     )
   scale = loss.scale if loss.scale in row.knobs else None
-  return dataclasses.replace(row, scale=scale)
+  return dataclasses.replace(row, scale=scale, **_limits(row))
+
+
+def _limits(row: Loss) -> dict[str, Any]:
+  """Ranges and conditions that a reward and a link have in their own rows.
+
+  A knob that is read only sometimes keeps its default there: it could neither
+  be set nor left out.
+  """
+  ranges, conditions, defaults = {}, [], dict(row.defaults)
+  for part in ("reward", "link"):
+    name = getattr(row, part)
+    own = knobs_of(getattr(row, f"{part}_row").function)
+    homes = [r for r in CATALOGUE.values() if getattr(r, part) == name]
+    for home in homes:
+      ranges |= {k: v for k, v in home.ranges.items() if k in own}
+      conditions += [c for c in home.conditions if c[1] in own]
+      sometimes = {what for what, *_ in home.conditions if what in own}
+      defaults = {k: home.defaults[k] for k in sometimes} | defaults
+  return {
+    "ranges": ranges,
+    "conditions": tuple(dict.fromkeys(conditions)),
+    "defaults": defaults,
+  }
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -140,12 +140,13 @@ def leave_one_out(rewards: jax.Array, valid: jax.Array) -> jax.Array:
   chex.assert_equal_shape((rewards, valid))
   rewards = _data(rewards, valid)
   others = valid.sum(-1, keepdims=True) - 1
-  # r - (sum - r) / (n - 1), without the difference of two large figures.
+  # r - (sum - r) / (n - 1), without the difference of two large figures; of a
+  # response alone it is r - r.
   centred = rewards - rewards.sum(-1, keepdims=True) / jnp.maximum(
     others + 1, 1
   )
   advantages = centred * (others + 1) / jnp.maximum(others, 1)
-  return jnp.where(valid & (others > 0), advantages, 0.0)
+  return jnp.where(valid, advantages, 0.0)
 
 
 def reinforce(

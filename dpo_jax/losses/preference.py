@@ -1,5 +1,8 @@
 """The public losses on plain arrays, for use without the rest of dpo_jax."""
 
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,6 @@ import jax.numpy as jnp
 from dpo_jax.losses import links
 
 
-@jax.jit
 def dpo_loss(
   policy_chosen_logps: jax.Array,
   policy_rejected_logps: jax.Array,
@@ -32,7 +34,15 @@ def dpo_loss(
 
   Returns:
     f32 [B] loss, nats. The caller takes the mean over the global batch.
+
+  Raises:
+    ValueError: beta or label_smoothing out of range; under a transformation
+      that traces them they have no value to check.
   """
+  _check_range("beta", beta, "(0, inf)", lambda x: 0.0 < x < float("inf"))
+  _check_range(
+    "label_smoothing", label_smoothing, "[0, 0.5)", lambda x: 0.0 <= x < 0.5
+  )
   arrays = (
     policy_chosen_logps,
     policy_rejected_logps,
@@ -41,10 +51,23 @@ def dpo_loss(
   )
   chex.assert_rank(arrays, 1)
   chex.assert_equal_shape(arrays)
+  return _smoothed_loss(*arrays, beta, label_smoothing)
+
+
+@jax.jit
+def _smoothed_loss(*arrays_and_knobs: jax.Array) -> jax.Array:
+  *arrays, beta, label_smoothing = arrays_and_knobs
   chosen, rejected, ref_chosen, ref_rejected = (
-    x.astype(jnp.float32) for x in arrays
+    jnp.asarray(x, jnp.float32) for x in arrays
   )
   margins = (chosen - ref_chosen) - (rejected - ref_rejected)
   return links.smoothed_logistic(
     margins, beta=beta, label_smoothing=label_smoothing
   )
+
+
+def _check_range(
+  name: str, value: Any, wanted: str, is_in: Callable[[float], bool]
+) -> None:
+  if not isinstance(value, jax.core.Tracer) and not is_in(float(value)):
+    raise ValueError(f"{name}={value} is outside {wanted}")

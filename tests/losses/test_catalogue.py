@@ -312,9 +312,19 @@ def test_padding_groups_change_nothing_bit_for_bit(name):
       lambda logps: mean_loss(objective, sequences.replace(logps=logps))
     )(sequences.logps)
 
-  first, other = (value_and_grad(pad(filler)) for filler in (0.0, -77.0))
-  assert first[0] == other[0]
-  np.testing.assert_array_equal(first[1], other[1])
+  def state_after(sequences):
+    return objective.apply(sequences, objective.init())[2]
+
+  first = value_and_grad(pad(0.0))
+  for filler in (-77.0, np.nan, np.inf):
+    other = value_and_grad(pad(filler))
+    assert first[0] == other[0]
+    np.testing.assert_array_equal(first[1], other[1])
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-5),
+      state_after(pad(filler)),
+      state_after(sequences),
+    )
   np.testing.assert_array_equal(first[1][6:], 0.0)
   bare = value_and_grad(sequences)
   np.testing.assert_allclose(first[0], bare[0], rtol=1e-6)
@@ -461,6 +471,23 @@ def test_rankings_with_ties_and_gaps():
   assert loss([3.0, 2.0, 1.0], (True, False, False)) == 0.0
 
 
+def test_an_offset_asks_nothing_of_scores_that_tie_or_are_the_wrong_way():
+  objective = build("odpo")
+  sequences = make_sequences(2, num=3).replace(
+    score=jnp.array([[2.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
+  )
+
+  def total(logps):
+    per_group = losses_of(objective, sequences.replace(logps=logps))
+    return per_group.sum(), per_group
+
+  slopes, per_group = jax.grad(total, has_aux=True)(sequences.logps)
+  wanted = losses_of(build("dpo"), sequences)[0]  # log(2 - 1) is 0
+  np.testing.assert_allclose(per_group, [wanted, 0.0, 0.0], rtol=1e-6)
+  np.testing.assert_array_equal(slopes[1:], 0.0)
+  assert (slopes[0] != 0.0).all()
+
+
 def test_running_means_are_those_of_all_steps():
   objective = build("bco_pair")
   state = objective.init()
@@ -471,6 +498,46 @@ def test_running_means_are_those_of_all_steps():
     ratios = np.asarray(sequences.logps - sequences.ref_logps, np.float64)
     means.append(0.1 * ratios.mean())
     assert float(state["mean"]) == pytest.approx(np.mean(means), rel=1e-4)
+
+
+def test_the_shift_of_bco_is_halfway_between_its_classes_means():
+  """Each the mean of the steps that had one; its own step counts."""
+  objective = build("bco")
+  state = objective.init()
+  means = {True: [], False: []}
+  for seed, labels in enumerate([(1, 1), (0, 1), (0, 0)]):
+    sequences = make_sequences(1, num=2, seed=seed).replace(
+      score=jnp.array(labels, jnp.float32)[:, None]
+    )
+    per_group, _, state = objective.apply(sequences, state)
+    z = 0.1 * np.asarray(sequences.logps - sequences.ref_logps, np.float64)
+    z, labels = z[:, 0], np.array(labels, bool)
+    for label, seen in means.items():
+      if (labels == label).any():
+        seen.append(z[labels == label].mean())
+    shift = np.mean([np.mean(seen) for seen in means.values() if seen])
+    wanted = [
+      -oracles.log_sigmoid((x - shift) * (1 if label else -1))
+      for x, label in zip(z, labels, strict=True)
+    ]
+    np.testing.assert_allclose(per_group, wanted, rtol=1e-4)
+
+
+def test_beta_dpo_compares_a_batch_with_those_before_it():
+  """Its own margin enters the moving mean after it was compared with it."""
+  objective = build("beta_dpo", beta=0.1, alpha=0.6)
+  state = objective.init()
+  mean = 0.0
+  for seed in range(3):
+    sequences = make_sequences(2, seed=seed, scale=1.0)
+    per_group, _, state = objective.apply(sequences, state)
+    ratios = np.asarray(sequences.logps - sequences.ref_logps, np.float64)
+    margins = ratios[:, 0] - ratios[:, 1]
+    batch_mean = 0.1 * margins.mean()
+    beta = 0.1 * (1 + 0.6 * (batch_mean - mean))
+    wanted = [-oracles.log_sigmoid(beta * m) for m in margins]
+    np.testing.assert_allclose(per_group, wanted, rtol=1e-4)
+    mean = 0.9 * mean + 0.1 * batch_mean
 
 
 def test_a_response_without_tokens_counts_as_one_token():

@@ -19,6 +19,10 @@ from tests.losses.test_catalogue import losses_of, make_sequences
     ({"name": "dpo", "betta": 0.1}, "Did you mean 'beta'"),
     ({"name": "dpo", "beta": 0.0}, r"outside \(0, inf\)"),
     ({"name": "dpo", "beta": float("nan")}, r"outside \(0, inf\)"),
+    ({"name": "dpo", "beta": -0.1}, r"outside \(0, inf\)"),
+    ({"name": "dpo", "beta": float("inf")}, r"outside \(0, inf\)"),
+    ({"name": "ipo", "tau": 0.0}, r"outside \(0, inf\)"),
+    ({"name": "r_dpo", "alpha": float("inf")}, "is outside"),
     ({"name": "dpo", "beta": "0.1"}, "must be a float"),
     ({"name": "dpo", "label_smoothing": 0.1}, "does not read it"),
     ({"name": "cdpo", "label_smoothing": 0.5}, r"outside \[0, 0.5\)"),
@@ -32,6 +36,29 @@ from tests.losses.test_catalogue import losses_of, make_sequences
     ({"name": "dpo", "link": "nca"}, "is unknown"),
     ({"name": "dpo", "link": "noise_contrastive"}, "is a group link"),
     ({"name": "dpo", "link": "squared"}, "no default for tau"),
+    # A reward and a link bring their ranges into another row.
+    (
+      {"name": "dpo", "link": "exact", "label_smoothing": 0.0},
+      "infinite loss",
+    ),
+    (
+      {
+        "name": "dpo",
+        "reward": "f_divergence",
+        "divergence": "alpha",
+        "alpha": 0.0,
+      },
+      r"outside \(0, 1\)",
+    ),
+    (
+      {
+        "name": "dpo",
+        "reward": "f_divergence",
+        "divergence": "forward_kl",
+        "alpha": 0.5,
+      },
+      "only with divergence='alpha'",
+    ),
     ({"name": "nca", "reward": "logps"}, "no such zero"),
     ({"name": "aot", "reward": "logps"}, "takes no other reward"),
     ([], "at least one"),
@@ -42,12 +69,63 @@ from tests.losses.test_catalogue import losses_of, make_sequences
       [{"name": "dpo", "weight": 1}, {"name": "kto", "weight": 1}],
       "groups of different kinds",
     ),
+    (
+      [{"name": "kto", "weight": 1}, {"name": "sft", "weight": 1}],
+      "it would the undesirable ones too",
+    ),
   ],
   ids=str,
 )
 def test_bad_configs_are_refused(config, message):
   with pytest.raises(ValueError, match=message):
     build_objective(config)
+
+
+def test_a_divergence_without_a_knob_needs_none_in_another_row():
+  sequences = make_sequences(2, scale=1.0)
+  knobs = {"divergence": "forward_kl", "beta": 0.3}
+  ours = build_objective({"name": "dpo", "reward": "f_divergence", **knobs})
+  np.testing.assert_array_equal(
+    losses_of(ours, sequences),
+    losses_of(build_objective({"name": "f_dpo", **knobs}), sequences),
+  )
+  assert build_objective(ours.to_dict() | {"alpha": None}) == ours
+
+
+def test_tokens_are_counted_in_groups_that_count():
+  """A list counts slot 0 alone; half a pair is no pair."""
+  num_tokens = jnp.array([[5.0, 7.0], [11.0, 13.0], [17.0, 19.0]])
+  valid = jnp.array([[True, True], [True, False], [True, True]])
+  terms = [{"name": "dpo", "weight": 1.0}, {"name": "sft", "weight": 1.0}]
+  for config, wanted in (
+    ({"name": "sft"}, 5 + 11 + 17),
+    ({"name": "dpo"}, 5 + 7 + 17 + 19),
+    (terms, 5 + 17),
+  ):
+    objective = build_objective(config)
+    assert objective.scored_tokens(num_tokens, valid) == wanted
+
+
+@pytest.mark.parametrize(
+  ("knobs", "message"),
+  [
+    ({"beta": 0.0}, r"beta=0.0 is outside \(0, inf\)"),
+    ({"beta": -1.0}, "beta=-1.0"),
+    ({"beta": float("nan")}, "beta=nan"),
+    ({"beta": 0.1, "label_smoothing": 0.5}, r"0.5 is outside \[0, 0.5\)"),
+    ({"beta": 0.1, "label_smoothing": -0.1}, "label_smoothing=-0.1"),
+  ],
+)
+def test_the_public_loss_refuses_knobs_out_of_range(knobs, message):
+  with pytest.raises(ValueError, match=message):
+    dpo_loss(*[jnp.zeros(2)] * 4, **knobs)
+
+
+def test_the_public_loss_can_be_traced_with_its_knobs():
+  slope = jax.jit(
+    jax.grad(lambda b: dpo_loss(*jnp.eye(4), beta=b, label_smoothing=b).sum())
+  )
+  assert jnp.isfinite(slope(0.1))
 
 
 def test_a_config_dict_with_placeholders_is_read():

@@ -301,6 +301,8 @@ def test_what_was_sampled_is_data():
       + pg.clipped_value_loss(now, values, returns, MASK, clip=0.2)
       + pg.reinforce(now, pg.leave_one_out(rewards, MASK), MASK)
       + pg.kl_penalty(now, ref, MASK, estimator="k3")
+      + shaped
+      + returns
     ).sum()
 
   arrays = [draw(B, T, seed=s) for s in range(4)]
