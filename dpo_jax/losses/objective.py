@@ -234,7 +234,9 @@ def _blank(sequences: Sequences) -> Sequences:
   def blank(x):
     if x is None or x.ndim == 0:
       return x
-    return jnp.where(valid if x.ndim == 2 else valid[:, 0], x, 0)
+    if x.ndim == 1:
+      return jnp.where(valid[:, 0], x, 0)
+    return jnp.where(jnp.expand_dims(valid, range(2, x.ndim)), x, 0)
 
   return sequences.replace(
     **{
