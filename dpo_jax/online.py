@@ -505,6 +505,7 @@ class OnPolicy:
       temperature=settings.temperature if settings.kind == "pairs" else 1.0,
       eos_id=self._tokenizer.eos_id,
       batch_size=min(len(asked), _SAMPLED_AT_ONCE),
+      placement=self._placement,
     )
     rewards = judges.ask(
       self._judge,

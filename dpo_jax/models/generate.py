@@ -1,11 +1,12 @@
 """Sampling from a policy, with a KV cache, under jit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from dpo_jax.models.decoder import Policy
@@ -115,6 +116,7 @@ def sample(
   top_p: float = 1.0,
   batch_size: int = 64,
   first_index: int = 0,
+  placement: Any = None,
 ) -> list[list[int]]:
   """Samples one response to every prompt.
 
@@ -133,6 +135,9 @@ def sample(
     top_p: nucleus mass, in (0, 1].
     batch_size: prompts sampled at once.
     first_index: index of the first prompt, for the randomness.
+    placement: a `mesh.Placement`, to split the prompts over its mesh, on which
+      the parameters are; all processes give the same prompts. None leaves
+      that to XLA.
 
   Returns:
     Token ids of every response; EOS is its last where it was reached.
@@ -164,7 +169,11 @@ def sample(
       f" max_positions={policy.config.max_positions}: shorten one of them"
     )
   batch_size = min(batch_size, len(prompts))
+  if placement is not None:
+    shards = placement.num_row_shards
+    batch_size = -(-batch_size // shards) * shards
   base = jax.random.key(seed)
+  run = _sample if placement is None else _split_rows(placement)
   responses: list[list[int]] = []
   for start in range(0, len(prompts), batch_size):
     part = list(prompts[start : start + batch_size])
@@ -175,7 +184,7 @@ def sample(
       lengths[row] = len(prompt)
     indices = first_index + start + np.arange(batch_size)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(base, indices)
-    out = _sample(
+    out = run(
       params,
       padded,
       lengths,
@@ -190,3 +199,17 @@ def sample(
     for row in np.asarray(out)[: len(part)]:
       responses.append(row[row >= 0].tolist())
   return responses
+
+
+@functools.lru_cache(maxsize=8)  # one program for all calls
+def _split_rows(placement: Any) -> Callable[..., jax.Array]:
+  """`_sample` with its rows split over the mesh; the result on all devices."""
+  rows = NamedSharding(placement.mesh, PartitionSpec(("data", "fsdp")))
+  gather = jax.jit(lambda x: x, out_shardings=placement.replicated)
+
+  def run(params, *arrays, **settings):
+    with jax.set_mesh(placement.mesh):
+      placed = [jax.device_put(array, rows) for array in arrays]
+      return gather(_sample(params, *placed, **settings))
+
+  return run

@@ -132,3 +132,15 @@ def test_filters_equal_a_loop():
 def test_bad_requests_are_refused(model, prompts, kwargs, message):
   with pytest.raises(ValueError, match=message):
     sample(*model, prompts, **kwargs)
+
+
+def test_a_mesh_that_splits_the_prompts_changes_no_response():
+  """Eleven prompts over eight devices: the batch is filled up."""
+  policy = tiny.make_policy()
+  params = tiny.make_params(policy)
+  prompts = [group[0].tolist() for group in tiny.make_groups(11)]
+  placement = tiny.make_placement({"data": 4, "fsdp": 2, "tensor": 1})
+  plain = sample(policy, params, prompts)
+  # Parameters of one device would pull the rows back to it.
+  params = jax.device_put(params, placement.replicated)
+  assert sample(policy, params, prompts, placement=placement) == plain
