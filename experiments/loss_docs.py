@@ -26,6 +26,7 @@ _KINDS = {
   "single": "Single responses with a label",
   "first": "Demonstrations",
   "ranking": "Rankings, best first (two are a pair)",
+  "samples": "Rewarded samples of the policy (`online.kind=rollouts`)",
 }
 _INTRODUCTION = """# Losses
 
@@ -135,7 +136,8 @@ def curve(name: str, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def plot(path: pathlib.Path) -> None:
   """One small panel a loss."""
-  names = list(CATALOGUE)
+  # Of a pair's margin: what learns from rewarded samples has none.
+  names = [name for name, row in CATALOGUE.items() if row.group != "samples"]
   columns = 8
   rows = math.ceil(len(names) / columns)
   figure, axes = plt.subplots(

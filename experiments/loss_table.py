@@ -71,7 +71,10 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
   show_progress_logs()
   workdir, steps = flags.FLAGS.workdir, flags.FLAGS.steps
-  names = flags.FLAGS.losses or list(CATALOGUE)
+  # Losses of samples need a judge besides their name.
+  names = flags.FLAGS.losses or [
+    name for name, row in CATALOGUE.items() if row.group != "samples"
+  ]
   train(sft_config(flags.FLAGS.sft_steps), os.path.join(workdir, "sft"))
   rows = []
   for name in names:

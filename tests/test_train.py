@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dpo_jax import evaluate as evaluate_lib
-from dpo_jax import initialize, reference
+from dpo_jax import initialize, judges, reference
 from dpo_jax import mesh as mesh_lib
 from dpo_jax import train as train_lib
 from dpo_jax.data.loader import Loader
@@ -776,6 +776,13 @@ def test_every_loss_trains(tmp_path, monkeypatch, in_haste, name):
     data__layout="padded",  # a single shape
     optimizer__learning_rate=1e-4,
   )
+  if objective.group == "samples":
+    monkeypatch.setattr(
+      judges, "get_judge", lambda *args, **kwargs: lambda p, r: range(len(r))
+    )
+    config.online.update(
+      dict(kind="rollouts", judge="x", max_response_tokens=8)
+    )
   train(config, tmp_path / "run")
   rows = curve(tmp_path / "run")
   assert len(rows) == 2
