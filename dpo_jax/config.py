@@ -44,9 +44,10 @@ def default_config() -> ml_collections.ConfigDict:
 
   config.policy = ml_collections.ConfigDict()
   # Where the weights come from: "random", "hf:FOLDER" (a Hugging Face model),
-  # or "run:WORKDIR" (another run's best checkpoint).
+  # "hub:ORG/NAME@REVISION" (one of the Hub), or "run:WORKDIR" (another run's
+  # best checkpoint, adapters merged).
   config.policy.init = "random"
-  config.policy.preset = "1m"  # shape of random weights: models/config.py
+  config.policy.preset = "1m"  # shape of random weights: models/presets.py
   config.policy.param_dtype = "float32"  # what is trained
   config.policy.compute_dtype = "float32"  # of matmuls and activations
   config.policy.remat = "none"  # or "full", "dots"
