@@ -162,7 +162,7 @@ def cache_key(params: Any, config: ModelConfig, store_digest: str) -> str:
   out; dtypes are in.
   """
   shape = dataclasses.asdict(config)
-  del shape["remat"]
+  del shape["remat"], shape["attention"]
   key = json.dumps([params_digest(params), shape, store_digest])
   return hashlib.sha256(key.encode()).hexdigest()[:32]
 

@@ -53,7 +53,6 @@ _FOLDERS = {
     "lora",
     "rotary",
     "blocked",
-    "splash",
     "attention",
     "decoder",
     "vocabulary",

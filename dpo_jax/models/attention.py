@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from dpo_jax.models import blocked, splash
+from dpo_jax.models import blocked
+from dpo_jax.models.config import ATTENTIONS
 
-BACKENDS = ("auto", "xla", "splash", "cudnn", "dense")
-# Tokens of a block of the "xla" backend, by platform: small enough on a CPU to
-# stay in its cache and to fit short prompts closely.
+# Tokens of a block, by platform: small enough on a CPU to stay in its cache
+# and to fit short prompts closely.
 _BLOCK = {"cpu": 64}
 _ACCELERATOR_BLOCK = 256
 
@@ -54,7 +54,6 @@ class Rows:
     branches: i32 [R, T], 0 in a prompt, k + 1 in the k-th response.
     mask: bool [R, T, T], see `shared_prompt_mask`; None where blocks are cut.
     blocks: the rows in blocks; None where there is a mask.
-    backend: one of BACKENDS but "auto".
   """
 
   positions: jax.Array
@@ -62,7 +61,6 @@ class Rows:
   branches: jax.Array
   mask: jax.Array | None
   blocks: blocked.Blocks | None
-  backend: str = flax.struct.field(pytree_node=False)
 
 
 def make_rows(
@@ -78,9 +76,9 @@ def make_rows(
     positions: i32 [R, T], see `types.Batch`.
     segments: i32 [R, T].
     branches: i32 [R, T].
-    backend: one of BACKENDS. "dense" and "cudnn" hold a mask of T x T;
-      "xla" works in blocks; "splash" is the TPU's kernel. "auto" is splash on
-      a TPU, and else dense for rows of a block or two and xla for longer.
+    backend: one of ATTENTIONS. "dense" holds a mask of T x T; "blocks" cuts
+      rows in blocks and skips those that the mask empties; "auto" is dense
+      for rows of a block or two, and blocks for longer ones.
 
   Returns:
     What `attend_rows` takes.
@@ -88,21 +86,25 @@ def make_rows(
   Raises:
     ValueError: an unknown backend.
   """
-  if backend not in BACKENDS:
+  if backend not in ATTENTIONS:
     raise ValueError(
-      f"policy.attention={backend!r} is unknown. Known: {', '.join(BACKENDS)}"
+      f"attention={backend!r} is unknown. Known: {', '.join(ATTENTIONS)}"
     )
-  size = _BLOCK.get(jax.default_backend(), _ACCELERATOR_BLOCK)
+  size = _BLOCK.get(_platform(), _ACCELERATOR_BLOCK)
   if backend == "auto":
-    is_short = positions.shape[1] <= 2 * size
-    is_tpu = jax.default_backend() == "tpu"
-    backend = "splash" if is_tpu else "dense" if is_short else "xla"
+    backend = "dense" if positions.shape[1] <= 2 * size else "blocks"
   mask = blocks = None
-  if backend in ("dense", "cudnn"):
+  if backend == "dense":
     mask = shared_prompt_mask(segments, branches)
-  elif backend == "xla":
+  else:
     blocks = blocked.make_blocks(positions, segments, branches, size)
-  return Rows(positions, segments, branches, mask, blocks, backend)
+  return Rows(positions, segments, branches, mask, blocks)
+
+
+def _platform() -> str:
+  """What is compiled for, which need not be what this machine has."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else jax.default_backend()
 
 
 def attend_rows(
@@ -132,25 +134,14 @@ def attend_rows(
     specified, and is finite.
   """
   settings = dict(scale=scale, soft_cap=soft_cap)
-  if rows.backend in ("xla", "splash"):
-    kernel = {"xla": blocked.attend_blocks, "splash": splash.attend_splash}
-    labels = rows.blocks
-    if rows.backend == "splash":
-      labels = (rows.positions, rows.segments, rows.branches)
-    attend_shard = functools.partial(kernel[rows.backend], **settings)
-    return _on_each_device(attend_shard, queries, keys, values, labels, window)
+  if rows.blocks is not None:
+    attend_shard = functools.partial(blocked.attend_blocks, **settings)
+    return _on_each_device(
+      attend_shard, queries, keys, values, rows.blocks, window
+    )
   mask = rows.mask
   if window is not None:
     mask &= in_window(rows.positions, rows.positions, window)
-  if rows.backend == "cudnn" and soft_cap is None:
-    return jax.nn.dot_product_attention(
-      queries,
-      keys,
-      values,
-      mask=mask[:, None],
-      scale=scale,
-      implementation="cudnn",
-    )
   return attend(queries, keys, values, mask, **settings)
 
 

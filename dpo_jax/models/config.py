@@ -8,6 +8,7 @@ from typing import Any
 
 REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("auto", "dense", "blocks")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 QK_NORMS = ("", "head", "full")
 # Projections of a layer, which adapters may be put on.
@@ -144,6 +145,7 @@ class ModelConfig:
       log-probs are float32 whatever it is.
     remat: what the backward pass recomputes in a layer: "none", "full"
       (everything), or "dots" (everything but matmuls).
+    attention: how it is computed, see `attention.make_rows`.
     lora: adapters, or None.
   """
 
@@ -186,6 +188,7 @@ class ModelConfig:
   param_dtype: str = "float32"
   compute_dtype: str = "float32"
   remat: str = "none"
+  attention: str = "auto"
   lora: Lora | None = None
 
   def __post_init__(self):
@@ -202,6 +205,7 @@ class ModelConfig:
       )
     for field, known in (
       ("remat", REMAT_POLICIES),
+      ("attention", ATTENTIONS),
       ("param_dtype", DTYPES),
       ("compute_dtype", DTYPES),
       ("activation", ACTIVATIONS),

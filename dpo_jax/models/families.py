@@ -442,6 +442,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
       "param_dtype",
       "compute_dtype",
       "remat",
+      "attention",
       "lora",
     )
   }
