@@ -1,6 +1,9 @@
 """Eight simulated devices, and real data where a machine has them."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # XLA waits for all simulated devices in a rendezvous, and with fewer threads
 # than devices it waits for ever: NPROC sizes its pool. Both must be set before
@@ -9,10 +12,17 @@ os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+# What one test compiles, others, their children and the other workers, which
+# inherit these, need not.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _compiled = tempfile.mkdtemp(prefix="dpo_jax_compiled_")
+  atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import pathlib
 
-import jax
-from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -44,25 +54,3 @@ def golden() -> pathlib.Path:
 def private_cache(tmp_path, monkeypatch):
   """Token stores of a test go to its own folder."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def fast_compilation(tmp_path_factory):
-  """Compiles the same program once, for modules of many runs.
-
-  Yields:
-    Environment variables with which a child process does the same.
-  """
-  settings = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: jax.config.values[name] for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield {name.upper(): str(value) for name, value in settings.items()}
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()

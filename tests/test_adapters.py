@@ -20,11 +20,6 @@ pytestmark = pytest.mark.slow
 ONE = {"data": 8, "fsdp": 1, "tensor": 1}
 
 
-@pytest.fixture(autouse=True)
-def compiled_once(fast_compilation):
-  yield
-
-
 def make_config(**overrides):
   return tiny.make_config(
     **{"lora__rank": 2, "optimizer__learning_rate": 1e-2, **overrides}

@@ -20,8 +20,6 @@ from experiments import (
 from experiments.exact_task import Task
 from tests import faults, tiny
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 
 @pytest.fixture(scope="module")
 def task():

@@ -13,8 +13,6 @@ from dpo_jax.train import train
 from experiments import loss_docs, replay
 from tests.tiny import make_config
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

@@ -11,8 +11,6 @@ from dpo_jax.data import synthetic
 from dpo_jax.train import train
 from tests import faults, tiny
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 
 def test_the_built_in_truth_reads_the_response_alone():
   judge = judges.get_judge("sentiment")

@@ -12,8 +12,6 @@ from dpo_jax.config import check_config
 from dpo_jax.losses import CATALOGUE, build_objective
 from experiments import harness, imdb_sentiment, loss_ablation
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 NAMES = (
   "exact_frontier",
   "imdb_sentiment",

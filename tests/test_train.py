@@ -24,10 +24,8 @@ from dpo_jax.run import build_run, use_compilation_cache
 from dpo_jax.train import NonFiniteError, Preempted, train
 from tests import faults, tiny
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 # Depend on the machine, not on the run.
-_RATES = ("groups_per_second", "tokens_per_second")
+_RATES = ("groups_per_second", "tokens_per_second", "host_wait_fraction")
 
 
 # Few groups, as their reference log-probs are computed in every run.
@@ -249,7 +247,7 @@ train(
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(
-  tmp_path, fast_compilation
+  tmp_path,
 ):
   workdir = tmp_path / "parts"
   process = faults.spawn(
@@ -257,7 +255,6 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(
     str(workdir),
     json.dumps(_SMALL),
     num_devices=8,
-    **fast_compilation,
   )
   lines = workdir / "metrics.jsonl"
 
@@ -482,7 +479,7 @@ def test_sft_needs_no_reference(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sft_run(tmp_path_factory, fast_compilation):
+def sft_run(tmp_path_factory):
   """A run whose best checkpoint, by a twisted metric, is not its latest."""
   workdir = tmp_path_factory.mktemp("sft")
   config = make_sft_config(
@@ -621,7 +618,7 @@ def test_samples_are_written_and_judged(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def plain_run(tmp_path_factory, fast_compilation):
+def plain_run(tmp_path_factory):
   """Four steps in the plainest way, each with its checkpoint."""
   workdir = tmp_path_factory.mktemp("plain")
   stores = str(tmp_path_factory.mktemp("stores"))
@@ -805,10 +802,29 @@ def test_groups_per_second_leave_evaluation_out(monkeypatch):
   now[0] = 12.0
   clock.count({"num_groups": 8.0, "num_tokens": 300.0})
   rates = clock.rates()
-  assert rates == {"groups_per_second": 4.0, "tokens_per_second": 100.0}
+  assert rates == {
+    "groups_per_second": 4.0,
+    "tokens_per_second": 100.0,
+    "host_wait_fraction": 0.0,
+  }
   now[0] = 13.0
   clock.count({"num_groups": 8.0, "num_tokens": 50.0})
   assert clock.rates()["groups_per_second"] == 8.0
+
+
+def test_the_wait_for_batches_is_a_fraction_of_the_time(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+  def batches():
+    for i in range(2):
+      now[0] += 1.0  # made while the loop waits
+      yield i
+
+  clock = train_lib._Clock()
+  for _ in clock.waiting(batches()):
+    now[0] += 3.0  # a step
+  assert clock.rates()["host_wait_fraction"] == pytest.approx(2.0 / 8.0)
 
 
 def test_help_is_answered_without_jax():
