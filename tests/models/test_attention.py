@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.models import attention, blocked
+from dpo_jax.models import attention, blocked, splash
 from tests import tiny
 
 
@@ -142,3 +142,58 @@ def test_an_unknown_backend_is_told_the_known_ones():
   label = jnp.zeros((1, 8), jnp.int32)
   with pytest.raises(ValueError, match="Known: auto, xla, splash"):
     attention.make_rows(label, label, label, backend="flash")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("num_slots", "window", "soft_cap", "kv_heads"),
+  [(2, None, None, 4), (3, 20, None, 2), (2, None, 4.0, 1)],
+)
+def test_the_tpu_kernel_equals_all_scores_at_once(
+  num_slots, window, soft_cap, kv_heads
+):
+  """Interpreted, in blocks of 128."""
+  batch = random_batch(num_slots, num_slots, 256)
+  labels = labels_of(batch)
+  rows = attention.make_rows(*labels, backend="dense")
+  settings = dict(
+    window=None if window is None else jnp.int32(window),
+    scale=0.7,
+    soft_cap=soft_cap,
+  )
+  heads = dict(num_heads=4, num_kv_heads=kv_heads)
+  wanted = values_and_grads(
+    lambda q, k, v: attention.attend_rows(q, k, v, rows, **settings),
+    batch,
+    **heads,
+  )
+  got = values_and_grads(
+    lambda q, k, v: splash.attend_splash(
+      q, k, v, tuple(labels), **settings, block=128, interpret=True
+    ),
+    batch,
+    **heads,
+  )
+  for one, other in zip(got, wanted, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_intervals_are_the_mask(seed):
+  window = int(np.random.default_rng(seed).integers(1, 40))
+  batch = random_batch(seed, 3, 192)
+  labels = labels_of(batch)
+  is_real = batch.segments > 0
+  mask = np.array(attention.shared_prompt_mask(*labels[1:]))
+  mask &= is_real[:, :, None]
+  places = np.arange(mask.shape[1])
+  for w in (None, jnp.int32(window)):
+    if w is not None:
+      mask &= np.asarray(attention.in_window(labels[0], labels[0], w))
+    for row in range(len(mask)):
+      found = splash.intervals(tuple(x[row] for x in labels), w)
+      seen = sum(
+        (places >= first[:, None]) & (places < end[:, None])
+        for first, end in (np.asarray(x).T for x in found)
+      )
+      np.testing.assert_array_equal(seen[is_real[row]], mask[row][is_real[row]])
