@@ -100,6 +100,19 @@ def run(
         contender.turns.append(answer)
 
 
+def check_ticket(contenders: Sequence[Contender]) -> None:
+  """Raises ValueError unless all took the same first step."""
+  first = contenders[0].first
+  for contender in contenders[1:]:
+    for name in ("loss", "grad_norm"):
+      one, other = first[name], contender.first[name]
+      if abs(one - other) > 1e-4 * abs(one):
+        raise ValueError(
+          f"{contender.name} has {name} {other} at the first step, and"
+          f" {contenders[0].name} has {one}: they do not do the same work"
+        )
+
+
 def summarize(contender: Contender) -> dict[str, Any]:
   """Medians of a contender's turns, and quartiles of its tokens a second."""
   turns = contender.turns

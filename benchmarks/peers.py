@@ -60,19 +60,6 @@ def mkl_override(folder: str) -> dict[str, str]:
   return {"LD_PRELOAD": library}
 
 
-def check_ticket(contenders: list[interleave.Contender]) -> None:
-  """Raises ValueError unless all took the same first step."""
-  first = contenders[0].first
-  for contender in contenders[1:]:
-    for name in ("loss", "grad_norm"):
-      one, other = first[name], contender.first[name]
-      if abs(one - other) > 1e-4 * abs(one):
-        raise ValueError(
-          f"{contender.name} has {name} {other} at the first step, and"
-          f" {contenders[0].name} has {one}: they do not do the same work"
-        )
-
-
 def main() -> None:
   parser = argparse.ArgumentParser()
   workload.add_options(parser)
@@ -121,7 +108,7 @@ def main() -> None:
         contenders,
         num_turns=options.num_turns,
         steps_a_turn=options.steps_a_turn,
-        check=check_ticket,
+        check=interleave.check_ticket,
       )
       rows = [interleave.summarize(c) for c in contenders]
     finally:

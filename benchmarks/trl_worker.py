@@ -46,9 +46,13 @@ class Trainer:
     """Builds the trainer, scores the reference, and takes the first step."""
     options, work = self.options, self.work
     began = time.monotonic()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-      options.model, dtype=torch.float32
-    )
+
+    def load():
+      return transformers.AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=torch.float32
+      )
+
+    model = load()
     is_cached = options.reference == "cached"
     arguments = trl.DPOConfig(
       output_dir=f"{options.model}/trl",
@@ -65,7 +69,7 @@ class Trainer:
     # Text and tokenizer are made up: the ids that are trained on are given.
     self.trainer = trl.DPOTrainer(
       model=model,
-      ref_model=options.model if not is_cached else None,
+      ref_model=None if is_cached else load(),
       args=arguments,
       train_dataset=_placeholder(),
       processing_class=_tokenizer(options.model),
@@ -84,6 +88,8 @@ class Trainer:
     reference_s = time.monotonic() - began
     self.model = self.trainer.model
     self.model.train()
+    # What Trainer.train sets, which we do not run.
+    self.trainer.current_gradient_accumulation_steps = 1
     self.optimizer = torch.optim.AdamW(
       self.model.parameters(),
       lr=work["learning_rate"],

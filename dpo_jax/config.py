@@ -45,6 +45,9 @@ def default_config() -> ml_collections.ConfigDict:
   config.policy.param_dtype = "float32"  # what is trained
   config.policy.compute_dtype = "float32"  # of matmuls and activations
   config.policy.remat = "none"  # or "full", "dots"
+  # "auto" by platform and length; or "xla", "splash" (TPU), "cudnn" (GPU),
+  # "dense": models/attention.py
+  config.policy.attention = "auto"
 
   config.data = ml_collections.ConfigDict()
   config.data.source = "synthetic:review_pairs"  # data/sources.py lists kinds

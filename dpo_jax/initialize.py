@@ -39,6 +39,7 @@ def load_policy(
     "param_dtype": config.param_dtype,
     "compute_dtype": config.compute_dtype,
     "remat": config.remat,
+    "attention": config.attention,
     "value_head": value_head,
   }
   kind, _, where = config.init.partition(":")

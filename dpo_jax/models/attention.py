@@ -12,7 +12,6 @@ from jax.sharding import AxisType, PartitionSpec
 
 from dpo_jax.models import blocked, splash
 
-BACKENDS = ("auto", "xla", "splash", "cudnn", "dense")
 # Tokens of a block of the "xla" backend, by platform: small enough on a CPU to
 # stay in its cache and to fit short prompts closely.
 _BLOCK = {"cpu": 64}
@@ -54,7 +53,7 @@ class Rows:
     branches: i32 [R, T], 0 in a prompt, k + 1 in the k-th response.
     mask: bool [R, T, T], see `shared_prompt_mask`; None where blocks are cut.
     blocks: the rows in blocks; None where there is a mask.
-    backend: one of BACKENDS but "auto".
+    backend: one of ATTENTION_BACKENDS but "auto".
   """
 
   positions: jax.Array
@@ -78,20 +77,14 @@ def make_rows(
     positions: i32 [R, T], see `types.Batch`.
     segments: i32 [R, T].
     branches: i32 [R, T].
-    backend: one of BACKENDS. "dense" and "cudnn" hold a mask of T x T;
-      "xla" works in blocks; "splash" is the TPU's kernel. "auto" is splash on
-      a TPU, and else dense for rows of a block or two and xla for longer.
+    backend: one of config.ATTENTION_BACKENDS. "dense" and "cudnn" hold a mask
+      of T x T; "xla" works in blocks; "splash" is the TPU's kernel. "auto" is
+      splash on a TPU, and else dense for rows of a block or two and xla for
+      longer.
 
   Returns:
     What `attend_rows` takes.
-
-  Raises:
-    ValueError: an unknown backend.
   """
-  if backend not in BACKENDS:
-    raise ValueError(
-      f"policy.attention={backend!r} is unknown. Known: {', '.join(BACKENDS)}"
-    )
   size = _BLOCK.get(jax.default_backend(), _ACCELERATOR_BLOCK)
   if backend == "auto":
     is_short = positions.shape[1] <= 2 * size

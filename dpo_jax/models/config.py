@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 REMAT_POLICIES = ("none", "full", "dots")
+ATTENTION_BACKENDS = ("auto", "xla", "splash", "cudnn", "dense")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -29,6 +30,7 @@ class ModelConfig:
       log-probs are float32 whatever it is.
     remat: what the backward pass recomputes in a layer: "none", "full"
       (everything), or "dots" (everything but matmuls).
+    attention: one of ATTENTION_BACKENDS, see `attention.make_rows`.
   """
 
   vocab_size: int
@@ -46,6 +48,7 @@ class ModelConfig:
   param_dtype: str = "float32"
   compute_dtype: str = "float32"
   remat: str = "none"
+  attention: str = "auto"
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -61,6 +64,11 @@ class ModelConfig:
     if self.remat not in REMAT_POLICIES:
       raise ValueError(
         f"remat={self.remat!r} is unknown. Known: {', '.join(REMAT_POLICIES)}"
+      )
+    if self.attention not in ATTENTION_BACKENDS:
+      raise ValueError(
+        f"policy.attention={self.attention!r} is unknown. Known:"
+        f" {', '.join(ATTENTION_BACKENDS)}"
       )
     for field in ("param_dtype", "compute_dtype"):
       if getattr(self, field) not in DTYPES:

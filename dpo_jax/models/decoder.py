@@ -253,7 +253,9 @@ class Policy:
     branches: jax.Array,
   ) -> jax.Array:
     """Hidden states of packed rows: i32 [R, T] each -> [R, T, D]."""
-    rows = attention.make_rows(positions, segments, branches)
+    rows = attention.make_rows(
+      positions, segments, branches, backend=self.config.attention
+    )
     return self._bind(params)(tokens, positions, rows)[0]
 
   def init_cache(self, batch_size: int, length: int) -> Cache:
