@@ -35,15 +35,15 @@ class Trainer:
   def __init__(self, options: argparse.Namespace, devices: Any = None):
     """Builds model, data and loader; `devices` is a mesh, or None for one."""
     self.options = options
-    fields = dict(workload.MODEL)
-    fields["vocab_size"] = options.vocab_size
+    fields = dict(workload.SHAPES[options.shape])
+    fields["vocab_size"] = options.vocab_size or fields["vocab_size"]
     fields["max_positions"] = options.max_tokens
     fields["remat"] = options.remat
     fields["attention"] = options.attention
     self.policy = Policy(ModelConfig(**fields))
     self.lengths = workload.read_lengths(options)
     self.store = workload.make_store(
-      self.lengths, options.seed, vocab_size=options.vocab_size
+      self.lengths, options.seed, vocab_size=fields["vocab_size"]
     )
     sizes = dict.fromkeys(mesh.AXES, 1)
     self.placement = mesh.Placement(
@@ -107,7 +107,8 @@ class Trainer:
     """The maker of a fresh state, its shardings, and the jitted step."""
     options = self.options
     settings = default_config().optimizer
-    settings.name, settings.learning_rate = "adamw", workload.LEARNING_RATE
+    settings.name = options.optimizer
+    settings.learning_rate = workload.LEARNING_RATE
     settings.warmup_steps, settings.b2 = 0, 0.999
     settings.max_grad_norm = 1e9
     schedule = optimizer.build_schedule(settings, 1000)
@@ -246,6 +247,8 @@ def project_all(batch: Batch) -> Batch:
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser()
   workload.add_options(parser)
+  parser.add_argument("--shape", default="a", choices=workload.SHAPES)
+  parser.add_argument("--optimizer", default="adamw")
   parser.add_argument("--layout", default="shared")
   parser.add_argument("--reference", default="cached")
   parser.add_argument("--row_tokens", type=int, default=0)
