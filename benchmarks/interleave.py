@@ -5,7 +5,7 @@ A contender serves commands on stdin: "start" (answer: the first step) and
 minute in which the machine is busy with other work slows all of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
 import os
 import subprocess
@@ -84,15 +84,33 @@ def run(
   num_turns: int,
   steps_a_turn: int,
   num_warm_turns: int = 1,
+  check: Callable[[Sequence[Contender]], None] = lambda contenders: None,
 ) -> None:
-  """Starts all, warms up, and lets them take turns; answers are kept."""
+  """Starts all, warms up, and lets them take turns; answers are kept.
+
+  `check` sees their first steps before anything is timed.
+  """
   for contender in contenders:
     contender.first = contender.ask("start")
+  check(contenders)
   for turn in range(num_warm_turns + num_turns):
     for contender in contenders:
       answer = contender.ask(f"run {steps_a_turn}")
       if turn >= num_warm_turns:
         contender.turns.append(answer)
+
+
+def check_ticket(contenders: Sequence[Contender]) -> None:
+  """Raises ValueError unless all took the same first step."""
+  first = contenders[0].first
+  for contender in contenders[1:]:
+    for name in ("loss", "grad_norm"):
+      one, other = first[name], contender.first[name]
+      if abs(one - other) > 1e-4 * abs(one):
+        raise ValueError(
+          f"{contender.name} has {name} {other} at the first step, and"
+          f" {contenders[0].name} has {one}: they do not do the same work"
+        )
 
 
 def summarize(contender: Contender) -> dict[str, Any]:
@@ -110,7 +128,13 @@ def summarize(contender: Contender) -> dict[str, Any]:
     "tokens_per_second": float(middle),
     "tokens_per_second_quartiles": [float(low), float(high)],
     "useful_gflops_per_second": median("useful_flops") / 1e9,
-    "shared_gflops_per_second": median("shared_flops") / 1e9,
+    "tokens_per_cpu_second": float(
+      np.median([t["tokens"] / t["cpu_seconds"] for t in turns])
+    ),
+    "useful_gflops_per_cpu_second": float(
+      np.median([t["useful_flops"] / t["cpu_seconds"] for t in turns])
+    )
+    / 1e9,
     "peak_rss_mb": turns[-1]["peak_rss_mb"],
     "padding": float(np.mean([t["padding"] for t in turns])),
     "host_wait_fraction": sum(t.get("host_wait_s", 0.0) for t in turns)

@@ -26,22 +26,24 @@ from dpo_jax.data import packing
 from dpo_jax.losses import build_objective
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
-from dpo_jax.types import TrainState
+from dpo_jax.types import Batch, TrainState
 
 
 class Trainer:
   """What `train.py` does between two looks at its metrics."""
 
-  def __init__(self, options: argparse.Namespace):
+  def __init__(self, options: argparse.Namespace, devices: Any = None):
+    """Builds model, data and loader; `devices` is a mesh, or None for one."""
     self.options = options
-    fields = dict(workload.MODEL)
-    fields["vocab_size"] = options.vocab_size
+    fields = dict(workload.SHAPES[options.shape])
+    fields["vocab_size"] = options.vocab_size or fields["vocab_size"]
     fields["max_positions"] = options.max_tokens
     fields["remat"] = options.remat
+    fields["attention"] = options.attention
     self.policy = Policy(ModelConfig(**fields))
     self.lengths = workload.read_lengths(options)
     self.store = workload.make_store(
-      self.lengths, options.seed, vocab_size=options.vocab_size
+      self.lengths, options.seed, vocab_size=fields["vocab_size"]
     )
     sizes = dict.fromkeys(mesh.AXES, 1)
     self.placement = mesh.Placement(
@@ -64,7 +66,7 @@ class Trainer:
         indices,
         batch_size=options.batch_size,
         row_tokens=options.row_tokens,
-        row_multiple=1,
+        row_multiple=self.placement.num_row_shards,
         layout=options.layout,
       ),
       options.batch_size,
@@ -84,8 +86,29 @@ class Trainer:
       )
       self.loader = dataclasses.replace(self.loader, ref_logps=ref_logps)
     reference_s = time.monotonic() - began
+    fresh, shardings, self.step = self._build()
+    self.state = jax.jit(fresh, out_shardings=shardings, donate_argnums=0)(
+      self.params
+    )
+    self.params = None
+    self.step = self.on_mesh(self.step)
+    self.next = 0
+    began = time.monotonic()
+    first = self.run(1)
+    first["first_step_s"] = time.monotonic() - began
+    first["reference_s"] = reference_s
+    if options.memory:
+      memory = self.compile().memory_analysis()
+      first["step_temp_mb"] = memory.temp_size_in_bytes / 2**20
+      first["step_arguments_mb"] = memory.argument_size_in_bytes / 2**20
+    return first
+
+  def _build(self) -> tuple[Any, Any, Any]:
+    """The maker of a fresh state, its shardings, and the jitted step."""
+    options = self.options
     settings = default_config().optimizer
-    settings.name, settings.learning_rate = "adamw", workload.LEARNING_RATE
+    settings.name = options.optimizer
+    settings.learning_rate = workload.LEARNING_RATE
     settings.warmup_steps, settings.b2 = 0, 0.999
     settings.max_grad_norm = 1e9
     schedule = optimizer.build_schedule(settings, 1000)
@@ -104,14 +127,10 @@ class Trainer:
         ref_params=ref_params,
       )
 
-    abstract = jax.eval_shape(fresh, self.params)
+    abstract = jax.eval_shape(fresh, self.policy.abstract_params())
     shardings = mesh.state_shardings(
       abstract, self.policy.abstract_params(), self.placement.mesh
     )
-    self.state = jax.jit(fresh, out_shardings=shardings, donate_argnums=0)(
-      self.params
-    )
-    self.params = None
     step = step_lib.make_train_step(
       self.policy,
       objective,
@@ -121,16 +140,38 @@ class Trainer:
       chunk_size=options.logps_chunk,
       axis_name=None,
     )
-    self.step = self.on_mesh(self.placement.compile_step(step, shardings))
-    self.next = 0
-    began = time.monotonic()
-    first = self.run(1)
-    first["first_step_s"] = time.monotonic() - began
-    first["reference_s"] = reference_s
-    return first
+    compiled = self.placement.compile_step(step, shardings)
+    return fresh, shardings, compiled
+
+  def compile(self) -> Any:
+    """The step's executable for the first batch, without taking it."""
+    fresh, shardings, step = self._build()
+    ref_logps = np.zeros(self.store.score.shape, np.float32)
+    loader = dataclasses.replace(self.loader, ref_logps=ref_logps)
+    batch = self.placement.place_training_batch(loader.batch(0))
+    state = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      jax.eval_shape(fresh, self.policy.abstract_params()),
+      shardings,
+    )
+    with jax.set_mesh(self.placement.mesh):
+      return step.lower(state, batch).compile()
+
+  def mean_work(self) -> workload.Work:
+    """Of the first ten batches."""
+    lengths = [self.lengths[self.loader.order(i)] for i in range(10)]
+    works = [workload.count_work(x, self.policy.config) for x in lengths]
+    return workload.Work(
+      *(
+        float(np.mean([getattr(w, field.name) for w in works]))
+        for field in dataclasses.fields(workload.Work)
+      )
+    )
 
   def make_batch(self, index: int) -> tuple[Any, float]:
     batch = self.loader.batch(index)
+    if self.options.head == "all":
+      batch = project_all(batch)
     placed = self.placement.place_training_batch(batch)
     return placed, packing.padding_fraction(batch), batch.tokens.shape
 
@@ -182,14 +223,40 @@ class Trainer:
     }
 
 
+def project_all(batch: Batch) -> Batch:
+  """The batch with as many scored places as tokens, spread among each other,
+  so that the head runs on every position and the figures stay."""
+  num_tokens, num_scored = batch.tokens.shape[1], batch.slots.shape[1]
+  if num_scored >= num_tokens:
+    return batch
+  places = np.arange(num_scored) * num_tokens // num_scored
+
+  def spread(x, fill):
+    wide = np.full((len(x), num_tokens), fill, x.dtype)
+    wide[:, places] = x
+    return wide
+
+  padding = batch.valid.shape[1] * batch.valid.shape[2]
+  return batch.replace(
+    targets=spread(batch.targets, 0),
+    predictors=spread(batch.predictors, 0),
+    slots=spread(batch.slots, padding),
+  )
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser()
   workload.add_options(parser)
+  parser.add_argument("--shape", default="a", choices=workload.SHAPES)
+  parser.add_argument("--optimizer", default="adamw")
   parser.add_argument("--layout", default="shared")
   parser.add_argument("--reference", default="cached")
   parser.add_argument("--row_tokens", type=int, default=0)
   parser.add_argument("--logps_chunk", type=int, default=256)
   parser.add_argument("--remat", default="none")
+  parser.add_argument("--attention", default="auto")
+  parser.add_argument("--memory", action="store_true")
+  parser.add_argument("--head", default="scored")  # or "all" positions
   return parser.parse_args(argv)
 
 

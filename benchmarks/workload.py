@@ -29,6 +29,31 @@ MODEL = dict(
   norm_eps=1e-5,
   tie_embeddings=False,
 )
+
+
+def _llama(d_model: int, layers: int, heads: int, kv: int, d_ff: int) -> dict:
+  return MODEL | dict(
+    vocab_size=128_256,
+    d_model=d_model,
+    num_layers=layers,
+    num_heads=heads,
+    num_kv_heads=kv,
+    head_dim=d_model // heads,
+    d_ff=d_ff,
+    rope_theta=5e5,
+    param_dtype="float32",
+    compute_dtype="bfloat16",
+  )
+
+
+# Shapes by name: workload A's, and Llamas for accelerators.
+SHAPES = {
+  "a": MODEL,
+  "0.5b": _llama(1024, 20, 16, 8, 2816),
+  "1b": _llama(2048, 16, 32, 8, 8192),
+  "3b": _llama(3072, 28, 24, 8, 8192),
+  "8b": _llama(4096, 32, 32, 8, 14336),
+}
 BATCH_SIZE = 8
 BETA = 0.1
 LEARNING_RATE = 1e-4
@@ -134,7 +159,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--batch_size", type=int, default=BATCH_SIZE)
   parser.add_argument("--num_groups", type=int, default=256)
   parser.add_argument("--max_tokens", type=int, default=512)
-  parser.add_argument("--vocab_size", type=int, default=MODEL["vocab_size"])
+  parser.add_argument(
+    "--vocab_size", type=int, default=0, help="0: the shape's"
+  )
   # Prompt and response of equal groups, "512,1536"; "": workload A's lengths.
   parser.add_argument("--equal_lengths", default="")
 

@@ -51,8 +51,8 @@ def default_config() -> ml_collections.ConfigDict:
   config.policy.param_dtype = "float32"  # what is trained
   config.policy.compute_dtype = "float32"  # of matmuls and activations
   config.policy.remat = "none"  # or "full", "dots"
-  # "dense": all scores of a row at once; "blocks": what the mask leaves of
-  # them, a block at a time; "auto": by the length of the rows.
+  # "auto" by platform and length; or "xla", "splash" (TPU), "cudnn" (GPU),
+  # "dense": models/attention.py
   config.policy.attention = "auto"
   # Regular expression; parameters whose path it finds are not trained.
   config.policy.frozen = ""

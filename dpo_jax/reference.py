@@ -158,8 +158,8 @@ def _checksum(x: jax.Array) -> jax.Array:
 def cache_key(params: Any, config: ModelConfig, store_digest: str) -> str:
   """Digest of all that decides cached log-probs.
 
-  Whatever only changes how they are computed (remat, mesh, layout) is left
-  out; dtypes are in.
+  Whatever only changes how they are computed (remat, attention, mesh, layout)
+  is left out; dtypes are in.
   """
   shape = dataclasses.asdict(config)
   del shape["remat"], shape["attention"]

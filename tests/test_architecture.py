@@ -53,6 +53,7 @@ _FOLDERS = {
     "lora",
     "rotary",
     "blocked",
+    "splash",
     "attention",
     "decoder",
     "vocabulary",

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from dpo_jax.models import blocked
-from dpo_jax.models.config import ATTENTIONS
+from dpo_jax.models import blocked, splash
 
-# Tokens of a block, by platform: small enough on a CPU to stay in its cache
-# and to fit short prompts closely.
+# Tokens of a block of the "xla" backend, by platform: small enough on a CPU to
+# stay in its cache and to fit short prompts closely.
 _BLOCK = {"cpu": 64}
 _ACCELERATOR_BLOCK = 256
 
@@ -54,6 +53,7 @@ class Rows:
     branches: i32 [R, T], 0 in a prompt, k + 1 in the k-th response.
     mask: bool [R, T, T], see `shared_prompt_mask`; None where blocks are cut.
     blocks: the rows in blocks; None where there is a mask.
+    backend: one of ATTENTION_BACKENDS but "auto".
   """
 
   positions: jax.Array
@@ -61,6 +61,7 @@ class Rows:
   branches: jax.Array
   mask: jax.Array | None
   blocks: blocked.Blocks | None
+  backend: str = flax.struct.field(pytree_node=False)
 
 
 def make_rows(
@@ -76,29 +77,25 @@ def make_rows(
     positions: i32 [R, T], see `types.Batch`.
     segments: i32 [R, T].
     branches: i32 [R, T].
-    backend: one of ATTENTIONS. "dense" holds a mask of T x T; "blocks" cuts
-      rows in blocks and skips those that the mask empties; "auto" is dense
-      for rows of a block or two, and blocks for longer ones.
+    backend: one of config.ATTENTION_BACKENDS. "dense" and "cudnn" hold a mask
+      of T x T; "xla" works in blocks; "splash" is the TPU's kernel. "auto" is
+      splash on a TPU, and else dense for rows of a block or two and xla for
+      longer.
 
   Returns:
     What `attend_rows` takes.
-
-  Raises:
-    ValueError: an unknown backend.
   """
-  if backend not in ATTENTIONS:
-    raise ValueError(
-      f"attention={backend!r} is unknown. Known: {', '.join(ATTENTIONS)}"
-    )
   size = _BLOCK.get(_platform(), _ACCELERATOR_BLOCK)
   if backend == "auto":
-    backend = "dense" if positions.shape[1] <= 2 * size else "blocks"
+    is_short = positions.shape[1] <= 2 * size
+    is_tpu = _platform() == "tpu"
+    backend = "splash" if is_tpu else "dense" if is_short else "xla"
   mask = blocks = None
-  if backend == "dense":
+  if backend in ("dense", "cudnn"):
     mask = shared_prompt_mask(segments, branches)
-  else:
+  elif backend == "xla":
     blocks = blocked.make_blocks(positions, segments, branches, size)
-  return Rows(positions, segments, branches, mask, blocks)
+  return Rows(positions, segments, branches, mask, blocks, backend)
 
 
 def _platform() -> str:
@@ -134,14 +131,25 @@ def attend_rows(
     specified, and is finite.
   """
   settings = dict(scale=scale, soft_cap=soft_cap)
-  if rows.blocks is not None:
-    attend_shard = functools.partial(blocked.attend_blocks, **settings)
-    return _on_each_device(
-      attend_shard, queries, keys, values, rows.blocks, window
-    )
+  if rows.backend in ("xla", "splash"):
+    kernel = {"xla": blocked.attend_blocks, "splash": splash.attend_splash}
+    labels = rows.blocks
+    if rows.backend == "splash":
+      labels = (rows.positions, rows.segments, rows.branches)
+    attend_shard = functools.partial(kernel[rows.backend], **settings)
+    return _on_each_device(attend_shard, queries, keys, values, labels, window)
   mask = rows.mask
   if window is not None:
     mask &= in_window(rows.positions, rows.positions, window)
+  if rows.backend == "cudnn" and soft_cap is None:
+    return jax.nn.dot_product_attention(
+      queries,
+      keys,
+      values,
+      mask=mask[:, None],
+      scale=scale,
+      implementation="cudnn",
+    )
   return attend(queries, keys, values, mask, **settings)
 
 
@@ -224,3 +232,28 @@ def attend(
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
   out = jnp.einsum("bkgtj,bjkd->btkgd", weights, values)
   return out.reshape(batch, length, num_heads, head_dim)
+
+
+def rotate(x: jax.Array, positions: jax.Array, *, theta: float) -> jax.Array:
+  """Rotary position embedding, channel i paired with i + head_dim / 2.
+
+  Su et al. 2021 (arXiv:2104.09864), in the pairing of Hugging Face's Llama
+  checkpoints. Angles are float32: in bfloat16 positions above 256 collide.
+
+  Args:
+    x: [B, T, H, head_dim].
+    positions: i32 [B, T].
+    theta: base of the frequencies.
+
+  Returns:
+    Like x.
+  """
+  half = x.shape[-1] // 2
+  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], -1
+  )
+  return turned.astype(x.dtype)

@@ -7,8 +7,8 @@ import re
 from typing import Any
 
 REMAT_POLICIES = ("none", "full", "dots")
+ATTENTION_BACKENDS = ("auto", "xla", "splash", "cudnn", "dense")
 DTYPES = ("float32", "bfloat16")
-ATTENTIONS = ("auto", "dense", "blocks")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 QK_NORMS = ("", "head", "full")
 # Projections of a layer, which adapters may be put on.
@@ -145,7 +145,7 @@ class ModelConfig:
       log-probs are float32 whatever it is.
     remat: what the backward pass recomputes in a layer: "none", "full"
       (everything), or "dots" (everything but matmuls).
-    attention: how it is computed, see `attention.make_rows`.
+    attention: one of ATTENTION_BACKENDS, see `attention.make_rows`.
     lora: adapters, or None.
   """
 
@@ -205,7 +205,7 @@ class ModelConfig:
       )
     for field, known in (
       ("remat", REMAT_POLICIES),
-      ("attention", ATTENTIONS),
+      ("attention", ATTENTION_BACKENDS),
       ("param_dtype", DTYPES),
       ("compute_dtype", DTYPES),
       ("activation", ACTIVATIONS),

@@ -1,11 +1,16 @@
 """Blocked attention, against all scores at once."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.models import attention, blocked
+from dpo_jax import mesh as mesh_lib
+from dpo_jax.models import attention, blocked, splash
 from tests import tiny
 
 
@@ -115,11 +120,12 @@ def test_no_block_that_is_needed_is_left_out(seed):
     assert read.sum() <= 1.5 * needed.sum() + num
 
 
-def test_no_array_of_length_squared():
+@pytest.mark.parametrize("backend", ["xla"])
+def test_no_array_of_length_squared(backend):
   length = 4096
 
   def total(queries, keys, values, *labels):
-    rows = attention.make_rows(*labels, backend="blocks")
+    rows = attention.make_rows(*labels, backend=backend)
     out = attention.attend_rows(
       queries, keys, values, rows, window=None, scale=1.0, soft_cap=None
     )
@@ -137,7 +143,145 @@ def test_no_array_of_length_squared():
   assert used < length * length, "more than a byte for each pair of tokens"
 
 
-def test_an_unknown_backend_is_told_the_known_ones():
-  label = jnp.zeros((1, 8), jnp.int32)
-  with pytest.raises(ValueError, match="Known: auto, dense, blocks"):
-    attention.make_rows(label, label, label, backend="flash")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("num_slots", "window", "soft_cap", "kv_heads"),
+  [(2, None, None, 4), (3, 20, None, 2), (2, None, 4.0, 1)],
+)
+def test_the_tpu_kernel_equals_all_scores_at_once(
+  num_slots, window, soft_cap, kv_heads
+):
+  """Interpreted, in blocks of 128."""
+  batch = random_batch(num_slots, num_slots, 256)
+  labels = labels_of(batch)
+  rows = attention.make_rows(*labels, backend="dense")
+  settings = dict(
+    window=None if window is None else jnp.int32(window),
+    scale=0.7,
+    soft_cap=soft_cap,
+  )
+  heads = dict(num_heads=4, num_kv_heads=kv_heads)
+  wanted = values_and_grads(
+    lambda q, k, v: attention.attend_rows(q, k, v, rows, **settings),
+    batch,
+    **heads,
+  )
+  got = values_and_grads(
+    lambda q, k, v: splash.attend_splash(
+      q, k, v, tuple(labels), **settings, block=128, interpret=True
+    ),
+    batch,
+    **heads,
+  )
+  for one, other in zip(got, wanted, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_intervals_are_the_mask(seed):
+  window = int(np.random.default_rng(seed).integers(1, 40))
+  batch = random_batch(seed, 3, 192)
+  labels = labels_of(batch)
+  is_real = batch.segments > 0
+  mask = np.array(attention.shared_prompt_mask(*labels[1:]))
+  mask &= is_real[:, :, None]
+  places = np.arange(mask.shape[1])
+  for w in (None, jnp.int32(window)):
+    if w is not None:
+      mask &= np.asarray(attention.in_window(labels[0], labels[0], w))
+    for row in range(len(mask)):
+      found = splash.intervals(tuple(x[row] for x in labels), w)
+      seen = sum(
+        (places >= first[:, None]) & (places < end[:, None])
+        for first, end in (np.asarray(x).T for x in found)
+      )
+      np.testing.assert_array_equal(seen[is_real[row]], mask[row][is_real[row]])
+
+
+_TPU_PROGRAM = """
+import numpy as np, jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from dpo_jax.models import attention
+
+topology = topologies.get_topology_desc(
+  platform="tpu", topology_name="v5e:2x2"
+)
+mesh = Mesh(
+  np.array(topology.devices).reshape(2, 1, 2),
+  ("data", "fsdp", "tensor"),
+  axis_types=(AxisType.Auto,) * 3,
+)
+
+def place(shape, dtype, *spec):
+  return jax.ShapeDtypeStruct(
+    shape, dtype, sharding=NamedSharding(mesh, P(*spec))
+  )
+
+def total(q, k, v, positions, segments, branches, window):
+  rows = attention.make_rows(
+    positions, segments, branches, backend="splash"
+  )
+  out = attention.attend_rows(
+    q, k, v, rows, window=window, scale=0.1, soft_cap=30.0
+  )
+  return jnp.square(out.astype(jnp.float32)).sum()
+
+rows = ("data", "fsdp")
+q, k = (
+  place((2, 4096, h, 128), jnp.bfloat16, rows, None, "tensor") for h in (8, 4)
+)
+label = place((2, 4096), jnp.int32, rows)
+with jax.set_mesh(mesh):
+  compiled = (
+    jax.jit(jax.grad(total, (0, 1, 2)))
+    .lower(q, k, k, label, label, label, place((), jnp.int32))
+    .compile()
+  )
+assert "4096,4096" not in compiled.as_text()
+assert "custom-call" in compiled.as_text()
+"""
+
+
+@pytest.mark.slow
+def test_the_tpu_kernel_compiles_for_a_tpu():
+  """On a mesh that splits rows and heads, with windows and soft caps."""
+  pytest.importorskip("libtpu")
+  quiet = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_ID": "0",
+  }
+  env = {**os.environ, **quiet}
+  env.pop("JAX_PLATFORMS", None)
+  done = subprocess.run(
+    [sys.executable, "-c", _TPU_PROGRAM],
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_backends_agree_on_a_mesh():
+  """Rows and heads split over devices: what one device gives."""
+  batch = random_batch(0, 2, 256)
+  batch = jax.tree.map(lambda x: np.concatenate([x, x])[:2], batch)
+  labels = labels_of(batch)
+  settings = dict(window=None, scale=0.7, soft_cap=None)
+
+  def attend(q, k, v):
+    rows = attention.make_rows(*labels, backend="xla")
+    return attention.attend_rows(q, k, v, rows, **settings)
+
+  heads = dict(num_heads=4, num_kv_heads=2)
+  wanted = values_and_grads(attend, batch, **heads)
+  sizes = dict.fromkeys(mesh_lib.AXES, 1) | {"data": 2, "tensor": 2}
+  mesh = mesh_lib.make_mesh(sizes, jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    got = values_and_grads(attend, batch, **heads)
+  for one, other in zip(got, wanted, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())

@@ -1,0 +1,73 @@
+"""Table 3: each part of the hot path off in turn, on workload A.
+
+python -m benchmarks.ablation [--num_turns=5]
+"""
+
+import argparse
+import pathlib
+import sys
+
+from benchmarks import interleave, results, workload
+
+# What is off, and the options of `benchmarks.ours` that turn it off.
+VARIANTS = {
+  "nothing": [],
+  "shared prompt": ["--layout=packed"],
+  "packing": ["--layout=padded"],
+  "scored-only head": ["--head=all"],
+  "chunks of the head": ["--logps_chunk=100000"],
+  "blocked attention": ["--attention=dense"],
+  "cached reference": ["--reference=frozen"],
+}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--num_turns", type=int, default=5)
+  parser.add_argument("--steps_a_turn", type=int, default=4)
+  parser.add_argument("--num_groups", type=int, default=256)
+  parser.add_argument("--only", default="", help="names, with commas")
+  options = parser.parse_args()
+  chosen = options.only.split(",") if options.only else list(VARIANTS)
+  root = str(pathlib.Path(__file__).parents[1])
+  contenders = [
+    interleave.Contender(
+      name,
+      [
+        sys.executable,
+        "-m",
+        "benchmarks.ours",
+        f"--num_groups={options.num_groups}",
+        *VARIANTS[name],
+      ],
+      cwd=root,
+    )
+    for name in chosen
+  ]
+  try:
+    interleave.run(
+      contenders,
+      num_turns=options.num_turns,
+      steps_a_turn=options.steps_a_turn,
+      check=interleave.check_ticket,
+    )
+    rows = [interleave.summarize(c) for c in contenders]
+  finally:
+    for contender in contenders:
+      contender.close()
+  results.write(
+    "3_ablation",
+    title="What each part gives: one off in turn",
+    command=" ".join(["python -m benchmarks.ablation", *sys.argv[1:]]),
+    rows=rows,
+    notes=[
+      f"Workload A, {workload.BATCH_SIZE} pairs a step, {options.num_groups}"
+      f" pairs; turns of {options.steps_a_turn} steps, {options.num_turns}"
+      " each, one after the other; medians, quartiles in the JSON.",
+      "Padded rows are as long as their batch's longest pair, in four lengths.",
+    ],
+  )
+
+
+if __name__ == "__main__":
+  main()

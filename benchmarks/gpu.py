@@ -1,0 +1,77 @@
+"""Table 6: model FLOPs utilisation in bfloat16 on one accelerator.
+
+  python -m benchmarks.gpu [--shapes=0.5b,1b,3b,8b]
+
+MFU is useful FLOPs a second, by the formula of `workload.count_work` (each
+real token once for each of its sequences, causal attention, head on responses,
+no recomputation), divided by the rate of a bfloat16 matmul of 8192 measured on
+the same card. Refuses to run where there is no accelerator.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import interleave, results
+
+
+def measured_peak(size: int = 8192, repeats: int = 20) -> float:
+  """FLOPs a second of a bfloat16 matmul, the median of `repeats`."""
+  x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+  multiply = jax.jit(jnp.dot)
+  multiply(x, x).block_until_ready()
+  seconds = []
+  for _ in range(repeats):
+    began = time.monotonic()
+    multiply(x, x).block_until_ready()
+    seconds.append(time.monotonic() - began)
+  return 2 * size**3 / float(np.median(seconds))
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--shapes", default="0.5b,1b,3b,8b")
+  parser.add_argument("--num_turns", type=int, default=5)
+  parser.add_argument("--steps_a_turn", type=int, default=5)
+  options = parser.parse_args()
+  if jax.default_backend() == "cpu":
+    raise SystemExit("benchmarks.gpu needs a GPU or a TPU: JAX sees a CPU only")
+  peak = measured_peak()
+  root = str(pathlib.Path(__file__).parents[1])
+  rows = []
+  for shape in options.shapes.split(","):
+    command = [sys.executable, "-m", "benchmarks.ours", f"--shape={shape}"]
+    # Long rows and large batches fill the card; Adam's moments of an 8B model
+    # do not fit one, Adafactor's do.
+    command += ["--equal_lengths=512,768", "--max_tokens=2048", "--remat=full"]
+    command += ["--batch_size=16", "--num_groups=64", "--optimizer=adafactor"]
+    contender = interleave.Contender(
+      shape, command, cwd=root, env={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    )
+    try:
+      interleave.run(
+        [contender],
+        num_turns=options.num_turns,
+        steps_a_turn=options.steps_a_turn,
+      )
+      row = interleave.summarize(contender)
+      row["mfu"] = row["useful_gflops_per_second"] * 1e9 / peak
+      rows.append(row)
+    finally:
+      contender.close()
+  results.write(
+    "6_gpu",
+    title=f"MFU on {jax.devices()[0].device_kind}",
+    command=" ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
+    rows=rows,
+    notes=[f"Measured matmul rate: {peak / 1e12:.0f} TFLOP/s in bfloat16."],
+  )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,83 @@
+"""Table 4: memory and time against length and vocabulary.
+
+  python -m benchmarks.lengths [--num_turns=3]
+
+One pair a step, the prompt a half of each sequence; then workload A with
+larger vocabularies. Memory is what XLA's compiler reports for the step, which
+no allocator and no other process blurs, with the process's peak beside it.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from benchmarks import interleave, results
+
+LENGTHS = (128, 512, 2048, 8192)
+VOCABULARIES = (32_000, 64_000, 128_000, 256_000)
+
+
+def variants() -> dict[str, list[str]]:
+  """Options of `benchmarks.ours` by name."""
+  found = {}
+  for length in LENGTHS:
+    half = length // 2
+    found[f"T {length}"] = [
+      f"--equal_lengths={half},{length - half}",
+      f"--max_tokens={length}",
+      "--batch_size=1",
+      "--num_groups=2",
+    ]
+  for size in VOCABULARIES:
+    found[f"V {size}"] = [f"--vocab_size={size}", "--num_groups=16"]
+  return found
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--num_turns", type=int, default=3)
+  parser.add_argument("--steps_a_turn", type=int, default=1)
+  parser.add_argument("--only", default="", help="names, with commas")
+  options = parser.parse_args()
+  found = variants()
+  chosen = options.only.split(",") if options.only else list(found)
+  root = str(pathlib.Path(__file__).parents[1])
+  rows = []
+  # One after the other: together they would not fit a small machine.
+  for name in chosen:
+    command = [
+      sys.executable,
+      "-m",
+      "benchmarks.ours",
+      "--memory",
+      *found[name],
+    ]
+    contender = interleave.Contender(name, command, cwd=root)
+    try:
+      interleave.run(
+        [contender],
+        num_turns=options.num_turns,
+        steps_a_turn=options.steps_a_turn,
+      )
+      row = interleave.summarize(contender)
+      row["step_temp_mb"] = contender.first["step_temp_mb"]
+      row["step_arguments_mb"] = contender.first["step_arguments_mb"]
+      rows.append(row)
+    finally:
+      contender.close()
+  results.write(
+    "4_lengths",
+    title="Memory and time against length and vocabulary",
+    command=" ".join(["python -m benchmarks.lengths", *sys.argv[1:]]),
+    rows=rows,
+    notes=[
+      "T: one pair a step, half of each sequence its prompt. V: workload A.",
+      "step temp: what the compiled step needs besides its arguments (weights,"
+      " two moments, a batch); it holds the gradient, which grows with the"
+      " embeddings.",
+    ],
+  )
+
+
+if __name__ == "__main__":
+  main()
