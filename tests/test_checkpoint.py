@@ -181,6 +181,29 @@ def test_a_state_comes_back_on_any_mesh(tmp_path, there):
   checkpoints.close()
 
 
+def test_a_checkpoint_gives_the_same_logits_on_any_mesh(tmp_path):
+  policy = tiny.make_policy()
+  source = make_state()
+  checkpoints = open_checkpoints(tmp_path)
+  checkpoints.save(3, place(source, MESHES[4])[0], None)
+  checkpoints.wait()
+  tokens = jnp.tile(jnp.arange(24, dtype=jnp.int32), (8, 1))
+  ones, zeros = jnp.ones_like(tokens), jnp.zeros_like(tokens)
+
+  def logits(params):
+    hidden = policy.hidden_states(params, tokens, tokens, ones, zeros)
+    return policy.readout(params).logits(hidden)
+
+  wanted = jax.jit(logits)(source.params)
+  for here in (ONE, MESHES[1], MESHES[4], MESHES[5]):
+    restored = checkpoints.restore(place(source, here)[1])
+    mesh = jax.tree.leaves(restored.params)[0].sharding.mesh
+    with jax.set_mesh(mesh):
+      got = jax.jit(logits)(restored.params)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+  checkpoints.close()
+
+
 def test_the_policy_alone_comes_back(tmp_path):
   state, target = place(make_state())
   checkpoints = open_checkpoints(tmp_path)
