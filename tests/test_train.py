@@ -536,8 +536,8 @@ def test_dpo_starts_from_an_sft_run(tmp_path, sft_run):
   [
     ("run:{}/nowhere", FileNotFoundError, "is no workdir"),
     ("hf:{}/nowhere", FileNotFoundError, "nowhere"),
-    ("random:{}", ValueError, "must be one of random, hf:FOLDER, run:WORKDIR"),
-    ("magic", ValueError, "must be one of random, hf:FOLDER, run:WORKDIR"),
+    ("random:{}", ValueError, "must be one of random, hf:FOLDER, hub:"),
+    ("magic", ValueError, "must be one of random, hf:FOLDER, hub:"),
   ],
 )
 def test_a_start_that_is_not_there_is_refused(tmp_path, init, error, message):

@@ -1,6 +1,9 @@
 """Small configs, models and batches that tests share."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import mesh as mesh_lib
@@ -176,14 +179,9 @@ def naive_logps(
   rows = [np.concatenate([g[0], r]) for g in groups for r in g[1:]]
   tokens = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
   is_token = np.arange(width) < np.array([[len(row)] for row in rows])
-  hidden = policy.hidden_states(
-    params,
-    tokens,
-    np.tile(np.arange(width, dtype=np.int32), (len(rows), 1)),
-    is_token.astype(np.int32),
-    np.zeros_like(tokens),
-  )
-  logits = np.asarray(policy.readout(params).logits(hidden), np.float64)
+  positions = np.tile(np.arange(width, dtype=np.int32), (len(rows), 1))
+  logits = _whole_logits(policy, params, tokens, positions, is_token)
+  logits = np.asarray(logits, np.float64)
   out = []
   prompts = [g[0] for g in groups for _ in g[1:]]
   for prompt, row, row_logits in zip(prompts, rows, logits, strict=True):
@@ -193,3 +191,15 @@ def naive_logps(
       total += scores[row[place]] - np.log(np.exp(scores).sum())
     out.append(total)
   return np.array(out).reshape(len(groups), -1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _whole_logits(policy, params, tokens, positions, is_token):
+  hidden = policy.hidden_states(
+    params,
+    tokens,
+    positions,
+    is_token.astype(jnp.int32),
+    jnp.zeros_like(tokens),
+  )
+  return policy.readout(params).logits(hidden)

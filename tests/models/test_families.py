@@ -53,7 +53,14 @@ def ragged():
 
 
 def our_logits(policy, params, tokens):
-  """f32 [T, V] of one sequence."""
+  """f32 [T, V] of one sequence; one program for all lengths up to 32."""
+  # What stands behind a token does not change its logits.
+  padded = np.pad(np.asarray(tokens), (0, 32 - len(tokens)))
+  return _padded_logits(policy, params, padded.astype(np.int32))[: len(tokens)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _padded_logits(policy, params, tokens):
   tokens = jnp.asarray(tokens)[None]
   hidden = policy.hidden_states(
     params,
@@ -161,14 +168,11 @@ def test_cached_sampling_equals_the_uncached_forward(load, name, temperature):
   num = 12
   knobs = dict(seed=3, max_response_tokens=num, temperature=temperature)
   ours = generate.sample(policy, params, prompts, stop_ids=(1,), **knobs)
-  forward = jax.jit(functools.partial(our_logits, policy))
   base = jax.random.key(3)
   for i, (prompt, response) in enumerate(zip(prompts, ours, strict=True)):
     key, text = jax.random.fold_in(base, i), list(prompt)
     for step in range(num):
-      # One shape: what stands behind a token does not change its logits.
-      padded = np.pad(text, (0, 32 - len(text))).astype(np.int32)
-      logits = forward(params, padded)[len(text) - 1]
+      logits = our_logits(policy, params, text)[-1]
       if temperature:
         drawn = jax.random.categorical(
           jax.random.fold_in(key, step), logits / temperature
