@@ -109,8 +109,9 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   if run.is_writer:
     initialize.write_model(run.policy, run.workdir)
     (run.workdir / "git.txt").write_text(_git_hash() + "\n")
-    digests = json.dumps(run.data.digests(), indent=2)
-    (run.workdir / "data.json").write_text(digests + "\n")
+    if not (run.workdir / "data.json").exists():
+      digests = json.dumps(run.data.digests(), indent=2)
+      (run.workdir / "data.json").write_text(digests + "\n")
   checkpoints = initialize.open_checkpoints(run.workdir, run.config)
   writer = MetricsWriter(
     run.workdir,
