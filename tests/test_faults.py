@@ -143,7 +143,11 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(
     rows = [json.loads(line) for line in text.splitlines()]
     by_step = {}
     for row in rows:
-      for clock in ("groups_per_second", "tokens_per_second"):
+      for clock in (
+        "groups_per_second",
+        "tokens_per_second",
+        "host_wait_fraction",
+      ):
         row.pop(clock, None)
       key = (row["split"], row["step"])
       assert by_step.setdefault(key, row) == row

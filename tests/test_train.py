@@ -27,7 +27,7 @@ from tests import faults, tiny
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 # Depend on the machine, not on the run.
-_RATES = ("groups_per_second", "tokens_per_second")
+_RATES = ("groups_per_second", "tokens_per_second", "host_wait_fraction")
 
 
 # Few groups, as their reference log-probs are computed in every run.
@@ -798,7 +798,29 @@ def test_groups_per_second_leave_evaluation_out(monkeypatch):
   now[0] = 12.0
   clock.count({"num_groups": 8.0, "num_tokens": 300.0})
   rates = clock.rates()
-  assert rates == {"groups_per_second": 4.0, "tokens_per_second": 100.0}
+  assert rates == {
+    "groups_per_second": 4.0,
+    "tokens_per_second": 100.0,
+    "host_wait_fraction": 0.0,
+  }
   now[0] = 13.0
   clock.count({"num_groups": 8.0, "num_tokens": 50.0})
   assert clock.rates()["groups_per_second"] == 8.0
+
+
+def test_the_wait_for_batches_is_a_fraction_of_the_time(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+  def batches():
+    for batch in range(3):
+      now[0] += 0.5  # the loader
+      yield batch
+
+  clock = train_lib._Clock()
+  seen = []
+  for batch in clock.waiting(batches()):
+    now[0] += 1.5  # the step
+    seen.append(batch)
+  assert seen == [0, 1, 2]
+  assert clock.rates()["host_wait_fraction"] == 0.25
