@@ -122,6 +122,17 @@ def summarize(contender: Contender) -> dict[str, Any]:
   def median(numerator: str) -> float:
     return float(np.median([t[numerator] / t["seconds"] for t in turns]))
 
+  of_peak = {}
+  if "matmul_flops_per_second" in turns[0]:
+    for name, time in (("", "seconds"), ("cpu_", "cpu_seconds")):
+      of_peak[f"{name}fraction_of_matmul_peak"] = float(
+        np.median(
+          [
+            t["useful_flops"] / t[time] / t[f"matmul_flops_per_{name}second"]
+            for t in turns
+          ]
+        )
+      )
   return {
     "name": contender.name,
     "pairs_per_second": median("pairs"),
@@ -135,6 +146,7 @@ def summarize(contender: Contender) -> dict[str, Any]:
       np.median([t["useful_flops"] / t["cpu_seconds"] for t in turns])
     )
     / 1e9,
+    **of_peak,
     "peak_rss_mb": turns[-1]["peak_rss_mb"],
     "padding": float(np.mean([t["padding"] for t in turns])),
     "host_wait_fraction": sum(t.get("host_wait_s", 0.0) for t in turns)

@@ -206,7 +206,11 @@ class Trainer:
     seconds = time.monotonic() - began
     cpu_seconds = time.process_time() - cpu_began
     self.next = stop
+    # Beside every turn, since a busy machine slows both.
+    peak, cpu_peak = workload.matmul_rate()
     return {
+      "matmul_flops_per_second": peak,
+      "matmul_flops_per_cpu_second": cpu_peak,
       "seconds": seconds,
       "cpu_seconds": cpu_seconds,
       "host_wait_s": waited,

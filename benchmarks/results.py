@@ -72,9 +72,8 @@ def write(
 
 def _markdown(content: Mapping[str, Any]) -> list[str]:
   rows = content["rows"]
-  columns = [
-    name for name, cell in rows[0].items() if not isinstance(cell, list)
-  ]
+  cells = {name: cell for row in rows for name, cell in row.items()}
+  columns = [name for name, cell in cells.items() if not isinstance(cell, list)]
   machine_line = ", ".join(
     f"{name} {value}" for name, value in content["machine"].items()
   )

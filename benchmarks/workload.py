@@ -10,7 +10,10 @@ import argparse
 import dataclasses
 import math
 import statistics
+import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.data.store import Store, part_starts
@@ -151,6 +154,21 @@ def count_work(lengths: np.ndarray, config: ModelConfig) -> Work:
     shared_flops=3
     * (2 * weights * shared_tokens + score * shared_scores + head),
   )
+
+
+def matmul_rate(size: int = 2048, repeats: int = 3) -> tuple[float, float]:
+  """FLOPs of XLA's float32 matmul: a second, and a second of CPU time; the
+  best of a few."""
+  x = jnp.ones((size, size), jnp.float32)
+  multiply = jax.jit(jnp.dot)
+  multiply(x, x).block_until_ready()
+  wall, cpu = [], []
+  for _ in range(repeats):
+    began, cpu_began = time.perf_counter(), time.process_time()
+    multiply(x, x).block_until_ready()
+    wall.append(time.perf_counter() - began)
+    cpu.append(time.process_time() - cpu_began)
+  return 2 * size**3 / min(wall), 2 * size**3 / min(cpu)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
