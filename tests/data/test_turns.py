@@ -212,8 +212,8 @@ def test_a_batch_scores_what_the_store_says(tmp_path, tokenizer):
   # Room for what is scored, and none for what is only read.
   planned = plan(opened)
   whole = plan(dataclasses.replace(opened, scored=None))
-  assert planned.row.num_tokens == whole.row.num_tokens
-  assert planned.row.num_scored < whole.row.num_scored
+  assert planned.shapes[-1].row.num_tokens == whole.shapes[-1].row.num_tokens
+  assert planned.shapes[-1].row.num_scored < whole.shapes[-1].row.num_scored
   batch = loader.Loader(opened, np.arange(5), planned, 3, seed=0).batch(0)
   assert (batch.example_ids >= 0).sum() == 3
   for r, g in np.argwhere(batch.example_ids >= 0):
