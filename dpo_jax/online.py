@@ -347,6 +347,14 @@ class OnPolicy:
     chosen = self._loader.order(step - self._snapshot.step)
     return self._snapshot.prompts[chosen]
 
+  @property
+  def process_count(self) -> int:
+    return self._source.process_count
+
+  def num_tokens(self, step: int) -> int:
+    """Tokens of a step's rows, over all processes."""
+    return self._loader.num_tokens(step - self._snapshot.step)
+
   def batch(self, step: int) -> Batch:
     """The batch of a step: this process's rows, numpy."""
     batch = self._loader.batch(step - self._snapshot.step)

@@ -50,7 +50,6 @@ from dpo_jax import distributed, initialize, mesh, online, reference
 from dpo_jax import evaluate as evaluate_lib
 from dpo_jax import step as step_lib
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import packing
 from dpo_jax.metrics import (
   GrowingFile,
   MetricsWriter,
@@ -489,9 +488,7 @@ class _Loop:
     loader = self.train_loader
     batch = loader.batch(step)
     # Of all hosts, counted by each of them.
-    num_tokens = packing.group_tokens(
-      loader.store.lengths[loader.order(step)], loader.plan.layout
-    ).sum()
+    num_tokens = loader.num_tokens(step)
     counts = {
       "num_tokens": float(num_tokens),
       "num_groups": float(self.config.batch_size),

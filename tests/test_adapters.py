@@ -52,7 +52,7 @@ def saved_names(workdir):
 def test_adapters_learn_and_are_all_that_is_saved(tmp_path):
   # Few pairs, seen again and again: a random base can learn no more.
   few = dict(data__source="synthetic:review_pairs:16", data__eval_fraction=0.0)
-  train(make_config(total_steps=24, **few), tmp_path)
+  train(make_config(total_steps=24, lora__rank=4, **few), tmp_path)
   losses = [row["loss"] for row in read_metrics(tmp_path, "train")]
   assert losses[0] == pytest.approx(np.log(2), abs=1e-5)
   assert np.mean(losses[-4:]) < 0.5

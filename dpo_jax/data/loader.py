@@ -321,6 +321,11 @@ class Loader:
     """The training batch of a step: this process's rows, numpy."""
     return self._pack(self.order(step))
 
+  def num_tokens(self, step: int) -> int:
+    """Tokens of a training step's rows, over all processes."""
+    lengths = self.store.lengths[self.order(step)]
+    return int(packing.group_tokens(lengths, self.plan.layout).sum())
+
   def num_eval_batches(self) -> int:
     """Batches that cover every group once."""
     return -(-len(self.indices) // self.batch_size)
