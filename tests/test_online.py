@@ -192,7 +192,11 @@ def figures(workdir):
   """Of all steps and samplings, without those of the clock."""
   rows = read_metrics(workdir, "train") + read_metrics(workdir, "online")
   return [
-    {k: v for k, v in row.items() if not k.endswith("per_second")}
+    {
+      k: v
+      for k, v in row.items()
+      if not k.endswith(("per_second", "wait_fraction"))
+    }
     for row in rows
   ]
 
