@@ -128,7 +128,9 @@ def main() -> None:
   results.write(
     options.table,
     title="dpo_jax and TRL on the same pairs",
-    command=" ".join(["python -m benchmarks.peers", *sys.argv[1:]]),
+    command=" ".join(["python -m benchmarks.peers", *sys.argv[1:]]).replace(
+      options.trl_python, "PYTHON"
+    ),
     rows=rows,
     notes=[
       f"Turns of {options.steps_a_turn} steps, {options.num_turns} each, one"
