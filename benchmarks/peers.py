@@ -66,6 +66,9 @@ def main() -> None:
   parser.add_argument("--trl_python", required=True)
   parser.add_argument("--num_turns", type=int, default=5)
   parser.add_argument("--steps_a_turn", type=int, default=4)
+  parser.add_argument(
+    "--frozen", action=argparse.BooleanOptionalAction, default=True
+  )
   parser.add_argument("--table", default="1_peers")
   options = parser.parse_args()
   shared = [
@@ -93,16 +96,24 @@ def main() -> None:
         cwd=root,
       )
 
-    def trl(reference):
+    def trl(reference, head="all"):
       command = [options.trl_python, "-m", "benchmarks.trl_worker"]
+      command += [f"--model={folder}", f"--reference={reference}"]
+      patched = "" if head == "all" else ", head on responses"
       return interleave.Contender(
-        f"TRL, {reference} reference",
-        [*command, f"--model={folder}", f"--reference={reference}"],
+        f"TRL, {reference} reference{patched}",
+        [*command, f"--head={head}"],
         env=env | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
         cwd=root,
       )
 
-    contenders = [our("cached"), trl("cached"), our("frozen"), trl("frozen")]
+    contenders = [
+      our("cached"),
+      trl("cached"),
+      trl("cached", head="scored"),
+    ]
+    if options.frozen:
+      contenders += [our("frozen"), trl("frozen")]
     try:
       interleave.run(
         contenders,
@@ -117,7 +128,9 @@ def main() -> None:
   results.write(
     options.table,
     title="dpo_jax and TRL on the same pairs",
-    command=" ".join(["python -m benchmarks.peers", *sys.argv[1:]]),
+    command=" ".join(["python -m benchmarks.peers", *sys.argv[1:]]).replace(
+      options.trl_python, "PYTHON"
+    ),
     rows=rows,
     notes=[
       f"Turns of {options.steps_a_turn} steps, {options.num_turns} each, one"

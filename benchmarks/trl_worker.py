@@ -53,6 +53,9 @@ class Trainer:
       )
 
     model = load()
+    if options.head == "scored":
+      # TRL projects response positions only where it has Triton: let it here.
+      trl.trainer.utils._use_triton = lambda device: True
     is_cached = options.reference == "cached"
     arguments = trl.DPOConfig(
       output_dir=f"{options.model}/trl",
@@ -167,6 +170,7 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--model", required=True)
   parser.add_argument("--reference", default="cached")
+  parser.add_argument("--head", default="all")  # as it comes; or "scored"
   interleave.serve(Trainer(parser.parse_args(sys.argv[1:])))
 
 
