@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from benchmarks import interleave, scaling, workload
-from dpo_jax.models.config import PRESETS, ModelConfig
+from dpo_jax.models.config import ModelConfig
+from dpo_jax.models.presets import PRESETS
 
 
 def test_lengths_are_those_of_the_workload():

@@ -661,16 +661,20 @@ def test_a_run_goes_on_in_another_way(tmp_path, monkeypatch, plain_run):
   assert_same_training(plain_run, tmp_path)
 
 
-def test_a_shape_that_was_not_planned_is_noticed(tmp_path, monkeypatch):
+def test_a_shape_that_was_not_planned_is_noticed(
+  in_haste, tmp_path, monkeypatch
+):
   def widen(loader, step, batch):
-    if step != 2:
-      return batch
-    # The same groups in twice the rows.
-    return jax.tree.map(lambda x: np.concatenate([x, 0 * x]), batch)
+    # The same groups in more and more rows.
+    empty = jax.tree.map(np.zeros_like, batch)
+    return jax.tree.map(
+      lambda *copies: np.concatenate(copies), batch, *[empty] * step
+    )
 
   change_batches(monkeypatch, widen)
+  config = make_config(data__eval_fraction=0.0, total_steps=6)
   with pytest.raises(AssertionError, match="traced"):
-    train(make_config(data__eval_fraction=0.0), tmp_path)
+    train(config, tmp_path)
 
 
 def refuse(config, message, error=ValueError):
