@@ -82,6 +82,7 @@ def default_config() -> ml_collections.ConfigDict:
   # Pairs become two responses with a label each, for a loss that reads those.
   config.data.split_pairs = True
   config.data.row_tokens = 0  # of a packed row; 0: one row for each device
+  config.data.max_shapes = 4  # of batches, each compiled; fewer pad more
   config.data.layout = "shared"  # or "packed", "padded": data/packing.py
   config.data.cache_dir = ""  # token stores; "": ~/.cache/dpo_jax
 
@@ -174,6 +175,7 @@ _MAY_CHANGE = (
   "parallelism",
   "total_steps",
   "logps_chunk",
+  "data.max_shapes",
   "profile.",
   "compilation_cache_dir",
 )
@@ -222,6 +224,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     ("batch_size", 1),
     ("accumulation_steps", 1),
     ("logps_chunk", 1),
+    ("data.max_shapes", 1),
     ("eval.every_steps", 0),
     ("eval.batch_size", 1),
     ("eval.max_groups", 0),

@@ -307,6 +307,7 @@ class OnPolicy:
       row_tokens=config.data.row_tokens,
       row_multiple=self._placement.num_row_shards * config.accumulation_steps,
       layout=config.data.layout,
+      max_shapes=config.data.max_shapes,
     )
 
   def begin(

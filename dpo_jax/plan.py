@@ -27,6 +27,7 @@ from ml_collections import config_flags
 
 from dpo_jax import hlo, mesh, roofline, topology
 from dpo_jax.metrics import format_table
+from dpo_jax.models import vocabulary
 from dpo_jax.run import Run, build_run, check_context, with_shardings
 from dpo_jax.types import Batch
 
@@ -278,16 +279,16 @@ def _known_memory(run: Run, state: Any, batch: Batch) -> dict[str, float]:
   sizes = run.placement.mesh.shape
   rows = batch.tokens.shape[0] / run.config.accumulation_steps
   rows /= math.prod(sizes[axis] for axis in mesh.ROW_AXES)
-  chunk = min(run.config.logps_chunk, batch.targets.shape[1])
-  vocabulary = run.policy.config.vocab_size / sizes["tensor"]
+  logits = rows * batch.targets.shape[1]
+  logits *= run.policy.config.vocab_size / sizes["tensor"]
   return {
     "parameters": shard_bytes(state.policy_params),
     "optimizer state": shard_bytes(state.opt_state),
     "reference": shard_bytes(state.ref_params),
     "batch": shard_bytes(batch),
     "gradients": shard_bytes(state.params),
-    # Logits of a chunk and their gradient, float32.
-    "logps": 2.0 * 4.0 * rows * chunk * vocabulary,
+    # Logits of a block and their gradient, float32.
+    "logps": 2.0 * 4.0 * min(logits, vocabulary.BLOCK_LOGITS),
   }
 
 
@@ -406,9 +407,6 @@ def remedies(plan: Plan) -> list[dict[str, Any]]:
   if rows > config.accumulation_steps:
     parts = config.accumulation_steps * 2
     found.append((f"accumulation_steps={parts}", 0.5 * max(rest, 0.0)))
-  if config.logps_chunk > 32:
-    half = config.logps_chunk // 2
-    found.append((f"logps_chunk={half}", 0.5 * memory["logps"]))
   if model.param_dtype != "bfloat16":
     freed = 0.5 * (state + memory["gradients"])
     found.append(("policy.param_dtype=bfloat16", freed))

@@ -367,6 +367,7 @@ def _build_data(
       row_tokens=config.data.row_tokens,
       row_multiple=placement.num_row_shards * parts,
       layout=config.data.layout,
+      max_shapes=config.data.max_shapes,
     )
     for shape in plan.shapes:
       check_context(shape.row.num_tokens, placement)

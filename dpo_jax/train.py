@@ -327,6 +327,7 @@ class _Loop:
         row_tokens=self.config.data.row_tokens,
         row_multiple=self.run.placement.num_row_shards,
         layout=self.config.data.layout,
+        max_shapes=self.config.data.max_shapes,
       ),
       self.config.eval.batch_size,
       seed=0,

@@ -101,6 +101,7 @@ class Sweep:
     config = default_config()
     config.seed = seed
     config.policy.preset = "tiny"
+    config.policy.remat = "none"
     config.policy.init = f"run:{self.root}/reference"
     config.data.tokenizer = f"letters:{exact_task.NUM_LETTERS}"
     config.data.max_tokens = 2 + exact_task.LENGTH

@@ -19,6 +19,9 @@ from dpo_jax.losses import CATALOGUE
 from dpo_jax.metrics import format_table, read_metrics
 from dpo_jax.train import show_progress_logs, train
 
+# A folder that no loss is named after.
+_START = "start"
+
 
 def sft_config(steps: int) -> Any:
   """The policy that every loss starts from."""
@@ -31,7 +34,7 @@ def loss_config(workdir: str, name: str, steps: int) -> Any:
   """One loss, by its name alone."""
   config = reviews.get_config("dpo")
   config.loss.name = name
-  config.policy.init = f"run:{workdir}/sft"
+  config.policy.init = f"run:{workdir}/{_START}"
   config.total_steps = steps
   config.data.source = "synthetic:review_pairs:1500"
   config.eval.every_steps = 0
@@ -75,7 +78,7 @@ def main(argv: list[str]) -> None:
   names = flags.FLAGS.losses or [
     name for name, row in CATALOGUE.items() if row.group != "samples"
   ]
-  train(sft_config(flags.FLAGS.sft_steps), os.path.join(workdir, "sft"))
+  train(sft_config(flags.FLAGS.sft_steps), os.path.join(workdir, _START))
   rows = []
   for name in names:
     train(loss_config(workdir, name, steps), os.path.join(workdir, name))

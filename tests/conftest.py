@@ -23,7 +23,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import pathlib
 
+import jax
 import pytest
+
+from dpo_jax import mesh as mesh_lib
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -54,3 +57,25 @@ def golden() -> pathlib.Path:
 def private_cache(tmp_path, monkeypatch):
   """Token stores of a test go to its own folder."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def unoptimized():
+  """Programs that run a few steps take longer to optimize than to run."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def on_one_device(monkeypatch):
+  """A mesh of one device, for which there is less to compile and to wait."""
+  make = mesh_lib.make_mesh
+  monkeypatch.setattr(
+    mesh_lib, "make_mesh", lambda sizes: make(sizes, jax.devices()[:1])
+  )
+
+
+@pytest.fixture
+def in_haste(unoptimized, on_one_device):
+  """For tests of what a run does, not of how it is laid out."""

@@ -16,8 +16,8 @@ from dpo_jax.models.decoder import Policy
 from dpo_jax.train import train
 from tests import tiny
 
-pytestmark = pytest.mark.slow
-ONE = {"data": 8, "fsdp": 1, "tensor": 1}
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_haste")]
+ALL = {"data": -1}
 
 
 def make_config(**overrides):
@@ -31,7 +31,7 @@ def load(workdir):
   recorded = json.loads((workdir / "model.json").read_text())
   config = dataclasses.replace(ModelConfig.from_dict(recorded), lora=None)
   return initialize.load_params(
-    f"run:{workdir}", Policy(config), mesh.make_mesh(ONE), seed=0
+    f"run:{workdir}", Policy(config), mesh.make_mesh(ALL), seed=0
   )
 
 
@@ -131,7 +131,7 @@ def test_frozen_parameters_stay_and_the_others_move(tmp_path):
   policy = Policy(
     ModelConfig.from_dict(json.loads((tmp_path / "model.json").read_text()))
   )
-  start = initialize.load_params("random", policy, mesh.make_mesh(ONE), seed=0)
+  start = initialize.load_params("random", policy, mesh.make_mesh(ALL), seed=0)
   now = load(tmp_path)
   np.testing.assert_array_equal(now["embedding"], start["embedding"])
   moved = now["layers"]["up"]["kernel"] - start["layers"]["up"]["kernel"]

@@ -13,6 +13,8 @@ from dpo_jax.train import train
 from experiments import loss_docs, replay
 from tests.tiny import make_config
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

@@ -16,6 +16,8 @@ from dpo_jax.models import logps as logps_lib
 from dpo_jax.train import train
 from tests import faults, tiny
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def settle(loss="dpo", **overrides):
   config = tiny.make_config(**{f"online__{k}": v for k, v in overrides.items()})

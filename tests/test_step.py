@@ -20,6 +20,8 @@ from dpo_jax.types import TrainState
 from tests import tiny
 from tests.losses.test_catalogue import make_sequences
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 COUPLED = [n for n, row in CATALOGUE.items() if row.link_row.is_coupled]
 WIDTH = {"single": 1, "pair": 2, "first": 1, "ranking": 2}
 

@@ -32,6 +32,7 @@ def make_config(**overrides):
   config.data.source = "synthetic:review_pairs:200"
   config.data.max_tokens = 160
   config.data.max_prompt_tokens = 80
+  config.data.max_shapes = 1  # less to compile
   config.batch_size = 8
   config.total_steps = 4
   config.eval.batch_size = 8

@@ -16,7 +16,6 @@ from dpo_jax.types import Batch
 # Groups that trial packings may draw, and the most of those packings.
 _SIMULATED_GROUPS = 2**15
 _SIMULATED_BATCHES = 512
-_MAX_SHAPES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Plan:
   """The few shapes that a run compiles.
 
   Attributes:
-    shapes: no more than four, ascending; the largest holds any batch.
+    shapes: few, ascending; the largest holds any batch.
     layout: one of packing.LAYOUTS.
     is_flat: whether every shape has the same rows, as few as the mesh allows,
       that groups are dealt out to; else rows are of one length, and a batch
@@ -85,6 +84,7 @@ def make_plan(
   row_tokens: int,
   row_multiple: int,
   layout: str,
+  max_shapes: int = 4,
 ) -> Plan:
   """Chooses shapes from the lengths of the data.
 
@@ -98,6 +98,7 @@ def make_plan(
     row_multiple: number that the rows of a batch must be a multiple of
       (devices that split rows, times accumulation steps).
     layout: one of packing.LAYOUTS.
+    max_shapes: that there may be; each is compiled, and fewer pad more.
 
   Returns:
     The plan; the same on every process.
@@ -134,13 +135,14 @@ def make_plan(
       row_multiple,
       layout,
       store.num_slots,
+      max_shapes,
     )
   else:
     num_rows = row_multiple
     if layout == "padded":  # a group a row
       num_rows = _round_up(batch_size, row_multiple)
     shapes = _flat_rows(
-      batches, num_tokens, num_scored, num_rows, store.num_slots
+      batches, num_tokens, num_scored, num_rows, store.num_slots, max_shapes
     )
   return Plan(shapes, layout, is_flat=not row_tokens)
 
@@ -161,6 +163,7 @@ def _flat_rows(
   num_scored: np.ndarray,
   num_rows: int,
   num_slots: int,
+  max_shapes: int,
 ) -> tuple[BatchShape, ...]:
   """Lengths that pad the trial batches least, and one for the worst batch."""
   batch_size = len(batches[0][0])
@@ -187,7 +190,7 @@ def _flat_rows(
   worst = (most(num_tokens), most(num_scored))
   grain = 64 if worst[0] >= 512 else 16
   ladder = _cheapest_ladder(
-    np.array([_round_up(n, grain) for n in needs[:, 0]]), _MAX_SHAPES - 1
+    np.array([_round_up(n, grain) for n in needs[:, 0]]), max_shapes - 1
   )
   shapes, below = [], 0
   for length in ladder:
@@ -196,8 +199,8 @@ def _flat_rows(
     shapes.append((length, scored))
     below = length
   largest = tuple(_round_up(n, grain) for n in worst)
-  if shapes[-1][0] < largest[0] or shapes[-1][1] < largest[1]:
-    shapes.append((max(largest[0], shapes[-1][0]), largest[1]))
+  if not shapes or shapes[-1][0] < largest[0] or shapes[-1][1] < largest[1]:
+    shapes.append((max(largest[0], below), largest[1]))
   return tuple(
     BatchShape(num_rows, RowShape(tokens, scored, num_groups, num_slots))
     for tokens, scored in shapes
@@ -243,6 +246,7 @@ def _equal_rows(
   row_multiple: int,
   layout: str,
   num_slots: int,
+  max_shapes: int,
 ) -> tuple[BatchShape, ...]:
   """Rows of one length, as many as the trial batches take."""
   # Scored tokens get the share of the row that they have of the data, and
@@ -262,7 +266,9 @@ def _equal_rows(
     most_groups = max(most_groups, *map(len, rows))
   row = dataclasses.replace(shape, num_groups=most_groups)
   ladder = (int(np.median(counts)), max(counts), len(batches[0][0]))
-  row_counts = sorted({_round_up(n, row_multiple) for n in ladder})
+  row_counts = sorted({_round_up(n, row_multiple) for n in ladder})[
+    -max_shapes:
+  ]
   return tuple(BatchShape(count, row) for count in row_counts)
 
 

@@ -20,7 +20,7 @@ from dpo_jax.models.decoder import Readout
 
 # Logits that exist at a time, over the rows of a device: 16 MiB of float32,
 # about what a core's share of the cache holds.
-_LOGITS = 4 * 2**20
+BLOCK_LOGITS = 4 * 2**20
 _ROW_AXES = ("data", "fsdp")
 
 
@@ -63,6 +63,14 @@ def _mesh_sizes() -> dict[str, int]:
   }
 
 
+def is_head_split() -> bool:
+  """Whether devices hold parts of the head that each of them needs whole.
+
+  Every chunk of positions then gathers all of it, and scatters its gradient.
+  """
+  return _mesh_sizes().get("fsdp", 1) > 1
+
+
 def _pin(x: jax.Array, *axes: Any) -> jax.Array:
   """Lays x over those axes of the mesh that there are."""
   sizes = _mesh_sizes()
@@ -92,7 +100,7 @@ class _Columns:
     shards = math.prod(
       size for name, size in _mesh_sizes().items() if name in _ROW_AXES
     )
-    size = _LOGITS * shards // max(num_positions, 1)
+    size = BLOCK_LOGITS * shards // max(num_positions, 1)
     # Whole lanes, and no fewer than what keeps a matmul busy.
     size = max(size // 256 * 256, 256)
     num_blocks = -(-self.width // size)

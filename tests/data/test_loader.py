@@ -41,6 +41,7 @@ def make_loader(
   row_multiple=4,
   layout="shared",
   groups=None,
+  max_shapes=4,
   **fields,
 ):
   store = make_store(groups or tiny.make_groups(num))
@@ -52,6 +53,7 @@ def make_loader(
     row_tokens=row_tokens,
     row_multiple=row_multiple,
     layout=layout,
+    max_shapes=max_shapes,
   )
   return Loader(store, indices, plan, batch_size, seed, **fields)
 
@@ -212,12 +214,17 @@ def test_eval_batches_of_flat_rows_take_the_same_tokens():
 
 @pytest.mark.parametrize("layout", packing.LAYOUTS)
 @pytest.mark.parametrize("row_tokens", [0, 64])
-def test_shapes_come_from_the_plan(layout, row_tokens):
+@pytest.mark.parametrize("max_shapes", [1, 2, 4])
+def test_shapes_come_from_the_plan(layout, row_tokens, max_shapes):
   loader = make_loader(
-    num=60, batch_size=12, row_tokens=row_tokens, layout=layout
+    num=60,
+    batch_size=12,
+    row_tokens=row_tokens,
+    layout=layout,
+    max_shapes=max_shapes,
   )
   shapes = loader.plan.shapes
-  assert len(shapes) <= 4
+  assert len(shapes) <= max_shapes
   known = set()
   for shape in shapes:
     assert shape.num_rows % 4 == 0
