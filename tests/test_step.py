@@ -1,6 +1,7 @@
 """What a loss may ask of the step beyond sums, and the batch as a whole."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -343,3 +344,38 @@ def test_other_losses_come_from_the_same_forward_pass(model):
     2 * np.abs(margin - 5.0)[is_valid],
     rtol=1e-4,
   )
+
+
+def test_the_step_s_parts_are_named_for_the_profiler():
+  policy = tiny.make_policy()
+  params = tiny.make_params(policy)
+  optimizer = optax.sgd(1e-3)
+  objective = build_objective({"name": "dpo"})
+  step = step_lib.make_train_step(
+    policy,
+    objective,
+    optimizer,
+    optax.constant_schedule(1e-3),
+    accumulation_steps=1,
+    chunk_size=16,
+    axis_name=None,
+  )
+  state = TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    loss_state=objective.init(),
+    ref_params=params,
+  )
+  lowered = jax.jit(step).lower(state, tiny.pack(tiny.make_groups(4)))
+  text = lowered.as_text(debug_info=True)
+  for name in (
+    "attention",
+    "feed_forward",
+    "vocabulary",
+    "reference",
+    "loss",
+    "gradient",
+    "optimizer",
+  ):
+    assert re.search(rf"[(/\"]{name}[)/]", text), name

@@ -167,6 +167,7 @@ class Layer(nnx.Module):
       fed = self.mlp_post_norm(fed)
     return (x + written + fed if c.is_parallel else x + fed), cache
 
+  @jax.named_scope("attention")
   def _attend(
     self,
     x: jax.Array,
@@ -207,6 +208,7 @@ class Layer(nnx.Module):
     out = attention.attend(queries, keys, values, mask, **knobs)
     return self.attention_out(out), (keys, values)
 
+  @jax.named_scope("feed_forward")
   def _feed_forward(self, x: jax.Array) -> jax.Array:
     activate = _ACTIVATIONS[self.config.activation]
     if self.config.is_gated:

@@ -43,6 +43,7 @@ def chunked_token_logps(
   )["logps"]
 
 
+@jax.named_scope("vocabulary")
 def chunked_token_figures(
   hidden: jax.Array,
   readout: Readout,
@@ -230,7 +231,8 @@ def response_figures(
   ref_predicting = ref_readout = None
   if ref_params is not None:
     ref_params = jax.lax.stop_gradient(ref_params)
-    ref_predicting = states(ref_params)[1]
+    with jax.named_scope("reference"):
+      ref_predicting = states(ref_params)[1]
     ref_readout = policy.readout(ref_params)
     token_fields |= {"ref_logps"}
   tokens = chunked_token_figures(
