@@ -243,7 +243,7 @@ class Sweep:
     return self.add("DPO", loss, seed=seed, beta=beta, **others)
 
   def add_on_policy_dpo(
-    self, seed: int, beta: float, *, rounds: int, knob: str = ""
+    self, seed: int, beta: float, *, rounds: int, **others: Any
   ) -> str:
     """As many labels as offline DPO sees, but of the policy's own samples."""
     online = dict(
@@ -254,7 +254,7 @@ class Sweep:
     )
     loss = dict(name="dpo", beta=beta)
     return self.add(
-      "on-policy DPO", loss, seed=seed, beta=beta, knob=knob, online=online
+      "on-policy DPO", loss, seed=seed, beta=beta, online=online, **others
     )
 
   def add_noisy(self, seed: int, beta: float, flips: float) -> None:

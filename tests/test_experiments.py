@@ -7,10 +7,10 @@ import pytest
 
 from dpo_jax import evaluate as evaluate_lib
 from dpo_jax.evaluate import displacement, read_records
-from dpo_jax.losses import build_objective
+from dpo_jax.losses import CATALOGUE, build_objective
 from dpo_jax.metrics import read_metrics
 from dpo_jax.train import train
-from experiments import loss_docs, replay
+from experiments import loss_docs, loss_table, replay
 from tests.tiny import make_config
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -221,3 +221,9 @@ def test_a_list_of_losses_trains(tmp_path):
   resolved = json.loads((tmp_path / "config.json").read_text())["loss"]
   assert [term["name"] for term in resolved] == ["dpo", "sft"]
   assert resolved[0]["beta"] == 0.1
+
+
+def test_the_table_of_losses_starts_from_a_folder_that_is_no_loss_s():
+  """A run that has the folder of another is refused, after many minutes."""
+  config = loss_table.loss_config("W", "sft", 30)
+  assert config.policy.init.removeprefix("run:W/") not in CATALOGUE
