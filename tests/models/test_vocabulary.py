@@ -99,7 +99,7 @@ def assert_close(got, wanted, tolerance=2e-5):
 @pytest.mark.parametrize("chunk_size", [5, 100])
 def test_blocks_equal_the_whole_vocabulary(name, chunk_size, monkeypatch):
   """1003 columns: three blocks of 256 and a rest."""
-  monkeypatch.setattr(vocabulary, "_LOGITS", 1)
+  monkeypatch.setattr(vocabulary, "BLOCK_LOGITS", 1)
   x = inputs()
   got = with_gradients(lambda x: blocked_vocabulary(x, chunk_size), x, name)
   assert_close(got, with_gradients(whole_vocabulary, x, name))
@@ -110,7 +110,7 @@ def test_blocks_equal_the_whole_vocabulary(name, chunk_size, monkeypatch):
 def test_a_bias_and_a_soft_cap_are_part_of_the_logits(
   name, soft_cap, monkeypatch
 ):
-  monkeypatch.setattr(vocabulary, "_LOGITS", 1)
+  monkeypatch.setattr(vocabulary, "BLOCK_LOGITS", 1)
   x = inputs(has_bias=True, soft_cap=soft_cap)
   got = with_gradients(lambda x: blocked_vocabulary(x, 5), x, name)
   assert len(got) == 4
@@ -118,7 +118,7 @@ def test_a_bias_and_a_soft_cap_are_part_of_the_logits(
 
 
 def test_large_logits_stay_finite(monkeypatch):
-  monkeypatch.setattr(vocabulary, "_LOGITS", 1)
+  monkeypatch.setattr(vocabulary, "BLOCK_LOGITS", 1)
   x = inputs(spread=60.0)
   for name in ("logps", "kl"):
     got = with_gradients(lambda x: blocked_vocabulary(x, 100), x, name)
@@ -129,7 +129,7 @@ def test_large_logits_stay_finite(monkeypatch):
 @pytest.mark.parametrize("sizes", [(1, 1, 4), (2, 2, 2), (1, 4, 1)], ids=str)
 def test_a_sharded_vocabulary_gives_the_same(sizes, monkeypatch):
   """And no device ever holds all columns of its rows' logits."""
-  monkeypatch.setattr(vocabulary, "_LOGITS", 1)
+  monkeypatch.setattr(vocabulary, "BLOCK_LOGITS", 1)
   axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
   axes = {axis: axes.get(axis, 1) for axis in mesh_lib.AXES}
   mesh = mesh_lib.make_mesh(axes, jax.devices()[: int(np.prod(sizes))])
