@@ -255,7 +255,11 @@ def test_preferred_ft_stays_within_log_2(measured):
 
 @pytest.mark.slow
 def test_pairs_of_the_policy_halve_the_regret(measured):
-  """As many labels and steps, the labels on what the policy says by then."""
+  """As many labels and steps, the labels on what the policy says by then.
+
+  At this seed and this rate, the best of three for both: 44 %. At half and at
+  twice the rate it was 52 % and 53 %.
+  """
   offline = measured["DPO", 0.0]["regret"]
   assert measured["on-policy DPO", 0.0]["regret"] < 0.5 * offline
 
