@@ -279,8 +279,9 @@ def _known_memory(run: Run, state: Any, batch: Batch) -> dict[str, float]:
   sizes = run.placement.mesh.shape
   rows = batch.tokens.shape[0] / run.config.accumulation_steps
   rows /= math.prod(sizes[axis] for axis in mesh.ROW_AXES)
-  logits = rows * batch.targets.shape[1]
-  logits *= run.policy.config.vocab_size / sizes["tensor"]
+  positions = rows * batch.targets.shape[1]
+  logits = positions * run.policy.config.vocab_size / sizes["tensor"]
+  block = max(vocabulary.BLOCK_LOGITS, positions * vocabulary.LEAST_COLUMNS)
   return {
     "parameters": shard_bytes(state.policy_params),
     "optimizer state": shard_bytes(state.opt_state),
@@ -288,7 +289,7 @@ def _known_memory(run: Run, state: Any, batch: Batch) -> dict[str, float]:
     "batch": shard_bytes(batch),
     "gradients": shard_bytes(state.params),
     # Logits of a block and their gradient, float32.
-    "logps": 2.0 * 4.0 * min(logits, vocabulary.BLOCK_LOGITS),
+    "logps": 2.0 * 4.0 * min(logits, block),
   }
 
 

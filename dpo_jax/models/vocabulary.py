@@ -21,6 +21,8 @@ from dpo_jax.models.decoder import Readout
 # Logits that exist at a time, over the rows of a device: 16 MiB of float32,
 # about what a core's share of the cache holds.
 BLOCK_LOGITS = 4 * 2**20
+# Of a block, whatever it takes: whole lanes, and what keeps a matmul busy.
+LEAST_COLUMNS = 256
 _ROW_AXES = ("data", "fsdp")
 
 
@@ -101,8 +103,7 @@ class _Columns:
       size for name, size in _mesh_sizes().items() if name in _ROW_AXES
     )
     size = BLOCK_LOGITS * shards // max(num_positions, 1)
-    # Whole lanes, and no fewer than what keeps a matmul busy.
-    size = max(size // 256 * 256, 256)
+    size = max(size // LEAST_COLUMNS, 1) * LEAST_COLUMNS
     num_blocks = -(-self.width // size)
     # Blocks of equal size, where that wastes nothing.
     even = -(-self.width // num_blocks)
