@@ -9,7 +9,6 @@ numbers, which the tests hold them to.
 from collections.abc import Sequence
 import dataclasses
 import heapq
-from typing import Any
 
 import numpy as np
 
@@ -172,97 +171,165 @@ def fill_rows(
     ref_logps=None if ref_logps is None else np.zeros(per_slot, np.float32),
     **{name: np.zeros(per_scored, bool) for name in sorted(token_masks)},
   )
-  for r, members in enumerate(rows):
-    writer = _RowWriter(batch, r, shape, is_shared=layout == "shared")
-    for g, i in enumerate(members):
-      prompt, *responses = groups[i]
-      places = [
-        np.flatnonzero(mask)
-        for mask in (scored[i] if scored else map(np.ones_like, responses))
-      ]
-      writer.write(g, prompt, responses, places, int(example_ids[i]))
-      batch.score[r, g] = scores[i]
-      batch.valid[r, g] = [len(response) > 0 for response in responses]
-      batch.example_ids[r, g] = example_ids[i]
-      if ref_logps is not None:
-        batch.ref_logps[r, g] = ref_logps[i]
+  parts = _lay_out(rows, groups, scored, shape, is_shared=layout == "shared")
+  if not len(parts.lengths):
+    return batch
+  ids = np.concatenate(parts.ids)
+  part = np.repeat(np.arange(len(parts.lengths)), parts.lengths)
+  row, within = parts.row[part], _places_within(part)
+  at = (row, parts.start[part] + within)
+  batch.tokens[at] = ids
+  batch.positions[at] = parts.position[part] + within
+  batch.segments[at] = parts.segment[part]
+  batch.branches[at] = parts.branch[part]
+
+  is_scored = np.concatenate(parts.is_scored)
+  part, row, within = part[is_scored], row[is_scored], within[is_scored]
+  at = (row, _places_within(row))
+  batch.targets[at] = ids[is_scored]
+  # The prompt, not the response before, predicts the first token.
+  batch.predictors[at] = np.where(
+    within == 0, parts.prompt_end[part], parts.start[part] + within - 1
+  )
+  batch.slots[at] = parts.slot[part]
+  _mark(batch, at, part, parts, example_ids)
+
+  mine = np.flatnonzero(parts.is_response)
+  slots = (parts.row[mine], *np.divmod(parts.slot[mine], shape.num_slots))
+  batch.valid[slots] = True
+  batch.last_tokens[slots] = parts.start[mine] + parts.lengths[mine] - 1
+  members = np.array([i for row in rows for i in row])
+  counts = np.array([len(row) for row in rows])
+  of_row = np.repeat(np.arange(num_rows), counts)
+  at = (of_row, _places_within(of_row))
+  batch.score[at] = scores[members]
+  batch.example_ids[at] = example_ids[members]
+  if ref_logps is not None:
+    batch.ref_logps[at] = ref_logps[members]
   return batch
 
 
-class _RowWriter:
-  """Appends groups to one row of a batch."""
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+  """Prompts and responses of the rows, in order; P of them.
 
-  def __init__(self, batch: Batch, row: int, shape: RowShape, is_shared: bool):
-    self.batch, self.row, self.shape = batch, row, shape
-    self.is_shared = is_shared
-    self.next_token = self.next_scored = self.segment = 0
+  Attributes:
+    ids: token ids, P arrays.
+    is_scored: P masks of those ids.
+    group: i64 [P], index into the groups.
+    row: i64 [P].
+    segment: i64 [P].
+    branch: i64 [P], 0 of a prompt.
+    position: i64 [P], of the first token.
+    slot: i64 [P], g * K + k; -1 of a prompt.
+    lengths: i64 [P].
+    start: i64 [P], where in its row the first token stands.
+    prompt_end: i64 [P], where the last token of its prompt stands.
+  """
 
-  def write(
-    self,
-    group: int,
-    prompt: np.ndarray,
-    responses: Sequence[np.ndarray],
-    places: Sequence[np.ndarray],
-    example_id: int,
-  ) -> None:
-    """Appends a group; `places` are those of each response's scored tokens."""
-    # Drawn once for each response, whatever the step: a reference that was
-    # scored before has seen the same tokens.
-    rng = np.random.default_rng((max(example_id, 0), len(prompt)))
-    filled = zip(places, responses, strict=True)
-    shortest = min((len(p) for p, r in filled if len(r)), default=0)
-    is_open = False
-    branch = prompt_end = 0
-    for slot, response in enumerate(responses):
-      if not len(response):
-        continue
-      if not (is_open and self.is_shared):
-        self.segment += 1
-        branch, is_open = 0, True
-        self._append(prompt, position=0, branch=0)
-        prompt_end = self.next_token - 1
-      branch += 1
-      start = self.next_token
-      self._append(response, position=len(prompt), branch=branch)
-      self.batch.last_tokens[self.row, group, slot] = self.next_token - 1
-      self._mark(len(places[slot]), shortest, rng)
-      self._score(response, places[slot], prompt_end, start, group, slot)
+  ids: list[np.ndarray]
+  is_scored: list[np.ndarray]
+  group: np.ndarray
+  row: np.ndarray
+  segment: np.ndarray
+  branch: np.ndarray
+  position: np.ndarray
+  slot: np.ndarray
+  lengths: np.ndarray
+  start: np.ndarray
+  prompt_end: np.ndarray
 
-  def _append(self, ids: np.ndarray, *, position: int, branch: int) -> None:
-    at = slice(self.next_token, self.next_token + len(ids))
-    self.batch.tokens[self.row, at] = ids
-    self.batch.positions[self.row, at] = np.arange(
-      position, position + len(ids)
-    )
-    self.batch.segments[self.row, at] = self.segment
-    self.batch.branches[self.row, at] = branch
-    self.next_token = at.stop
+  @property
+  def is_response(self) -> np.ndarray:
+    return self.slot >= 0
 
-  def _mark(self, length: int, num_kept: int, rng: Any) -> None:
-    at = slice(self.next_scored, self.next_scored + length)
-    if self.batch.head is not None:
-      self.batch.head[self.row, at] = np.arange(length) < num_kept
-    if self.batch.sampled is not None:
-      ranks = rng.permutation(length)
-      self.batch.sampled[self.row, at] = ranks < num_kept
 
-  def _score(
-    self,
-    response: np.ndarray,
-    places: np.ndarray,
-    prompt_end: int,
-    start: int,
-    group: int,
-    slot: int,
-  ) -> None:
-    at = slice(self.next_scored, self.next_scored + len(places))
-    self.batch.targets[self.row, at] = response[places]
-    # The prompt, not the response before, predicts the first token.
-    self.batch.predictors[self.row, at] = np.where(
-      places == 0, prompt_end, start - 1 + places
-    )
-    self.batch.slots[self.row, at] = group * self.shape.num_slots + slot
-    self.next_scored = at.stop
+def _lay_out(
+  rows: Sequence[Sequence[int]],
+  groups: Sequence[Sequence[np.ndarray]],
+  scored: Sequence[Sequence[np.ndarray]] | None,
+  shape: RowShape,
+  is_shared: bool,
+) -> _Parts:
+  ids: list[np.ndarray] = []
+  masks: list[np.ndarray] = []
+  labels: list[tuple[int, ...]] = []
+  for r, members in enumerate(rows):
+    segment = 0
+    for g, i in enumerate(members):
+      prompt, *responses = groups[i]
+      branch = 0
+      for k, response in enumerate(responses):
+        if not len(response):
+          continue
+        if not (branch and is_shared):
+          segment, branch = segment + 1, 0
+          ids.append(prompt)
+          masks.append(np.zeros(len(prompt), bool))
+          labels.append((i, r, segment, 0, 0, -1))
+        branch += 1
+        ids.append(response)
+        slot = g * shape.num_slots + k
+        labels.append((i, r, segment, branch, len(prompt), slot))
+        everything = np.ones(len(response), bool)
+        masks.append(everything if scored is None else scored[i][k])
+  columns = np.array(labels, np.int64).reshape(-1, 6).T
+  lengths = np.array([len(part) for part in ids], np.int64)
+  ends = np.cumsum(lengths)
+  row, slot = columns[1], columns[5]
+  before = ends - lengths
+  start = before - before[np.searchsorted(row, row)]
+  prompts = np.where(slot < 0, np.arange(len(slot)), 0)
+  prompts = np.maximum.accumulate(prompts)
+  prompt_end = (start + lengths - 1)[prompts]
+  return _Parts(ids, masks, *columns, lengths, start, prompt_end)
+
+
+def _places_within(labels: np.ndarray) -> np.ndarray:
+  """0, 1, ... within each run of equal labels, which ascend."""
+  return np.arange(len(labels)) - np.searchsorted(labels, labels)
+
+
+def _mark(
+  batch: Batch,
+  at: tuple[np.ndarray, np.ndarray],
+  part: np.ndarray,
+  parts: _Parts,
+  example_ids: np.ndarray,
+) -> None:
+  """Marks as many scored tokens of each response as the shortest one has.
+
+  Args:
+    batch: gets `head`, the first of them, and `sampled`, drawn ones.
+    at: where the scored tokens stand.
+    part: i64 [S], which part each is of.
+    parts: all of them.
+    example_ids: of the groups.
+  """
+  if batch.head is None and batch.sampled is None:
+    return
+  counts = np.bincount(part, minlength=len(parts.lengths))
+  shortest = np.full(len(example_ids), np.iinfo(np.int64).max)
+  mine = parts.is_response
+  np.minimum.at(shortest, parts.group[mine], counts[mine])
+  kept = shortest[parts.group[part]]
+  if batch.head is not None:
+    batch.head[at] = _places_within(part) < kept
+  if batch.sampled is not None:
+    ranks = np.empty(len(part), np.int64)
+    ends = np.cumsum(counts)
+    generators: dict[int, np.random.Generator] = {}
+    for p in np.flatnonzero(mine):
+      i = int(parts.group[p])
+      if i not in generators:
+        # Drawn once for each response, whatever the step: a reference that
+        # was scored before has seen the same tokens.
+        seed = (max(int(example_ids[i]), 0), int(parts.position[p]))
+        generators[i] = np.random.default_rng(seed)
+      ranks[ends[p] - counts[p] : ends[p]] = generators[i].permutation(
+        counts[p]
+      )
+    batch.sampled[at] = ranks < kept
 
 
 def padding_fraction(batch: Batch) -> float:

@@ -222,7 +222,10 @@ def build_store(
     # The same content may have been read from another place.
     report = json.load(file) | {"source": source.spec}
   arrays = {
-    name: np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r")
+    # A plain view of the mapped file: slices of a memmap are slow to make.
+    name: np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r").view(
+      np.ndarray
+    )
     for name in (*_ARRAYS, "scored")
     if name in _ARRAYS or os.path.exists(os.path.join(folder, f"{name}.npy"))
   }
