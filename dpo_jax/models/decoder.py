@@ -63,6 +63,46 @@ class Norm(nnx.Module):
     return normed.astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project(x: jax.Array, kernel: jax.Array, contract: int) -> jax.Array:
+  """Contracts the last axes of x with the first of kernel.
+
+  The gradient is autodiff's but for the order in which the kernel's is
+  multiplied: a CPU transposes the first operand of a sum over tokens, and
+  computes again, out of order, whatever was fused into it. So the smaller
+  one goes first.
+  """
+  axes = tuple(range(x.ndim - contract, x.ndim))
+  return jax.lax.dot_general(
+    x, kernel, ((axes, tuple(range(contract))), ((), ()))
+  )
+
+
+def _project_fwd(x, kernel, contract):
+  return _project(x, kernel, contract), (x, kernel)
+
+
+def _project_bwd(contract, saved, gradient):
+  x, kernel = saved
+  num_outputs = kernel.ndim - contract
+  tokens = tuple(range(x.ndim - contract))
+  outputs = tuple(range(gradient.ndim - num_outputs, gradient.ndim))
+  x_gradient = jax.lax.dot_general(
+    gradient, kernel, ((outputs, tuple(range(contract, kernel.ndim))), ((), ()))
+  )
+  over_tokens = ((tokens, tokens), ((), ()))
+  if x.size <= gradient.size:
+    kernel_gradient = jax.lax.dot_general(x, gradient, over_tokens)
+  else:
+    turned = jax.lax.dot_general(gradient, x, over_tokens)
+    inputs = tuple(range(num_outputs, kernel.ndim))
+    kernel_gradient = turned.transpose(inputs + tuple(range(num_outputs)))
+  return x_gradient, kernel_gradient
+
+
+_project.defvjp(_project_fwd, _project_bwd)
+
+
 class Projection(nnx.Module):
   """A linear map, with an adapter beside it where the config asks for one."""
 
@@ -102,10 +142,7 @@ class Projection(nnx.Module):
     return out
 
   def _apply(self, x: jax.Array, kernel: jax.Array, contract: int) -> jax.Array:
-    axes = tuple(range(x.ndim - contract, x.ndim))
-    return jax.lax.dot_general(
-      x, kernel.astype(self.dtype), ((axes, tuple(range(contract))), ((), ()))
-    )
+    return _project(x, kernel.astype(self.dtype), contract)
 
 
 @dataclasses.dataclass(frozen=True)

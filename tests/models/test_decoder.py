@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.models import attention, rotary
+from dpo_jax.models import attention, decoder, rotary
 from tests import tiny
 
 
@@ -103,3 +103,36 @@ def test_compute_dtype_is_that_of_hidden_states():
 def test_impossible_shapes_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     tiny.make_policy(**fields)
+
+
+@pytest.mark.parametrize("outputs", [(3,), (4, 8), (2, 5, 7)])
+@pytest.mark.parametrize("inputs", [(6,), (2, 3)])
+def test_a_projection_has_autodiff_s_gradient(inputs, outputs):
+  """And a sum over tokens begins with the smaller operand."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(keys[0], (2, 11, *inputs))
+  kernel = jax.random.normal(keys[1], inputs + outputs)
+  pull = jax.random.normal(keys[2], (2, 11, *outputs))
+
+  def plain(x, kernel):
+    return jnp.tensordot(x, kernel, len(inputs))
+
+  def project(x, kernel):
+    return decoder._project(x, kernel, len(inputs))
+
+  np.testing.assert_allclose(
+    project(x, kernel), plain(x, kernel), rtol=1e-5, atol=1e-5
+  )
+  wanted = jax.vjp(plain, x, kernel)[1](pull)
+  found = jax.vjp(project, x, kernel)[1](pull)
+  for one, other in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+  backward = jax.make_jaxpr(lambda: jax.vjp(project, x, kernel)[1](pull))()
+  sums = [
+    [int(np.prod(var.aval.shape)) for var in eqn.invars]
+    for eqn in backward.jaxpr.eqns
+    if eqn.primitive.name == "dot_general"
+    and eqn.params["dimension_numbers"][0] == ((0, 1), (0, 1))
+  ]
+  assert len(sums) == 1
+  assert sums[0][0] <= sums[0][1]
