@@ -32,8 +32,8 @@ from dpo_jax.types import Batch, TrainState
 class Trainer:
   """What `train.py` does between two looks at its metrics."""
 
-  def __init__(self, options: argparse.Namespace, devices: Any = None):
-    """Builds model, data and loader; `devices` is a mesh, or None for one."""
+  def __init__(self, options: argparse.Namespace, grid: Any = None):
+    """Builds model, data and loader on a mesh, or on the first device."""
     self.options = options
     fields = dict(workload.SHAPES[options.shape])
     fields["vocab_size"] = options.vocab_size or fields["vocab_size"]
@@ -45,10 +45,9 @@ class Trainer:
     self.store = workload.make_store(
       self.lengths, options.seed, vocab_size=fields["vocab_size"]
     )
-    sizes = dict.fromkeys(mesh.AXES, 1)
-    self.placement = mesh.Placement(
-      mesh.make_mesh(sizes, jax.devices()[:1]), "jit"
-    )
+    if grid is None:
+      grid = mesh.make_mesh(dict.fromkeys(mesh.AXES, 1), jax.devices()[:1])
+    self.placement = mesh.Placement(grid, "jit")
     self.on_mesh = mesh.on_mesh(self.placement.mesh)
     shardings = mesh.param_shardings(
       self.policy.abstract_params(), self.placement.mesh

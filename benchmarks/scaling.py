@@ -4,46 +4,20 @@
 
 Simulated devices share the same cores, so time says nothing; what the
 partitioner made does: FLOPs by formula of a device's share, and how often and
-how many bytes a device sends in which collective.
+how many bytes a device receives in which collective.
 """
 
 import argparse
-import collections
 import os
-import re
 import sys
 
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
-import numpy as np
 
 from benchmarks import ours, results, workload
-from dpo_jax import mesh
-
-_WIDTHS = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f16": 2}
-_COLLECTIVE = re.compile(
-  r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|"
-  r"collective-permute)(?:-start)?\("
-)
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-
-
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-  """Number of collectives in a program's text, and bytes of their results."""
-  found = collections.defaultdict(lambda: (0, 0))
-  for line in text.splitlines():
-    match = _COLLECTIVE.search(line)
-    if not match:
-      continue
-    size = 0
-    for kind, dims in _SHAPE.findall(match.group(1)):
-      count = int(np.prod([int(d) for d in dims.split(",") if d], initial=1))
-      size += count * _WIDTHS.get(kind, 4)
-    number, total = found[match.group(2)]
-    found[match.group(2)] = (number + 1, total + size)
-  return dict(found)
+from dpo_jax import hlo, mesh
 
 
 def main() -> None:
@@ -63,7 +37,7 @@ def main() -> None:
         mesh.make_mesh(sizes, jax.devices()[:count]),
       )
       compiled = trainer.compile()
-      found = collectives(compiled.as_text())
+      found = hlo.collectives(compiled.as_text(), count)
       memory = compiled.memory_analysis()
       rows.append(
         {
@@ -72,16 +46,13 @@ def main() -> None:
           "temp_mb": memory.temp_size_in_bytes / 2**20,
           "arguments_mb": memory.argument_size_in_bytes / 2**20,
           **{
-            f"{name} MB": found.get(name, (0, 0))[1] / 2**20
-            for name in (
-              "all-reduce",
-              "all-gather",
-              "reduce-scatter",
-              "all-to-all",
-              "collective-permute",
+            f"{kind} MB": sum(
+              c.num_bytes * c.trips for c in found if c.kind == kind
             )
+            / 2**20
+            for kind in hlo.KINDS
           },
-          "collectives": sum(number for number, _ in found.values()),
+          "collectives": sum(c.trips for c in found),
         }
       )
   results.write(
@@ -91,8 +62,8 @@ def main() -> None:
     rows=rows,
     notes=[
       f"Workload A, {options.batch_size} pairs a step over all devices. Bytes"
-      " are a device's results of collectives as the program lists them: one in"
-      " a loop (of layers, or blocks of the vocabulary) counts once.",
+      " are what a device receives in a step; a collective in a loop counts as"
+      " often as the loop turns.",
       "The CPU's partitioner writes a reduce-scatter as all-reduce and slice.",
     ],
   )

@@ -1,9 +1,11 @@
 """What the benchmarks count."""
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import interleave, scaling, workload
+from benchmarks import interleave, ours, workload
+from dpo_jax import hlo, mesh
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.presets import PRESETS
 
@@ -38,17 +40,19 @@ def test_work_is_that_of_a_loop():
   np.testing.assert_allclose(work.shared_flops, shared)
 
 
-def test_collectives_are_counted_in_a_program_s_text():
-  text = """
-  %a = f32[8,16]{1,0} all-reduce(%x), channel_id=1
-  %b = (bf16[4]{0}, f32[2,2]{1,0}) all-gather-start(%y), dimensions={0}
-  %c = f32[8,16]{1,0} add(%a, %a)
-  %d = f32[]{:T(128)} all-reduce(%z)
-  """
-  assert scaling.collectives(text) == {
-    "all-reduce": (2, 8 * 16 * 4 + 4),
-    "all-gather": (1, 4 * 2 + 4 * 4),
-  }
+@pytest.mark.slow
+def test_a_trainer_takes_its_step_on_the_mesh_that_it_gets():
+  options = ours.parse(
+    ["--shape=a", "--vocab_size=512", "--batch_size=8", "--num_groups=8"]
+  )
+  sizes = dict.fromkeys(mesh.AXES, 1) | {"fsdp": 4}
+  grid = mesh.make_mesh(sizes, jax.devices()[:4])
+  compiled = ours.Trainer(options, grid).compile()
+  found = hlo.collectives(compiled.as_text(), 4)
+  params = 4 * (2 * 512 * 256 + 6 * (4 * 256**2 + 3 * 256 * 1024))
+  gathered = sum(c.num_bytes * c.trips for c in found if c.group_size == 4)
+  assert gathered > params  # the weights at least once, and their gradients
+  assert hlo.collectives(ours.Trainer(options).compile().as_text(), 1) == []
 
 
 def test_contenders_that_do_other_work_are_refused():
