@@ -1,10 +1,12 @@
-"""Table 1: TRL's DPOTrainer on the same weights, data, batches and dtype.
+"""Tables 1 and 2: TRL's and Tunix's DPOTrainer on the same weights, data,
+batches and dtype.
 
   python -m benchmarks.peers --trl_python=PYTHON [--num_turns=5]
+  python -m benchmarks.peers --tunix_python=PYTHON --table=2_tunix
 
-PYTHON is one with torch and trl in it. No contender runs before all agree on
-the first step's loss and gradient norm to 1e-4. torch gets the fast path of
-MKL on AMD where a C compiler is found.
+PYTHON is one with torch and trl, or google-tunix, in it. No contender runs
+before all agree on the first step's loss and gradient norm to 1e-4. torch gets
+the fast path of MKL on AMD where a C compiler is found.
 """
 
 import argparse
@@ -60,10 +62,29 @@ def mkl_override(folder: str) -> dict[str, str]:
   return {"LD_PRELOAD": library}
 
 
+def times_as_fast(
+  mine: interleave.Contender, peer: interleave.Contender
+) -> float:
+  """Of turns side by side, how many times the peer's tokens a second: the
+  median."""
+  ratios = [
+    (a["tokens"] / a["seconds"]) / (b["tokens"] / b["seconds"])
+    for a, b in zip(mine.turns, peer.turns, strict=True)
+  ]
+  return float(np.median(ratios))
+
+
+def _anonymous(argument: str) -> str:
+  """An option without the path of a Python of this machine."""
+  name, is_set, _ = argument.partition("_python=")
+  return f"{name}_python=PYTHON" if is_set else argument
+
+
 def main() -> None:
   parser = argparse.ArgumentParser()
   workload.add_options(parser)
-  parser.add_argument("--trl_python", required=True)
+  parser.add_argument("--trl_python", default="")
+  parser.add_argument("--tunix_python", default="")
   parser.add_argument("--num_turns", type=int, default=5)
   parser.add_argument("--steps_a_turn", type=int, default=4)
   parser.add_argument(
@@ -71,6 +92,8 @@ def main() -> None:
   )
   parser.add_argument("--table", default="1_peers")
   options = parser.parse_args()
+  if not (options.trl_python or options.tunix_python):
+    parser.error("give --trl_python, --tunix_python, or both")
   shared = [
     f"--{name}={getattr(options, name)}"
     for name in (
@@ -107,13 +130,21 @@ def main() -> None:
         cwd=root,
       )
 
-    contenders = [
-      our("cached"),
-      trl("cached"),
-      trl("cached", head="scored"),
-    ]
-    if options.frozen:
-      contenders += [our("frozen"), trl("frozen")]
+    def tunix():
+      command = [options.tunix_python, "-m", "benchmarks.tunix_worker"]
+      return interleave.Contender(
+        "Tunix, frozen reference", [*command, f"--model={folder}"], cwd=root
+      )
+
+    contenders = []
+    if options.trl_python:
+      contenders += [our("cached"), trl("cached"), trl("cached", "scored")]
+    if options.frozen or options.tunix_python:
+      contenders.append(our("frozen"))
+    if options.trl_python and options.frozen:
+      contenders.append(trl("frozen"))
+    if options.tunix_python:
+      contenders.append(tunix())
     try:
       interleave.run(
         contenders,
@@ -122,14 +153,28 @@ def main() -> None:
         check=interleave.check_ticket,
       )
       rows = [interleave.summarize(c) for c in contenders]
+      for contender, row in zip(contenders, rows, strict=True):
+        kind = "cached" if "cached" in contender.name else "frozen"
+        mine = next(
+          c for c in contenders if c.name == f"dpo_jax, {kind} reference"
+        )
+        row["dpo_jax_is_faster_by"] = times_as_fast(mine, contender)
     finally:
       for contender in contenders:
         contender.close()
+  peers = [
+    name
+    for name, python in (
+      ("TRL", options.trl_python),
+      ("Tunix", options.tunix_python),
+    )
+    if python
+  ]
   results.write(
     options.table,
-    title="dpo_jax and TRL on the same pairs",
-    command=" ".join(["python -m benchmarks.peers", *sys.argv[1:]]).replace(
-      options.trl_python, "PYTHON"
+    title=f"dpo_jax and {' and '.join(peers)} on the same pairs",
+    command=" ".join(
+      ["python -m benchmarks.peers", *map(_anonymous, sys.argv[1:])]
     ),
     rows=rows,
     notes=[
@@ -141,7 +186,11 @@ def main() -> None:
       "CPU seconds are those of the process, and say what the work takes where"
       " others load the machine; its load is above.",
     ],
-    extra=contenders[1].turns[-1]["versions"],
+    extra={
+      name: version
+      for contender in contenders
+      for name, version in contender.turns[-1].get("versions", {}).items()
+    },
   )
 
 

@@ -1,0 +1,149 @@
+"""A contender: Tunix's DPOTrainer on a workload, from exported weights.
+
+  python -m benchmarks.tunix_worker --model=FOLDER
+
+for a Python with google-tunix. Its `_prepare_inputs`, which scores the frozen
+reference, and its jitted train step are Tunix's own. It pads all batches to one
+shape, here the longest prompt and the longest response of the data: the best
+that it can be given.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import resource
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from tunix.models.llama3 import model as llama3
+from tunix.models.llama3 import params as llama3_params
+from tunix.sft.dpo import dpo_trainer
+
+from benchmarks import interleave
+
+_PAD = 0
+
+
+class Trainer:
+  """DPOTrainer, fed batch by batch."""
+
+  def __init__(self, options: argparse.Namespace):
+    self.options = options
+    with open(f"{options.model}/work.json") as file:
+      self.work = json.load(file)
+    with open(f"{options.model}/config.json") as file:
+      self.config = json.load(file)
+    tokens = np.load(f"{options.model}/tokens.npy")
+    self.lengths = np.array(self.work["lengths"])
+    ends = np.cumsum(self.lengths.reshape(-1)).reshape(self.lengths.shape)
+    self.groups = [
+      [tokens[end - n : end] for end, n in zip(row_ends, row, strict=True)]
+      for row_ends, row in zip(ends, self.lengths, strict=True)
+    ]
+    self.next = 0
+
+  def _load(self) -> Any:
+    c = self.config
+    config = llama3.ModelConfig(
+      num_layers=c["num_hidden_layers"],
+      vocab_size=c["vocab_size"],
+      embed_dim=c["hidden_size"],
+      hidden_dim=c["intermediate_size"],
+      num_heads=c["num_attention_heads"],
+      head_dim=c["head_dim"],
+      num_kv_heads=c["num_key_value_heads"],
+      rope_theta=int(c["rope_theta"]),
+      norm_eps=c["rms_norm_eps"],
+    )
+    # Axes that its annotations leave to the partitioner.
+    grid = jax.make_mesh(
+      (1, 1),
+      ("fsdp", "tp"),
+      axis_types=(jax.sharding.AxisType.Auto,) * 2,
+      devices=jax.devices()[:1],
+    )
+    return llama3_params.create_model_from_safe_tensors(
+      self.options.model, config, mesh=grid, dtype=np.float32
+    )
+
+  def start(self) -> dict[str, Any]:
+    """Loads policy and reference, compiles, and takes the first step."""
+    work = self.work
+    is_frozen = self.options.reference == "frozen"
+    self.trainer = dpo_trainer.DPOTrainer(
+      model=self._load(),
+      ref_model=self._load() if is_frozen else None,
+      optimizer=optax.adamw(
+        work["learning_rate"], b1=0.9, b2=0.999, weight_decay=0.0
+      ),
+      training_config=dpo_trainer.DPOTrainingConfig(
+        beta=work["beta"], eval_every_n_steps=10**9, max_steps=10**9
+      ),
+    )
+    self.step, _ = self.trainer.jit_train_and_eval_step()
+    began = time.monotonic()
+    first = self.run(1)
+    first["first_step_s"] = time.monotonic() - began
+    return first
+
+  def _batch(self, index: int) -> tuple[dpo_trainer.TrainingInput, float]:
+    chosen = [self.groups[i] for i in self.work["order"][index]]
+    widths = self.lengths.max(0)
+    widths[1:] = widths[1:].max()  # one width for both responses
+    fields: dict[str, np.ndarray] = {}
+    names = ("prompt", "chosen", "rejected")
+    for part, (name, width) in enumerate(zip(names, widths, strict=True)):
+      ids = np.full((len(chosen), width), _PAD, np.int32)
+      mask = np.zeros(ids.shape, bool)
+      for row, group in enumerate(chosen):
+        n = len(group[part])
+        # Prompts are padded on the left, responses on the right.
+        at = slice(width - n, width) if part == 0 else slice(0, n)
+        ids[row, at], mask[row, at] = group[part], True
+      fields |= {f"{name}_ids": ids, f"{name}_mask": mask}
+    real = sum(fields[f"{name}_mask"].sum() for name in names)
+    real += fields["prompt_mask"].sum()  # each prompt stands before both
+    slots = 2 * len(chosen) * (widths[0] + widths[1])
+    return dpo_trainer.TrainingInput(**fields), 1.0 - real / slots
+
+  def run(self, num_steps: int) -> dict[str, Any]:
+    work = self.work
+    padding = []
+    steps = range(self.next, self.next + num_steps)
+    began, cpu_began = time.monotonic(), time.process_time()
+    for step in steps:
+      batch, fraction = self._batch(step)
+      loss, _, norm = self.step(self.trainer._prepare_inputs(batch))
+      padding.append(fraction)
+      loss, norm = float(loss), float(norm)
+    seconds = time.monotonic() - began
+    cpu_seconds = time.process_time() - cpu_began
+    self.next += num_steps
+    return {
+      "seconds": seconds,
+      "cpu_seconds": cpu_seconds,
+      "steps": num_steps,
+      "pairs": num_steps * work["batch_size"],
+      "tokens": sum(work["tokens"][i] for i in steps),
+      "useful_flops": sum(work["useful_flops"][i] for i in steps),
+      "shared_flops": sum(work["shared_flops"][i] for i in steps),
+      "padding": float(np.mean(padding)),
+      "loss": loss,
+      "grad_norm": norm,
+      "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+      "versions": {"google-tunix": importlib.metadata.version("google-tunix")},
+    }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--model", required=True)
+  parser.add_argument("--reference", default="frozen")  # or "none"
+  interleave.serve(Trainer(parser.parse_args()))
+
+
+if __name__ == "__main__":
+  main()
