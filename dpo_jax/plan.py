@@ -496,8 +496,12 @@ def candidates(
     yield sizes, run
 
 
-def sweep(request: Request, limit: int) -> tuple[str, bool]:
-  """Compiles the likely meshes and ranks them; whether any fits."""
+def sweep(request: Request, limit: int) -> list[dict[str, Any]]:
+  """Compiles the likely meshes; a line for each, the best first.
+
+  Raises:
+    ValueError: no mesh divides the model and the batch.
+  """
   rows = []
   for sizes, run in candidates(request, limit):
     plan = make_plan(run, request)
@@ -522,7 +526,7 @@ def sweep(request: Request, limit: int) -> tuple[str, bool]:
   rows.sort(
     key=lambda row: (row["fits"] == "no", row["step, s"], row["received, GiB"])
   )
-  return format_table(rows), any(row["fits"] == "yes" for row in rows)
+  return rows
 
 
 def main(argv: list[str]) -> None:
@@ -543,7 +547,8 @@ def main(argv: list[str]) -> None:
       price=values.price_per_chip_hour,
     )
     if values.sweep:
-      text, fits = sweep(request, values.sweep_limit)
+      rows = sweep(request, values.sweep_limit)
+      text, fits = format_table(rows), rows[0]["fits"] == "yes"
     else:
       plan = make_plan(build(request), request)
       text, fits = describe(plan, request), plan.fits

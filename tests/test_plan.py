@@ -206,6 +206,47 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(on_cpu):
 
 
 @pytest.mark.slow
+def test_a_sweep_ranks_the_meshes_that_divide_the_work(on_cpu):
+  """The eight simulated devices, which compile in earnest."""
+  request = make_request()
+  tried, received = [], []
+  for sizes, run in plan.candidates(request, 100):
+    tried.append(sizes)
+    work = roofline.count_work(
+      run.policy.config,
+      run.policy.abstract_params(),
+      num_rows=8,
+      row_tokens=128,
+      scored_tokens=128,
+      has_live_reference=run.has_live_reference,
+    )
+    received.append(
+      roofline.collective_bytes(
+        work, run.policy.config, sizes, num_rows=8, row_tokens=128
+      )
+    )
+  assert len({tuple(sizes.items()) for sizes in tried}) == len(tried) > 3
+  assert received == sorted(received) and received[0] < received[-1]
+  for sizes in tried:
+    assert math.prod(sizes.values()) == 8
+    # Two heads of keys and values; rows too short for a context axis.
+    assert sizes["tensor"] <= 2 and sizes["context"] == 1
+  rows = plan.sweep(request, 3)
+  assert {row["mesh"] for row in rows} == {
+    " x ".join(f"{axis} {n}" for axis, n in sizes.items())
+    for sizes in tried[:3]
+  }
+  assert {row["fits"] for row in rows} == {"yes"}
+  order = [(row["step, s"], row["received, GiB"]) for row in rows]
+  assert order == sorted(order) and order[0] < order[-1]
+
+
+def test_a_sweep_without_a_mesh_says_so(on_cpu):
+  with pytest.raises(ValueError, match="no mesh of v5e-8 divides"):
+    plan.sweep(make_request(rows=3), 3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name", ["v4-8", "v5e-8", "v5p-16", "v6e-8", "tpu7x-8", "2xv5e-4"]
 )
