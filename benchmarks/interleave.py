@@ -8,8 +8,10 @@ minute in which the machine is busy with other work slows all of them.
 from collections.abc import Callable, Mapping, Sequence
 import json
 import os
+import resource
 import subprocess
 import sys
+import time
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +36,38 @@ def serve(trainer: Trainer) -> None:
     else:
       answer = trainer.run(int(arguments[0]))
     print(_MARK + json.dumps(answer), flush=True)
+
+
+class Stopwatch:
+  """What a turn of exported work took; see `benchmarks.peers.export`."""
+
+  def __init__(self, work: Mapping[str, Any], steps: Sequence[int]):
+    """Starts.
+
+    Args:
+      work: pairs of a step, and tokens and FLOPs of every step.
+      steps: of this turn.
+    """
+    self._work, self._steps = work, steps
+    self._began, self._cpu_began = time.monotonic(), time.process_time()
+
+  def stop(self, **figures: Any) -> dict[str, Any]:
+    """The turn's answer: time, work and memory, and other figures."""
+    seconds = time.monotonic() - self._began
+    cpu_seconds = time.process_time() - self._cpu_began
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+      "seconds": seconds,
+      "cpu_seconds": cpu_seconds,
+      "steps": len(self._steps),
+      "pairs": len(self._steps) * self._work["batch_size"],
+      **{
+        name: sum(self._work[name][i] for i in self._steps)
+        for name in ("tokens", "useful_flops", "shared_flops")
+      },
+      "peak_rss_mb": usage.ru_maxrss / 1024,
+      **figures,
+    }
 
 
 class Contender:

@@ -9,7 +9,6 @@ collator are TRL's own; optimizer and order of the data are those of
 
 import argparse
 import json
-import resource
 import sys
 import time
 from typing import Any
@@ -110,7 +109,7 @@ class Trainer:
     work = self.work
     losses, padding = [], []
     steps = range(self.next, self.next + num_steps)
-    began, cpu_began = time.monotonic(), time.process_time()
+    watch = interleave.Stopwatch(work, steps)
     for step in steps:
       examples = [self.examples[i] for i in work["order"][step]]
       batch = self.trainer.data_collator(examples)
@@ -120,27 +119,17 @@ class Trainer:
       norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1e9)
       self.optimizer.step()
       self.optimizer.zero_grad(set_to_none=True)
-    seconds = time.monotonic() - began
-    cpu_seconds = time.process_time() - cpu_began
     self.next += num_steps
-    return {
-      "seconds": seconds,
-      "cpu_seconds": cpu_seconds,
-      "steps": num_steps,
-      "pairs": num_steps * work["batch_size"],
-      "tokens": sum(work["tokens"][i] for i in steps),
-      "useful_flops": sum(work["useful_flops"][i] for i in steps),
-      "shared_flops": sum(work["shared_flops"][i] for i in steps),
-      "padding": float(np.mean(padding)),
-      "loss": losses[-1],
-      "grad_norm": norm.item(),
-      "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-      "versions": {
+    return watch.stop(
+      padding=float(np.mean(padding)),
+      loss=losses[-1],
+      grad_norm=norm.item(),
+      versions={
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": trl.__version__,
       },
-    }
+    )
 
 
 def _placeholder() -> Any:

@@ -11,7 +11,6 @@ that it can be given.
 import argparse
 import importlib.metadata
 import json
-import resource
 import time
 from typing import Any
 
@@ -110,32 +109,21 @@ class Trainer:
     return dpo_trainer.TrainingInput(**fields), 1.0 - real / slots
 
   def run(self, num_steps: int) -> dict[str, Any]:
-    work = self.work
     padding = []
     steps = range(self.next, self.next + num_steps)
-    began, cpu_began = time.monotonic(), time.process_time()
+    watch = interleave.Stopwatch(self.work, steps)
     for step in steps:
       batch, fraction = self._batch(step)
       loss, _, norm = self.step(self.trainer._prepare_inputs(batch))
       padding.append(fraction)
       loss, norm = float(loss), float(norm)
-    seconds = time.monotonic() - began
-    cpu_seconds = time.process_time() - cpu_began
     self.next += num_steps
-    return {
-      "seconds": seconds,
-      "cpu_seconds": cpu_seconds,
-      "steps": num_steps,
-      "pairs": num_steps * work["batch_size"],
-      "tokens": sum(work["tokens"][i] for i in steps),
-      "useful_flops": sum(work["useful_flops"][i] for i in steps),
-      "shared_flops": sum(work["shared_flops"][i] for i in steps),
-      "padding": float(np.mean(padding)),
-      "loss": loss,
-      "grad_norm": norm,
-      "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-      "versions": {"google-tunix": importlib.metadata.version("google-tunix")},
-    }
+    return watch.stop(
+      padding=float(np.mean(padding)),
+      loss=loss,
+      grad_norm=norm,
+      versions={"google-tunix": importlib.metadata.version("google-tunix")},
+    )
 
 
 def main() -> None:

@@ -75,7 +75,29 @@ class Tokenizer(Protocol):
     """The same for many at once, with the error where one fails."""
 
 
-class ByteTokenizer:
+class _WithoutTemplate:
+  """Refuses messages."""
+
+  has_chat_template = False
+
+  def render(
+    self,
+    messages: Sequence[Message],
+    header: bool,
+    extras: Mapping[str, Any] | None = None,
+  ) -> str:
+    raise self._refusal()
+
+  def render_batch(
+    self, requests: Sequence[Request]
+  ) -> list[str | RecordError]:
+    return [self._refusal()] * len(requests)
+
+  def _refusal(self) -> RecordError:
+    return RecordError(f"the tokenizer {self.digest!r} has no chat template")
+
+
+class ByteTokenizer(_WithoutTemplate):
   """UTF-8 bytes are ids 0 to 255; 256 is BOS, 257 EOS."""
 
   vocab_size = 258
@@ -83,7 +105,6 @@ class ByteTokenizer:
   eos_id = 257
   stop_ids = (257,)
   digest = "bytes-1"
-  has_chat_template = False
 
   def encode(
     self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
@@ -94,23 +115,8 @@ class ByteTokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
-  def render(
-    self,
-    messages: Sequence[Message],
-    header: bool,
-    extras: Mapping[str, Any] | None = None,
-  ) -> str:
-    raise RecordError("the byte tokenizer has no chat template")
 
-  def render_batch(
-    self, requests: Sequence[Request]
-  ) -> list[str | RecordError]:
-    return [RecordError("the byte tokenizer has no chat template")] * len(
-      requests
-    )
-
-
-class LetterTokenizer:
+class LetterTokenizer(_WithoutTemplate):
   """The first letters of the alphabet, for tasks that can be enumerated.
 
   All texts of such a task have one length, so that no response needs an end:
@@ -119,7 +125,6 @@ class LetterTokenizer:
   """
 
   bos_id = None
-  has_chat_template = False
 
   def __init__(self, num_letters: int):
     """Letters "a", "b", ... are ids 0, 1, ...
@@ -150,19 +155,6 @@ class LetterTokenizer:
 
   def decode(self, ids: Sequence[int]) -> str:
     return "".join(chr(i + ord("a")) for i in ids if i < self.vocab_size)
-
-  def render(
-    self,
-    messages: Sequence[Message],
-    header: bool,
-    extras: Mapping[str, Any] | None = None,
-  ) -> str:
-    raise RecordError("the letters have no chat template")
-
-  def render_batch(
-    self, requests: Sequence[Request]
-  ) -> list[str | RecordError]:
-    return [RecordError("the letters have no chat template")] * len(requests)
 
 
 class HFTokenizer:
