@@ -209,8 +209,8 @@ def run_small_sweep(workdir):
     learning_rate=2e-3,
   )
   sweep.add("Preferred-FT", dict(name="preferred_ft"), seed=0)
-  sweep.add_dpo(0, 0.5, learning_rate=2e-3)
-  sweep.add_on_policy_dpo(0, 0.5, rounds=40, learning_rate=2e-3)
+  sweep.add_dpo(0, 0.25)
+  sweep.add_on_policy_dpo(0, 0.25, rounds=10)
   sweep.add_noisy(0, 0.5, 0.2)
   longer = SmallSweep(workdir, steps=1200)
   longer.use_every_pair_once()
@@ -257,8 +257,8 @@ def test_preferred_ft_stays_within_log_2(measured):
 def test_pairs_of_the_policy_halve_the_regret(measured):
   """As many labels and steps, the labels on what the policy says by then.
 
-  At this seed and this rate, the best of three for both: 44 %. At half and at
-  twice the rate it was 52 % and 53 %.
+  At a low beta, whose optimum is far from what the reference says; at beta 1
+  there is less to gain (experiments/README.md, online_vs_offline).
   """
   offline = measured["DPO", 0.0]["regret"]
   assert measured["on-policy DPO", 0.0]["regret"] < 0.5 * offline

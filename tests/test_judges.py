@@ -11,6 +11,8 @@ from dpo_jax.data import synthetic
 from dpo_jax.train import train
 from tests import faults, tiny
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def test_the_built_in_truth_reads_the_response_alone():
   judge = judges.get_judge("sentiment")

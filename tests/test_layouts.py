@@ -14,6 +14,8 @@ from dpo_jax.models import hf
 from dpo_jax.models.decoder import Policy
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 LAYOUTS = packing.LAYOUTS
 
 

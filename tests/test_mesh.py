@@ -15,6 +15,8 @@ from dpo_jax.losses import build_objective
 from dpo_jax.types import TrainState
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 MESHES = [
   {"data": 1, "fsdp": 1, "tensor": 1},
   {"data": 8, "fsdp": 1, "tensor": 1},

@@ -13,6 +13,8 @@ from dpo_jax.models.config import Lora
 from dpo_jax.types import join_trees
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def make(**fields):
   """A policy with adapters, weights and batch; the adapters do something."""
