@@ -165,7 +165,8 @@ class _Plan:
     config.data.eval_fraction = 0.0
     config.data.cache_dir = f"{self.root}/cache"
     config.reference.cache_dir = f"{self.root}/reference_logps"
-    config.batch_size = size["batch_size"]
+    # A pair in bytes is twice as long.
+    config.batch_size = size["batch_size"] // (1 if self.settings.policy else 2)
     config.total_steps = steps
     config.optimizer.learning_rate = size["learning_rate"]
     config.optimizer.warmup_steps = 10 if self.settings.scale == "tiny" else 150
