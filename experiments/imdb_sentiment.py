@@ -161,6 +161,10 @@ class _Plan:
     config.policy.preset = "1m"
     config.data.tokenizer = self.tokenizer
     config.data.max_tokens = 160 if self.tokenizer == "bytes" else 64
+    if not self.is_tuned:
+      # BOS, a prefix of the policy's own, a response: one that sampling cut
+      # short keeps no EOS, which the reference would hardly have put there.
+      config.data.max_tokens = 1 + size["prefix_tokens"] + self.response_tokens
     config.data.max_prompt_tokens = config.data.max_tokens // 2
     config.data.eval_fraction = 0.0
     config.data.cache_dir = f"{self.root}/cache"
