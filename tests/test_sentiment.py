@@ -1,5 +1,6 @@
 """Experiments on text: their plans, and one run at the smallest size."""
 
+import collections
 import gzip
 import importlib
 import json
@@ -9,6 +10,7 @@ import pytest
 
 from dpo_jax.classifier import Classifier
 from dpo_jax.config import check_config
+from dpo_jax.data import store
 from dpo_jax.losses import CATALOGUE, build_objective
 from experiments import harness, imdb_sentiment, loss_ablation
 
@@ -58,6 +60,28 @@ def test_the_best_trial_of_a_loss_counts():
     ("ipo", "a", 1),
     ("dpo", "b", 2),
   ]
+
+
+def test_a_sample_that_was_cut_short_teaches_no_eos():
+  """Behind a prefix of the policy's own there is room for it alone."""
+  settings = harness.Settings("W", "tiny", policy="gpt2", reviews="r.jsonl")
+  runs = {run.name: run for run in imdb_sentiment.runs(settings)}
+  data = runs["preferred_ft_s0"].config.data
+  size, eos = imdb_sentiment._SIZES["tiny"], 2
+  prompt = [1] + [5] * size["prefix_tokens"]
+  limits = store.Limits(data.max_tokens, data.max_prompt_tokens)
+
+  def fit(length):
+    ids = [7] * length + [eos]
+    response = store._Response(ids, bytes([1]) * len(ids))
+    counts = collections.Counter()
+    found = store._fit(prompt, [response], limits, counts, 1)
+    assert found[0] == prompt
+    return found[1][0].ids
+
+  longest = size["response_tokens"]
+  assert fit(longest) == [7] * longest
+  assert fit(longest - 1) == [7] * (longest - 1) + [eos]
 
 
 def test_reviews_are_read_and_checked(tmp_path):

@@ -251,6 +251,7 @@ def _lay_out(
   shape: RowShape,
   is_shared: bool,
 ) -> _Parts:
+  """Who comes behind whom in each row; see `fill_rows` for the arguments."""
   ids: list[np.ndarray] = []
   masks: list[np.ndarray] = []
   labels: list[tuple[int, ...]] = []
