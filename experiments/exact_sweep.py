@@ -19,7 +19,7 @@ from experiments.harness import Row, Run, Settings
 
 TASK_SEED = 0
 SIZES: dict[str, dict[str, int]] = {
-  "tiny": dict(seeds=3, pairs=50_000, steps=600, sft_steps=400),
+  "tiny": dict(seeds=3, pairs=50_000, steps=500, sft_steps=400),
   "paper": dict(seeds=5, pairs=200_000, steps=2500, sft_steps=2000),
 }
 _BATCH = 128
@@ -74,16 +74,20 @@ def _measure_reward_model(folder: str, *, reference: str) -> list[Row]:
 class Sweep:
   """Collects the runs of an experiment."""
 
-  def __init__(self, settings: Settings, *, steps: int = 0):
+  def __init__(
+    self, settings: Settings, *, steps: int = 0, batch_size: int = _BATCH
+  ):
     """Begins with the reference.
 
     Args:
       settings: of the command line.
       steps: of every method; 0: as the scale says.
+      batch_size: of every method.
     """
     self.settings = settings
     self.size = SIZES[settings.scale]
     self.steps = steps or self.size["steps"]
+    self.batch_size = batch_size
     self.root = settings.workdir
     self.truth = f"table:{self.root}/reference/table.jsonl"
     self.runs: dict[str, Run] = {}
@@ -91,7 +95,7 @@ class Sweep:
 
   def use_every_pair_once(self) -> None:
     """Draws as many pairs as the steps take: as many labels as on policy."""
-    self.size = self.size | {"pairs": self.steps * _BATCH}
+    self.size = self.size | {"pairs": self.steps * self.batch_size}
 
   @property
   def seeds(self) -> range:
@@ -212,6 +216,7 @@ class Sweep:
     config.data.source = f"jsonl:{self.root}/{pairs}/pairs.jsonl"
     config.loss = loss_config(loss["name"])
     config.loss.update(loss)
+    config.batch_size = self.batch_size
     config.optimizer.learning_rate = learning_rate
     if online is not None:
       config.online.update(online)
