@@ -4,10 +4,10 @@
 
 On the exact task: for every loss that learns from pairs, the knob that sets its
 strength at a first value with two learning rates, and at a second with the
-larger of them; the best of the three by J = E[r] - 0.5 KL counts. An ordering of
-losses that were not tuned says more of the defaults than of the losses (SimPO,
-arXiv:2405.14734). The share of the frontier compares at the KL that each has
-reached. Two CPU cores.
+larger of them; the best of the three by J = E[r] - 0.5 KL counts. An ordering
+of losses that were not tuned says more of the defaults than of the losses
+(SimPO, arXiv:2405.14734). The share of the frontier compares at the KL that
+each has reached. Two CPU cores.
 """
 
 import sys
