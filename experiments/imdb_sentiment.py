@@ -18,7 +18,7 @@ not the paper's. With --policy at `tiny` the policy is its own reference and
 writes its own prefixes; at `paper` it is first fine-tuned on the reviews.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import gzip
@@ -31,7 +31,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from dpo_jax import initialize, judges
+from dpo_jax import evaluate, initialize, judges
 from dpo_jax.classifier import fit_classifier
 from dpo_jax.config import default_config, loss_config
 from dpo_jax.data import synthetic, tokenizers
@@ -161,10 +161,6 @@ class _Plan:
     config.policy.preset = "1m"
     config.data.tokenizer = self.tokenizer
     config.data.max_tokens = 160 if self.tokenizer == "bytes" else 64
-    if not self.is_tuned:
-      # BOS, a prefix of the policy's own, a response: one that sampling cut
-      # short keeps no EOS, which the reference would hardly have put there.
-      config.data.max_tokens = 1 + size["prefix_tokens"] + self.response_tokens
     config.data.max_prompt_tokens = config.data.max_tokens // 2
     config.data.eval_fraction = 0.0
     config.data.cache_dir = f"{self.root}/cache"
@@ -317,17 +313,29 @@ def _write_pairs(folder: str, *, plan: _Plan) -> None:
     )
   with open(f"{folder}/pairs.jsonl.tmp", "w", encoding="utf-8") as file:
     for start in range(0, len(samples.texts), _SAMPLES):
-      for i, j in itertools.combinations(range(start, start + _SAMPLES), 2):
-        if samples.rewards[i] < samples.rewards[j]:
-          i, j = j, i
-        row = {
-          "prompt": samples.prompt_texts[i],
-          "chosen": samples.texts[i],
-          "rejected": samples.texts[j],
-        }
-        if samples.rewards[i] != samples.rewards[j]:
-          file.write(json.dumps(row) + "\n")
+      group = range(start, start + _SAMPLES)
+      for row in _order_pairs(samples, group, tokenizer.stop_ids):
+        file.write(json.dumps(row) + "\n")
   os.replace(f"{folder}/pairs.jsonl.tmp", f"{folder}/pairs.jsonl")
+
+
+def _order_pairs(
+  samples: evaluate.Samples, group: Sequence[int], stop_ids: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+  """Records of every two samples of a prompt that are not worth the same."""
+  for one, other in itertools.combinations(group, 2):
+    best, worst = sorted((one, other), key=lambda i: -samples.rewards[i])
+    if samples.rewards[best] == samples.rewards[worst]:
+      continue
+    yield {
+      "prompt": samples.prompt_texts[best],
+      "chosen": samples.texts[best],
+      "rejected": samples.texts[worst],
+      # A text that was cut short must not teach to stop there.
+      "truncated": [
+        samples.responses[i][-1] not in stop_ids for i in (best, worst)
+      ],
+    }
 
 
 def _measure(folder: str, *, plan: _Plan) -> list[Row]:

@@ -1,6 +1,5 @@
 """Experiments on text: their plans, and one run at the smallest size."""
 
-import collections
 import gzip
 import importlib
 import json
@@ -8,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from dpo_jax import evaluate
 from dpo_jax.classifier import Classifier
 from dpo_jax.config import check_config
-from dpo_jax.data import store
+from dpo_jax.data import sources, store, tokenizers
 from dpo_jax.losses import CATALOGUE, build_objective
 from experiments import harness, imdb_sentiment, loss_ablation
 
@@ -62,26 +62,40 @@ def test_the_best_trial_of_a_loss_counts():
   ]
 
 
-def test_a_sample_that_was_cut_short_teaches_no_eos():
-  """Behind a prefix of the policy's own there is room for it alone."""
-  settings = harness.Settings("W", "tiny", policy="gpt2", reviews="r.jsonl")
-  runs = {run.name: run for run in imdb_sentiment.runs(settings)}
-  data = runs["preferred_ft_s0"].config.data
-  size, eos = imdb_sentiment._SIZES["tiny"], 2
-  prompt = [1] + [5] * size["prefix_tokens"]
-  limits = store.Limits(data.max_tokens, data.max_prompt_tokens)
-
-  def fit(length):
-    ids = [7] * length + [eos]
-    response = store._Response(ids, bytes([1]) * len(ids))
-    counts = collections.Counter()
-    found = store._fit(prompt, [response], limits, counts, 1)
-    assert found[0] == prompt
-    return found[1][0].ids
-
-  longest = size["response_tokens"]
-  assert fit(longest) == [7] * longest
-  assert fit(longest - 1) == [7] * (longest - 1) + [eos]
+def test_a_sample_that_was_cut_short_teaches_no_eos(tmp_path):
+  """Of four samples of a prompt one reached its end, id 257 of bytes."""
+  responses = [[*b" a", 257], [*b" bcd"], [*b" efg"], [*b" hij"]]
+  samples = evaluate.Samples(
+    prompts=[list(b"p")] * 4,
+    responses=responses,
+    prompt_texts=["p"] * 4,
+    texts=[" a", " bcd", " efg", " hij"],
+    rewards=np.array([1.0, 3.0, 2.0, 2.0]),
+  )
+  tokenizer = tokenizers.load_tokenizer("bytes")
+  rows = list(
+    imdb_sentiment._order_pairs(samples, range(4), tokenizer.stop_ids)
+  )
+  pairs = [(row["chosen"], row["rejected"]) for row in rows]
+  assert pairs == [
+    (" bcd", " a"),
+    (" efg", " a"),
+    (" hij", " a"),
+    (" bcd", " efg"),
+    (" bcd", " hij"),
+  ]
+  path = tmp_path / "pairs.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  opened = store.build_store(
+    sources.open_source(f"jsonl:{path}"),
+    tokenizer,
+    store.Limits(100, 50),
+    str(tmp_path / "cache"),
+  )
+  ids = dict(zip(samples.texts, responses, strict=True))
+  for index, (chosen, rejected) in enumerate(pairs):
+    parts = [part.tolist() for part in opened.group(index)[1:]]
+    assert parts == [ids[chosen], ids[rejected]]
 
 
 def test_reviews_are_read_and_checked(tmp_path):

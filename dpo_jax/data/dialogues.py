@@ -54,6 +54,8 @@ class Example:
     scored: ranges of characters of each response that are scored, ascending;
       what is between them, a user's turn or a tool's output, is only read.
       None where every response is scored as a whole.
+    truncated: which responses were cut off while they were sampled, so that
+      no EOS belongs behind them; None where none was.
   """
 
   prompt: str
@@ -61,6 +63,7 @@ class Example:
   score: tuple[float, ...]
   is_rendered: bool = False
   scored: tuple[tuple[tuple[int, int], ...], ...] | None = None
+  truncated: tuple[bool, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Dialogue:
   where: str
   extras: Mapping[str, Any]
   scored_turns: str
+  truncated: tuple[bool, ...] | None
 
   def __post_init__(self):
     # Rendered, an empty answer is not empty: the template ends its turn.
@@ -154,6 +158,7 @@ class Dialogue:
       self.score,
       is_rendered=True,
       scored=tuple(scored) if any(len(t) > 1 for t in self.responses) else None,
+      truncated=self.truncated,
     )
 
 

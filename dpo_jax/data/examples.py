@@ -82,6 +82,10 @@ def parse_records(
 
   Plain text has no turns, and is scored whole.
 
+  Any format may have a column `truncated`: a list with a boolean for each
+  response in the record's order, or a boolean where there is one. A response
+  that its sampler cut off gets no EOS, which would teach to stop there.
+
   Args:
     records: file and line, for errors, and columns by name.
     render: the tokenizer's chat template, or None if it has none.
@@ -116,7 +120,7 @@ def _parse(
   kind = next((k for k, need in FORMATS.items() if need <= columns), None)
   if kind is None:
     raise RecordError(_explain_columns(set(columns), where))
-  score = [1.0]
+  score, order = [1.0], None
   if kind == "pair":
     prompt = record["prompt"]
     responses = [record["chosen"], record["rejected"]]
@@ -133,10 +137,16 @@ def _parse(
       raise RecordError(f"{where}: label={label!r} must be true or false")
     score = [float(label)]
   elif kind == "ranking":
-    prompt = record["prompt"]
-    responses, score = _ranked(record["responses"], record["scores"], where)
+    prompt, responses = record["prompt"], record["responses"]
+    score = _scores(responses, record["scores"], where)
+    # Stable, so that ties keep the order of the file.
+    order = sorted(range(len(score)), key=lambda k: -score[k])
+    responses, score = [responses[k] for k in order], [score[k] for k in order]
   else:
     prompt, responses = _demonstration(record, where, scored_turns)
+  truncated = _truncated(record, len(responses), where)
+  if truncated and order:
+    truncated = tuple(truncated[k] for k in order)
   if isinstance(prompt, str):
     for response in responses:
       if not isinstance(response, str):
@@ -145,7 +155,7 @@ def _parse(
           f" {type(response).__name__}"
         )
     check_unicode([prompt, *responses], where)
-    return Example(prompt, tuple(responses), tuple(score))
+    return Example(prompt, tuple(responses), tuple(score), truncated=truncated)
   if not is_messages(prompt):
     raise RecordError(
       f"{where}: prompt must be text or a list of messages, and is"
@@ -165,6 +175,7 @@ def _parse(
     where,
     read_extras(record, where),
     scored_turns,
+    truncated,
   )
 
 
@@ -203,9 +214,7 @@ def _pair_score(record: Mapping[str, Any], where: str) -> list[float]:
   return [_number(record[name], name, where) for name in names]
 
 
-def _ranked(
-  responses: Any, scores: Any, where: str
-) -> tuple[list[Any], list[float]]:
+def _scores(responses: Any, scores: Any, where: str) -> list[float]:
   lists = isinstance(responses, Sequence) and isinstance(scores, Sequence)
   if not lists or isinstance(responses, str) or not responses:
     raise RecordError(f"{where}: responses and scores must be lists")
@@ -213,10 +222,28 @@ def _ranked(
     raise RecordError(
       f"{where}: {len(responses)} responses but {len(scores)} scores"
     )
-  numbers = [_number(s, "scores", where) for s in scores]
-  # Stable, so that ties keep the order of the file.
-  order = sorted(range(len(numbers)), key=lambda k: -numbers[k])
-  return [responses[k] for k in order], [numbers[k] for k in order]
+  return [_number(s, "scores", where) for s in scores]
+
+
+def _truncated(
+  record: Mapping[str, Any], num: int, where: str
+) -> tuple[bool, ...] | None:
+  """The column `truncated`, in the record's order; None where all is whole."""
+  value = record.get("truncated")
+  if value is None:
+    return None
+  flags = [value] if isinstance(value, bool) else value
+  is_list = isinstance(flags, Sequence) and not isinstance(flags, str)
+  if (
+    not is_list
+    or len(flags) != num
+    or not all(isinstance(flag, bool) for flag in flags)
+  ):
+    raise RecordError(
+      f"{where}: truncated={value!r:.80} must be a list of {num} booleans, one"
+      " for each response"
+    )
+  return tuple(flags) if any(flags) else None
 
 
 def _demonstration(

@@ -25,7 +25,7 @@ from dpo_jax.data.examples import parse_records
 from dpo_jax.data.sources import Record, Source
 from dpo_jax.data.tokenizers import Tokenizer
 
-FORMAT = 4  # raise it when the same input would give other arrays
+FORMAT = 5  # raise it when the same input would give other arrays
 _CHUNK = 1000
 _ARRAYS = ("tokens", "starts", "lengths", "score", "prompt_hashes")
 
@@ -310,9 +310,7 @@ def _tokenize(
       examples, _encode(examples, tokenizer), strict=True
     ):
       try:
-        prompt, responses = _fit(
-          prompt, responses, limits, counts, tokenizer.bos_id
-        )
+        prompt, responses = _fit(prompt, responses, limits, counts, tokenizer)
       except Unusable as unusable:
         dropped[unusable.reason] += 1
         continue
@@ -352,7 +350,8 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 class _Response(NamedTuple):
-  """Ids of a response, EOS included, and a byte for each: 1 if scored."""
+  """Ids of a response, EOS included unless it was cut off, and a byte for
+  each: 1 if scored."""
 
   ids: list[int]
   scored: bytes
@@ -387,11 +386,13 @@ def _encode(
     )
     ends = tokenizer.stop_ids if is_rendered else (tokenizer.eos_id,)
     for i, prompt, group in zip(chosen, prompts, pieces, strict=True):
+      truncated = examples[i].truncated or [False] * len(group)
+      whole = [not cut for cut in truncated]
       encoded[i] = (
         _with_bos(prompt, tokenizer),
         [
-          _join([(next(ids), flag) for _, flag in parts], ends)
-          for parts in group
+          _join([(next(ids), flag) for _, flag in parts], ends, is_whole)
+          for parts, is_whole in zip(group, whole, strict=True)
         ],
       )
   return encoded
@@ -412,7 +413,7 @@ def _pieces(example: Example) -> list[list[tuple[str, bool]]]:
 
 
 def _join(
-  parts: list[tuple[list[int], bool]], ends: Sequence[int]
+  parts: list[tuple[list[int], bool]], ends: Sequence[int], is_whole: bool
 ) -> _Response:
   """A response of pieces, each ended once, by the first of its `ends`.
 
@@ -422,13 +423,16 @@ def _join(
   Args:
     parts: ids of the pieces, and whether they are scored.
     ends: ids that end a turn; the first is put where none does.
+    is_whole: whether the last piece ends, or its sampler cut it off.
   """
   ids, scored = [], b""
   for j, (piece, is_scored) in enumerate(parts):
     is_last = j + 1 == len(parts)
     end = min((piece.index(i) + 1 for i in ends if i in piece), default=None)
-    if is_last:
+    if is_last and is_whole:
       piece = [*piece, ends[0]] if end is None else piece[:end]
+    elif is_last and end is not None:  # by a template that ends every turn
+      piece = piece[: end - 1]
     length = len(piece) if end is None or is_last else end
     ids += piece
     scored += bytes([is_scored]) * length
@@ -447,19 +451,19 @@ def _fit(
   responses: list[_Response],
   limits: Limits,
   counts: Counter[str],
-  bos_id: int | None,
+  tokenizer: Tokenizer,
 ) -> tuple[list[int], list[_Response]]:
   """Cuts a prompt's beginning, then responses' ends, where they do not fit."""
   if not prompt:
     raise Unusable("empty_prompt")
-  # Text that the tokenizer has no tokens for leaves the EOS alone.
-  if any(len(response.ids) == 1 for response in responses):
+  # Text that the tokenizer has no tokens for leaves an EOS alone, or nothing.
+  if any(set(r.ids) <= set(tokenizer.stop_ids) for r in responses):
     raise Unusable("empty_response")
   longest = max(len(response.ids) for response in responses)
   keep = max(limits.max_prompt_tokens, limits.max_tokens - longest)
   if len(prompt) > keep:
     counts["prompts_cut"] += 1
-    start = prompt[:1] if prompt[0] == bos_id else []
+    start = prompt[:1] if prompt[0] == tokenizer.bos_id else []
     prompt = start + prompt[len(prompt) - keep + len(start) :]
   room = limits.max_tokens - len(prompt)
   counts["responses_cut"] += sum(len(r.ids) > room for r in responses)

@@ -288,6 +288,18 @@ def test_a_record_without_columns_says_so():
       {**RECORDS["pair"][0], "score_chosen": 1.0, "score_rejcted": 0.0},
       "score_chosen stands without the other",
     ),
+    (
+      {**RECORDS["pair"][0], "truncated": [True]},
+      r"truncated=\[True\] must be a list of 2 booleans",
+    ),
+    (
+      {**RECORDS["pair"][0], "truncated": [1, 0]},
+      r"truncated=\[1, 0\] must be a list of 2 booleans",
+    ),
+    (
+      {**RECORDS["pair"][0], "truncated": True},
+      "truncated=True must be a list of 2 booleans",
+    ),
     ({"prompt": "half \ud83d", "completion": "c"}, "not Unicode"),
     ({"prompt": "p", "completion": "half \ud83d"}, "not Unicode"),
   ],

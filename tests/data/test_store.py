@@ -69,6 +69,50 @@ def test_a_group_is_its_prompt_and_its_responses(tmp_path):
   assert (len(opened), opened.num_slots) == (2, 2)
 
 
+def test_a_truncated_response_has_no_eos(tmp_path):
+  ranking = {"prompt": "p", "responses": ["a", "bb", "c"], "scores": [1, 3, 2]}
+  records = [
+    {**pair("p", "c", "r"), "truncated": [False, True]},
+    {**ranking, "truncated": [True, False, False]},
+    {"prompt": "p", "completion": "c", "label": True, "truncated": True},
+    {**pair("p", "c", "r"), "truncated": None},
+  ]
+  opened = build(records, tmp_path)
+  assert [texts(opened, i) for i in range(4)] == [
+    ["[p", "c]", "r", ""],
+    ["[p", "bb]", "c]", "a"],
+    ["[p", "c", "", ""],
+    ["[p", "c]", "r]", ""],
+  ]
+  np.testing.assert_array_equal(opened.num_scored[0], [2, 1, 0])
+
+
+def test_a_truncated_answer_loses_the_end_that_its_template_wrote(tmp_path):
+  """Whatever the template puts behind the turn goes with it."""
+  tokenizer = HFTokenizer(folders.write_folder(tmp_path / "tokenizer"))
+  messages = [
+    [{"role": role, "content": content}]
+    for role, content in (
+      ("user", "hi"),
+      ("assistant", "yes"),
+      ("assistant", "no"),
+    )
+  ]
+  record = pair(*messages)
+  flags = ([False, False], [True, False])
+  whole, cut = (
+    build([{**record, "truncated": flag}], tmp_path, tokenizer=tokenizer)
+    for flag in flags
+  )
+  ids = [part.tolist() for part in whole.group(0)]
+  assert ids[1][-1] in tokenizer.stop_ids
+  assert [part.tolist() for part in cut.group(0)] == [
+    ids[0],
+    ids[1][:-1],
+    ids[2],
+  ]
+
+
 def test_groups_of_uneven_size_leave_slots_empty(tmp_path):
   ranking = {"prompt": "p", "responses": ["a", "bb", "c"], "scores": [1, 3, 2]}
   opened = build([pair("p", "x"), ranking], tmp_path)
@@ -253,9 +297,14 @@ def test_text_without_tokens_is_an_empty_response(tmp_path):
   content["model"]["unk_token"] = None
   trained = type(trained).from_str(json.dumps(content))
   tokenizer = HFTokenizer(folders.write_folder(tmp_path / "tokenizer", trained))
-  records = [pair("the cat", "日本", "the dog"), pair("the cat", "the dog")]
+  nothing = pair("the cat", "日本", "the dog")
+  records = [
+    nothing,
+    {**nothing, "truncated": [True, True]},
+    pair("the cat", "the dog"),
+  ]
   opened = build(records, tmp_path, tokenizer=tokenizer)
-  assert opened.report["dropped"] == {"empty_response": 1}
+  assert opened.report["dropped"] == {"empty_response": 2}
 
 
 def test_no_usable_group_is_an_error_that_tells_why(tmp_path):
