@@ -493,6 +493,15 @@ def compile_once(workdir: str) -> None:
     jax.config.update(name, value)
 
 
+def compile_soon() -> None:
+  """Has XLA's CPU backend optimize less: a small policy's program takes longer
+  to compile than to run. To be called before JAX has looked for devices."""
+  flag = "--xla_backend_optimization_level"
+  given = os.environ.get("XLA_FLAGS", "")
+  if flag not in given:
+    os.environ["XLA_FLAGS"] = f"{given} {flag}=1".strip()
+
+
 def main(
   experiment: Any, table: Callable[[list[Row]], list[Row]] | None = None
 ) -> None:
@@ -516,6 +525,8 @@ def main(
     if len(argv) > 1:
       raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     show_progress_logs()
+    if flags.FLAGS.scale == "tiny":
+      compile_soon()
     raise SystemExit(_command(experiment, table, name, flags.FLAGS))
 
   app.run(run)
