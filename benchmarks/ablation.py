@@ -4,7 +4,6 @@ python -m benchmarks.ablation [--num_turns=5]
 """
 
 import argparse
-import pathlib
 import sys
 
 from benchmarks import interleave, results, workload
@@ -23,38 +22,18 @@ VARIANTS = {
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--num_turns", type=int, default=5)
-  parser.add_argument("--steps_a_turn", type=int, default=4)
+  interleave.add_options(parser, num_turns=5, steps_a_turn=4)
   parser.add_argument("--num_groups", type=int, default=256)
   parser.add_argument("--only", default="", help="names, with commas")
   options = parser.parse_args()
   chosen = options.only.split(",") if options.only else list(VARIANTS)
-  root = str(pathlib.Path(__file__).parents[1])
   contenders = [
-    interleave.Contender(
-      name,
-      [
-        sys.executable,
-        "-m",
-        "benchmarks.ours",
-        f"--num_groups={options.num_groups}",
-        *VARIANTS[name],
-      ],
-      cwd=root,
+    interleave.ours(
+      name, [f"--num_groups={options.num_groups}", *VARIANTS[name]]
     )
     for name in chosen
   ]
-  try:
-    interleave.run(
-      contenders,
-      num_turns=options.num_turns,
-      steps_a_turn=options.steps_a_turn,
-      check=interleave.check_ticket,
-    )
-    rows = [interleave.summarize(c) for c in contenders]
-  finally:
-    for contender in contenders:
-      contender.close()
+  rows = interleave.measure(contenders, options, check=interleave.check_ticket)
   results.write(
     "3_ablation",
     title="What each part gives: one off in turn",

@@ -9,7 +9,6 @@ the same card. Refuses to run where there is no accelerator.
 """
 
 import argparse
-import pathlib
 import sys
 import time
 
@@ -36,34 +35,23 @@ def measured_peak(size: int = 8192, repeats: int = 20) -> float:
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--shapes", default="0.5b,1b,3b,8b")
-  parser.add_argument("--num_turns", type=int, default=5)
-  parser.add_argument("--steps_a_turn", type=int, default=5)
+  interleave.add_options(parser, num_turns=5, steps_a_turn=5)
   options = parser.parse_args()
   if jax.default_backend() == "cpu":
     raise SystemExit("benchmarks.gpu needs a GPU or a TPU: JAX sees a CPU only")
   peak = measured_peak()
-  root = str(pathlib.Path(__file__).parents[1])
   rows = []
   for shape in options.shapes.split(","):
-    command = [sys.executable, "-m", "benchmarks.ours", f"--shape={shape}"]
     # Long rows and large batches fill the card; Adam's moments of an 8B model
     # do not fit one, Adafactor's do.
-    command += ["--equal_lengths=512,768", "--max_tokens=2048", "--remat=full"]
-    command += ["--batch_size=16", "--num_groups=64", "--optimizer=adafactor"]
-    contender = interleave.Contender(
-      shape, command, cwd=root, env={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    arguments = [f"--shape={shape}", "--batch_size=16", "--num_groups=64"]
+    arguments += ["--equal_lengths=512,768", "--max_tokens=2048"]
+    arguments += ["--remat=full", "--optimizer=adafactor"]
+    contender = interleave.ours(
+      shape, arguments, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     )
-    try:
-      interleave.run(
-        [contender],
-        num_turns=options.num_turns,
-        steps_a_turn=options.steps_a_turn,
-      )
-      row = interleave.summarize(contender)
-      row["mfu"] = row["useful_gflops_per_second"] * 1e9 / peak
-      rows.append(row)
-    finally:
-      contender.close()
+    [row] = interleave.measure([contender], options)
+    rows.append(row | {"mfu": row["useful_gflops_per_second"] * 1e9 / peak})
   results.write(
     "6_gpu",
     title=f"MFU on {jax.devices()[0].device_kind}",

@@ -5,9 +5,11 @@ A contender serves commands on stdin: "start" (answer: the first step) and
 minute in which the machine is busy with other work slows all of them.
 """
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 import json
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 _MARK = "@@"  # libraries write to stdout too
+_ROOT = str(pathlib.Path(__file__).parents[1])
 
 
 class Trainer(Protocol):
@@ -79,16 +82,15 @@ class Contender:
     command: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
-    cwd: str | None = None,
   ):
-    """Starts the process; it waits for its first command."""
+    """Starts the process in the project's folder; it waits for a command."""
     self.name, self.command = name, list(command)
     self._process = subprocess.Popen(
       self.command,
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       env={**os.environ, **(env or {})},
-      cwd=cwd,
+      cwd=_ROOT,
       text=True,
     )
     self.first: dict[str, Any] = {}
@@ -112,26 +114,55 @@ class Contender:
     self._process.wait()
 
 
-def run(
+def ours(
+  name: str,
+  options: Sequence[str],
+  env: Mapping[str, str] | None = None,
+) -> Contender:
+  """A contender that is `benchmarks.ours` with these options."""
+  command = [sys.executable, "-m", "benchmarks.ours", *options]
+  return Contender(name, command, env=env)
+
+
+def add_options(
+  parser: argparse.ArgumentParser, *, num_turns: int, steps_a_turn: int
+) -> None:
+  """How long a measurement takes, with its defaults."""
+  parser.add_argument("--num_turns", type=int, default=num_turns)
+  parser.add_argument("--steps_a_turn", type=int, default=steps_a_turn)
+
+
+def measure(
   contenders: Sequence[Contender],
+  options: argparse.Namespace,
   *,
-  num_turns: int,
-  steps_a_turn: int,
   num_warm_turns: int = 1,
   check: Callable[[Sequence[Contender]], None] = lambda contenders: None,
-) -> None:
-  """Starts all, warms up, and lets them take turns; answers are kept.
+) -> list[dict[str, Any]]:
+  """Starts all, warms up, lets them take turns, and ends them.
 
-  `check` sees their first steps before anything is timed.
+  Args:
+    contenders: their answers are kept in them.
+    options: see `add_options`.
+    num_warm_turns: that are not kept.
+    check: sees their first steps before anything is timed.
+
+  Returns:
+    A row each, see `summarize`.
   """
-  for contender in contenders:
-    contender.first = contender.ask("start")
-  check(contenders)
-  for turn in range(num_warm_turns + num_turns):
+  try:
     for contender in contenders:
-      answer = contender.ask(f"run {steps_a_turn}")
-      if turn >= num_warm_turns:
-        contender.turns.append(answer)
+      contender.first = contender.ask("start")
+    check(contenders)
+    for turn in range(num_warm_turns + options.num_turns):
+      for contender in contenders:
+        answer = contender.ask(f"run {options.steps_a_turn}")
+        if turn >= num_warm_turns:
+          contender.turns.append(answer)
+    return [summarize(contender) for contender in contenders]
+  finally:
+    for contender in contenders:
+      contender.close()
 
 
 def check_ticket(contenders: Sequence[Contender]) -> None:
@@ -145,6 +176,16 @@ def check_ticket(contenders: Sequence[Contender]) -> None:
           f"{contender.name} has {name} {other} at the first step, and"
           f" {contenders[0].name} has {one}: they do not do the same work"
         )
+
+
+def times_as_fast(mine: Contender, peer: Contender) -> float:
+  """Of turns side by side, how many times the peer's tokens a second: the
+  median."""
+  ratios = [
+    (a["tokens"] / a["seconds"]) / (b["tokens"] / b["seconds"])
+    for a, b in zip(mine.turns, peer.turns, strict=True)
+  ]
+  return float(np.median(ratios))
 
 
 def summarize(contender: Contender) -> dict[str, Any]:

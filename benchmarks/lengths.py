@@ -8,7 +8,6 @@ no allocator and no other process blurs, with the process's peak beside it.
 """
 
 import argparse
-import pathlib
 import sys
 
 from benchmarks import interleave, results
@@ -35,36 +34,18 @@ def variants() -> dict[str, list[str]]:
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--num_turns", type=int, default=3)
-  parser.add_argument("--steps_a_turn", type=int, default=1)
+  interleave.add_options(parser, num_turns=3, steps_a_turn=1)
   parser.add_argument("--only", default="", help="names, with commas")
   options = parser.parse_args()
   found = variants()
   chosen = options.only.split(",") if options.only else list(found)
-  root = str(pathlib.Path(__file__).parents[1])
   rows = []
   # One after the other: together they would not fit a small machine.
   for name in chosen:
-    command = [
-      sys.executable,
-      "-m",
-      "benchmarks.ours",
-      "--memory",
-      *found[name],
-    ]
-    contender = interleave.Contender(name, command, cwd=root)
-    try:
-      interleave.run(
-        [contender],
-        num_turns=options.num_turns,
-        steps_a_turn=options.steps_a_turn,
-      )
-      row = interleave.summarize(contender)
-      row["step_temp_mb"] = contender.first["step_temp_mb"]
-      row["step_arguments_mb"] = contender.first["step_arguments_mb"]
-      rows.append(row)
-    finally:
-      contender.close()
+    contender = interleave.ours(name, ["--memory", *found[name]])
+    rows += interleave.measure([contender], options)
+    for figure in ("step_temp_mb", "step_arguments_mb"):
+      rows[-1][figure] = contender.first[figure]
   results.write(
     "4_lengths",
     title="Memory and time against length and vocabulary",

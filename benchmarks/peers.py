@@ -1,10 +1,11 @@
 """Tables 1 and 2: TRL's and Tunix's DPOTrainer on the same weights, data,
 batches and dtype.
 
-  python -m benchmarks.peers --trl_python=PYTHON [--num_turns=5]
-  python -m benchmarks.peers --tunix_python=PYTHON --table=2_tunix
+  python -m benchmarks.peers --trl_python=PYTHON --reference=cached
+  python -m benchmarks.peers --trl_python=PYTHON --reference=frozen
+  python -m benchmarks.peers --tunix_python=PYTHON --reference=frozen
 
-PYTHON is one with torch and trl, or google-tunix, in it. No contender runs
+PYTHON is one with torch and trl, or google-tunix, in it. No contender is timed
 before all agree on the first step's loss and gradient norm to 1e-4. torch gets
 the fast path of MKL on AMD where a C compiler is found.
 """
@@ -62,18 +63,6 @@ def mkl_override(folder: str) -> dict[str, str]:
   return {"LD_PRELOAD": library}
 
 
-def times_as_fast(
-  mine: interleave.Contender, peer: interleave.Contender
-) -> float:
-  """Of turns side by side, how many times the peer's tokens a second: the
-  median."""
-  ratios = [
-    (a["tokens"] / a["seconds"]) / (b["tokens"] / b["seconds"])
-    for a, b in zip(mine.turns, peer.turns, strict=True)
-  ]
-  return float(np.median(ratios))
-
-
 def _anonymous(argument: str) -> str:
   """An option without the path of a Python of this machine."""
   name, is_set, _ = argument.partition("_python=")
@@ -85,15 +74,16 @@ def main() -> None:
   workload.add_options(parser)
   parser.add_argument("--trl_python", default="")
   parser.add_argument("--tunix_python", default="")
-  parser.add_argument("--num_turns", type=int, default=5)
-  parser.add_argument("--steps_a_turn", type=int, default=4)
+  interleave.add_options(parser, num_turns=5, steps_a_turn=4)
   parser.add_argument(
-    "--frozen", action=argparse.BooleanOptionalAction, default=True
+    "--reference", default="cached", choices=("cached", "frozen")
   )
-  parser.add_argument("--table", default="1_peers")
+  parser.add_argument("--table", default="", help="name of the JSON file")
   options = parser.parse_args()
   if not (options.trl_python or options.tunix_python):
     parser.error("give --trl_python, --tunix_python, or both")
+  if options.tunix_python and options.reference == "cached":
+    parser.error("Tunix keeps its reference beside it: --reference=frozen")
   shared = [
     f"--{name}={getattr(options, name)}"
     for name in (
@@ -109,59 +99,34 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     export(ours.Trainer(ours.parse(shared)), folder, num_steps)
     env = mkl_override(folder)
-    root = str(pathlib.Path(__file__).parents[1])
+    kind = f"{options.reference} reference"
+    mine = interleave.ours(
+      f"dpo_jax, {kind}", [*shared, f"--reference={options.reference}"]
+    )
 
-    def our(reference):
-      command = [sys.executable, "-m", "benchmarks.ours", *shared]
-      return interleave.Contender(
-        f"dpo_jax, {reference} reference",
-        [*command, f"--reference={reference}"],
-        cwd=root,
-      )
-
-    def trl(reference, head="all"):
+    def trl(head="all"):
       command = [options.trl_python, "-m", "benchmarks.trl_worker"]
-      command += [f"--model={folder}", f"--reference={reference}"]
+      command += [f"--model={folder}", f"--reference={options.reference}"]
       patched = "" if head == "all" else ", head on responses"
       return interleave.Contender(
-        f"TRL, {reference} reference{patched}",
+        f"TRL, {kind}{patched}",
         [*command, f"--head={head}"],
         env=env | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
-        cwd=root,
       )
 
-    def tunix():
-      command = [options.tunix_python, "-m", "benchmarks.tunix_worker"]
-      return interleave.Contender(
-        "Tunix, frozen reference", [*command, f"--model={folder}"], cwd=root
-      )
-
-    contenders = []
+    contenders = [mine]
     if options.trl_python:
-      contenders += [our("cached"), trl("cached"), trl("cached", "scored")]
-    if options.frozen or options.tunix_python:
-      contenders.append(our("frozen"))
-    if options.trl_python and options.frozen:
-      contenders.append(trl("frozen"))
+      contenders += [trl(), trl("scored")]
     if options.tunix_python:
-      contenders.append(tunix())
-    try:
-      interleave.run(
-        contenders,
-        num_turns=options.num_turns,
-        steps_a_turn=options.steps_a_turn,
-        check=interleave.check_ticket,
+      command = [options.tunix_python, "-m", "benchmarks.tunix_worker"]
+      contenders.append(
+        interleave.Contender(f"Tunix, {kind}", [*command, f"--model={folder}"])
       )
-      rows = [interleave.summarize(c) for c in contenders]
-      for contender, row in zip(contenders, rows, strict=True):
-        kind = "cached" if "cached" in contender.name else "frozen"
-        mine = next(
-          c for c in contenders if c.name == f"dpo_jax, {kind} reference"
-        )
-        row["dpo_jax_is_faster_by"] = times_as_fast(mine, contender)
-    finally:
-      for contender in contenders:
-        contender.close()
+    rows = interleave.measure(
+      contenders, options, check=interleave.check_ticket
+    )
+  for contender, row in zip(contenders, rows, strict=True):
+    row["dpo_jax_is_faster_by"] = interleave.times_as_fast(mine, contender)
   peers = [
     name
     for name, python in (
@@ -170,9 +135,10 @@ def main() -> None:
     )
     if python
   ]
+  number = 1 if options.trl_python else 2
   results.write(
-    options.table,
-    title=f"dpo_jax and {' and '.join(peers)} on the same pairs",
+    options.table or f"{number}_{'_'.join(peers).lower()}_{options.reference}",
+    title=f"dpo_jax and {' and '.join(peers)}, {kind}",
     command=" ".join(
       ["python -m benchmarks.peers", *map(_anonymous, sys.argv[1:])]
     ),

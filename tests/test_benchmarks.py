@@ -1,5 +1,8 @@
 """What the benchmarks count."""
 
+import argparse
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -63,3 +66,67 @@ def test_contenders_that_do_other_work_are_refused():
   interleave.check_ticket([Fake("a", 0.69), Fake("b", 0.69002)])
   with pytest.raises(ValueError, match="b has loss"):
     interleave.check_ticket([Fake("a", 0.69), Fake("b", 0.6903)])
+
+
+def test_a_ratio_is_the_median_of_turns_side_by_side():
+  """A slow minute slows a turn of each, and is not the median."""
+
+  class Fake:
+    def __init__(self, seconds):
+      self.turns = [{"tokens": 12.0, "seconds": x} for x in seconds]
+
+  mine, peer = Fake([1.0, 2.0, 4.0]), Fake([3.0, 8.0, 20.0])
+  assert interleave.times_as_fast(mine, peer) == 4.0
+  assert interleave.times_as_fast(peer, mine) == 0.25
+
+
+def test_contenders_take_turns_and_the_warm_ones_are_not_kept(tmp_path):
+  """Two processes that count the steps which they are asked for."""
+  worker = tmp_path / "worker.py"
+  worker.write_text(_COUNTER)
+  order = tmp_path / "order.txt"
+  contenders = [
+    interleave.Contender(name, [sys.executable, str(worker), name, str(order)])
+    for name in "ab"
+  ]
+  options = argparse.Namespace(num_turns=2, steps_a_turn=3)
+  rows = interleave.measure(contenders, options)
+  assert order.read_text() == "ab" * 4  # the start, a warm turn, two turns
+  assert [row["name"] for row in rows] == ["a", "b"]
+  assert [turn["steps"] for turn in contenders[0].turns] == [[4, 7], [7, 10]]
+  assert rows[0]["tokens_per_second"] == 100.0
+
+
+def test_a_contender_that_ends_is_named(tmp_path):
+  worker = tmp_path / "worker.py"
+  worker.write_text("print('no trainer'); raise SystemExit(3)")
+  contender = interleave.Contender("a", [sys.executable, str(worker)])
+  options = argparse.Namespace(num_turns=1, steps_a_turn=1)
+  with pytest.raises(RuntimeError, match="a ended with code 3 at 'start'"):
+    interleave.measure([contender], options)
+
+
+_COUNTER = """
+import sys
+
+from benchmarks import interleave
+
+
+class Counter:
+  def __init__(self):
+    self.next = 0
+
+  def start(self):
+    return self.run(1) | {"loss": 0.5, "grad_norm": 1.0}
+
+  def run(self, num):
+    with open(sys.argv[2], "a") as file:
+      file.write(sys.argv[1])
+    start, self.next = self.next, self.next + num
+    return {"steps": [start, self.next], "tokens": 100.0, "seconds": 1.0,
+            "pairs": 1, "cpu_seconds": 1.0, "useful_flops": 1.0,
+            "peak_rss_mb": 1.0, "padding": 0.0}
+
+
+interleave.serve(Counter())
+"""
