@@ -10,7 +10,10 @@ import tempfile
 # jax is imported.
 os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Most programs of a test run once, and take longer to optimize than to run.
+os.environ["XLA_FLAGS"] = (
+  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+)
 
 # What one test compiles, others, their children and the other workers, which
 # inherit these, need not.

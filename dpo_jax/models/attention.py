@@ -137,7 +137,10 @@ def attend_rows(
     if rows.backend == "splash":
       labels = (rows.positions, rows.segments, rows.branches)
     attend_shard = functools.partial(kernel[rows.backend], **settings)
-    return _on_each_device(attend_shard, queries, keys, values, labels, window)
+    part = _context_part(rows)
+    return _on_each_device(
+      attend_shard, queries, keys, values, labels, window, part
+    )
   mask = rows.mask
   if window is not None:
     mask &= in_window(rows.positions, rows.positions, window)
@@ -153,6 +156,29 @@ def attend_rows(
   return attend(queries, keys, values, mask, **settings)
 
 
+def _free_axes() -> dict[str, int]:
+  """Sizes of the mesh axes that the partitioner divides work over."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return {
+    name: mesh.shape[name]
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if kind is AxisType.Auto
+  }
+
+
+def _context_part(rows: Rows) -> int:
+  """Queries of a row that each device of the axis `context` takes; 0 where
+  they are no whole blocks, so that every device takes all."""
+  size = _free_axes().get("context", 1)
+  length = rows.positions.shape[1]
+  if size == 1 or length % size:
+    return 0
+  part = length // size
+  if rows.backend == "splash":
+    return part if splash.is_cut_well(part) else 0
+  return part if part % rows.blocks.positions.shape[2] == 0 else 0
+
+
 def _on_each_device(
   kernel: Callable[..., jax.Array],
   queries: jax.Array,
@@ -160,15 +186,11 @@ def _on_each_device(
   values: jax.Array,
   labels: Any,
   window: jax.Array | None,
+  part: int,
 ) -> jax.Array:
-  """kernel(queries, keys, values, labels, window=window) on its own rows and
-  heads: the partitioner knows no loop whose length the data decide."""
-  mesh = jax.sharding.get_abstract_mesh()
-  sizes = {
-    name: mesh.shape[name]
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if kind is AxisType.Auto
-  }
+  """The kernel on the rows, heads and queries of each device, where each sees
+  all keys: the partitioner knows no loop whose length the data decide."""
+  sizes = _free_axes()
   if math.prod(sizes.values()) == 1:
     return kernel(queries, keys, values, labels, window=window)
   axes = tuple(name for name in ("data", "fsdp") if name in sizes)
@@ -178,10 +200,18 @@ def _on_each_device(
   if "tensor" not in sizes:
     heads = None
   by_rows = PartitionSpec(axes or None)
-  split = PartitionSpec(axes or None, None, heads)
+  whole = PartitionSpec(axes or None, None, heads)
+  split = PartitionSpec(axes or None, "context" if part else None, heads)
+
+  def on_device(queries, keys, values, labels, window):
+    first = jax.lax.axis_index("context") * part if part else 0
+    return kernel(
+      queries, keys, values, labels, window=window, first_query=first
+    )
+
   return jax.shard_map(
-    lambda q, k, v, labels, window: kernel(q, k, v, labels, window=window),
-    in_specs=(split, split, split, by_rows, PartitionSpec()),
+    on_device,
+    in_specs=(split, whole, whole, by_rows, PartitionSpec()),
     out_specs=split,
     axis_names=set(sizes),
     check_vma=False,

@@ -126,41 +126,52 @@ def attend_blocks(
   window: jax.Array | None,
   scale: float,
   soft_cap: float | None,
+  first_query: jax.Array | int = 0,
 ) -> jax.Array:
-  """As `attention.attend_rows`; padding gets zeros."""
+  """As `attention.attend_rows`; padding gets zeros.
+
+  The queries may be a part of each row, whole blocks of it from the place
+  `first_query` on; keys, values and blocks are of whole rows.
+  """
   num_rows, length, num_heads, head_dim = queries.shape
   num_blocks, size = blocks.positions.shape[1:]
+  num_query_blocks = -(-length // size)
   num_kv_heads = keys.shape[2]
 
   def cut(x):
     """[R, T, H, d] -> [R * N, num_kv_heads, H / num_kv_heads * size, d]."""
-    x = jnp.pad(x, ((0, 0), (0, num_blocks * size - length), (0, 0), (0, 0)))
-    x = x.reshape(num_rows * num_blocks, size, num_kv_heads, -1, head_dim)
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
+    x = x.reshape(-1, size, num_kv_heads, x.shape[2] // num_kv_heads, head_dim)
     x = jnp.transpose(x, (0, 2, 3, 1, 4))
     return x.reshape(*x.shape[:2], -1, head_dim)
+
+  def of_queries(x):
+    """[R, N, ...] -> those of the queries' blocks, rows one by one."""
+    x = jax.lax.dynamic_slice_in_dim(
+      x, first_query // size, num_query_blocks, axis=1
+    )
+    return x.reshape(-1, *x.shape[2:])
 
   first_prompt, in_prompt, first_own, own = key_blocks(blocks, window)
   # Rows one behind the other: a block's number is that of all rows' blocks.
   offsets = jnp.arange(num_rows, dtype=jnp.int32)[:, None] * num_blocks
   ranges = (first_prompt + offsets, in_prompt, first_own + offsets, own)
-  ranges = tuple(x.reshape(-1) for x in ranges)
-  labels = tuple(
-    x.reshape(-1, size)
-    for x in (blocks.positions, blocks.segments, blocks.branches)
-  )
+  labels = (blocks.positions, blocks.segments, blocks.branches)
   out = _attend(
     cut(queries),
     cut(keys),
     cut(values),
-    ranges,
-    labels,
+    jax.tree.map(of_queries, (ranges, labels)),
+    tuple(x.reshape(-1, size) for x in labels),
     window,
     scale,
     soft_cap,
   )
-  out = out.reshape(num_rows, num_blocks, num_kv_heads, -1, size, head_dim)
+  out = out.reshape(
+    num_rows, num_query_blocks, num_kv_heads, -1, size, head_dim
+  )
   out = jnp.transpose(out, (0, 1, 4, 2, 3, 5))
-  out = out.reshape(num_rows, num_blocks * size, num_heads, head_dim)
+  out = out.reshape(num_rows, num_query_blocks * size, num_heads, head_dim)
   return out[:, :length]
 
 
@@ -198,17 +209,20 @@ def _scores(queries, keys, seen, scale, soft_cap):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attend(queries, keys, values, ranges, labels, window, scale, soft_cap):
+def _attend(queries, keys, values, wanted, labels, window, scale, soft_cap):
   return _forward(
-    queries, keys, values, ranges, labels, window, scale, soft_cap
+    queries, keys, values, wanted, labels, window, scale, soft_cap
   )[0]
 
 
-def _forward(queries, keys, values, ranges, labels, window, scale, soft_cap):
-  """Outputs like queries, and the log of each softmax's sum, f32."""
+def _forward(queries, keys, values, wanted, labels, window, scale, soft_cap):
+  """Outputs like queries, and the log of each softmax's sum, f32.
+
+  `wanted` is of each block of queries: its ranges of keys, and its labels.
+  """
 
   def one_block(scanned):
-    query, query_ranges, query_labels = scanned
+    query, (query_ranges, query_labels) = scanned
 
     def add(step, carry):
       peak, total, out = carry
@@ -239,23 +253,23 @@ def _forward(queries, keys, values, ranges, labels, window, scale, soft_cap):
     out = (out / total[..., None]).astype(query.dtype)
     return out, peak + jnp.log(total)
 
-  return jax.lax.map(one_block, (queries, ranges, labels))
+  return jax.lax.map(one_block, (queries, wanted))
 
 
-def _attend_fwd(queries, keys, values, ranges, labels, window, scale, cap):
-  out, lse = _forward(queries, keys, values, ranges, labels, window, scale, cap)
-  return out, (queries, keys, values, ranges, labels, window, out, lse)
+def _attend_fwd(queries, keys, values, wanted, labels, window, scale, cap):
+  out, lse = _forward(queries, keys, values, wanted, labels, window, scale, cap)
+  return out, (queries, keys, values, wanted, labels, window, out, lse)
 
 
 def _attend_bwd(scale, soft_cap, saved, out_gradient):
-  queries, keys, values, ranges, labels, window, out, lse = saved
+  queries, keys, values, wanted, labels, window, out, lse = saved
   # What each line's weights sum to, weighed by their own gradients.
   delta = jnp.sum(
     out.astype(jnp.float32) * out_gradient.astype(jnp.float32), -1
   )
 
   def one_block(gradients, scanned):
-    query, pull, line_lse, line_delta, query_ranges, query_labels = scanned
+    query, pull, line_lse, line_delta, (query_ranges, query_labels) = scanned
 
     def add(step, carry):
       query_gradient, key_gradient, value_gradient = carry
@@ -293,7 +307,7 @@ def _attend_bwd(scale, soft_cap, saved, out_gradient):
 
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
   (key_gradient, value_gradient), query_gradient = jax.lax.scan(
-    one_block, zeros, (queries, out_gradient, lse, delta, ranges, labels)
+    one_block, zeros, (queries, out_gradient, lse, delta, wanted)
   )
   return (
     query_gradient,

@@ -74,20 +74,20 @@ def _is_inside(packed: jax.Array, places: jax.Array) -> jax.Array:
   return (places >= packed >> 16) & (places < packed & 0xFFFF)
 
 
-def _mask_infos(interval: jax.Array, size: int) -> tuple[Any, Any]:
+def _mask_infos(
+  interval: jax.Array, size: int, num_key_blocks: int
+) -> tuple[Any, Any]:
   """The kernel's tables for the passes over queries, and over keys."""
   blocks = interval.reshape(-1, size, 2)
-  num_blocks = len(blocks)
   is_empty = blocks[..., 0] >= blocks[..., 1]
   first = jnp.where(is_empty, _LONGEST, blocks[..., 0]).min(1)
   end = jnp.where(is_empty, 0, blocks[..., 1]).max(1)
-  edges = jnp.arange(num_blocks, dtype=jnp.int32) * size
+  edges = jnp.arange(num_key_blocks, dtype=jnp.int32) * size
   # A query's interval and the hull of its block's: no more than edges' worth.
   runs = (edges < end[:, None]) & (edges + size > first[:, None])
-  here = jnp.arange(num_blocks, dtype=jnp.int32)
 
   def info(axis):
-    index = here[None, :] if axis == 1 else here[:, None]
+    index = jax.lax.broadcasted_iota(jnp.int32, runs.shape, axis)
     # A block that is skipped stays with the one before: nothing is fetched.
     fetched = jax.lax.cummax(jnp.where(runs, index, 0), axis=axis)
     return mask_info_lib.MaskInfo(
@@ -179,6 +179,11 @@ def _attend_bwd(size, soft_cap, interpret, saved, pull):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
+def is_cut_well(length: int, block: int = BLOCK) -> bool:
+  """Whether a part of a row of this many queries is whole blocks."""
+  return length % _LANES == 0 and length % min(length, block) == 0
+
+
 def attend_splash(
   queries: jax.Array,
   keys: jax.Array,
@@ -188,22 +193,26 @@ def attend_splash(
   window: jax.Array | None,
   scale: float,
   soft_cap: float | None,
+  first_query: jax.Array | int = 0,
   block: int = BLOCK,
   interpret: bool = False,
 ) -> jax.Array:
   """As `attention.attend_rows`, of the rows and heads of one device.
 
+  The queries may be a part of each row that `is_cut_well` allows, from the
+  place `first_query` on; keys, values and labels are of whole rows.
+
   Raises:
     ValueError: rows longer than 16 bits of an interval's end can say.
   """
-  length = queries.shape[1]
+  length, num_keys = queries.shape[1], keys.shape[1]
   # The largest block that rows of this length do not pad by much.
   size = min(block, -(-length // _LANES) * _LANES)
-  padding = -length % size
-  if length + padding > _LONGEST:
+  padding = -num_keys % size
+  if num_keys + padding > _LONGEST:
     raise ValueError(
       f"policy.attention='splash' takes rows of up to {_LONGEST} tokens, and"
-      f" they have {length}: lower data.row_tokens, or set"
+      f" they have {num_keys}: lower data.row_tokens, or set"
       " policy.attention='xla'"
     )
 
@@ -211,10 +220,18 @@ def attend_splash(
     *arrays, row_labels = scanned
     row_labels = tuple(jnp.pad(x, (0, padding)) for x in row_labels)
     infos = tuple(
-      _mask_infos(interval, size) for interval in intervals(row_labels, window)
+      _mask_infos(
+        jax.lax.dynamic_slice_in_dim(
+          interval, first_query, length + -length % size
+        ),
+        size,
+        (num_keys + padding) // size,
+      )
+      for interval in intervals(row_labels, window)
     )
     arrays = [
-      jnp.pad(x, ((0, padding), (0, 0), (0, 0))).swapaxes(0, 1) for x in arrays
+      jnp.pad(x, ((0, -len(x) % size), (0, 0), (0, 0))).swapaxes(0, 1)
+      for x in arrays
     ]
     out = _attend(*arrays, infos, size, soft_cap, interpret)
     return out.swapaxes(0, 1)[:length]

@@ -1,5 +1,6 @@
 """Blocked attention, against all scores at once."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -177,6 +178,82 @@ def test_the_tpu_kernel_equals_all_scores_at_once(
     np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
 
 
+@pytest.mark.parametrize(
+  ("backend", "size"),
+  [("xla", 16), pytest.param("splash", 128, marks=pytest.mark.slow)],
+)
+def test_parts_of_a_row_equal_the_whole(backend, size):
+  """What the devices of the axis `context` do, one behind the other."""
+  batch = random_batch(5, 2, 512)
+  labels = labels_of(batch)
+  rows = attention.make_rows(*labels, backend="dense")
+  settings = dict(window=jnp.int32(20), scale=0.7, soft_cap=None)
+  part = 128
+  if backend == "xla":
+    blocks = blocked.make_blocks(*labels, size)
+    attend = functools.partial(blocked.attend_blocks, blocks=blocks)
+  else:
+    attend = functools.partial(
+      splash.attend_splash, labels=tuple(labels), block=size, interpret=True
+    )
+
+  def in_parts(q, k, v):
+    return jnp.concatenate(
+      [
+        attend(q[:, at : at + part], k, v, first_query=at, **settings)
+        for at in range(0, 512, part)
+      ],
+      axis=1,
+    )
+
+  heads = dict(num_heads=4, num_kv_heads=2)
+  wanted = values_and_grads(
+    lambda q, k, v: attention.attend_rows(q, k, v, rows, **settings),
+    batch,
+    **heads,
+  )
+  got = values_and_grads(in_parts, batch, **heads)
+  for one, other in zip(got, wanted, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(
+  ("length", "queries"),
+  [(256, 64), (192, 192)],
+  ids=["whole blocks", "parts of blocks"],
+)
+def test_the_context_axis_splits_queries_at_blocks(
+  length, queries, monkeypatch
+):
+  batch = random_batch(5, 2, length)
+  labels = labels_of(batch)
+  settings = dict(window=None, scale=0.7, soft_cap=None)
+  heads = dict(num_heads=4, num_kv_heads=2)
+
+  def attend(q, k, v, backend):
+    rows = attention.make_rows(*labels, backend=backend)
+    return attention.attend_rows(q, k, v, rows, **settings)
+
+  seen = set()
+  attend_blocks = blocked.attend_blocks
+
+  def spy(queries, keys, *rest, **others):
+    seen.add((queries.shape[1], keys.shape[1]))
+    return attend_blocks(queries, keys, *rest, **others)
+
+  wanted = values_and_grads(
+    functools.partial(attend, backend="dense"), batch, **heads
+  )
+  monkeypatch.setattr(blocked, "attend_blocks", spy)
+  with jax.set_mesh(tiny.make_placement({"data": 2, "context": 4}).mesh):
+    got = values_and_grads(
+      functools.partial(attend, backend="xla"), batch, **heads
+    )
+  assert seen == {(queries, length)}
+  for one, other in zip(got, wanted, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_intervals_are_the_mask(seed):
   window = int(np.random.default_rng(seed).integers(1, 40))
@@ -205,12 +282,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from dpo_jax.models import attention
 
 topology = topologies.get_topology_desc(
-  platform="tpu", topology_name="v5e:2x2"
+  platform="tpu", topology_name="v5e:2x4"
 )
 mesh = Mesh(
-  np.array(topology.devices).reshape(2, 1, 2),
-  ("data", "fsdp", "tensor"),
-  axis_types=(AxisType.Auto,) * 3,
+  np.array(topology.devices).reshape(2, 1, 2, 2),
+  ("data", "fsdp", "tensor", "context"),
+  axis_types=(AxisType.Auto,) * 4,
 )
 
 def place(shape, dtype, *spec):
@@ -245,13 +322,13 @@ assert "custom-call" in compiled.as_text()
 
 @pytest.mark.slow
 def test_the_tpu_kernel_compiles_for_a_tpu():
-  """On a mesh that splits rows and heads, with windows and soft caps."""
+  """On a mesh that splits rows, heads and queries, with windows and caps."""
   pytest.importorskip("libtpu")
   quiet = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_ID": "0",
   }
   env = {**os.environ, **quiet}
