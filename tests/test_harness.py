@@ -203,6 +203,22 @@ def test_csv_has_every_column(tmp_path):
   assert path.read_text().splitlines() == ["a,b", "1,", ",x"]
 
 
+@pytest.mark.parametrize(
+  ("given", "then"),
+  [
+    ("", "--xla_backend_optimization_level=1"),
+    ("--a=2", "--a=2 --xla_backend_optimization_level=1"),
+    ("--xla_backend_optimization_level=3", None),
+  ],
+)
+def test_a_tiny_sweep_compiles_at_a_lower_level_unless_told(
+  given, then, monkeypatch
+):
+  monkeypatch.setenv("XLA_FLAGS", given)
+  harness.compile_soon()
+  assert os.environ["XLA_FLAGS"] == (then or given)
+
+
 _SWEEP = """
 import sys
 from experiments import harness
