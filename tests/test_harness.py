@@ -1,6 +1,7 @@
 """A sweep: finished once, resumed, locked, and honest about what it lacks."""
 
 import multiprocessing
+import os
 import signal
 
 import pytest
