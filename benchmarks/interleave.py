@@ -7,6 +7,7 @@ minute in which the machine is busy with other work slows all of them.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import json
 import os
 import pathlib
@@ -98,8 +99,9 @@ class Contender:
 
   def ask(self, command: str) -> dict[str, Any]:
     """Sends a command and waits for the answer."""
-    self._process.stdin.write(command + "\n")
-    self._process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # it ended; told below
+      self._process.stdin.write(command + "\n")
+      self._process.stdin.flush()
     for line in self._process.stdout:
       if line.startswith(_MARK):
         return json.loads(line.removeprefix(_MARK))
@@ -110,7 +112,8 @@ class Contender:
 
   def close(self) -> None:
     """Ends the process."""
-    self._process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):
+      self._process.stdin.close()
     self._process.wait()
 
 

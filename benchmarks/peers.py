@@ -136,6 +136,8 @@ def main() -> None:
     if python
   ]
   number = 1 if options.trl_python else 2
+  mkl = ["MKL's fast path on AMD for torch: " + ("forced." if env else "no.")]
+  mkl = mkl if options.trl_python else []
   results.write(
     options.table or f"{number}_{'_'.join(peers).lower()}_{options.reference}",
     title=f"dpo_jax and {' and '.join(peers)}, {kind}",
@@ -148,7 +150,7 @@ def main() -> None:
       " after the other; medians, quartiles in the JSON.",
       "Same weights, batches, float32 and AdamW: first loss and gradient norm"
       " agree to 1e-4, or nothing is timed.",
-      "MKL's fast path on AMD for torch: " + ("forced." if env else "no."),
+      *mkl,
       "CPU seconds are those of the process, and say what the work takes where"
       " others load the machine; its load is above.",
     ],

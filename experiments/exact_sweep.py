@@ -255,7 +255,7 @@ class Sweep:
     """As many labels as offline DPO sees, but of the policy's own samples."""
     online = dict(
       kind="pairs",
-      every_steps=self.steps // rounds,
+      every_steps=-(-self.steps // rounds),
       label="bradley_terry",
       judge=self.truth,
     )

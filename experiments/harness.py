@@ -494,8 +494,8 @@ def compile_once(workdir: str) -> None:
 
 
 def compile_soon() -> None:
-  """Has XLA's CPU backend optimize less: a small policy's program takes longer
-  to compile than to run. To be called before JAX has looked for devices."""
+  """Has XLA's backend optimize less: a small policy's program takes longer to
+  compile than to run. To be called before JAX has looked for devices."""
   flag = "--xla_backend_optimization_level"
   given = os.environ.get("XLA_FLAGS", "")
   if flag not in given:

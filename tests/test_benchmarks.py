@@ -82,11 +82,11 @@ def test_a_ratio_is_the_median_of_turns_side_by_side():
 
 def test_contenders_take_turns_and_the_warm_ones_are_not_kept(tmp_path):
   """Two processes that count the steps which they are asked for."""
-  worker = tmp_path / "worker.py"
-  worker.write_text(_COUNTER)
   order = tmp_path / "order.txt"
   contenders = [
-    interleave.Contender(name, [sys.executable, str(worker), name, str(order)])
+    interleave.Contender(
+      name, [sys.executable, "-c", _COUNTER, name, str(order)]
+    )
     for name in "ab"
   ]
   options = argparse.Namespace(num_turns=2, steps_a_turn=3)
@@ -97,10 +97,10 @@ def test_contenders_take_turns_and_the_warm_ones_are_not_kept(tmp_path):
   assert rows[0]["tokens_per_second"] == 100.0
 
 
-def test_a_contender_that_ends_is_named(tmp_path):
-  worker = tmp_path / "worker.py"
-  worker.write_text("print('no trainer'); raise SystemExit(3)")
-  contender = interleave.Contender("a", [sys.executable, str(worker)])
+def test_a_contender_that_ends_is_named():
+  """Before it is asked, or while it works; the others are ended too."""
+  code = "print('no trainer'); raise SystemExit(3)"
+  contender = interleave.Contender("a", [sys.executable, "-c", code])
   options = argparse.Namespace(num_turns=1, steps_a_turn=1)
   with pytest.raises(RuntimeError, match="a ended with code 3 at 'start'"):
     interleave.measure([contender], options)

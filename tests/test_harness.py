@@ -212,7 +212,7 @@ def test_csv_has_every_column(tmp_path):
     ("--xla_backend_optimization_level=3", None),
   ],
 )
-def test_a_tiny_sweep_compiles_at_a_lower_level_unless_told(
+def test_a_lower_level_of_compilation_is_asked_for_unless_one_is_given(
   given, then, monkeypatch
 ):
   monkeypatch.setenv("XLA_FLAGS", given)

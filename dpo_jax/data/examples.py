@@ -241,7 +241,7 @@ def _truncated(
   ):
     raise RecordError(
       f"{where}: truncated={value!r:.80} must be a list of {num} booleans, one"
-      " for each response"
+      " for each response, or a boolean where there is one"
     )
   return tuple(flags) if any(flags) else None
 

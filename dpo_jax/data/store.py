@@ -363,7 +363,8 @@ class _Response(NamedTuple):
 def _encode(
   examples: list[Example], tokenizer: Tokenizer
 ) -> list[tuple[list[int], list[_Response]]]:
-  """Ids of the prompt, BOS included, and of the responses, EOS included.
+  """Ids of the prompt, BOS included, and of the responses, EOS included
+  unless they are truncated.
 
   A response of several turns is encoded turn by turn, as its turns would be
   sampled: no token straddles a border there either.

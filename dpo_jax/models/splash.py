@@ -179,9 +179,9 @@ def _attend_bwd(size, soft_cap, interpret, saved, pull):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def is_cut_well(length: int, block: int = BLOCK) -> bool:
+def is_cut_well(length: int) -> bool:
   """Whether a part of a row of this many queries is whole blocks."""
-  return length % _LANES == 0 and length % min(length, block) == 0
+  return length % _LANES == 0
 
 
 def attend_splash(
@@ -206,8 +206,12 @@ def attend_splash(
     ValueError: rows longer than 16 bits of an interval's end can say.
   """
   length, num_keys = queries.shape[1], keys.shape[1]
-  # The largest block that rows of this length do not pad by much.
+  # The largest block that rows of this length do not pad by much, and that
+  # parts of rows do not pad at all.
   size = min(block, -(-length // _LANES) * _LANES)
+  if length < num_keys:
+    sizes = range(_LANES, size + 1, _LANES)
+    size = max(x for x in sizes if length % x == 0)
   padding = -num_keys % size
   if num_keys + padding > _LONGEST:
     raise ValueError(

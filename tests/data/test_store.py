@@ -88,7 +88,7 @@ def test_a_truncated_response_has_no_eos(tmp_path):
 
 
 def test_a_truncated_answer_loses_the_end_that_its_template_wrote(tmp_path):
-  """Whatever the template puts behind the turn goes with it."""
+  """From the first stop id on."""
   tokenizer = HFTokenizer(folders.write_folder(tmp_path / "tokenizer"))
   messages = [
     [{"role": role, "content": content}]
