@@ -139,7 +139,6 @@ def measure(
   contenders: Sequence[Contender],
   options: argparse.Namespace,
   *,
-  num_warm_turns: int = 1,
   check: Callable[[Sequence[Contender]], None] = lambda contenders: None,
 ) -> list[dict[str, Any]]:
   """Starts all, warms up, lets them take turns, and ends them.
@@ -147,7 +146,6 @@ def measure(
   Args:
     contenders: their answers are kept in them.
     options: see `add_options`.
-    num_warm_turns: that are not kept.
     check: sees their first steps before anything is timed.
 
   Returns:
@@ -157,10 +155,10 @@ def measure(
     for contender in contenders:
       contender.first = contender.ask("start")
     check(contenders)
-    for turn in range(num_warm_turns + options.num_turns):
+    for turn in range(1 + options.num_turns):
       for contender in contenders:
         answer = contender.ask(f"run {options.steps_a_turn}")
-        if turn >= num_warm_turns:
+        if turn:  # the first warms up
           contender.turns.append(answer)
     return [summarize(contender) for contender in contenders]
   finally:

@@ -52,6 +52,7 @@ _FOLDERS = {
     "presets",
     "lora",
     "rotary",
+    "partition",
     "blocked",
     "splash",
     "attention",

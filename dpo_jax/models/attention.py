@@ -8,9 +8,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from dpo_jax.models import blocked, splash
+from dpo_jax.models import blocked, partition, splash
 
 # Tokens of a block of the "xla" backend, by platform: small enough on a CPU to
 # stay in its cache and to fit short prompts closely.
@@ -156,20 +156,10 @@ def attend_rows(
   return attend(queries, keys, values, mask, **settings)
 
 
-def _free_axes() -> dict[str, int]:
-  """Sizes of the mesh axes that the partitioner divides work over."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return {
-    name: mesh.shape[name]
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if kind is AxisType.Auto
-  }
-
-
 def _context_part(rows: Rows) -> int:
   """Queries of a row that each device of the axis `context` takes; 0 where
   they are no whole blocks, so that every device takes all."""
-  size = _free_axes().get("context", 1)
+  size = partition.free_axes().get("context", 1)
   length = rows.positions.shape[1]
   if size == 1 or length % size:
     return 0
@@ -190,7 +180,7 @@ def _on_each_device(
 ) -> jax.Array:
   """The kernel on the rows, heads and queries of each device, where each sees
   all keys: the partitioner knows no loop whose length the data decide."""
-  sizes = _free_axes()
+  sizes = partition.free_axes()
   if math.prod(sizes.values()) == 1:
     return kernel(queries, keys, values, labels, window=window)
   axes = tuple(name for name in ("data", "fsdp") if name in sizes)

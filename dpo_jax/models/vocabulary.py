@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
+from dpo_jax.models import partition
 from dpo_jax.models.decoder import Readout
 
 # Logits that exist at a time, over the rows of a device: 16 MiB of float32,
@@ -56,26 +57,17 @@ def figures(
   return {name: out[name] for name in wanted}
 
 
-def _mesh_sizes() -> dict[str, int]:
-  mesh = jax.sharding.get_abstract_mesh()
-  return {
-    name: mesh.shape[name]
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if kind is AxisType.Auto
-  }
-
-
 def is_head_split() -> bool:
   """Whether devices hold parts of the head that each of them needs whole.
 
   Every chunk of positions then gathers all of it, and scatters its gradient.
   """
-  return _mesh_sizes().get("fsdp", 1) > 1
+  return partition.free_axes().get("fsdp", 1) > 1
 
 
 def _pin(x: jax.Array, *axes: Any) -> jax.Array:
   """Lays x over those axes of the mesh that there are."""
-  sizes = _mesh_sizes()
+  sizes = partition.free_axes()
   if math.prod(sizes.values()) == 1:
     return x
   spec = []
@@ -96,11 +88,11 @@ class _Columns:
 
   def __init__(self, readout: Readout, num_positions: int):
     self.depth, self.vocab_size = readout.kernel.shape
-    parts = _mesh_sizes().get("tensor", 1)
+    parts = partition.free_axes().get("tensor", 1)
     self.parts = parts if self.vocab_size % parts == 0 else 1
     self.width = self.vocab_size // self.parts
     shards = math.prod(
-      size for name, size in _mesh_sizes().items() if name in _ROW_AXES
+      size for name, size in partition.free_axes().items() if name in _ROW_AXES
     )
     size = BLOCK_LOGITS * shards // max(num_positions, 1)
     size = max(size // LEAST_COLUMNS, 1) * LEAST_COLUMNS
