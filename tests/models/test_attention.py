@@ -15,7 +15,7 @@ from dpo_jax.models import attention, blocked, splash
 from tests import tiny
 
 
-def random_batch(seed, num_slots, length, layout="shared"):
+def random_batch(seed, num_slots, length, layout="shared", num_groups=0):
   """Groups of random lengths; some prompts span blocks, some do not."""
   rng = np.random.default_rng(seed)
 
@@ -24,7 +24,7 @@ def random_batch(seed, num_slots, length, layout="shared"):
 
   groups = [
     [text(1, 40), *(text(1, 30) for _ in range(num_slots))]
-    for _ in range(rng.integers(3, 8))
+    for _ in range(num_groups or rng.integers(3, 8))
   ]
   return tiny.pack(groups, layout, length)
 
@@ -184,11 +184,12 @@ def test_the_tpu_kernel_equals_all_scores_at_once(
 )
 def test_parts_of_a_row_equal_the_whole(backend, size):
   """What the devices of the axis `context` do, one behind the other."""
-  batch = random_batch(5, 2, 768)
+  batch = random_batch(5, 2, 768, num_groups=24)
   labels = labels_of(batch)
   rows = attention.make_rows(*labels, backend="dense")
   settings = dict(window=jnp.int32(20), scale=0.7, soft_cap=None)
   part = 384  # of 128 and of 16, and not of 256
+  assert (batch.segments[:, part:] > 0).any(), "nothing but padding there"
   if backend == "xla":
     blocks = blocked.make_blocks(*labels, size)
     attend = functools.partial(blocked.attend_blocks, blocks=blocks)
