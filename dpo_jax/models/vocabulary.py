@@ -65,6 +65,17 @@ def is_head_split() -> bool:
   return partition.free_axes().get("fsdp", 1) > 1
 
 
+def _num_data_shards(num_rows: int) -> int:
+  size = partition.free_axes().get("data", 1)
+  return size if num_rows % size == 0 else 1
+
+
+def _by_data(x: jax.Array, *axes: Any) -> jax.Array:
+  """[R, S, ...] -> [N, R / N, S, ...], a part for each of N data shards."""
+  parts = x.reshape(_num_data_shards(len(x)), -1, *x.shape[1:])
+  return _pin(parts, "data", "fsdp", None, *axes)
+
+
 def _pin(x: jax.Array, *axes: Any) -> jax.Array:
   """Lays x over those axes of the mesh that there are."""
   sizes = partition.free_axes()
@@ -147,63 +158,78 @@ def _logits(hidden: jax.Array, block: Readout) -> jax.Array:
   return _pin(logits, _ROW_AXES, None, "tensor", None)
 
 
-def _fold(
-  peak: jax.Array, sums: tuple[jax.Array, ...], new_peak: jax.Array
-) -> tuple[jax.Array, ...]:
-  """Sums of exponentials above `peak`, as sums above `new_peak`."""
-  shrink = jnp.exp(peak - new_peak)
-  return tuple(x * shrink for x in sums)
+# Sums of exponentials: the peak that they are above, and its power.
+_PEAKS = {
+  "sum": ("peak", 1),
+  "squares": ("peak", 2),
+  "ref_sum": ("ref_peak", 1),
+  "gap": ("ref_peak", 1),
+}
+
+
+def _above(
+  sums: dict[str, jax.Array], peaks: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Sums of exponentials above their own peaks, as sums above `peaks`."""
+  out = {**sums, **peaks}
+  for name in sums.keys() & _PEAKS.keys():
+    peak, power = _PEAKS[name]
+    out[name] = sums[name] * jnp.exp(power * (sums[peak] - peaks[peak]))
+  return out
 
 
 def _chunk_figures(hidden, readout, targets, reference, wanted):
   """f32 [R, S] each: logps, kl, the others, and the log-sum-exps."""
   columns = _Columns(readout, targets.size)
   readout = columns.split(readout)
-  zeros = jnp.zeros(targets.shape, jnp.float32)
-  lowest = jnp.full(targets.shape, -jnp.inf, jnp.float32)
   with_alignment = "alignment" in wanted
   if reference is not None:
     ref_hidden, ref_readout = reference[0], columns.split(reference[1])
 
   def body(carry, start, size):
-    logits = _logits(hidden, columns.block(readout, start, size))
     is_target = columns.ids(start, size) == targets[..., None, None]
 
     def pick(logits):
-      return jnp.where(is_target, logits, 0.0).sum((-2, -1))
+      return jnp.where(is_target, logits, 0.0).sum(-1)
 
-    def above(peak):
-      return jnp.exp(logits - peak[..., None, None])
-
-    new = dict(carry)
-    new["target"] = carry["target"] + pick(logits)
-    new["peak"] = peak = jnp.maximum(carry["peak"], logits.max((-2, -1)))
-    (kept,) = _fold(carry["peak"], (carry["sum"],), peak)
-    new["sum"] = kept + above(peak).sum((-2, -1))
-    if with_alignment:
-      (kept,) = _fold(2 * carry["peak"], (carry["squares"],), 2 * peak)
-      new["squares"] = kept + jnp.square(above(peak)).sum((-2, -1))
+    logits = _logits(hidden, columns.block(readout, start, size))
+    peaks = {"peak": jnp.maximum(carry["peak"], logits.max(-1))}
     if reference is not None:
       ref = _logits(ref_hidden, columns.block(ref_readout, start, size))
-      new["ref_target"] = carry["ref_target"] + pick(ref)
-      ref_peak = jnp.maximum(carry["ref_peak"], ref.max((-2, -1)))
-      new["ref_peak"] = ref_peak
-      kept, kept_gap = _fold(
-        carry["ref_peak"], (carry["ref_sum"], carry["gap"]), ref_peak
-      )
-      weights = jnp.exp(ref - ref_peak[..., None, None])
-      new["ref_sum"] = kept + weights.sum((-2, -1))
+      peaks["ref_peak"] = jnp.maximum(carry["ref_peak"], ref.max(-1))
+    new = _above(carry, peaks)
+    new["target"] += pick(logits)
+    weights = jnp.exp(logits - peaks["peak"][..., None])
+    new["sum"] += weights.sum(-1)
+    if with_alignment:
+      new["squares"] += jnp.square(weights).sum(-1)
+    if reference is not None:
+      new["ref_target"] += pick(ref)
+      weights = jnp.exp(ref - peaks["ref_peak"][..., None])
+      new["ref_sum"] += weights.sum(-1)
       if "kl" in wanted:
-        new["gap"] = kept_gap + (weights * (ref - logits)).sum((-2, -1))
+        new["gap"] += (weights * (ref - logits)).sum(-1)
     return new
 
-  names = ["target", "sum", "squares", "ref_target", "ref_sum", "gap"]
-  carry = dict.fromkeys(names, zeros)
-  carry |= {"peak": lowest, "ref_peak": lowest}
-  sums = columns.scan(body, carry)
+  names = ["peak", "target", "sum"]
+  names += ["squares"] * with_alignment
+  if reference is not None:
+    names += ["ref_peak", "ref_target", "ref_sum", "gap"]
+  # [R, S, P]: every part sums its own, so that devices that hold parts talk
+  # once a chunk and not once a block.
+  zeros = jnp.zeros((*targets.shape, columns.parts), jnp.float32)
+  zeros = _pin(zeros, _ROW_AXES, None, "tensor")
+  sums = columns.scan(
+    body,
+    {name: zeros - jnp.inf if "peak" in name else zeros for name in names},
+  )
+  peaks = {name: sums[name].max(-1) for name in names if "peak" in name}
+  sums = _above(sums, {name: x[..., None] for name, x in peaks.items()})
+  sums = {name: x.sum(-1) for name, x in sums.items()} | peaks
   lse = sums["peak"] + jnp.log(sums["sum"])
   logps = sums["target"] - lse
-  others, kl, ref_lse = {}, zeros, zeros
+  kl = ref_lse = jnp.zeros_like(lse)
+  others = {}
   if with_alignment:
     collision = 2 * sums["peak"] + jnp.log(sums["squares"]) - 2 * lse
     others["alignment"] = logps - collision
@@ -259,7 +285,7 @@ def _figures_bwd(wanted, saved, gradients):
     chunk, its_targets, its_lse, pull, ref_chunk, its_ref_lse, kl_pull = scanned
 
     def body(carry, start, size):
-      readout_gradient, chunk_gradient = carry
+      readout_gradient, by_part = carry
       block = columns.block(split, start, size)
       logits = _logits(chunk, block)
       probs = jnp.exp(logits - its_lse[..., None, None])
@@ -271,24 +297,26 @@ def _figures_bwd(wanted, saved, gradients):
         slope += (probs - ref_probs) * kl_pull[..., None, None]
       if block.soft_cap is not None:
         slope *= 1.0 - jnp.square(logits / block.soft_cap)
-      bias_added = slope.sum((0, 1))
+      slopes = _by_data(slope, "tensor", None)
+      bias_added = slopes.sum((1, 2))
       slope = slope.astype(chunk.dtype)
       product = functools.partial(
         jnp.einsum, preferred_element_type=jnp.float32
       )
-      chunk_gradient += product("rspv,dpv->rsd", slope, block.kernel)
-      added = product("rsd,rspv->dpv", chunk, slope)
-      added = _pin(added, "fsdp", "tensor", None)
+      by_part += product("rspv,dpv->prsd", slope, block.kernel)
+      added = product(
+        "nrsd,nrspv->ndpv", _by_data(chunk, None), slopes.astype(chunk.dtype)
+      )
+      added = _pin(added, "data", "fsdp", "tensor", None)
       kernel, bias = readout_gradient
       kernel = _add_columns(kernel, added, start)
       bias = None if bias is None else _add_columns(bias, bias_added, start)
-      return (kernel, bias), chunk_gradient
+      return (kernel, bias), by_part
 
-    zeros = jnp.zeros(chunk.shape, jnp.float32)
-    readout_gradient, chunk_gradient = columns.scan(
-      body, (readout_gradient, zeros)
-    )
-    return readout_gradient, chunk_gradient.astype(chunk.dtype)
+    by_part = jnp.zeros((columns.parts, *chunk.shape), jnp.float32)
+    by_part = _pin(by_part, "tensor", _ROW_AXES, None, None)
+    readout_gradient, by_part = columns.scan(body, (readout_gradient, by_part))
+    return readout_gradient, by_part.sum(0).astype(chunk.dtype)
 
   def one_chunk(gradient, scanned):
     used, *scanned = scanned
@@ -300,14 +328,19 @@ def _figures_bwd(wanted, saved, gradients):
       scanned,
     )
 
-  zeros = jnp.zeros(split.kernel.shape, jnp.float32)
-  zeros = (
-    _pin(zeros, "fsdp", "tensor", None),
-    None if split.bias is None else jnp.zeros_like(split.bias),
+  # A sum for each shard of `data`, so that they meet once a step and not once
+  # a chunk.
+  def zeros(x, *axes):
+    shape = (_num_data_shards(targets.shape[1]), *x.shape)
+    return _pin(jnp.zeros(shape, jnp.float32), "data", *axes)
+
+  empty = (
+    zeros(split.kernel, "fsdp", "tensor", None),
+    None if split.bias is None else zeros(split.bias, "tensor", None),
   )
   (kernel, bias), hidden_gradient = jax.lax.scan(
     one_chunk,
-    zeros,
+    empty,
     (
       is_used,
       hidden,
@@ -319,10 +352,12 @@ def _figures_bwd(wanted, saved, gradients):
       kl_gradient,
     ),
   )
-  kernel = kernel.reshape(readout.kernel.shape).astype(readout.kernel.dtype)
-  bias = None if bias is None else bias.reshape(readout.bias.shape)
-  readout = readout.replace(kernel=kernel, bias=bias)
-  return hidden_gradient, readout, None, None, None
+  gradient = jax.tree.map(
+    lambda total, x: total.sum(0).reshape(x.shape).astype(x.dtype),
+    readout.replace(kernel=kernel, bias=bias),
+    readout,
+  )
+  return hidden_gradient, gradient, None, None, None
 
 
 def _add_columns(total: jax.Array, added: jax.Array, start: Any) -> jax.Array:

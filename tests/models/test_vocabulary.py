@@ -6,6 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
+from dpo_jax import hlo
 from dpo_jax import mesh as mesh_lib
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.models import vocabulary
@@ -126,6 +127,26 @@ def test_large_logits_stay_finite(monkeypatch):
     assert_close(got, with_gradients(whole_vocabulary, x, name))
 
 
+def on_mesh(x, mesh):
+  """Rows over the axes of rows, kernels over fsdp and tensor."""
+
+  def place(array, *axes):
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+
+  def place_readout(readout):
+    bias = None if readout.bias is None else place(readout.bias, "tensor")
+    return readout.replace(
+      kernel=place(readout.kernel, "fsdp", "tensor"), bias=bias
+    )
+
+  return {
+    name: place_readout(array)
+    if isinstance(array, Readout)
+    else place(array, mesh_lib.ROW_AXES)
+    for name, array in x.items()
+  }
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 4), (2, 2, 2), (1, 4, 1)], ids=str)
 def test_a_sharded_vocabulary_gives_the_same(sizes, monkeypatch):
   """And no device ever holds all columns of its rows' logits."""
@@ -133,18 +154,41 @@ def test_a_sharded_vocabulary_gives_the_same(sizes, monkeypatch):
   axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
   axes = {axis: axes.get(axis, 1) for axis in mesh_lib.AXES}
   mesh = mesh_lib.make_mesh(axes, jax.devices()[: int(np.prod(sizes))])
-  x = inputs(num_rows=4, vocab_size=2048)
-  kernel = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
-  rows = NamedSharding(mesh, PartitionSpec(mesh_lib.ROW_AXES))
-  placed = {
-    name: jax.device_put(a, kernel if "readout" in name else rows)
-    for name, a in x.items()
-  }
+  x = inputs(num_rows=4, vocab_size=2048, has_bias=True, soft_cap=1.5)
   for name in ("logps", "kl"):
     wanted = with_gradients(whole_vocabulary, x, name)
     with jax.set_mesh(mesh):
-      got = with_gradients(lambda x: blocked_vocabulary(x, 100), placed, name)
+      placed = on_mesh(x, mesh)
+      got = with_gradients(lambda x: blocked_vocabulary(x, 5), placed, name)
     assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("axis", ["data", "tensor"])
+def test_devices_sum_gradients_outside_the_blocks(axis, monkeypatch):
+  """Those of the kernel once a step, those of the states once a chunk."""
+  monkeypatch.setattr(vocabulary, "BLOCK_LOGITS", 1)
+  sizes = dict.fromkeys(mesh_lib.AXES, 1) | {axis: 2}
+  mesh = mesh_lib.make_mesh(sizes, jax.devices()[:2])
+  x = inputs(num_rows=4, length=256, depth=32, vocab_size=4096)
+
+  def total(hidden, readout, targets):
+    figures = logps_lib.chunked_token_figures(
+      hidden, readout, targets, chunk_size=64, figures=frozenset({"logps"})
+    )
+    return figures["logps"].sum()
+
+  with jax.set_mesh(mesh):
+    placed = on_mesh(x, mesh)
+    arguments = [placed[name] for name in ("hidden", "readout", "targets")]
+    gradient = jax.jit(
+      jax.grad(total, (0, 1)),
+      out_shardings=jax.tree.map(lambda x: x.sharding, tuple(arguments[:2])),
+    )
+    text = gradient.lower(*arguments).compile().as_text()
+  received = sum(c.num_bytes * c.trips for c in hlo.collectives(text, 2))
+  whole = {"data": x["readout"].kernel, "tensor": x["hidden"]}[axis].nbytes
+  # Besides these, a few figures of each position.
+  assert whole <= received < 1.3 * whole
 
 
 def test_no_buffer_of_positions_times_vocabulary():
