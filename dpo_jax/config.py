@@ -40,7 +40,8 @@ def default_config() -> ml_collections.ConfigDict:
   # Compiled programs, for the next start; "": ~/.cache/dpo_jax/compiled,
   # "off": none. JAX_COMPILATION_CACHE_DIR comes first.
   config.compilation_cache_dir = ""
-  config.logps_chunk = 256  # scored tokens of a row projected at once
+  # Scored tokens of a row projected at once; 0: as suits the device.
+  config.logps_chunk = 0
 
   config.policy = ml_collections.ConfigDict()
   # Where the weights come from: "random", "hf:FOLDER" (a Hugging Face model),
@@ -223,7 +224,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     ("total_steps", 1),
     ("batch_size", 1),
     ("accumulation_steps", 1),
-    ("logps_chunk", 1),
+    ("logps_chunk", 0),
     ("data.max_shapes", 1),
     ("eval.every_steps", 0),
     ("eval.batch_size", 1),

@@ -20,13 +20,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from dpo_jax.models.partition import ROW_AXES
 from dpo_jax.types import Batch
 
 _LOG = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor", "context")
-# Rows of a batch are split over both of these.
-ROW_AXES = ("data", "fsdp")
 # Fields of a batch with a place for every token of a row.
 _TOKEN_FIELDS = frozenset({"tokens", "positions", "segments", "branches"})
 PARALLELISMS = ("jit", "pmap")

@@ -281,7 +281,9 @@ def _known_memory(run: Run, state: Any, batch: Batch) -> dict[str, float]:
   rows /= math.prod(sizes[axis] for axis in mesh.ROW_AXES)
   positions = rows * batch.targets.shape[1]
   logits = positions * run.policy.config.vocab_size / sizes["tensor"]
-  block = max(vocabulary.BLOCK_LOGITS, positions * vocabulary.LEAST_COLUMNS)
+  blocks = vocabulary.ACCELERATOR
+  chunk = min(positions, blocks.positions)
+  block = max(blocks.logits, chunk * vocabulary.LEAST_COLUMNS)
   return {
     "parameters": shard_bytes(state.policy_params),
     "optimizer state": shard_bytes(state.opt_state),

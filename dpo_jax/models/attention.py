@@ -85,10 +85,10 @@ def make_rows(
   Returns:
     What `attend_rows` takes.
   """
-  size = _BLOCK.get(_platform(), _ACCELERATOR_BLOCK)
+  size = _BLOCK.get(partition.platform(), _ACCELERATOR_BLOCK)
   if backend == "auto":
     is_short = positions.shape[1] <= 2 * size
-    is_tpu = _platform() == "tpu"
+    is_tpu = partition.platform() == "tpu"
     backend = "splash" if is_tpu else "dense" if is_short else "xla"
   mask = blocks = None
   if backend in ("dense", "cudnn"):
@@ -96,12 +96,6 @@ def make_rows(
   elif backend == "xla":
     blocks = blocked.make_blocks(positions, segments, branches, size)
   return Rows(positions, segments, branches, mask, blocks, backend)
-
-
-def _platform() -> str:
-  """What is compiled for, which need not be what this machine has."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device is not None else jax.default_backend()
 
 
 def attend_rows(
@@ -183,7 +177,7 @@ def _on_each_device(
   sizes = partition.free_axes()
   if math.prod(sizes.values()) == 1:
     return kernel(queries, keys, values, labels, window=window)
-  axes = tuple(name for name in ("data", "fsdp") if name in sizes)
+  axes = tuple(name for name in partition.ROW_AXES if name in sizes)
   if queries.shape[0] % math.prod(sizes[name] for name in axes):
     axes = ()  # a few rows, as of a test: every device takes all
   heads = "tensor" if keys.shape[2] % sizes.get("tensor", 1) == 0 else None

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from dpo_jax.models import attention, lora, rotary
 from dpo_jax.models.config import ModelConfig
+from dpo_jax.models.partition import ROW_AXES
 
 # K and V of all layers: f [L, B, C, num_kv_heads, head_dim] each.
 Cache = tuple[jax.Array, jax.Array]
@@ -343,7 +344,7 @@ def keep_rows_apart(x: jax.Array) -> jax.Array:
   axes = tuple(
     name
     for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if name in ("data", "fsdp") and kind is AxisType.Auto
+    if name in ROW_AXES and kind is AxisType.Auto
   )
   if not axes:
     return x

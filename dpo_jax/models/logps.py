@@ -62,8 +62,7 @@ def chunked_token_figures(
     readout: from states to logits.
     targets: i32 [R, S].
     chunk_size: positions of a row projected at once, on a block of the
-      vocabulary, see `vocabulary.figures`; all of them where the mesh axis
-      `fsdp` splits the head, which is then gathered once.
+      vocabulary, see `vocabulary.figures`; 0: as suits the device.
     figures: of "logps", log p(target); "ref_logps", the reference's;
       "alignment", log p(target) - log sum_v p(v)^2, without a gradient;
       "complement_logps", log(1 - p(target)); "kl", KL(pi_ref || pi) over the
@@ -77,8 +76,9 @@ def chunked_token_figures(
     Those figures, f32 [R, S] each, nats.
   """
   num_rows, length, _ = hidden.shape
-  if chunk_size > length or vocabulary.is_head_split():
-    chunk_size = length
+  chunk_size = min(chunk_size, length) or vocabulary.chunk_size(
+    num_rows, length
+  )
   num_chunks = -(-length // chunk_size)
   padding = num_chunks * chunk_size - length
 

@@ -1,7 +1,12 @@
 """What of the mesh the models ask for."""
 
+import math
+
 import jax
 from jax.sharding import AxisType
+
+# Rows of a batch are split over both of these.
+ROW_AXES = ("data", "fsdp")
 
 
 def free_axes() -> dict[str, int]:
@@ -12,3 +17,16 @@ def free_axes() -> dict[str, int]:
     for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
     if kind is AxisType.Auto
   }
+
+
+def platform() -> str:
+  """What is compiled for, which need not be what this machine has."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else jax.default_backend()
+
+
+def num_row_shards(num_rows: int) -> int:
+  """Devices among which rows are divided; 1 where they cannot be."""
+  sizes = free_axes()
+  size = math.prod(sizes.get(name, 1) for name in ROW_AXES)
+  return size if num_rows % size == 0 else 1

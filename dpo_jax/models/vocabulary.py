@@ -1,13 +1,14 @@
 """Figures of a softmax over the vocabulary, without the softmax in memory.
 
-A chunk of positions meets the vocabulary a block at a time. The forward pass
-keeps running sums, the backward pass computes a block's logits once more and
-adds to that block's columns of the gradient in place: neither an array of
-positions x vocabulary nor one of chunk x vocabulary exists. Blocks of the
-vocabulary rather than of positions alone, since every chunk of positions
-reads and writes all of the unembedding's gradient.
+A block of the vocabulary meets the positions a chunk at a time. The forward
+pass keeps running sums of every position, the backward pass computes the
+logits once more and sums the block's columns of the gradient: neither an
+array of positions x vocabulary nor one of chunk x vocabulary exists. Blocks
+are the outer loop, so that each is gathered from the devices that hold it
+once, and its gradient is summed over devices once.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -18,13 +19,40 @@ from jax.sharding import PartitionSpec
 
 from dpo_jax.models import partition
 from dpo_jax.models.decoder import Readout
+from dpo_jax.models.partition import ROW_AXES
 
-# Logits that exist at a time, over the rows of a device: 16 MiB of float32,
-# about what a core's share of the cache holds.
-BLOCK_LOGITS = 4 * 2**20
 # Of a block, whatever it takes: whole lanes, and what keeps a matmul busy.
 LEAST_COLUMNS = 256
-_ROW_AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Of the loops, on one device.
+
+  Attributes:
+    positions: of a chunk. The block's gradient is read and written once a
+      chunk, which the chunk's work must outweigh; what is behind the last
+      scored position fills the last chunk up.
+    logits: that exist at a time.
+  """
+
+  positions: int
+  logits: int
+
+
+# 4 MiB of float32, about what a core's share of the cache holds.
+CPU = Sizes(positions=256, logits=2**20)
+ACCELERATOR = Sizes(positions=2048, logits=4 * 2**20)
+
+
+def _sizes() -> Sizes:
+  return CPU if partition.platform() == "cpu" else ACCELERATOR
+
+
+def chunk_size(num_rows: int, length: int) -> int:
+  """Positions of a row that go together, for rows of `length` positions."""
+  num_rows //= partition.num_row_shards(num_rows)
+  return min(-(-_sizes().positions // num_rows), length)
 
 
 def figures(
@@ -50,30 +78,13 @@ def figures(
     Those figures, f32 [C, R, S] each, nats. Gradients flow through "logps"
     and "kl" into hidden and readout.
   """
-  logps, kl, others = _figures(
-    hidden, readout, targets, reference, is_used, wanted
-  )
-  out = {"logps": logps, "kl": kl, **others}
-  return {name: out[name] for name in wanted}
+  return _figures(hidden, readout, targets, reference, is_used, wanted)
 
 
-def is_head_split() -> bool:
-  """Whether devices hold parts of the head that each of them needs whole.
-
-  Every chunk of positions then gathers all of it, and scatters its gradient.
-  """
-  return partition.free_axes().get("fsdp", 1) > 1
-
-
-def _num_data_shards(num_rows: int) -> int:
-  size = partition.free_axes().get("data", 1)
-  return size if num_rows % size == 0 else 1
-
-
-def _by_data(x: jax.Array, *axes: Any) -> jax.Array:
-  """[R, S, ...] -> [N, R / N, S, ...], a part for each of N data shards."""
-  parts = x.reshape(_num_data_shards(len(x)), -1, *x.shape[1:])
-  return _pin(parts, "data", "fsdp", None, *axes)
+def _by_shard(x: jax.Array, *axes: Any) -> jax.Array:
+  """[R, S, ...] -> [N, R / N, S, ...], a part for each of N row shards."""
+  parts = x.reshape(partition.num_row_shards(len(x)), -1, *x.shape[1:])
+  return _pin(parts, ROW_AXES, None, None, *axes)
 
 
 def _pin(x: jax.Array, *axes: Any) -> jax.Array:
@@ -98,14 +109,12 @@ class _Columns:
   """
 
   def __init__(self, readout: Readout, num_positions: int):
+    """For so many positions of a chunk on a device."""
     self.depth, self.vocab_size = readout.kernel.shape
     parts = partition.free_axes().get("tensor", 1)
     self.parts = parts if self.vocab_size % parts == 0 else 1
     self.width = self.vocab_size // self.parts
-    shards = math.prod(
-      size for name, size in partition.free_axes().items() if name in _ROW_AXES
-    )
-    size = BLOCK_LOGITS * shards // max(num_positions, 1)
+    size = _sizes().logits // max(num_positions, 1)
     size = max(size // LEAST_COLUMNS, 1) * LEAST_COLUMNS
     num_blocks = -(-self.width // size)
     # Blocks of equal size, where that wastes nothing.
@@ -155,7 +164,7 @@ def _logits(hidden: jax.Array, block: Readout) -> jax.Array:
     "rsd,dpv->rspv", hidden, block.kernel, preferred_element_type=jnp.float32
   )
   logits = block.finish(logits)
-  return _pin(logits, _ROW_AXES, None, "tensor", None)
+  return _pin(logits, ROW_AXES, None, "tensor", None)
 
 
 # Sums of exponentials: the peak that they are above, and its power.
@@ -178,87 +187,97 @@ def _above(
   return out
 
 
-def _chunk_figures(hidden, readout, targets, reference, wanted):
-  """f32 [R, S] each: logps, kl, the others, and the log-sum-exps."""
-  columns = _Columns(readout, targets.size)
-  readout = columns.split(readout)
-  with_alignment = "alignment" in wanted
+def _columns(readout: Readout, targets: jax.Array) -> _Columns:
+  _, num_rows, length = targets.shape
+  return _Columns(
+    readout, num_rows * length // partition.num_row_shards(num_rows)
+  )
+
+
+def _add_block(chunk, sums, ids, block, ref_block):
+  """Sums of a chunk, f32 [R, S, P] each, with a block of the vocabulary."""
+  hidden, targets, ref_hidden = chunk
+  is_target = ids == targets[..., None, None]
+
+  def pick(logits):
+    return jnp.where(is_target, logits, 0.0).sum(-1)
+
+  logits = _logits(hidden, block)
+  peaks = {"peak": jnp.maximum(sums["peak"], logits.max(-1))}
+  if ref_block is not None:
+    ref = _logits(ref_hidden, ref_block)
+    peaks["ref_peak"] = jnp.maximum(sums["ref_peak"], ref.max(-1))
+  new = _above(sums, peaks)
+  new["target"] += pick(logits)
+  weights = jnp.exp(logits - peaks["peak"][..., None])
+  new["sum"] += weights.sum(-1)
+  if "squares" in sums:
+    new["squares"] += jnp.square(weights).sum(-1)
+  if ref_block is not None:
+    new["ref_target"] += pick(ref)
+    weights = jnp.exp(ref - peaks["ref_peak"][..., None])
+    new["ref_sum"] += weights.sum(-1)
+  if "gap" in sums:
+    new["gap"] += (weights * (ref - logits)).sum(-1)
+  return new
+
+
+def _forward(hidden, readout, targets, reference, is_used, wanted):
+  """f32 [C, R, S] each: logps, kl, the others, and the log-sum-exps."""
+  columns = _columns(readout, targets)
+  split = columns.split(readout)
+  ref_hidden, ref_readout = reference or (None, None)
+  names = ["peak", "target", "sum"] + ["squares"] * ("alignment" in wanted)
   if reference is not None:
-    ref_hidden, ref_readout = reference[0], columns.split(reference[1])
+    ref_readout = columns.split(ref_readout)
+    names += ["ref_peak", "ref_target", "ref_sum"] + ["gap"] * ("kl" in wanted)
 
-  def body(carry, start, size):
-    is_target = columns.ids(start, size) == targets[..., None, None]
+  def with_block(sums, start, size):
+    blocks = [
+      None if x is None else columns.block(x, start, size)
+      for x in (split, ref_readout)
+    ]
+    ids = columns.ids(start, size)
 
-    def pick(logits):
-      return jnp.where(is_target, logits, 0.0).sum(-1)
+    def with_chunk(_, scanned):
+      used, *chunk_and_sums = scanned
+      return None, jax.lax.cond(
+        used,
+        lambda chunk, sums: _add_block(chunk, sums, ids, *blocks),
+        lambda _, sums: sums,
+        *chunk_and_sums,
+      )
 
-    logits = _logits(hidden, columns.block(readout, start, size))
-    peaks = {"peak": jnp.maximum(carry["peak"], logits.max(-1))}
-    if reference is not None:
-      ref = _logits(ref_hidden, columns.block(ref_readout, start, size))
-      peaks["ref_peak"] = jnp.maximum(carry["ref_peak"], ref.max(-1))
-    new = _above(carry, peaks)
-    new["target"] += pick(logits)
-    weights = jnp.exp(logits - peaks["peak"][..., None])
-    new["sum"] += weights.sum(-1)
-    if with_alignment:
-      new["squares"] += jnp.square(weights).sum(-1)
-    if reference is not None:
-      new["ref_target"] += pick(ref)
-      weights = jnp.exp(ref - peaks["ref_peak"][..., None])
-      new["ref_sum"] += weights.sum(-1)
-      if "kl" in wanted:
-        new["gap"] += (weights * (ref - logits)).sum(-1)
-    return new
+    chunks = (hidden, targets, ref_hidden)
+    return jax.lax.scan(with_chunk, None, (is_used, chunks, sums))[1]
 
-  names = ["peak", "target", "sum"]
-  names += ["squares"] * with_alignment
-  if reference is not None:
-    names += ["ref_peak", "ref_target", "ref_sum", "gap"]
-  # [R, S, P]: every part sums its own, so that devices that hold parts talk
-  # once a chunk and not once a block.
+  # [C, R, S, P]: every part sums its own, so that devices that hold parts
+  # talk once and not once a block.
   zeros = jnp.zeros((*targets.shape, columns.parts), jnp.float32)
-  zeros = _pin(zeros, _ROW_AXES, None, "tensor")
+  zeros = _pin(zeros, None, ROW_AXES, None, "tensor")
   sums = columns.scan(
-    body,
+    with_block,
     {name: zeros - jnp.inf if "peak" in name else zeros for name in names},
   )
   peaks = {name: sums[name].max(-1) for name in names if "peak" in name}
   sums = _above(sums, {name: x[..., None] for name, x in peaks.items()})
   sums = {name: x.sum(-1) for name, x in sums.items()} | peaks
+  # What nobody computed is finite, and given as 0.
+  used = is_used[:, None, None]
+  sums = {name: jnp.where(used, x, 1.0) for name, x in sums.items()}
   lse = sums["peak"] + jnp.log(sums["sum"])
-  logps = sums["target"] - lse
-  kl = ref_lse = jnp.zeros_like(lse)
-  others = {}
-  if with_alignment:
+  out = {"logps": sums["target"] - lse}
+  if "alignment" in wanted:
     collision = 2 * sums["peak"] + jnp.log(sums["squares"]) - 2 * lse
-    others["alignment"] = logps - collision
+    out["alignment"] = out["logps"] - collision
+  ref_lse = None
   if reference is not None:
     ref_lse = sums["ref_peak"] + jnp.log(sums["ref_sum"])
-    others["ref_logps"] = sums["ref_target"] - ref_lse
+    out["ref_logps"] = sums["ref_target"] - ref_lse
     if "kl" in wanted:
-      kl = sums["gap"] / sums["ref_sum"] - ref_lse + lse
-  return (logps, kl, others), (lse, ref_lse)
-
-
-def _forward(hidden, readout, targets, reference, is_used, wanted):
-  ref_hidden, ref_readout = reference or (None, None)
-
-  def compute(chunk, chunk_targets, ref_chunk):
-    ref = None if ref_chunk is None else (ref_chunk, ref_readout)
-    return _chunk_figures(chunk, readout, chunk_targets, ref, wanted)
-
-  def one_chunk(scanned):
-    used, *chunk = scanned
-    shapes = jax.eval_shape(compute, *chunk)
-    return jax.lax.cond(
-      used,
-      compute,
-      lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-      *chunk,
-    )
-
-  return jax.lax.map(one_chunk, (is_used, hidden, targets, ref_hidden))
+      out["kl"] = sums["gap"] / sums["ref_sum"] - ref_lse + lse
+  out = {name: jnp.where(used, x, 0.0) for name, x in out.items()}
+  return out, (lse, ref_lse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -273,98 +292,108 @@ def _figures_fwd(hidden, readout, targets, reference, is_used, wanted):
 
 def _figures_bwd(wanted, saved, gradients):
   hidden, readout, targets, reference, is_used, (lse, ref_lse) = saved
-  logps_gradient, kl_gradient, _ = gradients
-  columns = _Columns(readout, targets[0].size)
+  columns = _columns(readout, targets)
   split = columns.split(readout)
-  with_kl = "kl" in wanted
-  ref_hidden = None
-  if with_kl:
+  ref_hidden = ref_readout = None
+  if "kl" in wanted:
     ref_hidden, ref_readout = reference[0], columns.split(reference[1])
-
-  def compute(readout_gradient, scanned):
-    chunk, its_targets, its_lse, pull, ref_chunk, its_ref_lse, kl_pull = scanned
-
-    def body(carry, start, size):
-      readout_gradient, by_part = carry
-      block = columns.block(split, start, size)
-      logits = _logits(chunk, block)
-      probs = jnp.exp(logits - its_lse[..., None, None])
-      is_target = columns.ids(start, size) == its_targets[..., None, None]
-      slope = jnp.where(is_target, 1.0 - probs, -probs) * pull[..., None, None]
-      if with_kl:
-        ref = _logits(ref_chunk, columns.block(ref_readout, start, size))
-        ref_probs = jnp.exp(ref - its_ref_lse[..., None, None])
-        slope += (probs - ref_probs) * kl_pull[..., None, None]
-      if block.soft_cap is not None:
-        slope *= 1.0 - jnp.square(logits / block.soft_cap)
-      slopes = _by_data(slope, "tensor", None)
-      bias_added = slopes.sum((1, 2))
-      slope = slope.astype(chunk.dtype)
-      product = functools.partial(
-        jnp.einsum, preferred_element_type=jnp.float32
-      )
-      by_part += product("rspv,dpv->prsd", slope, block.kernel)
-      added = product(
-        "nrsd,nrspv->ndpv", _by_data(chunk, None), slopes.astype(chunk.dtype)
-      )
-      added = _pin(added, "data", "fsdp", "tensor", None)
-      kernel, bias = readout_gradient
-      kernel = _add_columns(kernel, added, start)
-      bias = None if bias is None else _add_columns(bias, bias_added, start)
-      return (kernel, bias), by_part
-
-    by_part = jnp.zeros((columns.parts, *chunk.shape), jnp.float32)
-    by_part = _pin(by_part, "tensor", _ROW_AXES, None, None)
-    readout_gradient, by_part = columns.scan(body, (readout_gradient, by_part))
-    return readout_gradient, by_part.sum(0).astype(chunk.dtype)
-
-  def one_chunk(gradient, scanned):
-    used, *scanned = scanned
-    return jax.lax.cond(
-      used,
-      compute,
-      lambda gradient, scanned: (gradient, jnp.zeros_like(scanned[0])),
-      gradient,
-      scanned,
-    )
-
-  # A sum for each shard of `data`, so that they meet once a step and not once
-  # a chunk.
-  def zeros(x, *axes):
-    shape = (_num_data_shards(targets.shape[1]), *x.shape)
-    return _pin(jnp.zeros(shape, jnp.float32), "data", *axes)
-
-  empty = (
-    zeros(split.kernel, "fsdp", "tensor", None),
-    None if split.bias is None else zeros(split.bias, "tensor", None),
+  chunks = (
+    (hidden, targets, lse, gradients["logps"]),
+    (ref_hidden, ref_lse, gradients["kl"]) if "kl" in wanted else None,
   )
-  (kernel, bias), hidden_gradient = jax.lax.scan(
-    one_chunk,
-    empty,
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+  def add_block(added, pulled, chunk, ids, turned, block, ref_block):
+    """The gradients of a block's columns, and of a chunk's states."""
+    (states, its_targets, its_lse, pull), ref_chunk = chunk
+    logits = _logits(states, block)
+    probs = jnp.exp(logits - its_lse[..., None, None])
+    is_target = ids == its_targets[..., None, None]
+    slope = jnp.where(is_target, 1.0 - probs, -probs) * pull[..., None, None]
+    if ref_chunk is not None:
+      ref_states, its_ref_lse, kl_pull = ref_chunk
+      ref = _logits(ref_states, ref_block)
+      ref_probs = jnp.exp(ref - its_ref_lse[..., None, None])
+      slope += (probs - ref_probs) * kl_pull[..., None, None]
+    if block.soft_cap is not None:
+      slope *= 1.0 - jnp.square(logits / block.soft_cap)
+    by_shard = _by_shard(slope, "tensor", None)
+    kernel, bias = added
+    if bias is not None:
+      bias += by_shard.sum((1, 2))
+    slope = slope.astype(states.dtype)
+    kernel += product(
+      "nrsd,nrspv->ndpv", _by_shard(states, None), by_shard.astype(states.dtype)
+    )
+    pulled += product("rspv,pvd->prsd", slope, turned)
+    return (kernel, bias), pulled
+
+  def with_block(carry, start, size):
+    (kernel, bias), pulled = carry
+    blocks = [
+      None if x is None else columns.block(x, start, size)
+      for x in (split, ref_readout)
+    ]
+    ids = columns.ids(start, size)
+    # Once a block: a CPU would transpose it for every chunk.
+    turned = blocks[0].kernel.transpose(1, 2, 0)
+
+    def with_chunk(added, scanned):
+      used, pulled, chunk = scanned
+      return jax.lax.cond(
+        used,
+        lambda *given: add_block(*given, ids, turned, *blocks),
+        lambda added, pulled, chunk: (added, pulled),
+        added,
+        pulled,
+        chunk,
+      )
+
+    # A sum for each shard of the rows, so that they meet once a block and not
+    # once a chunk.
+    num_shards = partition.num_row_shards(targets.shape[1])
+    width = (columns.parts, size)
+    new_kernel = jnp.zeros((num_shards, columns.depth, *width), jnp.float32)
+    new_kernel = _pin(new_kernel, ROW_AXES, None, "tensor", None)
+    new_bias = None
+    if bias is not None:
+      new_bias = jnp.zeros((num_shards, *width), jnp.float32)
+      new_bias = _pin(new_bias, ROW_AXES, "tensor", None)
+    (new_kernel, new_bias), pulled = jax.lax.scan(
+      with_chunk, (new_kernel, new_bias), (is_used, pulled, chunks)
+    )
+    new_kernel = _pin(new_kernel.sum(0), "fsdp", "tensor", None)
+    kernel = _set_columns(kernel, new_kernel, start)
+    if bias is not None:
+      bias = _set_columns(bias, new_bias.sum(0), start)
+    return (kernel, bias), pulled
+
+  kernel = jnp.zeros(split.kernel.shape, jnp.float32)
+  pulled = jnp.zeros(
+    (len(hidden), columns.parts, *hidden.shape[1:]), jnp.float32
+  )
+  (kernel, bias), pulled = columns.scan(
+    with_block,
     (
-      is_used,
-      hidden,
-      targets,
-      lse,
-      logps_gradient,
-      ref_hidden,
-      ref_lse,
-      kl_gradient,
+      (
+        _pin(kernel, "fsdp", "tensor", None),
+        None if split.bias is None else jnp.zeros_like(split.bias),
+      ),
+      _pin(pulled, None, "tensor", ROW_AXES, None, None),
     ),
   )
   gradient = jax.tree.map(
-    lambda total, x: total.sum(0).reshape(x.shape).astype(x.dtype),
+    lambda total, x: total.reshape(x.shape).astype(x.dtype),
     readout.replace(kernel=kernel, bias=bias),
     readout,
   )
+  hidden_gradient = pulled.sum(1).astype(hidden.dtype)
   return hidden_gradient, gradient, None, None, None
 
 
-def _add_columns(total: jax.Array, added: jax.Array, start: Any) -> jax.Array:
-  size = added.shape[-1]
-  before = jax.lax.dynamic_slice_in_dim(total, start, size, total.ndim - 1)
+def _set_columns(total: jax.Array, block: jax.Array, start: Any) -> jax.Array:
   return jax.lax.dynamic_update_slice_in_dim(
-    total, before + added, start, total.ndim - 1
+    total, block, start, total.ndim - 1
   )
 
 

@@ -100,7 +100,7 @@ def assert_close(got, wanted, tolerance=2e-5):
 @pytest.mark.parametrize("chunk_size", [5, 100])
 def test_blocks_equal_the_whole_vocabulary(name, chunk_size, monkeypatch):
   """1003 columns: three blocks of 256 and a rest."""
-  monkeypatch.setattr(vocabulary, "BLOCK_LOGITS", 1)
+  monkeypatch.setattr(vocabulary, "CPU", vocabulary.Sizes(256, 1))
   x = inputs()
   got = with_gradients(lambda x: blocked_vocabulary(x, chunk_size), x, name)
   assert_close(got, with_gradients(whole_vocabulary, x, name))
@@ -111,7 +111,7 @@ def test_blocks_equal_the_whole_vocabulary(name, chunk_size, monkeypatch):
 def test_a_bias_and_a_soft_cap_are_part_of_the_logits(
   name, soft_cap, monkeypatch
 ):
-  monkeypatch.setattr(vocabulary, "BLOCK_LOGITS", 1)
+  monkeypatch.setattr(vocabulary, "CPU", vocabulary.Sizes(256, 1))
   x = inputs(has_bias=True, soft_cap=soft_cap)
   got = with_gradients(lambda x: blocked_vocabulary(x, 5), x, name)
   assert len(got) == 4
@@ -119,7 +119,7 @@ def test_a_bias_and_a_soft_cap_are_part_of_the_logits(
 
 
 def test_large_logits_stay_finite(monkeypatch):
-  monkeypatch.setattr(vocabulary, "BLOCK_LOGITS", 1)
+  monkeypatch.setattr(vocabulary, "CPU", vocabulary.Sizes(256, 1))
   x = inputs(spread=60.0)
   for name in ("logps", "kl"):
     got = with_gradients(lambda x: blocked_vocabulary(x, 100), x, name)
@@ -150,7 +150,7 @@ def on_mesh(x, mesh):
 @pytest.mark.parametrize("sizes", [(1, 1, 4), (2, 2, 2), (1, 4, 1)], ids=str)
 def test_a_sharded_vocabulary_gives_the_same(sizes, monkeypatch):
   """And no device ever holds all columns of its rows' logits."""
-  monkeypatch.setattr(vocabulary, "BLOCK_LOGITS", 1)
+  monkeypatch.setattr(vocabulary, "CPU", vocabulary.Sizes(256, 1))
   axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
   axes = {axis: axes.get(axis, 1) for axis in mesh_lib.AXES}
   mesh = mesh_lib.make_mesh(axes, jax.devices()[: int(np.prod(sizes))])
@@ -163,10 +163,10 @@ def test_a_sharded_vocabulary_gives_the_same(sizes, monkeypatch):
     assert_close(got, wanted)
 
 
-@pytest.mark.parametrize("axis", ["data", "tensor"])
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
 def test_devices_sum_gradients_outside_the_blocks(axis, monkeypatch):
-  """Those of the kernel once a step, those of the states once a chunk."""
-  monkeypatch.setattr(vocabulary, "BLOCK_LOGITS", 1)
+  """Once a step, and gather a kernel that is split once in each direction."""
+  monkeypatch.setattr(vocabulary, "CPU", vocabulary.Sizes(256, 1))
   sizes = dict.fromkeys(mesh_lib.AXES, 1) | {axis: 2}
   mesh = mesh_lib.make_mesh(sizes, jax.devices()[:2])
   x = inputs(num_rows=4, length=256, depth=32, vocab_size=4096)
@@ -186,7 +186,8 @@ def test_devices_sum_gradients_outside_the_blocks(axis, monkeypatch):
     )
     text = gradient.lower(*arguments).compile().as_text()
   received = sum(c.num_bytes * c.trips for c in hlo.collectives(text, 2))
-  whole = {"data": x["readout"].kernel, "tensor": x["hidden"]}[axis].nbytes
+  kernel, hidden = x["readout"].kernel.nbytes, x["hidden"].nbytes
+  whole = {"data": kernel, "fsdp": 2 * kernel, "tensor": hidden}[axis]
   # Besides these, a few figures of each position.
   assert whole <= received < 1.3 * whole
 
