@@ -256,7 +256,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--reference", default="cached")
   parser.add_argument("--row_tokens", type=int, default=0)
   parser.add_argument("--logps_chunk", type=int, default=0)
-  parser.add_argument("--remat", default="none")
+  parser.add_argument("--remat", default=default_config().policy.remat)
   parser.add_argument("--attention", default="auto")
   parser.add_argument("--memory", action="store_true")
   parser.add_argument("--head", default="scored")  # or "all" positions

@@ -7,10 +7,12 @@ from typing import Any
 
 import flax.struct
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dpo_jax.models import blocked, partition, splash
+from dpo_jax.models.config import KEPT
 
 # Tokens of a block of the "xla" backend, by platform: small enough on a CPU to
 # stay in its cache and to fit short prompts closely.
@@ -245,6 +247,7 @@ def attend(
   scores = jnp.where(mask[:, None, None], scores, _MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
   out = jnp.einsum("bkgtj,bjkd->btkgd", weights, values)
+  out = checkpoint_name(out, KEPT)
   return out.reshape(batch, length, num_heads, head_dim)
 
 

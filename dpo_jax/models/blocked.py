@@ -14,7 +14,10 @@ from typing import Any
 
 import flax.struct
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+
+from dpo_jax.models.config import KEPT
 
 # Of a score that is masked, and of a row that has seen no key yet: finite, so
 # that no difference is NaN.
@@ -258,6 +261,7 @@ def _forward(queries, keys, values, wanted, labels, window, scale, soft_cap):
 
 def _attend_fwd(queries, keys, values, wanted, labels, window, scale, cap):
   out, lse = _forward(queries, keys, values, wanted, labels, window, scale, cap)
+  out, lse = checkpoint_name((out, lse), KEPT)
   return out, (queries, keys, values, wanted, labels, window, out, lse)
 
 

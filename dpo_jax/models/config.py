@@ -7,6 +7,8 @@ import re
 from typing import Any
 
 REMAT_POLICIES = ("none", "full", "dots")
+# What carries this name is kept by remat="dots".
+KEPT = "kept"
 ATTENTION_BACKENDS = ("auto", "xla", "splash", "cudnn", "dense")
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -144,7 +146,7 @@ class ModelConfig:
     compute_dtype: dtype of matmuls and activations; norms, softmax and
       log-probs are float32 whatever it is.
     remat: what the backward pass recomputes in a layer: "none", "full"
-      (everything), or "dots" (everything but matmuls).
+      (everything), or "dots" (everything but projections and attention).
     attention: one of ATTENTION_BACKENDS, see `attention.make_rows`.
     lora: adapters, or None.
   """

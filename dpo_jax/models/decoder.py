@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from dpo_jax.models import attention, lora, rotary
-from dpo_jax.models.config import ModelConfig
+from dpo_jax.models.config import KEPT, ModelConfig
 from dpo_jax.models.partition import ROW_AXES
 
 # K and V of all layers: f [L, B, C, num_kv_heads, head_dim] each.
@@ -327,7 +327,10 @@ class Decoder(nnx.Module):
     if config.remat != "none":
       policy = {
         "full": checkpoint_policies.nothing_saveable,
-        "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": checkpoint_policies.save_from_both_policies(
+          checkpoint_policies.dots_with_no_batch_dims_saveable,
+          checkpoint_policies.save_only_these_names(KEPT),
+        ),
       }[config.remat]
       body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     x, cache = jax.lax.scan(body, x, (stacked, windows, cache))

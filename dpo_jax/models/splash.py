@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel as kernel_lib,
 )
@@ -19,6 +20,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask_info as mask_info_lib,
 )
 import jax.numpy as jnp
+
+from dpo_jax.models.config import KEPT
 
 # Tokens of a block, of queries and of keys.
 BLOCK = 512
@@ -152,6 +155,7 @@ def _forward(queries, keys, values, infos, size, soft_cap, interpret):
 
 def _attend_fwd(queries, keys, values, infos, size, soft_cap, interpret):
   out, lse = _forward(queries, keys, values, infos, size, soft_cap, interpret)
+  out, lse = checkpoint_name((out, lse), KEPT)
   return out, (queries, keys, values, infos, out, lse)
 
 

@@ -73,6 +73,27 @@ def test_remat_changes_no_gradient(remat):
   )
 
 
+def test_remat_dots_keeps_attention():
+  """Whose softmax is not computed once more; that of `full` is."""
+  batch = tiny.pack(tiny.make_groups(4))
+
+  def num_exponentials(remat):
+    policy = tiny.make_policy(remat=remat, attention="xla", activation="relu")
+
+    def loss(params):
+      hidden = policy.hidden_states(
+        params, batch.tokens, batch.positions, batch.segments, batch.branches
+      )
+      return jnp.square(hidden).sum()
+
+    lowered = jax.jit(jax.grad(loss)).lower(policy.abstract_params())
+    return lowered.compile().as_text().count(" exponential(")
+
+  kept = num_exponentials("none")
+  assert num_exponentials("dots") == kept > 0
+  assert num_exponentials("full") > kept
+
+
 def test_parameters_are_counted():
   for tie in (True, False):
     policy = tiny.make_policy(tie_embeddings=tie)
