@@ -137,8 +137,10 @@ class _Columns:
       jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=-1
     )
     bias = readout.bias
+    # Cut first: else all of the kernel is gathered for every block.
+    kernel = _pin(cut(readout.kernel), "fsdp", "tensor", None)
     return readout.replace(
-      kernel=_pin(cut(readout.kernel), None, "tensor", None),
+      kernel=_pin(kernel, None, "tensor", None),
       bias=None if bias is None else _pin(cut(bias), "tensor", None),
     )
 
