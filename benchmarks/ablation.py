@@ -14,7 +14,7 @@ VARIANTS = {
   "shared prompt": ["--layout=packed"],
   "packing": ["--layout=padded"],
   "scored-only head": ["--head=all"],
-  "chunks of the head": ["--logps_chunk=100000"],
+  "chunks of positions": ["--logps_chunk=100000"],
   "blocked attention": ["--attention=dense"],
   "cached reference": ["--reference=frozen"],
 }

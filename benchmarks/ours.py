@@ -255,7 +255,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--layout", default="shared")
   parser.add_argument("--reference", default="cached")
   parser.add_argument("--row_tokens", type=int, default=0)
-  parser.add_argument("--logps_chunk", type=int, default=0)
+  parser.add_argument(
+    "--logps_chunk", type=int, default=default_config().logps_chunk
+  )
   parser.add_argument("--remat", default=default_config().policy.remat)
   parser.add_argument("--attention", default="auto")
   parser.add_argument("--memory", action="store_true")

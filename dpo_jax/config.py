@@ -176,6 +176,7 @@ _MAY_CHANGE = (
   "parallelism",
   "total_steps",
   "logps_chunk",
+  "policy.remat",
   "data.max_shapes",
   "profile.",
   "compilation_cache_dir",

@@ -281,9 +281,11 @@ def _known_memory(run: Run, state: Any, batch: Batch) -> dict[str, float]:
   rows /= math.prod(sizes[axis] for axis in mesh.ROW_AXES)
   positions = rows * batch.targets.shape[1]
   logits = positions * run.policy.config.vocab_size / sizes["tensor"]
-  blocks = vocabulary.ACCELERATOR
-  chunk = min(positions, blocks.positions)
-  block = max(blocks.logits, chunk * vocabulary.LEAST_COLUMNS)
+  loops = vocabulary.ACCELERATOR
+  length = batch.targets.shape[1]
+  chunk = run.config.logps_chunk or loops.chunk(math.ceil(rows), length)
+  at_a_time = rows * min(chunk, length)
+  block = at_a_time * loops.columns(int(at_a_time))
   return {
     "parameters": shard_bytes(state.policy_params),
     "optimizer state": shard_bytes(state.opt_state),

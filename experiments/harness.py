@@ -113,7 +113,9 @@ class Run:
 
 
 def _decides(key: str) -> bool:
-  is_place = key.startswith(("log.", "mesh.", "parallelism", "logps_chunk"))
+  is_place = key.startswith(
+    ("log.", "mesh.", "parallelism", "logps_chunk", "policy.remat")
+  )
   return not is_place and not key.endswith("cache_dir")
 
 

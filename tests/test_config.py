@@ -138,6 +138,7 @@ def test_what_does_not_change_the_result_may_change(tmp_path):
     total_steps=99,
     parallelism="pmap",
     logps_chunk=7,
+    policy__remat="full",
     log__every_steps=50,
     mesh__data=2,
     data__cache_dir="/elsewhere",

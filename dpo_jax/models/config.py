@@ -146,7 +146,8 @@ class ModelConfig:
     compute_dtype: dtype of matmuls and activations; norms, softmax and
       log-probs are float32 whatever it is.
     remat: what the backward pass recomputes in a layer: "none", "full"
-      (everything), or "dots" (everything but projections and attention).
+      (everything), or "dots" (everything but projections and
+      what attention gives; the dense and cudnn backends score once more).
     attention: one of ATTENTION_BACKENDS, see `attention.make_rows`.
     lora: adapters, or None.
   """

@@ -18,11 +18,10 @@ import flax.struct
 import jax
 from jax.ad_checkpoint import checkpoint_policies
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from dpo_jax.models import attention, lora, rotary
+from dpo_jax.models import attention, lora, partition, rotary
 from dpo_jax.models.config import KEPT, ModelConfig
-from dpo_jax.models.partition import ROW_AXES
 
 # K and V of all layers: f [L, B, C, num_kv_heads, head_dim] each.
 Cache = tuple[jax.Array, jax.Array]
@@ -343,18 +342,12 @@ def keep_rows_apart(x: jax.Array) -> jax.Array:
   Without it the partitioner may follow a sharded kernel instead, and gather
   the batch. Outside a mesh, and under pmap, there is nothing to pin.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(
-    name
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if name in ROW_AXES and kind is AxisType.Auto
-  )
+  sizes = partition.free_axes()
+  axes = tuple(name for name in partition.ROW_AXES if name in sizes)
   if not axes:
     return x
   # A token that is sampled has no T to split.
-  is_split = "context" in mesh.axis_names and not (
-    x.shape[1] % mesh.shape["context"]
-  )
+  is_split = "context" in sizes and x.shape[1] % sizes["context"] == 0
   context = "context" if is_split else None
   return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, context))
 

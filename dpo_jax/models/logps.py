@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.losses.numerics import log1mexp
-from dpo_jax.models import vocabulary
+from dpo_jax.models import partition, vocabulary
 from dpo_jax.models.decoder import Policy, Readout
 from dpo_jax.types import Batch
 
@@ -76,9 +76,10 @@ def chunked_token_figures(
     Those figures, f32 [R, S] each, nats.
   """
   num_rows, length, _ = hidden.shape
-  chunk_size = min(chunk_size, length) or vocabulary.chunk_size(
-    num_rows, length
-  )
+  if not chunk_size:
+    rows_a_device = num_rows // partition.num_row_shards(num_rows)
+    chunk_size = vocabulary.sizes().chunk(rows_a_device, length)
+  chunk_size = min(chunk_size, length)
   num_chunks = -(-length // chunk_size)
   padding = num_chunks * chunk_size - length
 

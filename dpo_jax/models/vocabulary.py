@@ -23,6 +23,8 @@ from dpo_jax.models.partition import ROW_AXES
 
 # Of a block, whatever it takes: whole lanes, and what keeps a matmul busy.
 LEAST_COLUMNS = 256
+# A peak of nothing: finite, so that no difference is NaN.
+_LOWEST = -0.4 * float(jnp.finfo(jnp.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +32,24 @@ class Sizes:
   """Of the loops, on one device.
 
   Attributes:
-    positions: of a chunk. The block's gradient is read and written once a
-      chunk, which the chunk's work must outweigh; what is behind the last
-      scored position fills the last chunk up.
+    positions: of a chunk, at the most. The block's gradient is read and
+      written once a chunk, which the chunk's work must outweigh; chunks behind
+      the last scored position are passed over.
     logits: that exist at a time.
   """
 
   positions: int
   logits: int
+
+  def chunk(self, num_rows: int, length: int) -> int:
+    """Positions of a row that go together, of rows of `length` positions."""
+    most = -(-self.positions // num_rows)
+    return -(-length // -(-length // most))  # chunks of equal size
+
+  def columns(self, num_positions: int) -> int:
+    """Of a block that meets so many positions at a time."""
+    size = self.logits // max(num_positions, 1)
+    return max(size // LEAST_COLUMNS, 1) * LEAST_COLUMNS
 
 
 # 4 MiB of float32, about what a core's share of the cache holds.
@@ -45,16 +57,12 @@ CPU = Sizes(positions=256, logits=2**20)
 ACCELERATOR = Sizes(positions=2048, logits=4 * 2**20)
 
 
-def _sizes() -> Sizes:
+def sizes() -> Sizes:
+  """What suits the device that is compiled for."""
   return CPU if partition.platform() == "cpu" else ACCELERATOR
 
 
-def chunk_size(num_rows: int, length: int) -> int:
-  """Positions of a row that go together, for rows of `length` positions."""
-  num_rows //= partition.num_row_shards(num_rows)
-  return min(-(-_sizes().positions // num_rows), length)
-
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def figures(
   hidden: jax.Array,
   readout: Readout,
@@ -72,33 +80,33 @@ def figures(
     reference: the reference's hidden and readout, without a gradient, or
       None.
     is_used: bool [C], chunks that are worth computing; the others give zeros.
-    wanted: of "logps", "ref_logps", "alignment" and "kl".
+    wanted: "logps", and any of "ref_logps", "alignment" and "kl".
 
   Returns:
     Those figures, f32 [C, R, S] each, nats. Gradients flow through "logps"
     and "kl" into hidden and readout.
   """
-  return _figures(hidden, readout, targets, reference, is_used, wanted)
+  return _forward(hidden, readout, targets, reference, is_used, wanted)[0]
+
+
+def _pin(x: jax.Array, *axes: Any) -> jax.Array:
+  """Lays x over those axes of the mesh that there are."""
+  shape = partition.free_axes()
+  if math.prod(shape.values()) == 1:
+    return x
+  spec = []
+  for size, axis in zip(x.shape, axes, strict=True):
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    names = tuple(name for name in names if name in shape)
+    divides = size % math.prod(shape[name] for name in names) == 0
+    spec.append(names if names and divides else None)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def _by_shard(x: jax.Array, *axes: Any) -> jax.Array:
   """[R, S, ...] -> [N, R / N, S, ...], a part for each of N row shards."""
   parts = x.reshape(partition.num_row_shards(len(x)), -1, *x.shape[1:])
   return _pin(parts, ROW_AXES, None, None, *axes)
-
-
-def _pin(x: jax.Array, *axes: Any) -> jax.Array:
-  """Lays x over those axes of the mesh that there are."""
-  sizes = partition.free_axes()
-  if math.prod(sizes.values()) == 1:
-    return x
-  spec = []
-  for size, axis in zip(x.shape, axes, strict=True):
-    names = (axis,) if isinstance(axis, str) else axis or ()
-    names = tuple(name for name in names if name in sizes)
-    divides = size % math.prod(sizes[name] for name in names) == 0
-    spec.append(names if names and divides else None)
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 class _Columns:
@@ -108,14 +116,15 @@ class _Columns:
   `size` columns of all P parts. The last block of a part may be smaller.
   """
 
-  def __init__(self, readout: Readout, num_positions: int):
-    """For so many positions of a chunk on a device."""
-    self.depth, self.vocab_size = readout.kernel.shape
+  def __init__(self, readout: Readout, targets: jax.Array):
+    """For chunks of positions: i32 [C, R, S]."""
+    vocab_size = readout.kernel.shape[1]
     parts = partition.free_axes().get("tensor", 1)
-    self.parts = parts if self.vocab_size % parts == 0 else 1
-    self.width = self.vocab_size // self.parts
-    size = _sizes().logits // max(num_positions, 1)
-    size = max(size // LEAST_COLUMNS, 1) * LEAST_COLUMNS
+    self.parts = parts if vocab_size % parts == 0 else 1
+    self.width = vocab_size // self.parts
+    _, num_rows, length = targets.shape
+    num_rows //= partition.num_row_shards(num_rows)
+    size = sizes().columns(num_rows * length)
     num_blocks = -(-self.width // size)
     # Blocks of equal size, where that wastes nothing.
     even = -(-self.width // num_blocks)
@@ -124,40 +133,43 @@ class _Columns:
 
   def split(self, readout: Readout) -> Readout:
     """Kernel [D, P, V / P], bias [P, V / P]."""
-    shape = (self.parts, self.width)
-    bias = readout.bias
-    return readout.replace(
-      kernel=readout.kernel.reshape(self.depth, *shape),
-      bias=None if bias is None else bias.reshape(shape),
+    return jax.tree.map(
+      lambda x: x.reshape(*x.shape[:-1], self.parts, self.width), readout
     )
 
-  def block(self, readout: Readout, start: Any, size: int) -> Readout:
-    """`size` columns of each part, on every device that holds rows."""
-    cut = functools.partial(
-      jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=-1
-    )
-    bias = readout.bias
-    # Cut first: else all of the kernel is gathered for every block.
-    kernel = _pin(cut(readout.kernel), "fsdp", "tensor", None)
-    return readout.replace(
-      kernel=_pin(kernel, None, "tensor", None),
-      bias=None if bias is None else _pin(cut(bias), "tensor", None),
-    )
+  def scan(self, body: Any, carry: Any, *readouts: Readout | None) -> Any:
+    """carry = body(carry, start, ids, *blocks) over all blocks.
 
-  def ids(self, start: Any, size: int) -> jax.Array:
-    """i32 [P, size], which tokens a block's columns are."""
+    `ids`, i32 [P, size], are the tokens that a block's columns are.
+    """
+    split = [None if x is None else self.split(x) for x in readouts]
     parts = jnp.arange(self.parts, dtype=jnp.int32)[:, None] * self.width
-    return parts + start + jnp.arange(size, dtype=jnp.int32)
 
-  def scan(self, body: Any, carry: Any) -> Any:
-    """carry = body(carry, start, size) over all blocks."""
+    def with_block(carry, start, size):
+      blocks = [None if x is None else _cut(x, start, size) for x in split]
+      ids = parts + start + jnp.arange(size, dtype=jnp.int32)
+      return body(carry, start, ids, *blocks)
+
     num_blocks, rest = divmod(self.width, self.size)
     carry = jax.lax.fori_loop(
-      0, num_blocks, lambda i, c: body(c, i * self.size, self.size), carry
+      0, num_blocks, lambda i, c: with_block(c, i * self.size, self.size), carry
     )
     if rest:
-      carry = body(carry, self.width - rest, rest)
+      carry = with_block(carry, self.width - rest, rest)
     return carry
+
+
+def _cut(split: Readout, start: Any, size: int) -> Readout:
+  """A block of each part, on every device that holds rows."""
+  # Cut first: else all of the kernel is gathered for every block.
+  block = jax.tree.map(
+    lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1), split
+  )
+  kernel = _pin(block.kernel, "fsdp", "tensor", None)
+  return block.replace(
+    kernel=_pin(kernel, None, "tensor", None),
+    bias=None if block.bias is None else _pin(block.bias, "tensor", None),
+  )
 
 
 def _logits(hidden: jax.Array, block: Readout) -> jax.Array:
@@ -189,13 +201,6 @@ def _above(
   return out
 
 
-def _columns(readout: Readout, targets: jax.Array) -> _Columns:
-  _, num_rows, length = targets.shape
-  return _Columns(
-    readout, num_rows * length // partition.num_row_shards(num_rows)
-  )
-
-
 def _add_block(chunk, sums, ids, block, ref_block):
   """Sums of a chunk, f32 [R, S, P] each, with a block of the vocabulary."""
   hidden, targets, ref_hidden = chunk
@@ -209,38 +214,30 @@ def _add_block(chunk, sums, ids, block, ref_block):
   if ref_block is not None:
     ref = _logits(ref_hidden, ref_block)
     peaks["ref_peak"] = jnp.maximum(sums["ref_peak"], ref.max(-1))
-  new = _above(sums, peaks)
-  new["target"] += pick(logits)
+  sums = _above(sums, peaks)
+  sums["target"] += pick(logits)
   weights = jnp.exp(logits - peaks["peak"][..., None])
-  new["sum"] += weights.sum(-1)
+  sums["sum"] += weights.sum(-1)
   if "squares" in sums:
-    new["squares"] += jnp.square(weights).sum(-1)
+    sums["squares"] += jnp.square(weights).sum(-1)
   if ref_block is not None:
-    new["ref_target"] += pick(ref)
+    sums["ref_target"] += pick(ref)
     weights = jnp.exp(ref - peaks["ref_peak"][..., None])
-    new["ref_sum"] += weights.sum(-1)
+    sums["ref_sum"] += weights.sum(-1)
   if "gap" in sums:
-    new["gap"] += (weights * (ref - logits)).sum(-1)
-  return new
+    sums["gap"] += (weights * (ref - logits)).sum(-1)
+  return sums
 
 
 def _forward(hidden, readout, targets, reference, is_used, wanted):
-  """f32 [C, R, S] each: logps, kl, the others, and the log-sum-exps."""
-  columns = _columns(readout, targets)
-  split = columns.split(readout)
+  """The figures, and what the backward pass needs: (lse, ref_lse)."""
+  columns = _Columns(readout, targets)
   ref_hidden, ref_readout = reference or (None, None)
   names = ["peak", "target", "sum"] + ["squares"] * ("alignment" in wanted)
   if reference is not None:
-    ref_readout = columns.split(ref_readout)
     names += ["ref_peak", "ref_target", "ref_sum"] + ["gap"] * ("kl" in wanted)
 
-  def with_block(sums, start, size):
-    blocks = [
-      None if x is None else columns.block(x, start, size)
-      for x in (split, ref_readout)
-    ]
-    ids = columns.ids(start, size)
-
+  def with_block(sums, _, ids, *blocks):
     def with_chunk(_, scanned):
       used, *chunk_and_sums = scanned
       return None, jax.lax.cond(
@@ -257,9 +254,12 @@ def _forward(hidden, readout, targets, reference, is_used, wanted):
   # talk once and not once a block.
   zeros = jnp.zeros((*targets.shape, columns.parts), jnp.float32)
   zeros = _pin(zeros, None, ROW_AXES, None, "tensor")
+  lowest = jnp.full_like(zeros, _LOWEST)
   sums = columns.scan(
     with_block,
-    {name: zeros - jnp.inf if "peak" in name else zeros for name in names},
+    {name: lowest if "peak" in name else zeros for name in names},
+    readout,
+    ref_readout,
   )
   peaks = {name: sums[name].max(-1) for name in names if "peak" in name}
   sums = _above(sums, {name: x[..., None] for name, x in peaks.items()})
@@ -278,13 +278,8 @@ def _forward(hidden, readout, targets, reference, is_used, wanted):
     out["ref_logps"] = sums["ref_target"] - ref_lse
     if "kl" in wanted:
       out["kl"] = sums["gap"] / sums["ref_sum"] - ref_lse + lse
-  out = {name: jnp.where(used, x, 0.0) for name, x in out.items()}
+  out = {name: jnp.where(used, out[name], 0.0) for name in wanted}
   return out, (lse, ref_lse)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _figures(hidden, readout, targets, reference, is_used, wanted):
-  return _forward(hidden, readout, targets, reference, is_used, wanted)[0]
 
 
 def _figures_fwd(hidden, readout, targets, reference, is_used, wanted):
@@ -292,111 +287,128 @@ def _figures_fwd(hidden, readout, targets, reference, is_used, wanted):
   return out, (hidden, readout, targets, reference, is_used, sums)
 
 
+def _logits_gradient(chunk, ref_chunk, ids, block, ref_block):
+  """f32 [R, S, P, size]: of a chunk's logits in a block of the vocabulary."""
+  hidden, targets, lse, logps_gradient = chunk
+  logits = _logits(hidden, block)
+  probs = jnp.exp(logits - lse[..., None, None])
+  is_target = ids == targets[..., None, None]
+  gradient = jnp.where(is_target, 1.0 - probs, -probs)
+  gradient *= logps_gradient[..., None, None]
+  if ref_chunk is not None:
+    ref_hidden, ref_lse, kl_gradient = ref_chunk
+    ref = _logits(ref_hidden, ref_block)
+    ref_probs = jnp.exp(ref - ref_lse[..., None, None])
+    gradient += (probs - ref_probs) * kl_gradient[..., None, None]
+  if block.soft_cap is not None:
+    gradient *= 1.0 - jnp.square(logits / block.soft_cap)
+  return gradient
+
+
+def _empty_block(num_rows, depth, ids, has_bias):
+  """A gradient of a block's columns for each shard of the rows, so that these
+  meet once a block and not once a chunk."""
+  num_shards = partition.num_row_shards(num_rows)
+  kernel = jnp.zeros((num_shards, depth, *ids.shape), jnp.float32)
+  bias = None
+  if has_bias:
+    bias = jnp.zeros((num_shards, *ids.shape), jnp.float32)
+    bias = _pin(bias, ROW_AXES, "tensor", None)
+  return Readout(_pin(kernel, ROW_AXES, None, "tensor", None), bias)
+
+
+def _add_products(block_gradient, hidden_gradient, hidden, logits_gradient, w):
+  """The gradients of a block's columns and of a chunk's states, with what
+  those of its logits add; w: the block's kernel, [P, size, D]."""
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  by_shard = _by_shard(logits_gradient, "tensor", None)
+  kernel, bias = block_gradient.kernel, block_gradient.bias
+  kernel += product(
+    "nrsd,nrspv->ndpv", _by_shard(hidden, None), by_shard.astype(hidden.dtype)
+  )
+  if bias is not None:
+    bias += by_shard.sum((1, 2))
+  logits_gradient = logits_gradient.astype(hidden.dtype)
+  hidden_gradient += product("rspv,pvd->prsd", logits_gradient, w)
+  return Readout(kernel, bias), hidden_gradient
+
+
 def _figures_bwd(wanted, saved, gradients):
   hidden, readout, targets, reference, is_used, (lse, ref_lse) = saved
-  columns = _columns(readout, targets)
-  split = columns.split(readout)
-  ref_hidden = ref_readout = None
+  columns = _Columns(readout, targets)
+  ref_chunks = ref_readout = None
   if "kl" in wanted:
-    ref_hidden, ref_readout = reference[0], columns.split(reference[1])
-  chunks = (
-    (hidden, targets, lse, gradients["logps"]),
-    (ref_hidden, ref_lse, gradients["kl"]) if "kl" in wanted else None,
-  )
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    ref_hidden, ref_readout = reference
+    ref_chunks = (ref_hidden, ref_lse, gradients["kl"])
+  chunks = (hidden, targets, lse, gradients["logps"])
+  num_chunks, num_rows, _, depth = hidden.shape
 
-  def add_block(added, pulled, chunk, ids, turned, block, ref_block):
-    """The gradients of a block's columns, and of a chunk's states."""
-    (states, its_targets, its_lse, pull), ref_chunk = chunk
-    logits = _logits(states, block)
-    probs = jnp.exp(logits - its_lse[..., None, None])
-    is_target = ids == its_targets[..., None, None]
-    slope = jnp.where(is_target, 1.0 - probs, -probs) * pull[..., None, None]
-    if ref_chunk is not None:
-      ref_states, its_ref_lse, kl_pull = ref_chunk
-      ref = _logits(ref_states, ref_block)
-      ref_probs = jnp.exp(ref - its_ref_lse[..., None, None])
-      slope += (probs - ref_probs) * kl_pull[..., None, None]
-    if block.soft_cap is not None:
-      slope *= 1.0 - jnp.square(logits / block.soft_cap)
-    by_shard = _by_shard(slope, "tensor", None)
-    kernel, bias = added
-    if bias is not None:
-      bias += by_shard.sum((1, 2))
-    slope = slope.astype(states.dtype)
-    kernel += product(
-      "nrsd,nrspv->ndpv", _by_shard(states, None), by_shard.astype(states.dtype)
-    )
-    pulled += product("rspv,pvd->prsd", slope, turned)
-    return (kernel, bias), pulled
-
-  def with_block(carry, start, size):
-    (kernel, bias), pulled = carry
-    blocks = [
-      None if x is None else columns.block(x, start, size)
-      for x in (split, ref_readout)
-    ]
-    ids = columns.ids(start, size)
+  def with_block(carry, start, ids, *blocks):
+    readout_gradient, hidden_gradient = carry
     # Once a block: a CPU would transpose it for every chunk.
-    turned = blocks[0].kernel.transpose(1, 2, 0)
+    transposed = blocks[0].kernel.transpose(1, 2, 0)
 
-    def with_chunk(added, scanned):
-      used, pulled, chunk = scanned
-      return jax.lax.cond(
-        used,
-        lambda *given: add_block(*given, ids, turned, *blocks),
-        lambda added, pulled, chunk: (added, pulled),
-        added,
-        pulled,
-        chunk,
+    def add(block_gradient, chunk_gradient, chunk, ref_chunk):
+      logits_gradient = _logits_gradient(chunk, ref_chunk, ids, *blocks)
+      return _add_products(
+        block_gradient, chunk_gradient, chunk[0], logits_gradient, transposed
       )
 
-    # A sum for each shard of the rows, so that they meet once a block and not
-    # once a chunk.
-    num_shards = partition.num_row_shards(targets.shape[1])
-    width = (columns.parts, size)
-    new_kernel = jnp.zeros((num_shards, columns.depth, *width), jnp.float32)
-    new_kernel = _pin(new_kernel, ROW_AXES, None, "tensor", None)
-    new_bias = None
-    if bias is not None:
-      new_bias = jnp.zeros((num_shards, *width), jnp.float32)
-      new_bias = _pin(new_bias, ROW_AXES, "tensor", None)
-    (new_kernel, new_bias), pulled = jax.lax.scan(
-      with_chunk, (new_kernel, new_bias), (is_used, pulled, chunks)
-    )
-    new_kernel = _pin(new_kernel.sum(0), "fsdp", "tensor", None)
-    kernel = _set_columns(kernel, new_kernel, start)
-    if bias is not None:
-      bias = _set_columns(bias, new_bias.sum(0), start)
-    return (kernel, bias), pulled
+    def with_chunk(carry, scanned):
+      block_gradient, hidden_gradient = carry
+      index, used, *chunk = scanned
+      block_gradient, chunk_gradient = jax.lax.cond(
+        used,
+        add,
+        lambda *given: given[:2],
+        block_gradient,
+        hidden_gradient[index],
+        *chunk,
+      )
+      hidden_gradient = jax.lax.dynamic_update_index_in_dim(
+        hidden_gradient, chunk_gradient, index, 0
+      )
+      return (block_gradient, hidden_gradient), None
 
-  kernel = jnp.zeros(split.kernel.shape, jnp.float32)
-  pulled = jnp.zeros(
-    (len(hidden), columns.parts, *hidden.shape[1:]), jnp.float32
-  )
-  (kernel, bias), pulled = columns.scan(
-    with_block,
-    (
-      (
-        _pin(kernel, "fsdp", "tensor", None),
-        None if split.bias is None else jnp.zeros_like(split.bias),
+    empty = _empty_block(num_rows, depth, ids, readout.bias is not None)
+    (block_gradient, hidden_gradient), _ = jax.lax.scan(
+      with_chunk,
+      (empty, hidden_gradient),
+      (jnp.arange(num_chunks), is_used, chunks, ref_chunks),
+    )
+    block_gradient = jax.tree.map(lambda x: x.sum(0), block_gradient)
+    block_gradient = block_gradient.replace(
+      kernel=_pin(block_gradient.kernel, "fsdp", "tensor", None)
+    )
+    readout_gradient = jax.tree.map(
+      lambda total, x: jax.lax.dynamic_update_slice_in_dim(
+        total, x, start, total.ndim - 1
       ),
-      _pin(pulled, None, "tensor", ROW_AXES, None, None),
-    ),
+      readout_gradient,
+      block_gradient,
+    )
+    return readout_gradient, hidden_gradient
+
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, jnp.float32), columns.split(readout)
   )
-  gradient = jax.tree.map(
+  zeros = Readout(_pin(zeros.kernel, "fsdp", "tensor", None), zeros.bias)
+  # [C, P, R, S, D], see `_forward`.
+  hidden_zeros = jnp.zeros(
+    (num_chunks, columns.parts, *hidden.shape[1:]), jnp.float32
+  )
+  hidden_zeros = _pin(hidden_zeros, None, "tensor", ROW_AXES, None, None)
+  readout_gradient, hidden_gradient = columns.scan(
+    with_block, (zeros, hidden_zeros), readout, ref_readout
+  )
+  readout_gradient = readout_gradient.replace(soft_cap=readout.soft_cap)
+  readout_gradient = jax.tree.map(
     lambda total, x: total.reshape(x.shape).astype(x.dtype),
-    readout.replace(kernel=kernel, bias=bias),
+    readout_gradient,
     readout,
   )
-  hidden_gradient = pulled.sum(1).astype(hidden.dtype)
-  return hidden_gradient, gradient, None, None, None
+  hidden_gradient = hidden_gradient.sum(1).astype(hidden.dtype)
+  return hidden_gradient, readout_gradient, None, None, None
 
 
-def _set_columns(total: jax.Array, block: jax.Array, start: Any) -> jax.Array:
-  return jax.lax.dynamic_update_slice_in_dim(
-    total, block, start, total.ndim - 1
-  )
-
-
-_figures.defvjp(_figures_fwd, _figures_bwd)
+figures.defvjp(_figures_fwd, _figures_bwd)

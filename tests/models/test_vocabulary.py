@@ -131,7 +131,12 @@ def on_mesh(x, mesh):
   """Rows over the axes of rows, kernels over fsdp and tensor."""
 
   def place(array, *axes):
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    try:
+      sharding.shard_shape(array.shape)
+    except ValueError:  # not divided: on every device
+      sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.device_put(array, sharding)
 
   def place_readout(readout):
     bias = None if readout.bias is None else place(readout.bias, "tensor")
@@ -147,15 +152,28 @@ def on_mesh(x, mesh):
   }
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 4), (2, 2, 2), (1, 4, 1)], ids=str)
-def test_a_sharded_vocabulary_gives_the_same(sizes, monkeypatch):
-  """And no device ever holds all columns of its rows' logits."""
+@pytest.mark.parametrize(
+  ("sizes", "num_rows", "vocab_size"),
+  [
+    ((1, 1, 4), 4, 2048),
+    ((2, 2, 2), 4, 2600),  # a rest of 20 columns in each part
+    ((1, 4, 1), 4, 2048),
+    ((2, 2, 2), 3, 2048),  # rows that the mesh does not divide
+    ((1, 2, 2), 4, 1003),  # a vocabulary that it does not divide
+  ],
+  ids=str,
+)
+def test_a_sharded_vocabulary_gives_the_same(
+  sizes, num_rows, vocab_size, monkeypatch
+):
   monkeypatch.setattr(vocabulary, "CPU", vocabulary.Sizes(256, 1))
   axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
   axes = {axis: axes.get(axis, 1) for axis in mesh_lib.AXES}
   mesh = mesh_lib.make_mesh(axes, jax.devices()[: int(np.prod(sizes))])
-  x = inputs(num_rows=4, vocab_size=2048, has_bias=True, soft_cap=1.5)
-  for name in ("logps", "kl"):
+  x = inputs(
+    num_rows=num_rows, vocab_size=vocab_size, has_bias=True, soft_cap=1.5
+  )
+  for name in sorted(FIGURES):
     wanted = with_gradients(whole_vocabulary, x, name)
     with jax.set_mesh(mesh):
       placed = on_mesh(x, mesh)
@@ -164,8 +182,8 @@ def test_a_sharded_vocabulary_gives_the_same(sizes, monkeypatch):
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
-def test_devices_sum_gradients_outside_the_blocks(axis, monkeypatch):
-  """Once a step, and gather a kernel that is split once in each direction."""
+def test_devices_meet_once_a_block_whatever_the_chunks(axis, monkeypatch):
+  """Each column's gradient is summed once, and gathered once a pass."""
   monkeypatch.setattr(vocabulary, "CPU", vocabulary.Sizes(256, 1))
   sizes = dict.fromkeys(mesh_lib.AXES, 1) | {axis: 2}
   mesh = mesh_lib.make_mesh(sizes, jax.devices()[:2])
@@ -190,6 +208,16 @@ def test_devices_sum_gradients_outside_the_blocks(axis, monkeypatch):
   whole = {"data": kernel, "fsdp": 2 * kernel, "tensor": hidden}[axis]
   # Besides these, a few figures of each position.
   assert whole <= received < 1.3 * whole
+
+
+def test_chunks_are_of_equal_size():
+  sizes = vocabulary.Sizes(positions=256, logits=2**20)
+  assert sizes.chunk(num_rows=1, length=100) == 100
+  assert sizes.chunk(num_rows=1, length=512) == 256
+  assert sizes.chunk(num_rows=1, length=600) == 200
+  assert sizes.chunk(num_rows=8, length=600) == 32
+  assert sizes.columns(256) == 4096
+  assert sizes.columns(10**6) == vocabulary.LEAST_COLUMNS
 
 
 def test_no_buffer_of_positions_times_vocabulary():
@@ -217,8 +245,8 @@ def test_no_buffer_of_positions_times_vocabulary():
     .compile()
   )
   used = compiled.memory_analysis().temp_size_in_bytes
-  # Two blocks of logits and their like; the whole would be 307 MB.
-  assert used < 100e6
+  # Blocks of logits of 4 MiB and their like; the whole would be 307 MB.
+  assert used < 40e6
   assert f"{length},1,{vocab_size}" not in compiled.as_text()
 
 
