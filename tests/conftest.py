@@ -1,6 +1,7 @@
 """Eight simulated devices, and real data where a machine has them."""
 
 import atexit
+import collections
 import os
 import shutil
 import tempfile
@@ -32,6 +33,14 @@ import pytest
 from dpo_jax import mesh as mesh_lib
 
 _ROOT = pathlib.Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Files with slow tests first, lest a worker be left alone with one."""
+  slow = collections.Counter(
+    item.path for item in items if item.get_closest_marker("slow")
+  )
+  items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
