@@ -5,6 +5,7 @@ batches and dtype.
   python -m benchmarks.peers --trl_python=PYTHON --reference=frozen
   python -m benchmarks.peers --tunix_python=PYTHON --reference=frozen
 
+and the same for long sequences with --equal_lengths and --table.
 PYTHON is one with torch and trl, or google-tunix, in it. No contender is timed
 before all agree on the first step's loss and gradient norm to 1e-4. torch gets
 the fast path of MKL on AMD where a C compiler is found.
@@ -136,11 +137,15 @@ def main() -> None:
     if python
   ]
   number = 1 if options.trl_python else 2
+  lengths = ""
+  if options.equal_lengths:
+    prompt, response = options.equal_lengths.split(",")
+    lengths = f", prompts of {prompt} and responses of {response} tokens"
   mkl = ["MKL's fast path on AMD for torch: " + ("forced." if env else "no.")]
   mkl = mkl if options.trl_python else []
   results.write(
     options.table or f"{number}_{'_'.join(peers).lower()}_{options.reference}",
-    title=f"dpo_jax and {' and '.join(peers)}, {kind}",
+    title=f"dpo_jax and {' and '.join(peers)}, {kind}{lengths}",
     command=" ".join(
       ["python -m benchmarks.peers", *map(_anonymous, sys.argv[1:])]
     ),
