@@ -279,6 +279,29 @@ def test_a_block_of_the_vocabulary_is_cut_before_it_is_gathered(libtpu):
 
 
 @pytest.mark.slow
+def test_remat_dots_runs_no_attention_kernel_again(libtpu, monkeypatch):
+  """On a TPU; `tests/models/test_decoder.py` has the blocks of XLA."""
+  texts = []
+  read = hlo.collectives
+
+  def keep(text, *arguments):
+    texts.append(text)
+    return read(text, *arguments)
+
+  monkeypatch.setattr(hlo, "collectives", keep)
+
+  def num_kernels(remat):
+    request = make_request("v5e-4", rows=4, row_tokens=512)
+    request.config.policy.remat = remat
+    plan.make_plan(plan.build(request), request)
+    return texts[-1].count('custom_call_target="tpu_custom_call"')
+
+  kept = num_kernels("none")
+  assert num_kernels("dots") == kept > 0
+  assert num_kernels("full") > kept
+
+
+@pytest.mark.slow
 def test_the_command_prints_a_plan(libtpu, tmp_path):
   config = tmp_path / "config.py"
   config.write_text(
