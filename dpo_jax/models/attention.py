@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec
 from dpo_jax.models import blocked, partition, splash
 from dpo_jax.models.config import KEPT
 
-# Tokens of a block of the "xla" backend, by platform: small enough on a CPU to
-# stay in its cache and to fit short prompts closely.
-_BLOCK = {"cpu": 64}
+# Tokens of a block of the "xla" backend. On a CPU small ones fit short groups
+# closely, and it takes large ones to keep all its cores at work.
+_CPU_BLOCKS = (64, 128, 256, 512)
+_BLOCKS_OF_GROUP = 12  # a group of responses has about so many
 _ACCELERATOR_BLOCK = 256
 
 # Of a score that is masked: finite, so that no gradient is NaN.
@@ -72,6 +73,7 @@ def make_rows(
   branches: jax.Array,
   *,
   backend: str = "auto",
+  groups_per_row: int = 1,
 ) -> Rows:
   """Prepares rows for `attend_rows`.
 
@@ -83,13 +85,15 @@ def make_rows(
       of T x T; "xla" works in blocks; "splash" is the TPU's kernel. "auto" is
       splash on a TPU, and else dense for rows of a block or two and xla for
       longer.
+    groups_per_row: about how many share a row; sizes the blocks, no more.
 
   Returns:
     What `attend_rows` takes.
   """
-  size = _BLOCK.get(partition.platform(), _ACCELERATOR_BLOCK)
+  length = positions.shape[1]
+  size = _block_size(length, groups_per_row)
   if backend == "auto":
-    is_short = positions.shape[1] <= 2 * size
+    is_short = length <= 2 * size
     is_tpu = partition.platform() == "tpu"
     backend = "splash" if is_tpu else "dense" if is_short else "xla"
   mask = blocks = None
@@ -98,6 +102,20 @@ def make_rows(
   elif backend == "xla":
     blocks = blocked.make_blocks(positions, segments, branches, size)
   return Rows(positions, segments, branches, mask, blocks, backend)
+
+
+def _block_size(length: int, groups_per_row: int) -> int:
+  """Tokens of a block of the "xla" backend."""
+  if partition.platform() != "cpu":
+    return _ACCELERATOR_BLOCK
+  wanted = length // groups_per_row // _BLOCKS_OF_GROUP
+  num_parts = partition.free_axes().get("context", 1)
+  fitting = [
+    size
+    for size in _CPU_BLOCKS
+    if size <= wanted and (num_parts == 1 or length % (num_parts * size) == 0)
+  ]
+  return max(fitting, default=_CPU_BLOCKS[0])
 
 
 def attend_rows(

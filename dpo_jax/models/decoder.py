@@ -430,10 +430,17 @@ class Policy:
     positions: jax.Array,
     segments: jax.Array,
     branches: jax.Array,
+    *,
+    groups_per_row: int = 1,
   ) -> jax.Array:
-    """Hidden states of packed rows: i32 [R, T] each -> [R, T, D]."""
+    """Hidden states of packed rows: i32 [R, T] each -> [R, T, D]; see
+    `attention.make_rows` for groups_per_row."""
     rows = attention.make_rows(
-      positions, segments, branches, backend=self.config.attention
+      positions,
+      segments,
+      branches,
+      backend=self.config.attention,
+      groups_per_row=groups_per_row,
     )
     return self._bind(params)(tokens, positions, rows)[0]
 

@@ -223,7 +223,12 @@ def response_figures(
 
   def states(params):
     hidden = policy.hidden_states(
-      params, batch.tokens, batch.positions, batch.segments, batch.branches
+      params,
+      batch.tokens,
+      batch.positions,
+      batch.segments,
+      batch.branches,
+      groups_per_row=batch.valid.shape[1],
     )
     return hidden, take_positions(hidden, batch.predictors)
 

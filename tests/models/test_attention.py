@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import mesh as mesh_lib
-from dpo_jax.models import attention, blocked, splash
+from dpo_jax.models import attention, blocked, logps, splash
 from tests import tiny
 
 
@@ -253,6 +253,49 @@ def test_the_context_axis_splits_queries_at_blocks(
   assert seen == {(queries, length)}
   for one, other in zip(got, wanted, strict=True):
     np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+def block_size(length, groups_per_row):
+  ones = jnp.ones((1, length), jnp.int32)
+  rows = attention.make_rows(
+    ones, ones, ones, backend="xla", groups_per_row=groups_per_row
+  )
+  return rows.blocks.positions.shape[2]
+
+
+def test_long_groups_are_cut_into_large_blocks():
+  assert block_size(2752, 8) == 64
+  assert block_size(3072, 1) == 256
+  assert block_size(3072, 3) == 64
+  assert block_size(12288, 1) == 512
+  assert block_size(12288, 8) == 128
+
+
+def test_blocks_are_small_enough_for_the_context_axis_to_split_queries():
+  with jax.set_mesh(tiny.make_placement({"data": 2, "context": 4}).mesh):
+    assert block_size(3072, 1) == 256
+    assert block_size(3584, 1) == 128  # 896 queries a device
+    assert block_size(3328, 1) == 64
+
+
+def test_a_batch_says_how_many_groups_share_a_row(monkeypatch):
+  batch = random_batch(0, 2, 256)
+  seen = []
+  make_rows = attention.make_rows
+
+  def spy(*args, **kwargs):
+    seen.append(kwargs["groups_per_row"])
+    return make_rows(*args, **kwargs)
+
+  monkeypatch.setattr(attention, "make_rows", spy)
+  policy = tiny.make_policy()
+  jax.eval_shape(
+    lambda params: logps.response_figures(
+      policy, params, None, batch, chunk_size=0, needs=frozenset()
+    ),
+    policy.abstract_params(),
+  )
+  assert seen == [batch.valid.shape[1]]
 
 
 @pytest.mark.parametrize("seed", range(4))
