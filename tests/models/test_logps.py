@@ -114,6 +114,18 @@ def test_sums_by_slot_equal_a_loop_and_drop_padding():
   np.testing.assert_allclose(sums, wanted.reshape(3, 3, 2), rtol=1e-5)
 
 
+@pytest.mark.parametrize("length", [16384, 16390])
+def test_the_sum_of_a_long_response_is_rounded_a_few_times_only(length):
+  rng = np.random.default_rng(0)
+  values = (-10 - rng.random((4, length))).astype(np.float32)
+  slots = np.ones((4, length), np.int32)
+  total = logps_lib.sum_by_slot(values, slots, (1, 2))[:, 0, 1]
+  wanted = values.astype(np.float64).sum(1)
+  # Added one by one, they are off by tens of units of the last place.
+  error = np.abs(total - wanted) / np.spacing(np.abs(wanted).astype(np.float32))
+  assert error.max() <= 4
+
+
 def test_no_array_of_all_scored_positions_times_vocabulary():
   """Neither forward nor backward holds [S, V]."""
   policy = tiny.make_policy(vocab_size=1000)
