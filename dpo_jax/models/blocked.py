@@ -17,7 +17,12 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from dpo_jax.models import partition
 from dpo_jax.models.config import KEPT
+
+# On an accelerator, whose processors one block of queries would leave idle,
+# blocks take their steps together: as many as have this many scores, 256 MiB.
+_SCORES_TOGETHER = 2**26
 
 # Of a score that is masked, and of a row that has seen no key yet: finite, so
 # that no difference is NaN.
@@ -178,9 +183,35 @@ def attend_blocks(
   return out[:, :length]
 
 
+def _num_lanes(queries: jax.Array, size: int) -> int:
+  """Of the blocks of queries, [N, ...], how many take a step together."""
+  if partition.platform() == "cpu":
+    return 1
+  num_blocks, num_kv_heads, num_lines, _ = queries.shape
+  most = _SCORES_TOGETHER // (num_kv_heads * num_lines * size)
+  most = min(max(most, 1), num_blocks)
+  return max(x for x in range(1, most + 1) if num_blocks % x == 0)
+
+
+def _in_lanes(arrays: Any, lanes: int) -> Any:
+  """[N, ...] -> [N / lanes, lanes, ...]."""
+  return jax.tree.map(lambda x: x.reshape(-1, lanes, *x.shape[1:]), arrays)
+
+
+def _out_of_lanes(arrays: Any) -> Any:
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
+
+
+def _num_steps(ranges: Any) -> jax.Array:
+  """Blocks of keys that a block of queries needs."""
+  _, in_prompt, _, own = ranges
+  return in_prompt + own
+
+
 def _pick(ranges: Any, step: jax.Array) -> jax.Array:
-  """The step-th block of keys of two ranges."""
+  """The step-th block of keys of two ranges; the last one's, behind it."""
   first_prompt, in_prompt, first_own, _ = ranges
+  step = jnp.minimum(step, jnp.maximum(_num_steps(ranges) - 1, 0))
   return jnp.where(
     step < in_prompt, first_prompt + step, first_own + step - in_prompt
   )
@@ -200,11 +231,12 @@ def _visible(
   return seen
 
 
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
 def _scores(queries, keys, seen, scale, soft_cap):
   """Masked scores f32 [h, g * size, size], and what the cap's slope is of."""
-  raw = scale * jnp.einsum(
-    "hqd,hkd->hqk", queries, keys, preferred_element_type=jnp.float32
-  )
+  raw = scale * _product("hqd,hkd->hqk", queries, keys)
   capped = raw if soft_cap is None else soft_cap * jnp.tanh(raw / soft_cap)
   groups = queries.shape[1] // seen.shape[0]
   seen = jnp.tile(seen, (groups, 1))[None]
@@ -224,39 +256,44 @@ def _forward(queries, keys, values, wanted, labels, window, scale, soft_cap):
   `wanted` is of each block of queries: its ranges of keys, and its labels.
   """
 
-  def one_block(scanned):
-    query, (query_ranges, query_labels) = scanned
+  def add(step, query, wanted, peak, total, out):
+    """The sums of a block of queries, with its step-th block of keys."""
+    ranges, query_labels = wanted
+    place = _pick(ranges, step)
+    seen = _visible(query_labels, [x[place] for x in labels], window)
+    seen &= step < _num_steps(ranges)
+    scores, seen = _scores(query, keys[place], seen, scale, soft_cap)
+    new_peak = jnp.maximum(peak, scores.max(-1))
+    weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
+    shrink = jnp.exp(peak - new_peak)
+    total = total * shrink + weights.sum(-1)
+    out = out * shrink[..., None] + _product(
+      "hqk,hkd->hqd", weights.astype(values.dtype), values[place]
+    )
+    return new_peak, total, out
 
-    def add(step, carry):
-      peak, total, out = carry
-      place = _pick(query_ranges, step)
-      seen = _visible(query_labels, [x[place] for x in labels], window)
-      scores, seen = _scores(query, keys[place], seen, scale, soft_cap)
-      new_peak = jnp.maximum(peak, scores.max(-1))
-      weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
-      shrink = jnp.exp(peak - new_peak)
-      total = total * shrink + weights.sum(-1)
-      out = out * shrink[..., None] + jnp.einsum(
-        "hqk,hkd->hqd",
-        weights.astype(values.dtype),
-        values[place],
-        preferred_element_type=jnp.float32,
-      )
-      return new_peak, total, out
-
+  def one_turn(scanned):
+    query, wanted = scanned
     lines = query.shape[:-1]
-    carry = (
+    sums = (
       jnp.full(lines, _MASKED, jnp.float32),
       jnp.zeros(lines, jnp.float32),
       jnp.zeros(query.shape, jnp.float32),
     )
-    num_steps = query_ranges[1] + query_ranges[3]
-    peak, total, out = jax.lax.fori_loop(0, num_steps, add, carry)
+    add_to_lanes = jax.vmap(add, in_axes=(None, 0, 0, 0, 0, 0))
+    peak, total, out = jax.lax.fori_loop(
+      0,
+      _num_steps(wanted[0]).max(),
+      lambda step, sums: add_to_lanes(step, query, wanted, *sums),
+      sums,
+    )
     total = jnp.where(total > 0.0, total, 1.0)  # padding sees nothing
     out = (out / total[..., None]).astype(query.dtype)
     return out, peak + jnp.log(total)
 
-  return jax.lax.map(one_block, (queries, wanted))
+  lanes = _num_lanes(queries, keys.shape[2])
+  turns = _in_lanes((queries, wanted), lanes)
+  return _out_of_lanes(jax.lax.map(one_turn, turns))
 
 
 def _attend_fwd(queries, keys, values, wanted, labels, window, scale, cap):
@@ -272,47 +309,56 @@ def _attend_bwd(scale, soft_cap, saved, out_gradient):
     out.astype(jnp.float32) * out_gradient.astype(jnp.float32), -1
   )
 
-  def one_block(gradients, scanned):
-    query, pull, line_lse, line_delta, (query_ranges, query_labels) = scanned
+  def differentiate(step, query, pull, line_lse, line_delta, wanted):
+    """What a block of queries and its step-th block of keys add to the
+    gradients of the queries, and of those keys and values at `place`."""
+    ranges, query_labels = wanted
+    place = _pick(ranges, step)
+    key, value = keys[place], values[place]
+    seen = _visible(query_labels, [x[place] for x in labels], window)
+    seen &= step < _num_steps(ranges)
+    scores, seen = _scores(query, key, seen, scale, soft_cap)
+    weights = jnp.where(seen, jnp.exp(scores - line_lse[..., None]), 0.0)
+    slope = weights * (
+      _product("hqd,hkd->hqk", pull, value) - line_delta[..., None]
+    )
+    if soft_cap is not None:
+      slope *= jnp.where(seen, 1.0 - jnp.square(scores / soft_cap), 0.0)
+    slope = (scale * slope).astype(query.dtype)
+    weights = weights.astype(query.dtype)
+    return (
+      place,
+      _product("hqk,hkd->hqd", slope, key),
+      _product("hqk,hqd->hkd", slope, query),
+      _product("hqk,hqd->hkd", weights, pull),
+    )
+
+  def one_turn(gradients, scanned):
+    of_lanes = jax.vmap(differentiate, in_axes=(None, 0, 0, 0, 0, 0))
 
     def add(step, carry):
       query_gradient, key_gradient, value_gradient = carry
-      place = _pick(query_ranges, step)
-      key, value = keys[place], values[place]
-      seen = _visible(query_labels, [x[place] for x in labels], window)
-      scores, seen = _scores(query, key, seen, scale, soft_cap)
-      weights = jnp.where(seen, jnp.exp(scores - line_lse[..., None]), 0.0)
-      slope = weights * (
-        jnp.einsum(
-          "hqd,hkd->hqk", pull, value, preferred_element_type=jnp.float32
-        )
-        - line_delta[..., None]
+      place, of_query, of_key, of_value = of_lanes(step, *scanned)
+      return (
+        query_gradient + of_query,
+        key_gradient.at[place].add(of_key),
+        value_gradient.at[place].add(of_value),
       )
-      if soft_cap is not None:
-        slope *= jnp.where(seen, 1.0 - jnp.square(scores / soft_cap), 0.0)
-      slope = (scale * slope).astype(query.dtype)
-      weights = weights.astype(query.dtype)
-      product = functools.partial(
-        jnp.einsum, preferred_element_type=jnp.float32
-      )
-      query_gradient += product("hqk,hkd->hqd", slope, key)
-      key_gradient = key_gradient.at[place].add(
-        product("hqk,hqd->hkd", slope, query)
-      )
-      value_gradient = value_gradient.at[place].add(
-        product("hqk,hqd->hkd", weights, pull)
-      )
-      return query_gradient, key_gradient, value_gradient
 
-    num_steps = query_ranges[1] + query_ranges[3]
+    query, *_, (ranges, _) = scanned
     carry = (jnp.zeros(query.shape, jnp.float32), *gradients)
-    query_gradient, *gradients = jax.lax.fori_loop(0, num_steps, add, carry)
+    query_gradient, *gradients = jax.lax.fori_loop(
+      0, _num_steps(ranges).max(), add, carry
+    )
     return tuple(gradients), query_gradient.astype(query.dtype)
 
+  lanes = _num_lanes(queries, keys.shape[2])
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
+  turns = _in_lanes((queries, out_gradient, lse, delta, wanted), lanes)
   (key_gradient, value_gradient), query_gradient = jax.lax.scan(
-    one_block, zeros, (queries, out_gradient, lse, delta, wanted)
+    one_turn, zeros, turns
   )
+  query_gradient = _out_of_lanes(query_gradient)
   return (
     query_gradient,
     key_gradient.astype(keys.dtype),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import mesh as mesh_lib
-from dpo_jax.models import attention, blocked, logps, splash
+from dpo_jax.models import attention, blocked, logps, partition, splash
 from tests import tiny
 
 
@@ -67,9 +67,22 @@ def values_and_grads(attend, batch, *, num_heads, num_kv_heads):
     (4, 256, 16, 12, None, 2, "shared"),
   ],
 )
+@pytest.mark.parametrize("lanes", [0, 4, 1000], ids=["one", "some", "all"])
 def test_blocks_equal_all_scores_at_once(
-  num_slots, length, size, window, soft_cap, kv_heads, layout
+  num_slots,
+  length,
+  size,
+  window,
+  soft_cap,
+  kv_heads,
+  layout,
+  lanes,
+  monkeypatch,
 ):
+  """Blocks of queries one by one, as on a CPU, or in lanes, as on a GPU."""
+  if lanes:
+    monkeypatch.setattr(partition, "platform", lambda: "gpu")
+    monkeypatch.setattr(blocked, "_SCORES_TOGETHER", lanes * 4 * size**2)
   batch = random_batch(num_slots, num_slots, length, layout)
   labels = labels_of(batch)
   rows = attention.make_rows(*labels, backend="dense")
