@@ -66,9 +66,11 @@ def test_adapters_learn_and_are_all_that_is_saved(tmp_path):
 def test_a_live_reference_is_the_cached_one(tmp_path, kind):
   cached = train(make_config(reference__kind="cached"), tmp_path / "cached")
   live = train(make_config(reference__kind=kind), tmp_path / kind)
+  # Programs round the sums that ratios are differences of in their own ways.
+  rounding = float(np.spacing(np.float32(-live["eval/logps/chosen"])))
   for name in ("loss", "reward/margin", "log_ratio/chosen"):
     assert live[f"eval/{name}"] == pytest.approx(
-      cached[f"eval/{name}"], abs=2e-5
+      cached[f"eval/{name}"], abs=4 * rounding
     )
 
 

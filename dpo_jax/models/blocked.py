@@ -1,12 +1,12 @@
 """Attention of packed rows, a block at a time, without what the mask empties.
 
-The memory of a row is linear in its length: scores of one block of queries
-and one of keys exist at a time, and the backward pass computes them again
-(Dao et al. 2022, arXiv:2205.14135). Which blocks of keys a block of queries
-needs follows from where its first token stands: what it sees lies in that
-token's prompt, and from the start of that token's own prompt or response on.
-These are two ranges, so that the responses before it in its group, and all
-other groups, cost nothing.
+The memory of a row is linear in its length: scores of one block of queries (on
+a GPU of a fixed number of them) and one of keys exist at a time, and the
+backward pass computes them again (Dao et al. 2022, arXiv:2205.14135). Which
+blocks of keys a block of queries needs follows from where its first token
+stands: what it sees lies in that token's prompt, and from the start of that
+token's own prompt or response on. These are two ranges, so that the responses
+before it in its group, and all other groups, cost nothing.
 """
 
 import functools
@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from dpo_jax.models import partition
 from dpo_jax.models.config import KEPT
 
-# On an accelerator, whose processors one block of queries would leave idle,
-# blocks take their steps together: as many as have this many scores, 256 MiB.
-_SCORES_TOGETHER = 2**26
+# Of the blocks of queries that take their steps together on a GPU, whose
+# processors one alone would leave idle: 128 MiB of float32, of which the
+# backward pass holds about three.
+_SCORES_OF_TURN = 2**25
 
 # Of a score that is masked, and of a row that has seen no key yet: finite, so
 # that no difference is NaN.
@@ -184,34 +185,31 @@ def attend_blocks(
 
 
 def _num_lanes(queries: jax.Array, size: int) -> int:
-  """Of the blocks of queries, [N, ...], how many take a step together."""
-  if partition.platform() == "cpu":
+  """How many of the blocks of queries, [N, ...], take their steps together:
+  a lane each, a turn for all lanes."""
+  if partition.platform() != "gpu":
     return 1
   num_blocks, num_kv_heads, num_lines, _ = queries.shape
-  most = _SCORES_TOGETHER // (num_kv_heads * num_lines * size)
-  most = min(max(most, 1), num_blocks)
-  return max(x for x in range(1, most + 1) if num_blocks % x == 0)
+  most = max(_SCORES_OF_TURN // (num_kv_heads * num_lines * size), 1)
+  num_turns = -(-num_blocks // most)
+  return -(-num_blocks // num_turns)
 
 
-def _in_lanes(arrays: Any, lanes: int) -> Any:
-  """[N, ...] -> [N / lanes, lanes, ...]."""
-  return jax.tree.map(lambda x: x.reshape(-1, lanes, *x.shape[1:]), arrays)
+def _in_turns(x: jax.Array, lanes: int) -> jax.Array:
+  """[N, ...] -> [turns, lanes, ...], zeros behind the N-th: no steps."""
+  x = jnp.pad(x, ((0, -len(x) % lanes), *[(0, 0)] * (x.ndim - 1)))
+  return x.reshape(-1, lanes, *x.shape[1:])
 
 
-def _out_of_lanes(arrays: Any) -> Any:
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
-
-
-def _num_steps(ranges: Any) -> jax.Array:
+def _num_steps(wanted: Any) -> jax.Array:
   """Blocks of keys that a block of queries needs."""
-  _, in_prompt, _, own = ranges
+  (_, in_prompt, _, own), _ = wanted
   return in_prompt + own
 
 
 def _pick(ranges: Any, step: jax.Array) -> jax.Array:
-  """The step-th block of keys of two ranges; the last one's, behind it."""
+  """The step-th block of keys of two ranges."""
   first_prompt, in_prompt, first_own, _ = ranges
-  step = jnp.minimum(step, jnp.maximum(_num_steps(ranges) - 1, 0))
   return jnp.where(
     step < in_prompt, first_prompt + step, first_own + step - in_prompt
   )
@@ -256,44 +254,43 @@ def _forward(queries, keys, values, wanted, labels, window, scale, soft_cap):
   `wanted` is of each block of queries: its ranges of keys, and its labels.
   """
 
-  def add(step, query, wanted, peak, total, out):
-    """The sums of a block of queries, with its step-th block of keys."""
-    ranges, query_labels = wanted
-    place = _pick(ranges, step)
-    seen = _visible(query_labels, [x[place] for x in labels], window)
-    seen &= step < _num_steps(ranges)
-    scores, seen = _scores(query, keys[place], seen, scale, soft_cap)
-    new_peak = jnp.maximum(peak, scores.max(-1))
-    weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
-    shrink = jnp.exp(peak - new_peak)
-    total = total * shrink + weights.sum(-1)
-    out = out * shrink[..., None] + _product(
-      "hqk,hkd->hqd", weights.astype(values.dtype), values[place]
-    )
-    return new_peak, total, out
-
-  def one_turn(scanned):
+  def one_block(scanned):
     query, wanted = scanned
+    ranges, query_labels = wanted
+
+    def add(step, carry):
+      peak, total, out = carry
+      place = _pick(ranges, step)
+      seen = _visible(query_labels, [x[place] for x in labels], window)
+      scores, seen = _scores(query, keys[place], seen, scale, soft_cap)
+      new_peak = jnp.maximum(peak, scores.max(-1))
+      weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
+      shrink = jnp.exp(peak - new_peak)
+      total = total * shrink + weights.sum(-1)
+      out = out * shrink[..., None] + _product(
+        "hqk,hkd->hqd", weights.astype(values.dtype), values[place]
+      )
+      return new_peak, total, out
+
     lines = query.shape[:-1]
-    sums = (
+    carry = (
       jnp.full(lines, _MASKED, jnp.float32),
       jnp.zeros(lines, jnp.float32),
       jnp.zeros(query.shape, jnp.float32),
     )
-    add_to_lanes = jax.vmap(add, in_axes=(None, 0, 0, 0, 0, 0))
-    peak, total, out = jax.lax.fori_loop(
-      0,
-      _num_steps(wanted[0]).max(),
-      lambda step, sums: add_to_lanes(step, query, wanted, *sums),
-      sums,
-    )
+    peak, total, out = jax.lax.fori_loop(0, _num_steps(wanted), add, carry)
     total = jnp.where(total > 0.0, total, 1.0)  # padding sees nothing
     out = (out / total[..., None]).astype(query.dtype)
     return out, peak + jnp.log(total)
 
   lanes = _num_lanes(queries, keys.shape[2])
-  turns = _in_lanes((queries, wanted), lanes)
-  return _out_of_lanes(jax.lax.map(one_turn, turns))
+  if lanes == 1:
+    return jax.lax.map(one_block, (queries, wanted))
+  # A turn lasts as long as its longest lane.
+  order = jnp.argsort(_num_steps(wanted))
+  sorted_blocks = jax.tree.map(lambda x: x[order], (queries, wanted))
+  done = jax.lax.map(one_block, sorted_blocks, batch_size=lanes)
+  return jax.tree.map(lambda x: x[jnp.argsort(order)], done)
 
 
 def _attend_fwd(queries, keys, values, wanted, labels, window, scale, cap):
@@ -316,7 +313,6 @@ def _attend_bwd(scale, soft_cap, saved, out_gradient):
     place = _pick(ranges, step)
     key, value = keys[place], values[place]
     seen = _visible(query_labels, [x[place] for x in labels], window)
-    seen &= step < _num_steps(ranges)
     scores, seen = _scores(query, key, seen, scale, soft_cap)
     weights = jnp.where(seen, jnp.exp(scores - line_lse[..., None]), 0.0)
     slope = weights * (
@@ -326,39 +322,49 @@ def _attend_bwd(scale, soft_cap, saved, out_gradient):
       slope *= jnp.where(seen, 1.0 - jnp.square(scores / soft_cap), 0.0)
     slope = (scale * slope).astype(query.dtype)
     weights = weights.astype(query.dtype)
-    return (
-      place,
+    return place, (
       _product("hqk,hkd->hqd", slope, key),
       _product("hqk,hqd->hkd", slope, query),
       _product("hqk,hqd->hkd", weights, pull),
     )
 
-  def one_turn(gradients, scanned):
-    of_lanes = jax.vmap(differentiate, in_axes=(None, 0, 0, 0, 0, 0))
+  def in_lane(step, *block):
+    """Likewise, and nothing from a lane that is at its end."""
+    place, parts = differentiate(step, *block)
+    is_wanted = step < _num_steps(block[-1])
+    return place, jax.tree.map(lambda x: jnp.where(is_wanted, x, 0.0), parts)
 
+  lanes = _num_lanes(queries, keys.shape[2])
+  step_of_turn = differentiate
+  if lanes > 1:
+    step_of_turn = jax.vmap(in_lane, in_axes=(None, 0, 0, 0, 0, 0))
+
+  def one_turn(gradients, blocks):
     def add(step, carry):
       query_gradient, key_gradient, value_gradient = carry
-      place, of_query, of_key, of_value = of_lanes(step, *scanned)
+      place, (of_query, of_key, of_value) = step_of_turn(step, *blocks)
       return (
         query_gradient + of_query,
         key_gradient.at[place].add(of_key),
         value_gradient.at[place].add(of_value),
       )
 
-    query, *_, (ranges, _) = scanned
-    carry = (jnp.zeros(query.shape, jnp.float32), *gradients)
-    query_gradient, *gradients = jax.lax.fori_loop(
-      0, _num_steps(ranges).max(), add, carry
-    )
-    return tuple(gradients), query_gradient.astype(query.dtype)
+    num_steps = _num_steps(blocks[-1]).max()
+    carry = (jnp.zeros(blocks[0].shape, jnp.float32), *gradients)
+    query_gradient, *gradients = jax.lax.fori_loop(0, num_steps, add, carry)
+    return tuple(gradients), query_gradient.astype(queries.dtype)
 
-  lanes = _num_lanes(queries, keys.shape[2])
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
-  turns = _in_lanes((queries, out_gradient, lse, delta, wanted), lanes)
+  blocks = (queries, out_gradient, lse, delta, wanted)
+  if lanes > 1:
+    order = jnp.argsort(_num_steps(wanted))
+    blocks = jax.tree.map(lambda x: _in_turns(x[order], lanes), blocks)
   (key_gradient, value_gradient), query_gradient = jax.lax.scan(
-    one_turn, zeros, turns
+    one_turn, zeros, blocks
   )
-  query_gradient = _out_of_lanes(query_gradient)
+  if lanes > 1:
+    query_gradient = query_gradient.reshape(-1, *queries.shape[1:])
+    query_gradient = query_gradient[jnp.argsort(order)]
   return (
     query_gradient,
     key_gradient.astype(keys.dtype),

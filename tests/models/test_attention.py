@@ -57,6 +57,19 @@ def values_and_grads(attend, batch, *, num_heads, num_kv_heads):
   return out, *grads
 
 
+def spy_on_turns(monkeypatch):
+  """A set that gathers how many blocks of queries go together."""
+  seen = set()
+  num_lanes = blocked._num_lanes
+
+  def spy(*args):
+    seen.add(num_lanes(*args))
+    return max(seen)
+
+  monkeypatch.setattr(blocked, "_num_lanes", spy)
+  return seen
+
+
 @pytest.mark.parametrize(
   ("num_slots", "length", "size", "window", "soft_cap", "kv_heads", "layout"),
   [
@@ -67,7 +80,7 @@ def values_and_grads(attend, batch, *, num_heads, num_kv_heads):
     (4, 256, 16, 12, None, 2, "shared"),
   ],
 )
-@pytest.mark.parametrize("lanes", [0, 4, 1000], ids=["one", "some", "all"])
+@pytest.mark.parametrize("lanes", [1, 3, 1000], ids=["one", "some", "all"])
 def test_blocks_equal_all_scores_at_once(
   num_slots,
   length,
@@ -80,9 +93,9 @@ def test_blocks_equal_all_scores_at_once(
   monkeypatch,
 ):
   """Blocks of queries one by one, as on a CPU, or in lanes, as on a GPU."""
-  if lanes:
+  if lanes > 1:
     monkeypatch.setattr(partition, "platform", lambda: "gpu")
-    monkeypatch.setattr(blocked, "_SCORES_TOGETHER", lanes * 4 * size**2)
+    monkeypatch.setattr(blocked, "_SCORES_OF_TURN", lanes * 4 * size**2)
   batch = random_batch(num_slots, num_slots, length, layout)
   labels = labels_of(batch)
   rows = attention.make_rows(*labels, backend="dense")
@@ -98,6 +111,7 @@ def test_blocks_equal_all_scores_at_once(
     batch,
     **heads,
   )
+  turns = spy_on_turns(monkeypatch)
   got = values_and_grads(
     lambda q, k, v: blocked.attend_blocks(q, k, v, blocks, **settings),
     batch,
@@ -105,6 +119,9 @@ def test_blocks_equal_all_scores_at_once(
   )
   for one, other in zip(got, wanted, strict=True):
     np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+  num_blocks = blocks.starts.size
+  num_turns = -(-num_blocks // lanes)
+  assert turns == {-(-num_blocks // num_turns)}
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -289,6 +306,7 @@ def test_blocks_are_small_enough_for_the_context_axis_to_split_queries():
     assert block_size(3072, 1) == 256
     assert block_size(3584, 1) == 128  # 896 queries a device
     assert block_size(3328, 1) == 64
+    assert block_size(12300, 1) == 512  # no size splits 3,075
 
 
 def test_a_batch_says_how_many_groups_share_a_row(monkeypatch):
