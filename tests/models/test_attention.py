@@ -285,6 +285,34 @@ def test_the_context_axis_splits_queries_at_blocks(
     np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
 
 
+def test_a_lane_at_its_end_adds_nothing(monkeypatch):
+  """What comes behind it looks like its own: rows of one whole group each."""
+  groups = [
+    [np.arange(64), np.arange(96), np.arange(96)],
+    [np.arange(100), np.arange(56), np.arange(100)],
+  ]
+  batch = tiny.pack(groups, "shared", 256)
+  assert batch.tokens.shape == (2, 256) and (batch.segments == 1).all()
+  labels = labels_of(batch)
+  rows = attention.make_rows(*labels, backend="dense")
+  blocks = blocked.make_blocks(*labels, 32)
+  settings = dict(window=None, scale=0.7, soft_cap=None)
+  heads = dict(num_heads=4, num_kv_heads=2)
+  wanted = values_and_grads(
+    lambda q, k, v: attention.attend_rows(q, k, v, rows, **settings),
+    batch,
+    **heads,
+  )
+  monkeypatch.setattr(partition, "platform", lambda: "gpu")
+  got = values_and_grads(
+    lambda q, k, v: blocked.attend_blocks(q, k, v, blocks, **settings),
+    batch,
+    **heads,
+  )
+  for one, other in zip(got, wanted, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
 def block_size(length, groups_per_row):
   ones = jnp.ones((1, length), jnp.int32)
   rows = attention.make_rows(
