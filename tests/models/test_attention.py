@@ -63,8 +63,9 @@ def spy_on_turns(monkeypatch):
   num_lanes = blocked._num_lanes
 
   def spy(*args):
-    seen.add(num_lanes(*args))
-    return max(seen)
+    lanes = num_lanes(*args)
+    seen.add(lanes)
+    return lanes
 
   monkeypatch.setattr(blocked, "_num_lanes", spy)
   return seen
