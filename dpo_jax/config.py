@@ -51,7 +51,7 @@ def default_config() -> ml_collections.ConfigDict:
   config.policy.preset = "1m"  # shape of random weights: models/presets.py
   config.policy.param_dtype = "float32"  # what is trained
   config.policy.compute_dtype = "float32"  # of matmuls and activations
-  config.policy.remat = "dots"  # or "none", "full"
+  config.policy.remat = "dots"  # or "none", "attention", "full"
   # "auto" by platform and length; or "xla", "splash" (TPU), "cudnn" (GPU),
   # "dense": models/attention.py
   config.policy.attention = "auto"

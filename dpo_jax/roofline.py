@@ -20,7 +20,7 @@ P matrix entries of a layer, L layers, V D of the head; R rows of T tokens, S of
 them scored; H heads of d. Forward: 2 P L R T + 4 H d L R T (T + 1) / 2 (causal,
 every row full) + 2 V D R S. Model FLOPs: three times that, and a forward pass
 of a reference that runs. Executed: the head once more, and with remat=full the
-layers."""
+layers, with remat=attention those but for attention."""
 BYTES_FORMULA = """\
 Weights in compute dtype, once a pass, and written and read again where fsdp
 gathers them; the whole state read and written once, gradients too; (6 D + 2 (H
@@ -77,15 +77,20 @@ def count_work(
   tokens = num_rows * row_tokens
   attention = 4 * config.num_heads * config.head_dim * config.num_layers
   pairs = num_rows * row_tokens * (row_tokens + 1) / 2
-  in_layers = 2.0 * layers * tokens + attention * pairs
+  in_matrices, in_attention = 2.0 * layers * tokens, attention * pairs
   in_head = 2.0 * head * num_rows * scored_tokens
-  forward = in_layers + in_head
+  forward = in_matrices + in_attention + in_head
   model = (3 + has_live_reference) * forward
-  again = in_head + (in_layers if config.remat == "full" else 0.0)
+  again = in_head
+  runs_layers_again = config.remat in ("attention", "full")
+  if runs_layers_again:
+    again += in_matrices
+  if config.remat == "full":
+    again += in_attention
   return Work(
     model_flops=model,
     executed_flops=model + again,
-    layer_passes=2 + has_live_reference + (config.remat == "full"),
+    layer_passes=2 + has_live_reference + runs_layers_again,
     head_passes=3 + has_live_reference,
     layer_entries=layers,
     head_entries=head,

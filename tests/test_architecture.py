@@ -34,6 +34,7 @@ ORDER = [
   "topology",
   "hlo",
   "roofline",
+  "ahead_of_time",
   "plan",
 ]
 _FOLDERS = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import hlo, mesh, plan, roofline, topology
+from dpo_jax import ahead_of_time, hlo, mesh, plan, roofline, topology
 from tests import faults, tiny
 
 
@@ -27,7 +28,7 @@ def make_request(name="v5e-8", **fields):
     mesh={"data": 2, "fsdp": -1, "tensor": 2}, policy__remat="full"
   )
   shapes = dict(rows=8, row_tokens=128, vocab_size=256) | fields
-  return plan.Request(config, topology.parse_topology(name), **shapes)
+  return ahead_of_time.Request(config, topology.parse_topology(name), **shapes)
 
 
 @pytest.fixture
@@ -86,9 +87,11 @@ def test_matrices_and_the_rest_are_all_parameters():
 
 def test_the_state_of_a_device_is_counted_shard_by_shard(on_cpu):
   request = make_request()
-  run = plan.build(request)
+  run = ahead_of_time.build(request)
   state, shardings = run.abstract_state()
-  memory = plan._known_memory(run, state, plan.abstract_batch(run, request))
+  memory = ahead_of_time.known_memory(
+    run, state, ahead_of_time.abstract_batch(run, request)
+  )
   device = jax.devices()[0]
   params = jax.tree.map(
     lambda x, sharding: jax.device_put(np.zeros(x.shape, x.dtype), sharding),
@@ -111,8 +114,8 @@ def test_the_plan_has_the_shapes_of_the_runs_own_batch(on_cpu):
     make_request(), rows=0, row_tokens=0, vocab_size=0
   )
   request.config.data.source = "synthetic:review_pairs:80"
-  run = plan.build(request)
-  batch = plan.abstract_batch(run, request)
+  run = ahead_of_time.build(request)
+  batch = ahead_of_time.abstract_batch(run, request)
   real = run.placement.place_rows(run.data.train.batch(0))
   for name in ("tokens", "targets", "valid"):
     planned, placed = getattr(batch, name), getattr(real, name)
@@ -138,7 +141,7 @@ def test_what_does_not_fit_is_a_table_of_remedies(on_cpu, monkeypatch):
   )
   request = make_request()
   request.config.policy.remat = "none"
-  made = plan.make_plan(plan.build(request), request)
+  made = ahead_of_time.make_plan(ahead_of_time.build(request), request)
   assert not made.fits
   assert made.peak == pytest.approx(20.5 * 2**30, rel=1e-4)
   text = plan.describe(made, request)
@@ -165,7 +168,7 @@ def test_what_does_not_fit_is_a_table_of_remedies(on_cpu, monkeypatch):
   ],
 )
 def test_what_xla_wanted_is_read_from_its_message(message, size):
-  np.testing.assert_equal(plan.wanted_bytes(message, 7.0), size)
+  np.testing.assert_equal(ahead_of_time.wanted_bytes(message, 7.0), size)
 
 
 @pytest.mark.slow
@@ -176,7 +179,7 @@ def test_a_step_that_is_too_large_is_told_by_the_real_compiler(libtpu):
   request.config.policy.remat = "none"
   request.config.batch_size = request.config.eval.batch_size = 1
   request.config.mesh = {"data": 1}
-  made = plan.make_plan(plan.build(request), request)
+  made = ahead_of_time.make_plan(ahead_of_time.build(request), request)
   assert not made.fits
   assert made.peak > made.memory["parameters"] > 2**34
   text = plan.describe(made, request)
@@ -202,7 +205,7 @@ def test_bounds_by_hand():
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(on_cpu):
   with pytest.raises(ValueError, match="--rows=6 must be a multiple of 4"):
     request = make_request(rows=6)
-    plan.abstract_batch(plan.build(request), request)
+    ahead_of_time.abstract_batch(ahead_of_time.build(request), request)
 
 
 @pytest.mark.slow
@@ -210,7 +213,8 @@ def test_a_sweep_ranks_the_meshes_that_divide_the_work(on_cpu):
   """The eight simulated devices, which compile in earnest."""
   request = make_request()
   tried, received = [], []
-  for sizes, run in plan.candidates(request, 100):
+  for sizes in plan.candidates(request, 100):
+    run = ahead_of_time.build(request, sizes)
     tried.append(sizes)
     work = roofline.count_work(
       run.policy.config,
@@ -246,13 +250,39 @@ def test_a_sweep_without_a_mesh_says_so(on_cpu):
     plan.sweep(make_request(rows=3), 3)
 
 
+def test_a_mesh_that_does_not_compile_is_the_last_line_of_a_sweep(
+  on_cpu, capsys
+):
+  """The others are ranked: what fits, then the fastest."""
+  seconds = iter([None, 3.0, 1.0, 2.0])
+
+  def get_report(request, sizes):
+    step = next(seconds)
+    if step is None:
+      raise RuntimeError("a failed check")
+    return plan.Report("tables", step < 3, 2.0**30, 0.0, step, "ICI")
+
+  rows = plan.sweep(make_request(), 4, get_report)
+  assert [row["fits"] for row in rows] == ["yes", "yes", "no", "not compiled"]
+  assert [row["step, s"] for row in rows[:2]] == [1.0, 2.0]
+  assert f"{rows[-1]['mesh']}: a failed check" in capsys.readouterr().err
+
+
+def test_a_compiler_that_ends_its_process_is_an_error():
+  assert plan.in_child(math.sqrt, 4.0) == 2.0
+  with pytest.raises(RuntimeError, match="the compiler ended its process"):
+    plan.in_child(os.abort)
+  with pytest.raises(ValueError, match="invalid literal"):
+    plan.in_child(int, "four")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "name", ["v4-8", "v5e-8", "v5p-16", "v6e-8", "tpu7x-8", "2xv5e-4"]
 )
 def test_the_tiny_step_compiles_for_every_kind(libtpu, name):
   request = make_request(name)
-  made = plan.make_plan(plan.build(request), request)
+  made = ahead_of_time.make_plan(ahead_of_time.build(request), request)
   assert made.fits
   assert 0 < made.peak < 2**30
   kinds = {c.kind for c in made.collectives}
@@ -267,8 +297,8 @@ def test_a_block_of_the_vocabulary_is_cut_before_it_is_gathered(libtpu):
   """A TPU's compiler would gather the whole head for each of 16 blocks."""
   request = make_request("v5e-4", rows=4, row_tokens=2048, vocab_size=32768)
   request.config.mesh = {"data": 1, "fsdp": -1, "tensor": 1, "context": 1}
-  run = plan.build(request)
-  made = plan.make_plan(run, request)
+  run = ahead_of_time.build(request)
+  made = ahead_of_time.make_plan(run, request)
   received = sum(
     c.num_bytes * c.trips for c in made.collectives if c.kind == "all-gather"
   )
@@ -293,7 +323,7 @@ def test_remat_dots_runs_no_attention_kernel_again(libtpu, monkeypatch):
   def num_kernels(remat):
     request = make_request("v5e-4", rows=4, row_tokens=512)
     request.config.policy.remat = remat
-    plan.make_plan(plan.build(request), request)
+    ahead_of_time.make_plan(ahead_of_time.build(request), request)
     return texts[-1].count('custom_call_target="tpu_custom_call"')
 
   kept = num_kernels("none")

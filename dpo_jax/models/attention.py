@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dpo_jax.models import blocked, partition, splash
-from dpo_jax.models.config import KEPT
+from dpo_jax.models.config import ATTENDED
 
 # Tokens of a block of the "xla" backend. On a CPU small ones fit short groups
 # closely, and it takes large ones to keep all its cores at work.
@@ -266,30 +266,5 @@ def attend(
   scores = jnp.where(mask[:, None, None], scores, _MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
   out = jnp.einsum("bkgtj,bjkd->btkgd", weights, values)
-  out = checkpoint_name(out, KEPT)
+  out = checkpoint_name(out, ATTENDED)
   return out.reshape(batch, length, num_heads, head_dim)
-
-
-def rotate(x: jax.Array, positions: jax.Array, *, theta: float) -> jax.Array:
-  """Rotary position embedding, channel i paired with i + head_dim / 2.
-
-  Su et al. 2021 (arXiv:2104.09864), in the pairing of Hugging Face's Llama
-  checkpoints. Angles are float32: in bfloat16 positions above 256 collide.
-
-  Args:
-    x: [B, T, H, head_dim].
-    positions: i32 [B, T].
-    theta: base of the frequencies.
-
-  Returns:
-    Like x.
-  """
-  half = x.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[..., None, None].astype(jnp.float32) * frequencies
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], -1
-  )
-  return turned.astype(x.dtype)

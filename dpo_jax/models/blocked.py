@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from dpo_jax.models import partition
-from dpo_jax.models.config import KEPT
+from dpo_jax.models.config import ATTENDED
 
 # Of the blocks of queries that take their steps together on a GPU, whose
 # processors one alone would leave idle: 128 MiB of float32, of which the
@@ -295,7 +295,7 @@ def _forward(queries, keys, values, wanted, labels, window, scale, soft_cap):
 
 def _attend_fwd(queries, keys, values, wanted, labels, window, scale, cap):
   out, lse = _forward(queries, keys, values, wanted, labels, window, scale, cap)
-  out, lse = checkpoint_name((out, lse), KEPT)
+  out, lse = checkpoint_name((out, lse), ATTENDED)
   return out, (queries, keys, values, wanted, labels, window, out, lse)
 
 

@@ -6,9 +6,15 @@ import math
 import re
 from typing import Any
 
-REMAT_POLICIES = ("none", "full", "dots")
-# What carries this name is kept by remat="dots".
-KEPT = "kept"
+# What the backward pass may find kept of a layer, by these names, and what
+# each policy of `remat` keeps; "none" keeps everything.
+ATTENDED, PROJECTED = "attended", "projected"
+REMAT_POLICIES = {
+  "none": None,
+  "dots": (ATTENDED, PROJECTED),
+  "attention": (ATTENDED,),
+  "full": (),
+}
 ATTENTION_BACKENDS = ("auto", "xla", "splash", "cudnn", "dense")
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -145,9 +151,9 @@ class ModelConfig:
     param_dtype: dtype of the parameters that are trained.
     compute_dtype: dtype of matmuls and activations; norms, softmax and
       log-probs are float32 whatever it is.
-    remat: what the backward pass recomputes in a layer: "none", "full"
-      (everything), or "dots" (everything but projections and
-      what attention gives; the dense and cudnn backends score once more).
+    remat: what the backward pass recomputes in a layer: "none"; "dots", all
+      but projections and what attention gives (the dense and cudnn backends
+      score once more); "attention", all but what attention gives; or "full".
     attention: one of ATTENTION_BACKENDS, see `attention.make_rows`.
     lora: adapters, or None.
   """

@@ -16,12 +16,12 @@ from typing import Any
 from flax import nnx
 import flax.struct
 import jax
-from jax.ad_checkpoint import checkpoint_policies
+from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dpo_jax.models import attention, lora, partition, rotary
-from dpo_jax.models.config import KEPT, ModelConfig
+from dpo_jax.models.config import PROJECTED, REMAT_POLICIES, ModelConfig
 
 # K and V of all layers: f [L, B, C, num_kv_heads, head_dim] each.
 Cache = tuple[jax.Array, jax.Array]
@@ -142,7 +142,9 @@ class Projection(nnx.Module):
     return out
 
   def _apply(self, x: jax.Array, kernel: jax.Array, contract: int) -> jax.Array:
-    return _project(x, kernel.astype(self.dtype), contract)
+    out = _project(x, kernel.astype(self.dtype), contract)
+    # By name: a policy of dots does not see into a gradient of our own.
+    return checkpoint_name(out, PROJECTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,14 +325,9 @@ class Decoder(nnx.Module):
       layer = nnx.merge(graph, params)
       return layer(keep_rows_apart(x), place, window, layer_cache)
 
-    if config.remat != "none":
-      policy = {
-        "full": checkpoint_policies.nothing_saveable,
-        "dots": checkpoint_policies.save_from_both_policies(
-          checkpoint_policies.dots_with_no_batch_dims_saveable,
-          checkpoint_policies.save_only_these_names(KEPT),
-        ),
-      }[config.remat]
+    kept = REMAT_POLICIES[config.remat]
+    if kept is not None:
+      policy = checkpoint_policies.save_only_these_names(*kept)
       body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     x, cache = jax.lax.scan(body, x, (stacked, windows, cache))
     return self.final_norm(x), cache

@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 import jax.numpy as jnp
 
-from dpo_jax.models.config import KEPT
+from dpo_jax.models.config import ATTENDED
 
 # Tokens of a block, of queries and of keys.
 BLOCK = 512
@@ -155,7 +155,7 @@ def _forward(queries, keys, values, infos, size, soft_cap, interpret):
 
 def _attend_fwd(queries, keys, values, infos, size, soft_cap, interpret):
   out, lse = _forward(queries, keys, values, infos, size, soft_cap, interpret)
-  out, lse = checkpoint_name((out, lse), KEPT)
+  out, lse = checkpoint_name((out, lse), ATTENDED)
   return out, (queries, keys, values, infos, out, lse)
 
 

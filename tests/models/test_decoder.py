@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.models import attention, decoder, rotary
+from dpo_jax.models.config import Lora
 from tests import tiny
 
 
@@ -50,7 +51,7 @@ def test_positions_are_told_apart_in_bfloat16():
   assert np.abs(np.asarray(turned[0, 0] - turned[0, 1], np.float32)).max() > 0.1
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
 def test_remat_changes_no_gradient(remat):
   groups = tiny.make_groups(4)
   batch = tiny.pack(groups)
@@ -73,25 +74,43 @@ def test_remat_changes_no_gradient(remat):
   )
 
 
-def test_remat_dots_keeps_attention():
-  """Whose softmax is not computed once more; that of `full` is."""
+def lower_gradient(**fields):
+  """Of a policy on packed rows."""
   batch = tiny.pack(tiny.make_groups(4))
+  policy = tiny.make_policy(attention="xla", activation="relu", **fields)
+
+  def loss(params):
+    hidden = policy.hidden_states(
+      params, batch.tokens, batch.positions, batch.segments, batch.branches
+    )
+    return jnp.square(hidden).sum()
+
+  return jax.jit(jax.grad(loss)).lower(policy.abstract_params())
+
+
+def test_remat_keeps_attention():
+  """Whose softmax is not computed once more; that of `full` is."""
 
   def num_exponentials(remat):
-    policy = tiny.make_policy(remat=remat, attention="xla", activation="relu")
-
-    def loss(params):
-      hidden = policy.hidden_states(
-        params, batch.tokens, batch.positions, batch.segments, batch.branches
-      )
-      return jnp.square(hidden).sum()
-
-    lowered = jax.jit(jax.grad(loss)).lower(policy.abstract_params())
-    return lowered.compile().as_text().count(" exponential(")
+    text = lower_gradient(remat=remat).compile().as_text()
+    return text.count(" exponential(")
 
   kept = num_exponentials("none")
-  assert num_exponentials("dots") == kept > 0
+  assert num_exponentials("dots") == num_exponentials("attention") == kept > 0
   assert num_exponentials("full") > kept
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2, alpha=4.0)])
+def test_remat_dots_keeps_projections(lora):
+  """None is computed once more; of `attention` all are but the last."""
+
+  def num_products(remat):
+    text = lower_gradient(remat=remat, lora=lora).as_text()
+    return text.count("stablehlo.dot_general")
+
+  kept = num_products("none")
+  assert num_products("dots") == kept > 0
+  assert num_products("full") > num_products("attention") > kept
 
 
 def test_parameters_are_counted():
