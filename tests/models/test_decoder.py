@@ -136,7 +136,7 @@ def test_compute_dtype_is_that_of_hidden_states():
   [
     ({"num_kv_heads": 3}, "num_kv_heads=3"),
     ({"head_dim": 15}, "head_dim=15"),
-    ({"remat": "some"}, "Known: 'none', 'full', 'dots'"),
+    ({"remat": "some"}, "Known: 'none', 'dots', 'attention', 'full'"),
     ({"compute_dtype": "float16"}, "compute_dtype='float16'"),
   ],
 )
