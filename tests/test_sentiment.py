@@ -109,12 +109,11 @@ def test_reviews_are_read_and_checked(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_smallest_sweep_goes_through(in_haste, tmp_path, monkeypatch):
+def test_the_smallest_sweep_goes_through(on_one_device, tmp_path, monkeypatch):
   """Synthetic reviews; every method's way from prompts to a row."""
   small = dict(
     prompts=12,
     eval_prompts=4,
-    response_tokens=16,
     steps=2,
     every=1,
     batch_size=8,
@@ -131,10 +130,11 @@ def test_the_smallest_sweep_goes_through(in_haste, tmp_path, monkeypatch):
   Classifier(rng.normal(0, 2, 4096).astype(np.float32), 0.0).write(path)
   for who in ("labeller", "gold"):
     monkeypatch.setattr(imdb_sentiment._Plan, who, f"classifier:{path}")
+  monkeypatch.setattr(imdb_sentiment._Plan, "response_tokens", 16)
   workdir = str(tmp_path)
   runs = imdb_sentiment.runs(harness.Settings(workdir, "tiny"))
   tuning = next(run for run in runs if run.name == "reference")
-  tuning.config.total_steps = 30
+  tuning.config.total_steps = 12
   assert harness.execute(runs, harness.choose(runs), workdir) == {}
   found = imdb_sentiment.collect(workdir)
   assert not found.missing
