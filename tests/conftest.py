@@ -32,6 +32,7 @@ import pytest
 
 from dpo_jax import mesh as mesh_lib
 
+_make_mesh = mesh_lib.make_mesh
 _ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -82,10 +83,15 @@ def unoptimized():
 @pytest.fixture
 def on_one_device(monkeypatch):
   """A mesh of one device, for which there is less to compile and to wait."""
-  make = mesh_lib.make_mesh
   monkeypatch.setattr(
-    mesh_lib, "make_mesh", lambda sizes: make(sizes, jax.devices()[:1])
+    mesh_lib, "make_mesh", lambda sizes: _make_mesh(sizes, jax.devices()[:1])
   )
+
+
+@pytest.fixture
+def on_all_devices(on_one_device, monkeypatch):
+  """Of tests on one device, one whose subject is the layout over all."""
+  monkeypatch.setattr(mesh_lib, "make_mesh", _make_mesh)
 
 
 @pytest.fixture

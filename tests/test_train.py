@@ -23,7 +23,7 @@ from dpo_jax.run import build_run, use_compilation_cache
 from dpo_jax.train import NonFiniteError, Preempted, train
 from tests import faults, tiny
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("in_haste")
 
 # Depend on the machine, not on the run.
 _RATES = ("groups_per_second", "tokens_per_second", "host_wait_fraction")
@@ -166,7 +166,9 @@ def check_resume(monkeypatch, workdir, config, stop):
 
 
 @pytest.mark.slow
-def test_ten_steps_and_ten_more_are_twenty(tmp_path, monkeypatch):
+def test_ten_steps_and_ten_more_are_twenty(
+  on_all_devices, tmp_path, monkeypatch
+):
   check_resume(monkeypatch, tmp_path, make_config(total_steps=20), 10)
 
 
@@ -178,9 +180,7 @@ def test_a_run_with_a_frozen_reference_resumes(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rmsprop", "adafactor", "lion"])
-def test_other_optimizers_and_a_schedule_resume(
-  tmp_path, monkeypatch, in_haste, name
-):
+def test_other_optimizers_and_a_schedule_resume(tmp_path, monkeypatch, name):
   config = make_config(
     total_steps=4,
     optimizer__name=name,
@@ -193,7 +193,7 @@ def test_other_optimizers_and_a_schedule_resume(
 
 
 @pytest.mark.slow
-def test_pmap_resumes(tmp_path, monkeypatch):
+def test_pmap_resumes(on_all_devices, tmp_path, monkeypatch):
   config = make_config(total_steps=4, parallelism="pmap")
   check_resume(monkeypatch, tmp_path, config, 2)
 
@@ -231,6 +231,7 @@ train(
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(
+  on_all_devices,
   tmp_path,
 ):
   workdir = tmp_path / "parts"
@@ -631,13 +632,17 @@ def plain_run(tmp_path_factory):
   ],
   ids=lambda x: next(iter(x)),
 )
-def test_the_same_run_in_another_way(tmp_path, plain_run, overrides):
+def test_the_same_run_in_another_way(
+  on_all_devices, tmp_path, plain_run, overrides
+):
   train(make_config(**_SMOOTH | overrides), tmp_path)
   assert_same_training(plain_run, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_way(tmp_path, monkeypatch, plain_run):
+def test_a_run_goes_on_in_another_way(
+  on_all_devices, tmp_path, monkeypatch, plain_run
+):
   stop_at(monkeypatch, 2)
   mesh = {"data": 2, "fsdp": 2, "tensor": 2}
   with pytest.raises(Preempted):
@@ -646,9 +651,7 @@ def test_a_run_goes_on_in_another_way(tmp_path, monkeypatch, plain_run):
   assert_same_training(plain_run, tmp_path)
 
 
-def test_a_shape_that_was_not_planned_is_noticed(
-  in_haste, tmp_path, monkeypatch
-):
+def test_a_shape_that_was_not_planned_is_noticed(tmp_path, monkeypatch):
   def widen(loader, step, batch):
     if step != 2:
       return batch
@@ -704,7 +707,9 @@ def refuse(config, message, error=ValueError):
   ],
   ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
-def test_what_cannot_be_trained_is_refused_before_it_starts(overrides, message):
+def test_what_cannot_be_trained_is_refused_before_it_starts(
+  on_all_devices, overrides, message
+):
   refuse(make_config(**overrides), message)
 
 
@@ -747,7 +752,7 @@ def write_groups(path, group):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_every_loss_trains(tmp_path, monkeypatch, in_haste, name):
+def test_every_loss_trains(tmp_path, monkeypatch, name):
   # Tested above, and one more program to compile for every loss.
   monkeypatch.setattr(train_lib._Loop, "_check_step_zero", lambda *args: None)
   objective = build_objective({"name": name})
