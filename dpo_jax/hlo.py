@@ -90,9 +90,16 @@ def collectives(
 
   Returns:
     Collectives, those that run asynchronously once: a start, its steps and
-    its end have one channel.
+    its end are fusions that each hold it, of one channel and shape. A channel
+    alone does not tell: all that `jax.lax` writes in a shard_map have one.
   """
   computations, entry = _computations(text)
+  fused = {
+    dict(_CALLED.findall(instruction.line)).get("calls")
+    for instructions in computations.values()
+    for instruction in instructions
+    if instruction.opcode == "fusion"
+  }
   found: dict[str, Collective] = {}
   for computation, trips in _multiplicities(computations, entry).items():
     for instruction in computations[computation]:
@@ -116,8 +123,11 @@ def collectives(
         size,
         slice_of is not None and _crosses(groups, slice_of),
       )
+      key = f"{computation}/{instruction.name}"
       channel = re.search(r"channel_id=(\d+)", instruction.line)
-      key = channel[1] if channel else f"{computation}/{instruction.name}"
+      if channel and computation in fused:
+        arrays = _ARRAY.findall(instruction.shape)
+        key = f"{channel[1]} {kind} {arrays}"
       before = found.get(key)
       # Its steps may be in a loop that it overlaps; its start is not.
       if before is None or trips < before.trips:

@@ -90,6 +90,19 @@ def test_collectives_are_counted_with_their_loops():
   }
 
 
+def test_collectives_of_one_channel_are_all_counted():
+  """A shard_map's have channel 1, whichever they are."""
+  line = "  %alone.N = f32[64]{0} all-reduce(%q), channel_id=1, to_apply=%add\n"
+  place = "  %start = "
+  text = _TEXT.replace(
+    place, line.replace("N", "1") + line.replace("N", "2") + place
+  )
+  found = [c for c in hlo.collectives(text, 8) if c.kind == "all-reduce"]
+  assert [c.num_bytes for c in found if c.trips == 1] == [
+    64 * 4 * 2 * 7 / 8
+  ] * 2
+
+
 def test_groups_that_cross_slices_are_told_apart():
   """Devices 0 to 3 are one slice: x of the mesh crosses, y does not."""
   found = hlo.collectives(_TEXT, 8, lambda device: device // 4)
