@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import ahead_of_time, hlo, mesh, plan, roofline, topology
+from dpo_jax.models.config import REMAT_POLICIES
 from tests import faults, tiny
 
 
@@ -147,12 +148,17 @@ def test_what_does_not_fit_is_a_table_of_remedies(on_cpu, monkeypatch):
   text = plan.describe(made, request)
   assert "It does not fit: 20.50 GiB wanted, 16.00" in text
   for change in (
+    "policy.remat=attention",
     "policy.remat=full",
     "mesh.data=1 mesh.fsdp=4",
     "policy.param_dtype=bfloat16",
     "optimizer.name=rmsprop",
   ):
     assert change in text
+
+
+def test_every_remat_policy_has_its_remedies():
+  assert plan._FREED_BY_REMAT.keys() == REMAT_POLICIES.keys()
 
 
 @pytest.mark.parametrize(
