@@ -17,6 +17,8 @@ VARIANTS = {
   "chunks of positions": ["--logps_chunk=100000"],
   "blocked attention": ["--attention=dense"],
   "cached reference": ["--reference=frozen"],
+  "recomputation": ["--remat=none"],
+  "kept projections": ["--remat=attention"],
 }
 
 
