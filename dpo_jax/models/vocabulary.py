@@ -132,9 +132,39 @@ class _Columns:
     self.size = min(self.size, self.width)
 
   def split(self, readout: Readout) -> Readout:
-    """Kernel [D, P, V / P], bias [P, V / P]."""
+    """Kernel [D, P, V / P] and bias [P, V / P]; as they are where P is 1.
+
+    An axis of one element is not free: XLA's CPU copies the kernel for it.
+    """
+    if self.parts == 1:
+      return readout
     return jax.tree.map(
       lambda x: x.reshape(*x.shape[:-1], self.parts, self.width), readout
+    )
+
+  def cut(self, split: Readout, start: Any, size: int) -> Readout:
+    """A block of each part, on every device that holds rows: [D, P, size]."""
+
+    def part(x):
+      block = jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1)
+      return block if self.parts > 1 else block[..., None, :]
+
+    # Cut first: else all of the kernel is gathered for every block.
+    block = jax.tree.map(part, split)
+    kernel = _pin(block.kernel, "fsdp", "tensor", None)
+    return block.replace(
+      kernel=_pin(kernel, None, "tensor", None),
+      bias=None if block.bias is None else _pin(block.bias, "tensor", None),
+    )
+
+  def put(self, split: Readout, block: Readout, start: Any) -> Readout:
+    """`split` with a block of each part in its place."""
+    return jax.tree.map(
+      lambda total, x: jax.lax.dynamic_update_slice_in_dim(
+        total, x.reshape(*total.shape[:-1], x.shape[-1]), start, total.ndim - 1
+      ),
+      split,
+      block,
     )
 
   def scan(self, body: Any, carry: Any, *readouts: Readout | None) -> Any:
@@ -146,7 +176,7 @@ class _Columns:
     parts = jnp.arange(self.parts, dtype=jnp.int32)[:, None] * self.width
 
     def with_block(carry, start, size):
-      blocks = [None if x is None else _cut(x, start, size) for x in split]
+      blocks = [None if x is None else self.cut(x, start, size) for x in split]
       ids = parts + start + jnp.arange(size, dtype=jnp.int32)
       return body(carry, start, ids, *blocks)
 
@@ -157,19 +187,6 @@ class _Columns:
     if rest:
       carry = with_block(carry, self.width - rest, rest)
     return carry
-
-
-def _cut(split: Readout, start: Any, size: int) -> Readout:
-  """A block of each part, on every device that holds rows."""
-  # Cut first: else all of the kernel is gathered for every block.
-  block = jax.tree.map(
-    lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1), split
-  )
-  kernel = _pin(block.kernel, "fsdp", "tensor", None)
-  return block.replace(
-    kernel=_pin(kernel, None, "tensor", None),
-    bias=None if block.bias is None else _pin(block.bias, "tensor", None),
-  )
 
 
 def _logits(hidden: jax.Array, block: Readout) -> jax.Array:
@@ -380,19 +397,14 @@ def _figures_bwd(wanted, saved, gradients):
     block_gradient = block_gradient.replace(
       kernel=_pin(block_gradient.kernel, "fsdp", "tensor", None)
     )
-    readout_gradient = jax.tree.map(
-      lambda total, x: jax.lax.dynamic_update_slice_in_dim(
-        total, x, start, total.ndim - 1
-      ),
-      readout_gradient,
-      block_gradient,
-    )
+    readout_gradient = columns.put(readout_gradient, block_gradient, start)
     return readout_gradient, hidden_gradient
 
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.float32), columns.split(readout)
   )
-  zeros = Readout(_pin(zeros.kernel, "fsdp", "tensor", None), zeros.bias)
+  parts = () if columns.parts == 1 else ("tensor",)
+  zeros = Readout(_pin(zeros.kernel, "fsdp", *parts, None), zeros.bias)
   # [C, P, R, S, D], see `_forward`.
   hidden_zeros = jnp.zeros(
     (num_chunks, columns.parts, *hidden.shape[1:]), jnp.float32

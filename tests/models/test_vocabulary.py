@@ -220,9 +220,8 @@ def test_chunks_are_of_equal_size():
   assert sizes.columns(10**6) == vocabulary.LEAST_COLUMNS
 
 
-def test_no_buffer_of_positions_times_vocabulary():
-  """Of the compiled program: neither the policy's nor a reference's."""
-  depth, length, vocab_size = 16, 1536, 50_000
+def temporary_bytes(depth, length, vocab_size):
+  """Of the compiled figures and their gradient, with a live reference."""
   shape = jax.ShapeDtypeStruct
   hidden = shape((1, length, depth), jnp.float32)
   kernel = shape((depth, vocab_size), jnp.float32)
@@ -244,10 +243,21 @@ def test_no_buffer_of_positions_times_vocabulary():
     .lower(hidden, kernel, hidden, kernel, shape((1, length), jnp.int32))
     .compile()
   )
-  used = compiled.memory_analysis().temp_size_in_bytes
-  # Blocks of logits of 4 MiB and their like; the whole would be 307 MB.
-  assert used < 40e6
   assert f"{length},1,{vocab_size}" not in compiled.as_text()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_no_buffer_of_positions_times_vocabulary():
+  """Of the compiled program: neither the policy's nor a reference's."""
+  # Blocks of logits of 4 MiB and their like; the whole would be 307 MB.
+  assert temporary_bytes(16, 1536, 50_000) < 40e6
+
+
+def test_a_larger_vocabulary_takes_no_more_than_its_own_arrays():
+  """No copy of a kernel or of its gradient, of 38 MB more each."""
+  # Whole blocks: a rest at the end has buffers of its own, as large as one.
+  small, large = (temporary_bytes(64, 512, k * 2**14) for k in (3, 12))
+  assert large - small < 1e6
 
 
 def test_chunks_without_scored_positions_are_passed_over():
