@@ -157,6 +157,14 @@ class _Columns:
       bias=None if block.bias is None else _pin(block.bias, "tensor", None),
     )
 
+  def zeros(self, readout: Readout) -> Readout:
+    """Float32 in the shapes of `split`, laid out as the kernel is."""
+    split = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, jnp.float32), self.split(readout)
+    )
+    tensor = ("tensor",) if self.parts > 1 else ()
+    return Readout(_pin(split.kernel, "fsdp", *tensor, None), split.bias)
+
   def put(self, split: Readout, block: Readout, start: Any) -> Readout:
     """`split` with a block of each part in its place."""
     return jax.tree.map(
@@ -400,11 +408,7 @@ def _figures_bwd(wanted, saved, gradients):
     readout_gradient = columns.put(readout_gradient, block_gradient, start)
     return readout_gradient, hidden_gradient
 
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, jnp.float32), columns.split(readout)
-  )
-  parts = () if columns.parts == 1 else ("tensor",)
-  zeros = Readout(_pin(zeros.kernel, "fsdp", *parts, None), zeros.bias)
+  zeros = columns.zeros(readout)
   # [C, P, R, S, D], see `_forward`.
   hidden_zeros = jnp.zeros(
     (num_chunks, columns.parts, *hidden.shape[1:]), jnp.float32
