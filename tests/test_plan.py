@@ -7,11 +7,16 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
 from dpo_jax import ahead_of_time, hlo, mesh, plan, roofline, topology
+from dpo_jax.models import logps as logps_lib
+from dpo_jax.models import presets
 from dpo_jax.models.config import REMAT_POLICIES
+from dpo_jax.models.decoder import Readout
 from tests import faults, tiny
 
 
@@ -312,6 +317,62 @@ def test_a_block_of_the_vocabulary_is_cut_before_it_is_gathered(libtpu):
   whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
   # At most forward, recomputed, and backward.
   assert 0 < received < 3 * whole
+
+
+@pytest.mark.slow
+def test_a_kernel_is_gathered_once_a_pass(libtpu, monkeypatch):
+  """A TPU's compiler would gather it for each product that reads it."""
+  shape = dict(num_layers=2, d_model=1024, d_ff=4096, head_dim=128)
+  wide = presets.PRESETS["tiny"] | dict(num_heads=8, num_kv_heads=8) | shape
+  monkeypatch.setitem(presets.PRESETS, "tiny", wide)
+  request = make_request("v5e-8", row_tokens=1024)
+  request.config.mesh = {"data": 1, "fsdp": -1}
+  request.config.policy.compute_dtype = "bfloat16"
+  run = ahead_of_time.build(request)
+  made = ahead_of_time.make_plan(run, request)
+  received = sum(c.num_bytes * c.trips for c in made.collectives)
+  params = run.policy.abstract_params()
+  whole = 2 * sum(x.size for x in jax.tree.leaves(params))
+  # Forward, backward, and the gradient, which a ring of products sums in
+  # twice its bytes.
+  assert 2 * whole < received < 4.1 * whole
+
+
+@pytest.mark.slow
+def test_a_block_of_tied_embeddings_is_gathered_as_a_gather(libtpu):
+  """Not as an all-reduce of zeros with a device's part, at twice the bytes,
+  which a TPU's compiler makes of a gather along its lanes."""
+  grid = mesh.make_mesh(
+    {"fsdp": -1}, topology.parse_topology("v5e-64").devices()
+  )
+
+  def place(*shape, spec, dtype=jnp.bfloat16):
+    sharding = NamedSharding(grid, PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  def logps(hidden, embedding, targets):
+    return logps_lib.chunked_token_figures(
+      hidden,
+      Readout(embedding.T.astype(jnp.bfloat16)),
+      targets,
+      chunk_size=0,
+      figures=frozenset({"logps"}),
+    )["logps"]
+
+  depth, vocab_size = 2048, 16384
+  with jax.set_mesh(grid):
+    text = (
+      jax.jit(logps)
+      .lower(
+        place(64, 2048, depth, spec=(mesh.ROW_AXES,)),
+        place(vocab_size, depth, spec=(None, "fsdp"), dtype=jnp.float32),
+        place(64, 2048, spec=(mesh.ROW_AXES,), dtype=jnp.int32),
+      )
+      .compile()
+      .as_text()
+    )
+  received = sum(c.num_bytes * c.trips for c in hlo.collectives(text, 64))
+  assert 0.9 < received / (2 * depth * vocab_size) < 1.1
 
 
 @pytest.mark.slow

@@ -63,9 +63,12 @@ class Norm(nnx.Module):
     return normed.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _project(x: jax.Array, kernel: jax.Array, contract: int) -> jax.Array:
-  """Contracts the last axes of x with the first of kernel.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _project(
+  x: jax.Array, kernel: jax.Array, contract: int, split: int | None
+) -> jax.Array:
+  """Contracts the last axes of x with the first of kernel, of which `fsdp`
+  splits the axis `split`.
 
   The gradient is autodiff's but for the order in which the kernel's is
   multiplied: a CPU transposes the first operand of a sum over tokens, and
@@ -74,16 +77,19 @@ def _project(x: jax.Array, kernel: jax.Array, contract: int) -> jax.Array:
   """
   axes = tuple(range(x.ndim - contract, x.ndim))
   return jax.lax.dot_general(
-    x, kernel, ((axes, tuple(range(contract))), ((), ()))
+    x,
+    partition.gathered(kernel, split),
+    ((axes, tuple(range(contract))), ((), ())),
   )
 
 
-def _project_fwd(x, kernel, contract):
-  return _project(x, kernel, contract), (x, kernel)
+def _project_fwd(x, kernel, contract, split):
+  return _project(x, kernel, contract, split), (x, kernel)
 
 
-def _project_bwd(contract, saved, gradient):
+def _project_bwd(contract, split, saved, gradient):
   x, kernel = saved
+  kernel = partition.gathered(kernel, split)
   num_outputs = kernel.ndim - contract
   tokens = tuple(range(x.ndim - contract))
   outputs = tuple(range(gradient.ndim - num_outputs, gradient.ndim))
@@ -112,9 +118,12 @@ class Projection(nnx.Module):
     self.dtype = jnp.dtype(config.compute_dtype)
     # The maps that write to the residual stream start smaller with depth, so
     # that its variance does not grow with the number of layers.
+    is_writing = name in ("attention_out", "down")
     std = 0.02
-    if name in ("attention_out", "down"):
+    if is_writing:
       std /= math.sqrt(2 * config.num_layers)
+    # Axes that `fsdp` splits, the stream's, of kernel, lora_a and lora_b.
+    self.splits = (-1, None, -1) if is_writing else (0, 0, None)
     kernel = std * jax.random.normal(rngs.params(), inputs + outputs)
     self.kernel = nnx.Param(kernel.astype(config.param_dtype))
     self.has_bias = config.has_bias(name)
@@ -133,16 +142,19 @@ class Projection(nnx.Module):
       self.lora_b = nnx.Param(jnp.zeros((config.lora.rank, *outputs)))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    out = self._apply(x, self.kernel[...], self.contract)
+    kernel_split, a_split, b_split = self.splits
+    out = self._apply(x, self.kernel[...], self.contract, kernel_split)
     if self.has_bias:
       out += self.bias.astype(self.dtype)
     if self.lora_scale is not None:
-      low = self._apply(x, self.lora_a[...], self.contract)
-      out += self.lora_scale * self._apply(low, self.lora_b[...], 1)
+      low = self._apply(x, self.lora_a[...], self.contract, a_split)
+      out += self.lora_scale * self._apply(low, self.lora_b[...], 1, b_split)
     return out
 
-  def _apply(self, x: jax.Array, kernel: jax.Array, contract: int) -> jax.Array:
-    out = _project(x, kernel.astype(self.dtype), contract)
+  def _apply(
+    self, x: jax.Array, kernel: jax.Array, contract: int, split: int | None
+  ) -> jax.Array:
+    out = _project(x, kernel.astype(self.dtype), contract, split)
     # By name: a policy of dots does not see into a gradient of our own.
     return checkpoint_name(out, PROJECTED)
 

@@ -3,7 +3,7 @@
 import math
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 # Rows of a batch are split over both of these.
 ROW_AXES = ("data", "fsdp")
@@ -30,3 +30,17 @@ def num_row_shards(num_rows: int) -> int:
   sizes = free_axes()
   size = math.prod(sizes.get(name, 1) for name in ROW_AXES)
   return size if num_rows % size == 0 else 1
+
+
+def gathered(kernel: jax.Array, split: int | None) -> jax.Array:
+  """A kernel with all of its axis `split`, which `fsdp` splits, if any.
+
+  Said outright, since the partitioner of a TPU else overlaps the products on
+  few chips with the gather of their kernel, piece by piece: at twice the
+  bytes, for every product gathers anew.
+  """
+  if split is None or free_axes().get("fsdp", 1) == 1:
+    return kernel
+  spec = [PartitionSpec.UNCONSTRAINED] * kernel.ndim
+  spec[split] = None
+  return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*spec))

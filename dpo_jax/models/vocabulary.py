@@ -122,6 +122,9 @@ class _Columns:
     parts = partition.free_axes().get("tensor", 1)
     self.parts = parts if vocab_size % parts == 0 else 1
     self.width = vocab_size // self.parts
+    # An axis of one element is not free: a CPU copies the kernel for it, and
+    # without it a TPU writes the gather of a block as an all-reduce.
+    self.has_parts = self.parts > 1 or partition.platform() != "cpu"
     _, num_rows, length = targets.shape
     num_rows //= partition.num_row_shards(num_rows)
     size = sizes().columns(num_rows * length)
@@ -132,11 +135,8 @@ class _Columns:
     self.size = min(self.size, self.width)
 
   def split(self, readout: Readout) -> Readout:
-    """Kernel [D, P, V / P] and bias [P, V / P]; as they are where P is 1.
-
-    An axis of one element is not free: XLA's CPU copies the kernel for it.
-    """
-    if self.parts == 1:
+    """Kernel [D, P, V / P] and bias [P, V / P], or as they are."""
+    if not self.has_parts:
       return readout
     return jax.tree.map(
       lambda x: x.reshape(*x.shape[:-1], self.parts, self.width), readout
@@ -147,7 +147,7 @@ class _Columns:
 
     def part(x):
       block = jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1)
-      return block if self.parts > 1 else block[..., None, :]
+      return block if self.has_parts else block[..., None, :]
 
     # Cut first: else all of the kernel is gathered for every block.
     block = jax.tree.map(part, split)
@@ -162,7 +162,7 @@ class _Columns:
     split = jax.tree.map(
       lambda x: jnp.zeros(x.shape, jnp.float32), self.split(readout)
     )
-    tensor = ("tensor",) if self.parts > 1 else ()
+    tensor = ("tensor",) if self.has_parts else ()
     return Readout(_pin(split.kernel, "fsdp", *tensor, None), split.bias)
 
   def put(self, split: Readout, block: Readout, start: Any) -> Readout:

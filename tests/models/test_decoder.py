@@ -158,7 +158,7 @@ def test_a_projection_has_autodiff_s_gradient(inputs, outputs):
     return jnp.tensordot(x, kernel, len(inputs))
 
   def project(x, kernel):
-    return decoder._project(x, kernel, len(inputs))
+    return decoder._project(x, kernel, len(inputs), None)
 
   np.testing.assert_allclose(
     project(x, kernel), plain(x, kernel), rtol=1e-5, atol=1e-5

@@ -9,7 +9,7 @@ import pytest
 from dpo_jax import hlo
 from dpo_jax import mesh as mesh_lib
 from dpo_jax.models import logps as logps_lib
-from dpo_jax.models import vocabulary
+from dpo_jax.models import partition, vocabulary
 from dpo_jax.models.decoder import Readout
 
 FIGURES = frozenset(
@@ -104,6 +104,16 @@ def test_blocks_equal_the_whole_vocabulary(name, chunk_size, monkeypatch):
   x = inputs()
   got = with_gradients(lambda x: blocked_vocabulary(x, chunk_size), x, name)
   assert_close(got, with_gradients(whole_vocabulary, x, name))
+
+
+@pytest.mark.parametrize("name", ["logps", "kl"])
+def test_the_layout_of_an_accelerator_gives_the_same(name, monkeypatch):
+  monkeypatch.setattr(partition, "platform", lambda: "gpu")
+  monkeypatch.setattr(vocabulary, "ACCELERATOR", vocabulary.Sizes(256, 1))
+  x = inputs(has_bias=True)
+  wanted = with_gradients(whole_vocabulary, x, name)
+  got = with_gradients(lambda x: blocked_vocabulary(x, 5), x, name)
+  assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("name", ["logps", "alignment", "kl"])
