@@ -11,9 +11,13 @@ import tempfile
 # jax is imported.
 os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most programs of a test run once, and take longer to optimize than to run.
+# Most programs of a test run once, and take longer to compile than to run: a
+# third as long without XLA's new emitters of fusions. Children keep them.
 os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+  "--xla_force_host_platform_device_count=8"
+  " --xla_backend_optimization_level=1"
+  " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+  " --xla_cpu_parallel_codegen_split_count=1"
 )
 
 # What one test compiles, others, their children and the other workers, which
