@@ -4,6 +4,8 @@ batches and dtype.
   python -m benchmarks.peers --trl_python=PYTHON --reference=cached
   python -m benchmarks.peers --trl_python=PYTHON --reference=frozen
   python -m benchmarks.peers --tunix_python=PYTHON --reference=frozen
+  python -m benchmarks.peers --tunix_python=PYTHON --reference=frozen \
+      --tunix_widths=384,512 --table=2_tunix_frozen_widths
 
 and the same for long sequences with --equal_lengths and --table.
 PYTHON is one with torch and trl, or google-tunix, in it. No contender is timed
@@ -75,6 +77,8 @@ def main() -> None:
   workload.add_options(parser)
   parser.add_argument("--trl_python", default="")
   parser.add_argument("--tunix_python", default="")
+  # Prompt and response, "384,512": once more, padded to these.
+  parser.add_argument("--tunix_widths", default="")
   interleave.add_options(parser, num_turns=5, steps_a_turn=4)
   parser.add_argument(
     "--reference", default="cached", choices=("cached", "frozen")
@@ -115,14 +119,21 @@ def main() -> None:
         env=env | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
       )
 
+    def tunix(widths=""):
+      command = [options.tunix_python, "-m", "benchmarks.tunix_worker"]
+      padded = f", padded to {widths.replace(',', ' + ')}" if widths else ""
+      return interleave.Contender(
+        f"Tunix, {kind}{padded}",
+        [*command, f"--model={folder}", f"--widths={widths}"],
+      )
+
     contenders = [mine]
     if options.trl_python:
       contenders += [trl(), trl("scored")]
     if options.tunix_python:
-      command = [options.tunix_python, "-m", "benchmarks.tunix_worker"]
-      contenders.append(
-        interleave.Contender(f"Tunix, {kind}", [*command, f"--model={folder}"])
-      )
+      contenders.append(tunix())
+      if options.tunix_widths:
+        contenders.append(tunix(options.tunix_widths))
     rows = interleave.measure(
       contenders, options, check=interleave.check_ticket
     )
@@ -141,6 +152,8 @@ def main() -> None:
   if options.equal_lengths:
     prompt, response = options.equal_lengths.split(",")
     lengths = f", prompts of {prompt} and responses of {response} tokens"
+  if options.tunix_widths:
+    lengths += f", Tunix also padded to {options.tunix_widths}"
   mkl = ["MKL's fast path on AMD for torch: " + ("forced." if env else "no.")]
   mkl = mkl if options.trl_python else []
   results.write(

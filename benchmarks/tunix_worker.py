@@ -43,6 +43,15 @@ class Trainer:
       for row_ends, row in zip(ends, self.lengths, strict=True)
     ]
     self.next = 0
+    longest = self.lengths[:, 0].max(), self.lengths[:, 1:].max()
+    self.widths = longest
+    if options.widths:
+      self.widths = tuple(map(int, options.widths.split(",")))
+    if self.widths[0] < longest[0] or self.widths[1] < longest[1]:
+      raise SystemExit(
+        f"--widths={options.widths}: the longest prompt and response of the"
+        f" data have {longest[0]} and {longest[1]} tokens"
+      )
 
   def _load(self) -> Any:
     c = self.config
@@ -90,8 +99,8 @@ class Trainer:
 
   def _batch(self, index: int) -> tuple[dpo_trainer.TrainingInput, float]:
     chosen = [self.groups[i] for i in self.work["order"][index]]
-    widths = self.lengths.max(0)
-    widths[1:] = widths[1:].max()  # one width for both responses
+    prompt, response = self.widths
+    widths = (prompt, response, response)
     fields: dict[str, np.ndarray] = {}
     names = ("prompt", "chosen", "rejected")
     for part, (name, width) in enumerate(zip(names, widths, strict=True)):
@@ -105,7 +114,7 @@ class Trainer:
       fields |= {f"{name}_ids": ids, f"{name}_mask": mask}
     real = sum(fields[f"{name}_mask"].sum() for name in names)
     real += fields["prompt_mask"].sum()  # each prompt stands before both
-    slots = 2 * len(chosen) * (widths[0] + widths[1])
+    slots = 2 * len(chosen) * (prompt + response)
     return dpo_trainer.TrainingInput(**fields), 1.0 - real / slots
 
   def run(self, num_steps: int) -> dict[str, Any]:
@@ -130,6 +139,7 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--model", required=True)
   parser.add_argument("--reference", default="frozen")  # or "none"
+  parser.add_argument("--widths", default="")  # of prompts and responses
   interleave.serve(Trainer(parser.parse_args()))
 
 
