@@ -89,6 +89,8 @@ def main() -> None:
     parser.error("give --trl_python, --tunix_python, or both")
   if options.tunix_python and options.reference == "cached":
     parser.error("Tunix keeps its reference beside it: --reference=frozen")
+  if options.tunix_widths and not options.tunix_python:
+    parser.error("--tunix_widths are Tunix's: give --tunix_python")
   shared = [
     f"--{name}={getattr(options, name)}"
     for name in (

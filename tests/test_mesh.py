@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 from dpo_jax import mesh as mesh_lib
 from dpo_jax import step as step_lib
 from dpo_jax.losses import build_objective
+from dpo_jax.models.config import Lora
+from dpo_jax.models.decoder import Projection
 from dpo_jax.types import TrainState
 from tests import tiny
 
@@ -306,6 +309,26 @@ def test_activations_are_split_along_the_row():
     batch.branches,
   )
   assert hidden.sharding.shard_shape((16, 64, 64)) == (8, 16, 64)
+
+
+def test_a_projection_gathers_the_axis_that_fsdp_splits():
+  """As the partition rules have it, of kernels and adapters."""
+  config = dataclasses.replace(
+    tiny.make_policy().config, lora=Lora(rank=4, alpha=8.0)
+  )
+  for name in config.projection_shapes():
+    layer = nnx.eval_shape(
+      lambda name=name: Projection(name, config, rngs=nnx.Rngs(0))
+    )
+    for leaf, split in zip(
+      ("kernel", "lora_a", "lora_b"), layer.splits, strict=True
+    ):
+      spec = mesh_lib.partition_spec(f"layers/{name}/{leaf}")
+      shape = getattr(layer, leaf).shape
+      axes = (*spec, *[None] * (1 + len(shape) - len(spec)))[1:]
+      found = None if split is None else split % len(shape)
+      assert axes.count("fsdp") == (found is not None), (name, leaf)
+      assert found is None or axes[found] == "fsdp", (name, leaf)
 
 
 def test_an_uncovered_parameter_is_refused():

@@ -124,7 +124,7 @@ class _Columns:
     self.width = vocab_size // self.parts
     # An axis of one element is not free: a CPU copies the kernel for it, and
     # without it a TPU writes the gather of a block as an all-reduce.
-    self.has_parts = self.parts > 1 or partition.platform() != "cpu"
+    self.has_axis = self.parts > 1 or partition.platform() != "cpu"
     _, num_rows, length = targets.shape
     num_rows //= partition.num_row_shards(num_rows)
     size = sizes().columns(num_rows * length)
@@ -136,7 +136,7 @@ class _Columns:
 
   def split(self, readout: Readout) -> Readout:
     """Kernel [D, P, V / P] and bias [P, V / P], or as they are."""
-    if not self.has_parts:
+    if not self.has_axis:
       return readout
     return jax.tree.map(
       lambda x: x.reshape(*x.shape[:-1], self.parts, self.width), readout
@@ -147,7 +147,7 @@ class _Columns:
 
     def part(x):
       block = jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1)
-      return block if self.has_parts else block[..., None, :]
+      return block if self.has_axis else block[..., None, :]
 
     # Cut first: else all of the kernel is gathered for every block.
     block = jax.tree.map(part, split)
@@ -162,7 +162,7 @@ class _Columns:
     split = jax.tree.map(
       lambda x: jnp.zeros(x.shape, jnp.float32), self.split(readout)
     )
-    tensor = ("tensor",) if self.has_parts else ()
+    tensor = ("tensor",) if self.has_axis else ()
     return Readout(_pin(split.kernel, "fsdp", *tensor, None), split.bias)
 
   def put(self, split: Readout, block: Readout, start: Any) -> Readout:
