@@ -3,7 +3,7 @@
   python -m dpo_jax.train --config=configs/hh.py:sft --workdir=runs/hh_sft \
       --config.policy.init=hf:MODEL_FOLDER
   python -m dpo_jax.train --config=configs/hh.py:dpo --workdir=runs/hh_dpo \
-      --config.policy.init=run:runs/hh_sft --config.data.tokenizer=MODEL_FOLDER
+      --config.policy.init=run:runs/hh_sft
 
 The policy is any Hugging Face folder of the Llama family. The data are TFDS's
 (`python -m dpo_jax.data.tfds_builders` says where the release's files go), or
@@ -24,7 +24,6 @@ def get_config(stage: str = "dpo"):
   config = default_config()
   config.data.source = "tfds:hh_rlhf/helpful_base"
   config.data.eval_fraction = 0.05
-  config.data.tokenizer = ""  # the policy folder's
   config.data.max_tokens = 512
   config.data.max_prompt_tokens = 256
   config.batch_size = 64

@@ -71,10 +71,13 @@ def default_config() -> ml_collections.ConfigDict:
   config.data.source = "synthetic:review_pairs"  # data/sources.py lists kinds
   config.data.eval_source = ""  # "": hold out a part of source
   config.data.eval_fraction = 0.05  # of prompts, where eval_source is ""
-  config.data.tokenizer = "bytes"  # or the folder of a tokenizer.json
+  # "": the tokenizer of policy.init, with its template, EOS and date; bytes
+  # for random weights. Or "bytes", the folder of a tokenizer.json, "letters:N".
+  config.data.tokenizer = ""
   config.data.chat_template = ""  # a jinja file; "": the tokenizer's own
   config.data.eos_token = ""  # spelling; "": what the tokenizer's folder says
-  config.data.template_date = "2024-07-26"  # today, to a template that asks
+  # Today, to a template that asks; "": as policy.init's run, or 2024-07-26.
+  config.data.template_date = ""
   # Of messages: the "last" assistant turn of a response, or "all" of them, and
   # of a demonstration all of the conversation's: data/examples.py.
   config.data.scored_turns = "last"
@@ -259,6 +262,10 @@ def settle_config(
   if path.exists():
     before = dict(flatten(json.loads(path.read_text())))
     now = dict(flatten(resolved))
+    # Runs once recorded "" for the tokenizer of policy.init.
+    before["data.tokenizer"] = before.get("data.tokenizer") or now.get(
+      "data.tokenizer"
+    )
     changed = [
       f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
       for key in sorted(before.keys() | now.keys())

@@ -75,7 +75,7 @@ def export(
       _LOG.warning("the value head is not exported: transformers has none")
       params = {k: x for k, x in params.items() if k != "value_head"}
       policy = Policy(dataclasses.replace(policy.config, value_head=False))
-    tokenizer = _open_tokenizer(config)
+    tokenizer = initialize.tokenizer_of_run(workdir)
     hf.save_params(
       out, policy, params, dtype=dtype, token_ids=_token_ids(tokenizer)
     )
@@ -93,16 +93,6 @@ def _read(workdir: epath.Path) -> tuple[dict[str, Any], ModelConfig]:
   config = json.loads((workdir / "config.json").read_text())
   model = json.loads((workdir / "model.json").read_text())
   return config, ModelConfig.from_dict(model)
-
-
-def _open_tokenizer(config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-  data = config["data"]
-  spec = data["tokenizer"] or initialize.model_folder(config["policy"]["init"])
-  return tokenizers.load_tokenizer(
-    spec,
-    chat_template=data["chat_template"],
-    eos_token=data.get("eos_token", ""),
-  )
 
 
 def _token_ids(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:

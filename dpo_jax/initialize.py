@@ -1,7 +1,12 @@
-"""Where parameters come from: random, a Hugging Face folder, another run."""
+"""Where parameters and their tokenizer come from.
 
+Random weights, a Hugging Face folder, or another run.
+"""
+
+from collections.abc import Mapping
 import dataclasses
 import json
+import logging
 from typing import Any
 
 from etils import epath
@@ -9,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.data import tokenizers
 from dpo_jax.mesh import param_shardings
 from dpo_jax.models import hf, lora
 from dpo_jax.models.config import Lora, ModelConfig
@@ -17,6 +23,8 @@ from dpo_jax.models.presets import PRESETS
 from dpo_jax.optimizer import split_params
 from dpo_jax.reference import params_digest
 from dpo_jax.types import join_trees
+
+_LOG = logging.getLogger(__name__)
 
 # File of a workdir with the digest of the parameters that are not trained.
 FROZEN_DIGEST = "frozen.txt"
@@ -85,6 +93,146 @@ def load_policy(
   raise ValueError(
     f"policy.init={config.init!r} must be one of {', '.join(KINDS)}"
   )
+
+
+# What names a tokenizer, in `config.data`, with the value of each that means
+# "as the model has it".
+TOKENIZER_KEYS = ("tokenizer", "chat_template", "eos_token", "template_date")
+
+
+def tokenizer_settings(init: str, data: Mapping[str, Any]) -> dict[str, str]:
+  """Fills in which tokenizer a run reads and writes with.
+
+  An empty key stands for the model's own: the tokenizer of a Hugging Face
+  folder; for "run:WORKDIR" what that run was trained with; bytes for random
+  weights.
+
+  Args:
+    init: `policy.init`.
+    data: `config.data`, or the part of a config.json; keys that it lacks are
+      empty.
+
+  Returns:
+    TOKENIZER_KEYS with their values. `tokenizer` is "bytes", "letters:N", a
+    folder, or "hub:ORG/NAME@REVISION".
+
+  Raises:
+    FileNotFoundError: no run there.
+    ValueError: a folder without a tokenizer and none named; or ids of bytes
+      for a model that has a tokenizer.
+  """
+  kind, _, where = init.partition(":")
+  given = {key: data.get(key) or "" for key in TOKENIZER_KEYS}
+  own = dict.fromkeys(TOKENIZER_KEYS, "")
+  if kind == "random":
+    own["tokenizer"] = "bytes"
+  elif kind == "run":
+    before = read_config(where)
+    own = tokenizer_settings(before["policy"]["init"], before["data"])
+  elif kind in ("hf", "hub"):
+    folder = model_folder(init)
+    unread = tokenizers.unread_file(folder)
+    if tokenizers.has_tokenizer(folder):
+      own["tokenizer"] = init if kind == "hub" else where
+    elif not given["tokenizer"] or (unread and _is_plain(given["tokenizer"])):
+      raise ValueError(
+        f"policy.init={init!r} has no tokenizer.json"
+        + (f" ({unread} is not read)" if unread else "")
+        + f", and data.tokenizer={given['tokenizer']!r}: name the folder of a"
+        " tokenizer.json"
+        + (", as transformers saves it" if unread else ", or 'bytes'")
+      )
+  _check_same_kind(given["tokenizer"], own["tokenizer"], init)
+  named = given["tokenizer"] not in ("", own["tokenizer"])
+  # Another tokenizer has its own template and end of a response.
+  inherited = {"template_date": own["template_date"]} if named else own
+  settings = {k: given[k] or inherited.get(k, "") for k in TOKENIZER_KEYS}
+  settings["template_date"] = (
+    settings["template_date"] or tokenizers.DEFAULT_DATE
+  )
+  return settings
+
+
+def _is_plain(tokenizer: str) -> bool:
+  """Whether ids are bytes or letters, and not those of a vocabulary."""
+  return tokenizer == "bytes" or tokenizer.startswith("letters:")
+
+
+def _check_same_kind(given: str, own: str, init: str) -> None:
+  """Refuses ids that the model has never seen."""
+  if not given or not own or given == own or init == "random":
+    return
+  if _is_plain(given) or _is_plain(own):
+    raise ValueError(
+      f"data.tokenizer={given!r} gives ids that policy.init={init!r} was not"
+      f" trained on; its own tokenizer is {own!r}: leave data.tokenizer empty"
+    )
+
+
+def open_tokenizer(settings: Mapping[str, str]) -> tokenizers.Tokenizer:
+  """Opens the tokenizer that `tokenizer_settings` names."""
+  spec = settings["tokenizer"]
+  return tokenizers.load_tokenizer(
+    model_folder(spec) if spec.startswith("hub:") else spec,
+    chat_template=settings["chat_template"],
+    eos_token=settings["eos_token"],
+    template_date=settings["template_date"],
+  )
+
+
+def warn_of_other_ids(
+  init: str, settings: Mapping[str, str], tokenizer: tokenizers.Tokenizer
+) -> None:
+  """Warns where a tokenizer gives other ids than the model's own.
+
+  Args:
+    init: `policy.init`.
+    settings: from `tokenizer_settings`.
+    tokenizer: what they open.
+  """
+  if init == "random" or _is_plain(settings["tokenizer"]):
+    return
+  try:
+    own_settings = tokenizer_settings(init, {})
+  except ValueError:
+    return  # the model has none of its own
+  if own_settings["tokenizer"] == settings["tokenizer"]:
+    return
+  own = open_tokenizer(own_settings).vocab
+  other = [token for token, i in own.items() if tokenizer.vocab.get(token) != i]
+  if other:
+    _LOG.warning(
+      "data.tokenizer=%r gives %d of the %d tokens of policy.init=%r another"
+      " id, or none (%r is the first): the model reads other words than the"
+      " text has. Leave data.tokenizer empty for the model's own",
+      settings["tokenizer"],
+      len(other),
+      len(own),
+      init,
+      min(other, key=own.get),
+    )
+
+
+def tokenizer_of_run(workdir: epath.PathLike) -> tokenizers.Tokenizer:
+  """Opens the tokenizer that a run was trained with."""
+  config = read_config(workdir)
+  return open_tokenizer(
+    tokenizer_settings(config["policy"]["init"], config["data"])
+  )
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any]:
+  """Reads the resolved config of a run.
+
+  Raises:
+    FileNotFoundError: the folder is not the workdir of a run.
+  """
+  path = epath.Path(workdir) / "config.json"
+  if not path.exists():
+    raise FileNotFoundError(
+      f"{path} does not exist: {workdir} is no workdir of a run"
+    )
+  return json.loads(path.read_text())
 
 
 def write_model(policy: Policy, workdir: epath.Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from dpo_jax import initialize
 from dpo_jax.classifier import Classifier
-from dpo_jax.data import packing, synthetic, tokenizers
+from dpo_jax.data import packing, synthetic
 from dpo_jax.mesh import Placement, make_mesh, on_mesh
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.reference import to_host
@@ -187,11 +187,7 @@ class RewardModel:
   def _loaded(self) -> tuple[Any, Any, Placement, Any]:
     """Tokenizer, parameters, mesh and the compiled step."""
     settings, init = self._config, f"run:{self._workdir}"
-    tokenizer = tokenizers.load_tokenizer(
-      settings["data"]["tokenizer"]
-      or settings["policy"]["init"].removeprefix("hf:"),
-      chat_template=settings["data"]["chat_template"],
-    )
+    tokenizer = initialize.tokenizer_of_run(self._workdir)
     policy = initialize.load_policy(
       ml_collections.ConfigDict(settings["policy"] | {"init": init}),
       vocab_size=tokenizer.vocab_size,

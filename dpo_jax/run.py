@@ -185,12 +185,10 @@ def build_run(
   step.check_coupling(objective, placement.axis_name)
   tokenizer = None
   if vocab_size is None:
-    tokenizer = tokenizers.load_tokenizer(
-      _tokenizer_folder(config),
-      chat_template=config.data.chat_template,
-      eos_token=config.data.eos_token,
-      template_date=config.data.template_date,
-    )
+    settings = initialize.tokenizer_settings(config.policy.init, config.data)
+    config.data.update(settings)
+    tokenizer = initialize.open_tokenizer(settings)
+    initialize.warn_of_other_ids(config.policy.init, settings, tokenizer)
   policy = initialize.load_policy(
     config.policy,
     vocab_size=tokenizer.vocab_size if tokenizer else vocab_size,
@@ -274,17 +272,6 @@ def _eval_objectives(
         f" {objective.group!r}"
       )
   return others
-
-
-def _tokenizer_folder(config: Any) -> str:
-  if config.data.tokenizer:
-    return config.data.tokenizer
-  if not config.policy.init.startswith(("hf:", "hub:")):
-    raise ValueError(
-      "data.tokenizer='' means the tokenizer of the policy's folder, and"
-      f" policy.init={config.policy.init!r} is no Hugging Face model"
-    )
-  return initialize.model_folder(config.policy.init)
 
 
 def _check_sizes(

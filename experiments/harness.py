@@ -38,8 +38,11 @@ import matplotlib
 import numpy as np
 
 from dpo_jax import config as config_lib
-from dpo_jax.data import tokenizers
-from dpo_jax.initialize import load_policy
+from dpo_jax.initialize import (
+  load_policy,
+  open_tokenizer,
+  tokenizer_settings,
+)
 from dpo_jax.metrics import format_table, read_metrics
 from dpo_jax.train import Preempted, show_progress_logs, train
 
@@ -417,14 +420,12 @@ def estimate(runs: Sequence[Run], scale: str) -> list[Row]:
 
 def _num_params(config: Any) -> int:
   """Of the policy; of the preset where it starts from a run to come."""
-  settings = config.policy.copy_and_resolve_references()
-  if settings.init.startswith("run:"):
-    settings.init = "random"
-  folder = config.data.tokenizer
-  vocab_size = tokenizers.load_tokenizer(
-    folder or settings.init.removeprefix("hf:"), chat_template=""
-  ).vocab_size
-  return load_policy(settings, vocab_size=vocab_size).config.num_params()
+  policy = config.policy.copy_and_resolve_references()
+  if policy.init.startswith("run:"):
+    policy.init = "random"
+  settings = tokenizer_settings(policy.init, config.data)
+  vocab_size = open_tokenizer(settings).vocab_size
+  return load_policy(policy, vocab_size=vocab_size).config.num_params()
 
 
 def mean_and_spread(

@@ -68,7 +68,7 @@ def test_an_export_opens_in_transformers_and_agrees(run, tmp_path):
 def test_an_export_is_a_start_for_another_run(run, tmp_path):
   export(run, tmp_path / "out")
   config = tiny.make_config(
-    policy__init=f"hf:{tmp_path / 'out'}", data__tokenizer="", total_steps=1
+    policy__init=f"hf:{tmp_path / 'out'}", total_steps=1
   )
   train(config, tmp_path / "next")
   np.testing.assert_allclose(

@@ -692,7 +692,6 @@ def refuse(config, message, error=ValueError):
     ({"data__layout": "ragged"}, "must be one of shared, packed, padded"),
     ({"data__eval_fraction": 1.5}, "data.eval_fraction=1.5 must be in [0, 1)"),
     ({"data__source": "synthetic:reviews"}, "review_pairs"),
-    ({"data__tokenizer": ""}, "data.tokenizer=''"),
     ({"reference__kind": "none"}, "loss 'dpo' compares with a reference"),
     ({"reference__kind": "frosen"}, "reference.kind='frosen' must be one of"),
     ({"policy__preset": "2m"}, "policy.preset='2m' must be one of"),

@@ -24,6 +24,8 @@ _SPECIAL_TOKENS = tuple(
 )
 # What strftime_now says where nothing else is asked for.
 DEFAULT_DATE = "2024-07-26"
+# Tokenizers in formats that are not read here.
+_UNREAD_FILES = ("tokenizer.model", "spiece.model", "vocab.txt", "*.tiktoken")
 
 
 class Tokenizer(Protocol):
@@ -232,6 +234,11 @@ class HFTokenizer:
     self.digest = hashlib.sha256(
       json.dumps(decisive, sort_keys=True).encode()
     ).hexdigest()
+
+  @property
+  def vocab(self) -> dict[str, int]:
+    """Ids by token, added tokens included."""
+    return self._plain.get_vocab()
 
   @property
   def special_tokens(self) -> dict[str, str]:
@@ -480,6 +487,22 @@ def _find_template(
     by_name = {entry["name"]: entry["template"] for entry in template}
     return by_name.get("default")
   return template
+
+
+def has_tokenizer(folder: epath.PathLike) -> bool:
+  """Returns whether `HFTokenizer` can read a folder."""
+  root = epath.Path(folder)
+  pair = (root / "vocab.json").exists() and (root / "merges.txt").exists()
+  return pair or (root / "tokenizer.json").exists()
+
+
+def unread_file(folder: epath.PathLike) -> str:
+  """Name of a tokenizer's file that is not read here, or ''."""
+  root = epath.Path(folder)
+  if not root.exists():
+    return ""
+  found = [path.name for name in _UNREAD_FILES for path in root.glob(name)]
+  return found[0] if found else ""
 
 
 def load_tokenizer(

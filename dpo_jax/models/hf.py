@@ -25,6 +25,14 @@ _SPARE = re.compile(
   r"attention\.(masked_)?bias)$"
 )
 _MAX_SHARD_BYTES = 5 * 10**9
+# tokenizer.model is not read, but tells that the model has a tokenizer.
+_FETCHED = [
+  "*.safetensors",
+  "*.json",
+  "*.jinja",
+  "merges.txt",
+  "tokenizer.model",
+]
 
 
 def load_config(folder: str, **overrides: Any) -> ModelConfig:
@@ -74,7 +82,7 @@ def download(spec: str) -> str:
   return huggingface_hub.snapshot_download(
     name,
     revision=revision,
-    allow_patterns=["*.safetensors", "*.json", "*.jinja", "merges.txt"],
+    allow_patterns=_FETCHED,
   )
 
 
