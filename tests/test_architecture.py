@@ -61,6 +61,7 @@ _FOLDERS = {
     "vocabulary",
     "logps",
     "generate",
+    "unread_keys",
     "families",
     "tensor_map",
     "hf",

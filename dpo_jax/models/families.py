@@ -1,65 +1,20 @@
 """config.json of the model families <-> ModelConfig.
 
 A family is a row: what its config calls our fields, what it fixes, and which
-of its fields are honoured at some values only. A field that is in none of
-these is refused by name: a model that is computed differently is no model.
+of its fields are honoured at some values only. `unread_keys` decides about
+keys that are in none of these.
 """
 
 from collections.abc import Mapping
 import dataclasses
+import logging
 from typing import Any
 
+from dpo_jax.models import unread_keys
 from dpo_jax.models.config import ModelConfig, RopeScaling
 
-# Fields that say nothing about what the model computes; dropout is off here.
-_IGNORED = frozenset(
-  {
-    "_attn_implementation_autoset",
-    "_name_or_path",
-    "architectures",
-    "attention_dropout",
-    "attn_pdrop",
-    "auto_map",
-    "bos_token_id",
-    "cache_implementation",
-    "chunk_size_feed_forward",
-    "classifier_dropout",
-    "dtype",
-    "embd_pdrop",
-    "embedding_dropout",
-    "eos_token_id",
-    "gpt_j_style",
-    "gradient_checkpointing",
-    "hidden_dropout",
-    "id2label",
-    "initializer_range",
-    "is_decoder",
-    "is_encoder_decoder",
-    "label2id",
-    "n_ctx",
-    "num_labels",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "pretraining_tp",
-    "problem_type",
-    "resid_pdrop",
-    "residual_dropout",
-    "return_dict",
-    "rotary",
-    "scale_attn",
-    "summary_activation",
-    "summary_first_dropout",
-    "summary_proj_to_labels",
-    "summary_type",
-    "summary_use_proj",
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-  }
-)
+_LOG = logging.getLogger(__name__)
+
 _ACTIVATIONS = {
   "silu": "silu",
   "swish": "silu",
@@ -69,6 +24,8 @@ _ACTIVATIONS = {
   "gelu_pytorch_tanh": "gelu_tanh",
   "relu": "relu",
 }
+# Gemma's first configs name two, of which its models use one.
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 _LLAMA_NAMES = {
   "vocab_size": "vocab_size",
   "hidden_size": "d_model",
@@ -92,16 +49,19 @@ _GPT_NAMES = {
   "tie_word_embeddings": "tie_embeddings",
 }
 _NEEDED = ("vocab_size", "d_model", "num_layers", "num_heads", "max_positions")
-# Every mention of the rotation, old and new.
-_ROPE_KEYS = (
+# Fields for which null is a value, and not an absent key.
+_NULLABLE = ("attention_soft_cap", "logits_soft_cap")
+_ROPE_KEYS = ("rope_scaling", "rope_parameters", "rope_local_base_freq")
+# What a dict of the rotation may say.
+_ROPE_PARTS = (
+  "type",
+  "rope_type",
   "rope_theta",
-  "rope_scaling",
-  "rope_parameters",
-  "rope_local_base_freq",
-  "partial_rotary_factor",
+  "factor",
+  "low_freq_factor",
+  "high_freq_factor",
   "original_max_position_embeddings",
-  "rotary_pct",
-  "rotary_emb_base",
+  "partial_rotary_factor",
 )
 _WINDOW_KEYS = (
   "sliding_window",
@@ -280,23 +240,17 @@ def read_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
       f" {', '.join(sorted(FAMILIES))}"
     )
   family = FAMILIES[name]
-  known = {"model_type", family.activation_key, *family.names}
-  known |= _IGNORED | set(family.required)
-  # Gemma's first configs name an activation that its models do not use.
-  known |= {"hidden_act", "hidden_activation"} if "gemma" in name else set()
-  known |= {"attention_bias"} if family.has_attention_bias else set()
-  known |= set(_WINDOW_KEYS) if family.window else set()
-  has_rope = "has_learned_positions" not in family.fixed
-  known |= set(_ROPE_KEYS) if has_rope else set()
-  known |= {"query_pre_attn_scalar"} if family.window in (2, 6) else set()
-  faults = [f"{key}={raw[key]!r}" for key in raw if key not in known]
-  faults += [
+  faults = [
     f"{key}={raw[key]!r} (only {values[0]!r})"
     for key, values in family.required.items()
-    if key in raw and raw[key] not in values
+    if raw.get(key) is not None and raw[key] not in values
   ]
   fields = dict(family.defaults) | {"family": name, **family.fixed}
-  fields |= {ours: raw[key] for key, ours in family.names.items() if key in raw}
+  fields |= {
+    ours: raw[key]
+    for key, ours in family.names.items()
+    if key in raw and (raw[key] is not None or ours in _NULLABLE)
+  }
   missing = [
     key
     for key, ours in family.names.items()
@@ -312,9 +266,16 @@ def read_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
   fields["activation"] = _ACTIVATIONS.get(
     activation, "gelu_tanh" if not fields.get("is_gated", True) else "silu"
   )
+  faults += [
+    f"{key}={raw[key]!r} beside {family.activation_key}={activation!r}"
+    for key in _ACTIVATION_KEYS
+    if "gemma" not in name and raw.get(key) and key != family.activation_key
+    if _ACTIVATIONS.get(raw[key]) != fields["activation"]
+  ]
   if family.has_attention_bias:
-    # GPT-NeoX has it unless told not to.
-    bias = raw.get("attention_bias", name == "gpt_neox")
+    bias = raw.get("attention_bias")
+    if bias is None:  # GPT-NeoX has it unless told not to
+      bias = name == "gpt_neox"
     fields |= {"qkv_bias": bias, "out_bias": bias}
   if not fields.get("num_kv_heads"):
     fields["num_kv_heads"] = fields["num_heads"]
@@ -322,30 +283,60 @@ def read_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     fields["head_dim"] = fields["d_model"] // fields["num_heads"]
   if not fields.get("d_ff"):
     fields["d_ff"] = 4 * fields["d_model"]
-  if "query_pre_attn_scalar" in raw:
+  if family.window in (2, 6) and raw.get("query_pre_attn_scalar"):
     fields["attention_scale"] = raw["query_pre_attn_scalar"] ** -0.5
-  fields |= _read_window(raw, family, fields["num_layers"])
+  fields |= _read_window(raw, family, fields["num_layers"], faults)
+  has_rope = "has_learned_positions" not in family.fixed
   if has_rope:
     fields |= _read_rope(raw, family, fields["head_dim"], faults)
+  facts = unread_keys.Facts(
+    max_positions=fields["max_positions"],
+    head_dim=fields["head_dim"],
+    window=fields.get("window"),
+    rope_theta=fields.get("rope_theta"),
+    has_qk_norm=bool(fields.get("qk_norm")),
+  )
+  refused, ignored = unread_keys.sort_unread(raw, _read_keys(family), facts)
+  faults = refused + faults
   if faults:
     raise ValueError(
       f"{where} asks for what this decoder does not do: {'; '.join(faults)}"
     )
+  if ignored:
+    _LOG.warning(
+      "%s: keys that this decoder does not read are ignored: %s",
+      where,
+      "; ".join(ignored),
+    )
   return fields
 
 
+def _read_keys(family: Family) -> frozenset[str]:
+  """Keys of config.json that a family's fields are made of."""
+  keys = {"model_type", *_ACTIVATION_KEYS, *family.names, *family.required}
+  keys |= {"attention_bias"} if family.has_attention_bias else set()
+  keys |= set(_WINDOW_KEYS) if family.window else set()
+  keys |= {"query_pre_attn_scalar"} if family.window in (2, 6) else set()
+  if "has_learned_positions" not in family.fixed:
+    keys |= {*_ROPE_KEYS, family.theta_key, family.partial_rotary_key} - {""}
+  return frozenset(keys)
+
+
 def _read_window(
-  raw: Mapping[str, Any], family: Family, num_layers: int
+  raw: Mapping[str, Any], family: Family, num_layers: int, faults: list[str]
 ) -> dict[str, Any]:
   if not family.window:
     return {}
+  kinds = raw.get("layer_types") or []
+  if set(kinds) - {"full_attention", "sliding_attention"}:
+    faults.append(f"layer_types={sorted(set(kinds))}")
   window = raw.get("sliding_window")
   if window is None or not raw.get("use_sliding_window", True):
     return {}
   if family.window == "late" and not raw.get("use_sliding_window", False):
     return {}
-  if raw.get("layer_types"):
-    local = [kind == "sliding_attention" for kind in raw["layer_types"]]
+  if kinds:
+    local = [kind == "sliding_attention" for kind in kinds]
   elif family.window == "all":
     local = [True] * num_layers
   elif family.window == "late":
@@ -368,7 +359,7 @@ def _read_rope(
       faults.append(f"rope_parameters={rope!r}")
     fields["local_rope_theta"] = float(local["rope_theta"])
     rope = dict(rope["full_attention"])
-  if "rope_local_base_freq" in raw:
+  if raw.get("rope_local_base_freq") is not None:
     fields["local_rope_theta"] = float(raw["rope_local_base_freq"])
   elif family.window == 6:
     fields.setdefault("local_rope_theta", 1e4)
@@ -377,16 +368,16 @@ def _read_rope(
   if theta is None:
     theta = 1e6 if family.window == 6 else 1e4
   fields["rope_theta"] = float(theta)
-  if family.partial_rotary_key:
-    share = rope.get(
-      "partial_rotary_factor",
-      raw.get(
-        family.partial_rotary_key,
-        0.25 if family.partial_rotary_key == "rotary_pct" else 1.0,
-      ),
-    )
-    if share != 1.0:
-      fields["rotary_dim"] = int(head_dim * share)
+  share = rope.get("partial_rotary_factor")
+  if share is None:
+    share = raw.get(family.partial_rotary_key)
+  if share is None:
+    share = 0.25 if family.partial_rotary_key == "rotary_pct" else 1.0
+  if share != 1.0 and family.partial_rotary_key:
+    fields["rotary_dim"] = int(head_dim * share)
+  elif share != 1.0:
+    faults.append(f"partial_rotary_factor={share!r} (only 1.0)")
+  unknown = [k for k, v in rope.items() if k not in _ROPE_PARTS and v]
   kind = rope.get("rope_type", rope.get("type"))
   if kind is None:
     kind = "default" if not raw.get("rope_scaling") else None
@@ -404,6 +395,8 @@ def _read_rope(
       f"rope_parameters or rope_scaling of type {kind!r} (only default,"
       " linear and llama3)"
     )
+    return fields
+  faults += [f"{key} in rope_parameters or rope_scaling" for key in unknown]
   return fields
 
 
