@@ -5,13 +5,16 @@
 
 config.json, safetensors, tokenizer files, generation_config.json and a model
 card: what transformers and vLLM open. `--adapter` writes the adapters of a run
-alone, as peft has them. The best checkpoint is taken, adapters merged.
+alone, as peft has them; where the run did not start from a model that
+transformers opens, that start goes to OUT/base. The best checkpoint is taken,
+adapters merged.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import json
 import logging
+import pathlib
 from typing import Any
 
 from absl import app, flags
@@ -62,26 +65,67 @@ def export(
       raise ValueError(f"{out} holds a model already: choose another folder")
   placement = mesh.make_mesh({"data": -1})
   if only_adapter:
-    policy = Policy(model)
-    params = initialize.load_trained(workdir, policy, placement)
-    base = initialize.base_name(config["policy"]["init"])
-    peft.save_adapter(out, params, model, base=base)
+    base = _export_adapter(workdir, out, config, model, dtype, placement)
   else:
     policy = Policy(dataclasses.replace(model, lora=None))
     params = initialize.load_params(
       f"run:{workdir}", policy, placement, seed=config["seed"]
     )
-    if policy.config.value_head:
-      _LOG.warning("the value head is not exported: transformers has none")
-      params = {k: x for k, x in params.items() if k != "value_head"}
-      policy = Policy(dataclasses.replace(policy.config, value_head=False))
-    tokenizer = initialize.tokenizer_of_run(workdir)
-    hf.save_params(
-      out, policy, params, dtype=dtype, token_ids=_token_ids(tokenizer)
-    )
-    tokenizer_files.save_tokenizer(tokenizer, out)
-    _write_generation_config(out, config, tokenizer)
-  (out / "README.md").write_text(model_card(workdir, config, only_adapter))
+    _write_model(out, workdir, config, policy, params, dtype)
+    base = initialize.base_name(config["policy"]["init"])
+  card = model_card(workdir, config, base=base, is_adapter=only_adapter)
+  (out / "README.md").write_text(card)
+
+
+def _write_model(
+  out: epath.Path,
+  workdir: epath.Path,
+  config: Mapping[str, Any],
+  policy: Policy,
+  params: Any,
+  dtype: str,
+) -> None:
+  """Writes weights, config and tokenizer."""
+  if policy.config.value_head:
+    _LOG.warning("the value head is not exported: transformers has none")
+    params = {k: x for k, x in params.items() if k != "value_head"}
+    policy = Policy(dataclasses.replace(policy.config, value_head=False))
+  tokenizer = initialize.tokenizer_of_run(workdir)
+  hf.save_params(
+    out, policy, params, dtype=dtype, token_ids=_token_ids(tokenizer)
+  )
+  tokenizer_files.save_tokenizer(tokenizer, out)
+  _write_generation_config(out, config, tokenizer)
+
+
+def _export_adapter(
+  workdir: epath.Path,
+  out: epath.Path,
+  config: Mapping[str, Any],
+  model: ModelConfig,
+  dtype: str,
+  placement: Any,
+) -> str:
+  """Writes the adapters, and their base where transformers cannot open it.
+
+  Returns:
+    What the card calls the base.
+  """
+  policy, init = Policy(model), config["policy"]["init"]
+  params = initialize.load_trained(workdir, policy, placement)
+  kind, _, where = init.partition(":")
+  if kind == "hf":
+    base, revision, name = where, None, where
+  elif kind == "hub":
+    base, _, revision = where.partition("@")
+    name = where
+  else:
+    weights = initialize.load_base(workdir, policy, placement)
+    bare = dataclasses.replace(model, lora=None, value_head=False)
+    base, revision, name = str(out / "base"), None, "base"
+    _write_model(out / "base", workdir, config, Policy(bare), weights, dtype)
+  peft.save_adapter(out, params, model, base=base, revision=revision)
+  return name
 
 
 def _read(workdir: epath.Path) -> tuple[dict[str, Any], ModelConfig]:
@@ -96,10 +140,11 @@ def _read(workdir: epath.Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def _token_ids(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+  pad_id = tokenizer.pad_id
   return {
     "bos_token_id": tokenizer.bos_id,
     "eos_token_id": tokenizer.eos_id,
-    "pad_token_id": tokenizer.eos_id,
+    "pad_token_id": tokenizer.eos_id if pad_id is None else pad_id,
   }
 
 
@@ -121,9 +166,16 @@ def _write_generation_config(
 
 
 def model_card(
-  workdir: epath.Path, config: Mapping[str, Any], is_adapter: bool
+  workdir: epath.Path, config: Mapping[str, Any], *, base: str, is_adapter: bool
 ) -> str:
-  """README.md of an export: what was trained, on what, with which figures."""
+  """README.md of an export: what was trained, on what, with which metrics.
+
+  Args:
+    workdir: run directory.
+    config: the run's resolved config.
+    base: what the run started from.
+    is_adapter: whether the export holds adapters alone.
+  """
   loss = config["loss"]
   name = (
     loss["name"]
@@ -136,7 +188,6 @@ def model_card(
     for key, value in (rows[-1] if rows else {}).items()
     if key not in ("step", "split") and isinstance(value, float)
   }
-  base = initialize.base_name(config["policy"]["init"])
   git = workdir / "git.txt"
   revision = git.read_text().strip() if git.exists() else "unknown"
   library = "peft" if is_adapter else "transformers"
@@ -144,11 +195,13 @@ def model_card(
   if is_adapter:
     opening.append(f"base_model: {base}")
   opening += ["tags:", "- dpo_jax", f"- {name}", "---"]
-  load = (
-    "AutoModelForCausalLM.from_pretrained(FOLDER)"
-    if not is_adapter
-    else "PeftModel.from_pretrained(base_model, FOLDER)"
-  )
+  load = ["model = AutoModelForCausalLM.from_pretrained(FOLDER)"]
+  if is_adapter:
+    place = f'f"{{FOLDER}}/{base}"' if base == "base" else repr(base)
+    load = [
+      f"model = AutoModelForCausalLM.from_pretrained({place})",
+      "model = PeftModel.from_pretrained(model, FOLDER)",
+    ]
   lines = [
     *opening,
     f"# {name} with dpo_jax",
@@ -157,7 +210,7 @@ def model_card(
     f" {config['total_steps']} steps of {config['batch_size']} groups.",
     "",
     "```python",
-    load,
+    *load,
     "```",
     "",
     f"- code: dpo_jax at {revision}",
@@ -196,8 +249,9 @@ def main(argv: list[str]) -> None:
     dtype=flags.FLAGS.dtype,
     only_adapter=flags.FLAGS.adapter,
   )
-  for path in sorted(epath.Path(out).iterdir()):
-    print(f"{path.stat().length:>14,}  {path}")
+  for path in sorted(pathlib.Path(out).rglob("*")):
+    if path.is_file():
+      print(f"{path.stat().st_size:>14,}  {path}")
 
 
 if __name__ == "__main__":

@@ -354,18 +354,35 @@ def _load_run(workdir: epath.Path, policy: Policy, mesh: Any) -> Any:
   pattern = config["policy"].get("frozen", "")
   if split_params(theirs.abstract_params(), pattern)[1] is None:
     return params
-  base = load_params(
-    config["policy"]["init"], theirs, mesh, seed=config["seed"]
-  )
-  base = split_params(base, pattern)[1]
-  check_frozen(base, workdir, config["policy"]["init"])
-  params = join_trees(params, base)
+  params = join_trees(params, load_base(workdir, theirs, mesh))
   if theirs.config.lora is None:
     return params
   return jax.jit(
     lambda params: lora.merge_adapters(params, theirs.config),
     out_shardings=param_shardings(policy.abstract_params(), mesh),
   )(params)
+
+
+def load_base(workdir: epath.PathLike, policy: Policy, mesh: Any) -> Any:
+  """Loads what a run did not train: the base under adapters, or a part.
+
+  Args:
+    workdir: run directory.
+    policy: its decoder, with its adapters.
+    mesh: where the parameters go.
+
+  Returns:
+    Nested dict of arrays, read from where the run read them.
+
+  Raises:
+    ValueError: they have changed since.
+  """
+  config = read_config(workdir)
+  init = config["policy"]["init"]
+  whole = load_params(init, policy, mesh, seed=config["seed"])
+  base = split_params(whole, config["policy"].get("frozen", ""))[1]
+  check_frozen(base, epath.Path(workdir), init)
+  return base
 
 
 def check_frozen(frozen: Any, workdir: epath.Path, init: str) -> None:

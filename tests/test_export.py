@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 from dpo_jax import initialize, mesh
 from dpo_jax.data import tokenizer_files, tokenizers
 from dpo_jax.export import export
+from dpo_jax.models import hf
 from dpo_jax.models import peft as peft_lib
 from dpo_jax.models.config import Lora
 from dpo_jax.models.decoder import Policy
 from dpo_jax.train import train
 from tests import tiny
+from tests.data import folders
 from tests.models.families import CASES, make_model
 from tests.models.test_families import open_folder, our_logits
 
@@ -82,18 +85,105 @@ def test_bfloat16_is_asked_for_and_said(run, tmp_path):
   assert model.dtype == torch.bfloat16
 
 
-def test_peft_loads_the_adapter_of_a_run_and_agrees(run, tmp_path):
+@pytest.mark.parametrize("kind", ["random", "run", "hf"])
+def test_peft_loads_the_adapter_of_a_run_on_its_base(tmp_path, kind, request):
+  """Also of a run that began where transformers can open nothing."""
   peft = pytest.importorskip("peft")
-  base = tmp_path / "base"
-  config = tiny.make_config(total_steps=1, optimizer__learning_rate=0.0)
-  train(config, tmp_path / "start")
-  export(tmp_path / "start", base)
-  export(run, tmp_path / "adapter", only_adapter=True)
-  model = transformers.AutoModelForCausalLM.from_pretrained(base)
-  before = their_logits(model)
-  model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
-  np.testing.assert_allclose(their_logits(model), ours(run), atol=1e-4)
-  assert np.abs(before - ours(run)).max() > 1e-2
+  knobs = dict(lora__rank=2, optimizer__learning_rate=1e-2)
+  if kind == "random":
+    workdir = request.getfixturevalue("run")
+  else:
+    workdir, start = tmp_path / "run", tmp_path / "start"
+    train(tiny.make_config(total_steps=2, **knobs), start)
+    if kind == "hf":
+      export(start, tmp_path / "model")
+    where = {"run": f"run:{start}", "hf": f"hf:{tmp_path / 'model'}"}[kind]
+    train(tiny.make_config(policy__init=where, **knobs), workdir)
+  export(workdir, tmp_path / "adapter", only_adapter=True)
+  model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+  wanted = ours(workdir)
+  np.testing.assert_allclose(their_logits(model.eval()), wanted, atol=1e-4)
+  with model.disable_adapter():
+    assert np.abs(their_logits(model) - wanted).max() > 1e-2
+  card = (tmp_path / "adapter" / "README.md").read_text()
+  has_base = (tmp_path / "adapter" / "base" / "config.json").exists()
+  assert has_base == (kind != "hf")
+  name = "base" if has_base else str(tmp_path / "model")
+  assert f"base_model: {name}\n" in card
+  if has_base:
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter" / "base")
+    assert 'from_pretrained(f"{FOLDER}/base")' in card
+
+
+def test_the_base_of_an_adapter_on_the_hub_names_its_revision(
+  run, tmp_path, monkeypatch
+):
+  peft = pytest.importorskip("peft")
+  export(run, tmp_path / "model")
+  monkeypatch.setattr(
+    hf, "download", {"me/model@12ab": str(tmp_path / "model")}.__getitem__
+  )
+  config = tiny.make_config(
+    policy__init="hub:me/model@12ab", lora__rank=2, total_steps=1
+  )
+  train(config, tmp_path / "run")
+  export(tmp_path / "run", tmp_path / "adapter", only_adapter=True)
+  found = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+  assert found.base_model_name_or_path == "me/model"
+  assert found.revision == "12ab"
+  assert not (tmp_path / "adapter" / "base").exists()
+
+
+def test_an_adapter_on_a_base_that_changed_is_refused(tmp_path):
+  start = tmp_path / "start"
+  train(tiny.make_config(total_steps=1), start)
+  config = tiny.make_config(
+    policy__init=f"run:{start}", lora__rank=2, total_steps=1
+  )
+  train(config, tmp_path / "run")
+  shutil.rmtree(start)
+  train(tiny.make_config(total_steps=1, seed=1), start)
+  with pytest.raises(ValueError, match="bring the old weights back"):
+    export(tmp_path / "run", tmp_path / "adapter", only_adapter=True)
+
+
+def test_the_pad_token_is_the_tokenizers(tmp_path):
+  policy = tiny.make_policy(vocab_size=384)
+  hf.save_params(
+    tmp_path / "model", policy, policy.init(jax.random.key(1)), dtype="float32"
+  )
+  folders.write_folder(tmp_path / "model", pad_token="<|system|>")
+  config = tiny.make_config(
+    policy__init=f"hf:{tmp_path / 'model'}", total_steps=1
+  )
+  train(config, tmp_path / "run")
+  export(tmp_path / "run", tmp_path / "out")
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  pad_id = tokenizer.convert_tokens_to_ids("<|system|>")
+  assert tokenizer.pad_token_id == pad_id != tokenizer.eos_token_id
+  for name in ("config.json", "generation_config.json"):
+    raw = json.loads((tmp_path / "out" / name).read_text())
+    assert raw["pad_token_id"] == pad_id
+
+
+@pytest.mark.parametrize("files", ["json", "pair"])
+def test_an_exported_tokenizer_puts_the_bos_that_was_trained_with(
+  tmp_path, files
+):
+  trained = folders.train_bytes()
+  folder = folders.write_folder(
+    tmp_path / "in", trained, add_bos_token=True, puts_bos=files == "json"
+  )
+  if files == "pair":  # of GPT-2's kind, where add_bos_token counts
+    trained.model.save(folder)
+    (tmp_path / "in" / "tokenizer.json").unlink()
+  tokenizer = tokenizers.load_tokenizer(folder)
+  tokenizer_files.save_tokenizer(tokenizer, tmp_path)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  ids = tokenizer.encode(
+    ["the cat sat"], is_rendered=False, is_continuation=False
+  )[0]
+  assert theirs("the cat sat")["input_ids"] == [tokenizer.bos_id, *ids]
 
 
 @pytest.mark.parametrize(

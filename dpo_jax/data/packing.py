@@ -151,6 +151,10 @@ def fill_rows(
 
   Returns:
     A batch of numpy arrays.
+
+  Raises:
+    ValueError: a group with a response and no prompt: nothing would predict
+      the response's first token.
   """
   num_rows = len(rows)
   per_token = (num_rows, shape.num_tokens)
@@ -259,6 +263,11 @@ def _lay_out(
     segment = 0
     for g, i in enumerate(members):
       prompt, *responses = groups[i]
+      if not len(prompt) and any(map(len, responses)):
+        raise ValueError(
+          f"group {i} has an empty prompt, so nothing predicts the first token"
+          " of its responses: a prompt needs at least one token, such as a BOS"
+        )
       branch = 0
       for k, response in enumerate(responses):
         if not len(response):

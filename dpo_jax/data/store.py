@@ -119,6 +119,7 @@ class Store:
       starts=self.starts[:, : 1 + num_slots],
       lengths=self.lengths[:, : 1 + num_slots],
       score=self.score[:, :num_slots],
+      digest=f"{self.digest}/first_{num_slots}",
     )
 
   def split_pairs(self) -> "Store":

@@ -9,14 +9,17 @@ import datetime
 import functools
 import hashlib
 import json
+import logging
 from typing import Any, Protocol
 
 from etils import epath
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from dpo_jax.data.dialogues import Message, RecordError, Request
 from dpo_jax.data.templates import ChatTemplate
+
+_LOG = logging.getLogger(__name__)
 
 # Names that a template may read.
 _SPECIAL_TOKENS = tuple(
@@ -35,6 +38,7 @@ class Tokenizer(Protocol):
     vocab_size: ids are below it.
     bos_id: put before every prompt, or None.
     eos_id: put after every response that has no end of its own.
+    pad_id: what the tokenizer's files name for padding, or None.
     stop_ids: ids that end a response when it is sampled, `eos_id` first.
     digest: of everything that decides the ids.
     has_chat_template: whether `render` works.
@@ -43,6 +47,7 @@ class Tokenizer(Protocol):
   vocab_size: int
   bos_id: int | None
   eos_id: int
+  pad_id: int | None
   stop_ids: tuple[int, ...]
   digest: str
   has_chat_template: bool
@@ -105,6 +110,7 @@ class ByteTokenizer(_WithoutTemplate):
   vocab_size = 258
   bos_id = 256
   eos_id = 257
+  pad_id = None
   stop_ids = (257,)
   digest = "bytes-1"
 
@@ -127,6 +133,7 @@ class LetterTokenizer(_WithoutTemplate):
   """
 
   bos_id = None
+  pad_id = None
 
   def __init__(self, num_letters: int):
     """Letters "a", "b", ... are ids 0, 1, ...
@@ -221,8 +228,10 @@ class HFTokenizer:
       # Whose own class knows it without being told.
       self._special["eos_token"] = "<|endoftext|>"
     self.eos_id = self._find_eos(folder)
+    pad = self._special.get("pad_token")
+    self.pad_id = self._plain.token_to_id(pad) if pad else None
     self._generation_stops = _ids(generation.get("eos_token_id"))
-    self.bos_id = self._find_bos(config)
+    self.bos_id = self._find_bos(folder, config)
     self.chat_template = _find_template(root, config, chat_template)
     self.has_chat_template = self.chat_template is not None
     self._template = ChatTemplate(
@@ -266,15 +275,26 @@ class HFTokenizer:
       )
     return eos_id
 
-  def _find_bos(self, config: Mapping[str, Any]) -> int | None:
-    """The BOS that the tokenizer puts before a text, if it does so."""
+  def _find_bos(self, folder: str, config: Mapping[str, Any]) -> int | None:
+    """Returns the BOS that the steps of tokenizer.json put before a text.
+
+    `add_bos_token` beside a tokenizer.json adds nothing, as in transformers 5.
+    """
     name = self._special.get("bos_token")
     bos_id = self._plain.token_to_id(name) if name else None
     if bos_id is None:
       return None
     ids = self._plain.encode("a", add_special_tokens=True).ids
-    is_added = bool(ids) and ids[0] == bos_id
-    return bos_id if is_added or config.get("add_bos_token") else None
+    if ids and ids[0] == bos_id:
+      return bos_id
+    if config.get("add_bos_token"):
+      _LOG.warning(
+        "%s: tokenizer_config.json says add_bos_token, and no step of"
+        " tokenizer.json puts a BOS before a text: none is put, as in"
+        " transformers",
+        folder,
+      )
+    return None
 
   @functools.cached_property
   def stop_ids(self) -> tuple[int, ...]:
@@ -368,7 +388,8 @@ def _parse_date(date: str) -> datetime.date:
 def _read_tokenizer(root: epath.Path, config: Mapping[str, Any]) -> str:
   """The tokenizer.json of a folder, added tokens of other files included."""
   path = root / "tokenizer.json"
-  if path.exists():
+  is_pair = not path.exists()
+  if not is_pair:
     text = path.read_text()
   elif (root / "vocab.json").exists() and (root / "merges.txt").exists():
     text = _byte_level(root, config).to_str()
@@ -397,7 +418,20 @@ def _read_tokenizer(root: epath.Path, config: Mapping[str, Any]) -> str:
         f" files, and the next free one is"
         f" {whole.token_to_id(added[i].content)}"
       )
+  if is_pair and config.get("add_bos_token"):
+    # Here the key counts: there is no tokenizer.json with steps of its own.
+    _put_bos(whole, _token_text(config.get("bos_token") or "<|endoftext|>"))
+    return whole.to_str()
   return whole.to_str() if missing else text
+
+
+def _put_bos(tokenizer: tokenizers.Tokenizer, bos: str) -> None:
+  """Makes a BOS before every text one of a tokenizer's steps."""
+  bos_id = tokenizer.token_to_id(bos)
+  if bos_id is not None:
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single=f"{bos} $A", special_tokens=[(bos, bos_id)]
+    )
 
 
 def _byte_level(

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import dataclasses
 import json
+import logging
 import re
 from typing import Any
 
@@ -18,6 +20,8 @@ from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.tensor_map import Tensor, tensor_map
 
+_LOG = logging.getLogger(__name__)
+
 _INDEX = "model.safetensors.index.json"
 # Buffers that older exports store, and that say nothing.
 _SPARE = re.compile(
@@ -25,6 +29,8 @@ _SPARE = re.compile(
   r"attention\.(masked_)?bias)$"
 )
 _MAX_SHARD_BYTES = 5 * 10**9
+# Rows of a tensor that are compared at once.
+_ROWS = 8192
 # tokenizer.model is not read, but tells that the model has a tokenizer.
 _FETCHED = [
   "*.safetensors",
@@ -56,7 +62,40 @@ def load_config(folder: str, **overrides: Any) -> ModelConfig:
       " and *.safetensors"
     )
   fields = families.read_config(_read_json(path), str(path))
-  return ModelConfig(**fields, **overrides)
+  config = ModelConfig(**fields, **overrides)
+  if config.tie_embeddings and _has_own_head(epath.Path(folder), config):
+    _LOG.warning(
+      "%s: config.json ties the output projection to the embedding, and the"
+      " checkpoint has another one: it is kept untied, as in transformers 5",
+      folder,
+    )
+    config = dataclasses.replace(config, tie_embeddings=False)
+  return config
+
+
+def _has_own_head(root: epath.Path, config: ModelConfig) -> bool:
+  """Returns whether a checkpoint's output projection is not its embedding."""
+  untied = dataclasses.replace(config, tie_embeddings=False)
+  by_key = {t.parts[0].key: t.name for t in tensor_map(untied)}
+  with contextlib.ExitStack() as stack:
+    try:
+      where = _open_files(root, stack)
+    except FileNotFoundError:
+      return False  # only config.json is here, as for a plan
+    head, embedding = (
+      name if name in where else name.partition(".")[2]
+      for name in (by_key["head"], by_key["embedding"])
+    )
+    if head not in where or embedding not in where:
+      return False
+    one, other = (where[name].get_slice(name) for name in (head, embedding))
+    if one.get_shape() != other.get_shape():
+      return True
+    num_rows = one.get_shape()[0]
+    parts = (
+      slice(i, min(i + _ROWS, num_rows)) for i in range(0, num_rows, _ROWS)
+    )
+    return any(not np.array_equal(one[rows], other[rows]) for rows in parts)
 
 
 def download(spec: str) -> str:

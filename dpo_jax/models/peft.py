@@ -19,7 +19,12 @@ _PREFIX = "base_model.model."
 
 
 def save_adapter(
-  folder: epath.PathLike, params: Any, config: ModelConfig, *, base: str
+  folder: epath.PathLike,
+  params: Any,
+  config: ModelConfig,
+  *,
+  base: str,
+  revision: str | None = None,
 ) -> None:
   """Writes adapter_config.json and adapter_model.safetensors.
 
@@ -28,6 +33,7 @@ def save_adapter(
     params: with adapters; only they are read.
     config: of the policy.
     base: name or folder of the model that they belong on.
+    revision: of a model of the Hub.
 
   Raises:
     ValueError: a policy without adapters.
@@ -56,7 +62,10 @@ def save_adapter(
   save_file(
     tensors, root / "adapter_model.safetensors", metadata={"format": "pt"}
   )
-  described = _describe(config, ranks, base)
+  described = _describe(config, ranks) | {
+    "base_model_name_or_path": base,
+    "revision": revision,
+  }
   (root / "adapter_config.json").write_text(json.dumps(described, indent=2))
 
 
@@ -92,9 +101,7 @@ def _join(
   return low, np.ascontiguousarray(high)
 
 
-def _describe(
-  config: ModelConfig, ranks: dict[str, int], base: str
-) -> dict[str, Any]:
+def _describe(config: ModelConfig, ranks: dict[str, int]) -> dict[str, Any]:
   lora = config.lora
   patterns, alphas = {}, {}
   for module, rank in ranks.items():
@@ -109,7 +116,6 @@ def _describe(
   return {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": base,
     "r": lora.rank,
     "lora_alpha": lora.alpha,
     "lora_dropout": 0.0,

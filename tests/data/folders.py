@@ -4,7 +4,14 @@ import json
 import pathlib
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  processors,
+  trainers,
+)
 
 BOS, EOS = "<s>", "</s>"
 SPECIALS = (BOS, EOS, "<|user|>", "<|assistant|>", "<|system|>")
@@ -62,13 +69,18 @@ def train_pieces(kind: str) -> tokenizers.Tokenizer:
 
 
 def write_folder(
-  folder: pathlib.Path, tokenizer: tokenizers.Tokenizer | None = None, **config
+  folder: pathlib.Path,
+  tokenizer: tokenizers.Tokenizer | None = None,
+  *,
+  puts_bos: bool = True,
+  **config,
 ) -> str:
   """Writes a tokenizer's folder.
 
   Args:
     folder: made if it is not there.
     tokenizer: a byte-level one unless given.
+    puts_bos: whether a step of it puts a BOS before a text.
     **config: what tokenizer_config.json says differently; None leaves a key
       out.
 
@@ -76,13 +88,18 @@ def write_folder(
     The folder, for HFTokenizer.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  (tokenizer or train_bytes()).save(str(folder / "tokenizer.json"))
+  tokenizer = tokenizer or train_bytes()
   config = {
     "bos_token": BOS,
     "eos_token": EOS,
-    "add_bos_token": True,
     "chat_template": CHAT_TEMPLATE,
   } | config
+  if puts_bos:
+    bos = config["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+  tokenizer.save(str(folder / "tokenizer.json"))
   (folder / "tokenizer_config.json").write_text(
     json.dumps({k: v for k, v in config.items() if v is not None})
   )

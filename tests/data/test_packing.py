@@ -359,3 +359,13 @@ def test_a_group_that_no_row_can_hold_is_named(num_tokens, num_scored, message):
 def test_padding_fraction_counts_the_slots_without_tokens():
   batch = tiny.pack(GROUPS, num_tokens=12)  # 9 tokens
   assert packing.padding_fraction(batch) == pytest.approx(3 / 12)
+
+
+def test_a_group_without_a_prompt_is_refused():
+  groups = tiny.make_groups(3)
+  groups[1][0] = groups[1][0][:0]
+  with pytest.raises(ValueError, match="group 1 has an empty prompt"):
+    tiny.pack(groups)
+  # A slot without responses may stay empty.
+  groups[1] = [part[:0] for part in groups[1]]
+  assert tiny.pack(groups).valid.sum() == 4

@@ -136,6 +136,8 @@ def test_first_slots_keeps_the_best_responses(tmp_path):
   ]
   np.testing.assert_array_equal(two.score, opened.score[:, :2])
   assert opened.first_slots(3) is opened
+  # Reference log-probs are cached by the digest.
+  assert len({opened.digest, two.digest, opened.first_slots(1).digest}) == 3
 
 
 def test_every_record_of_a_large_source_arrives(tmp_path):
@@ -190,7 +192,7 @@ def test_a_prompt_loses_its_beginning_then_a_response_its_end(
 
 
 def test_a_prompt_without_bos_loses_its_beginning_too(tmp_path):
-  folder = folders.write_folder(tmp_path / "tokenizer", add_bos_token=False)
+  folder = folders.write_folder(tmp_path / "tokenizer", puts_bos=False)
   tokenizer = HFTokenizer(folder)
   prompt = "what does the cat say and the dog"
   whole = tokenizer.encode([prompt], is_rendered=False, is_continuation=False)[
@@ -285,7 +287,7 @@ def test_a_ranking_is_dropped_only_if_all_its_responses_are_the_same(tmp_path):
 def test_an_empty_prompt_needs_a_bos(tmp_path):
   records = [pair("", "the cat"), pair("what", "the cat")]
   assert texts(build(records, tmp_path), 0)[0] == "["
-  folder = folders.write_folder(tmp_path / "tokenizer", add_bos_token=False)
+  folder = folders.write_folder(tmp_path / "tokenizer", puts_bos=False)
   opened = build(records, tmp_path, tokenizer=HFTokenizer(folder))
   assert opened.report["dropped"] == {"empty_prompt": 1}
 

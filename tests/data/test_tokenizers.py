@@ -82,18 +82,41 @@ def test_a_tokenizer_that_adds_both_does_not_double_them(tmp_path):
   )
   both = trained.encode("a").ids
   assert (both[0], both[-1]) == (0, 1)
-  folder = write_folder(tmp_path / "tokenizer", trained, add_bos_token=None)
+  folder = write_folder(tmp_path / "tokenizer", trained, puts_bos=False)
   [group] = groups_of([PAIR], HFTokenizer(folder), tmp_path)
   assert_one_bos_and_one_eos(group, 0, 1)
 
 
 def test_a_tokenizer_that_adds_no_bos_gets_none(tmp_path):
-  folder = write_folder(tmp_path / "tokenizer", add_bos_token=False)
+  folder = write_folder(tmp_path / "tokenizer", puts_bos=False)
   tokenizer = HFTokenizer(folder)
   assert tokenizer.bos_id is None
   [group] = groups_of([PAIR], tokenizer, tmp_path)
   assert all(0 not in part for part in group)
   assert [tokenizer.decode(part) for part in group] == list(PAIR.values())
+
+
+def test_add_bos_token_beside_a_tokenizer_json_puts_none(tmp_path, caplog):
+  folder = write_folder(tmp_path, puts_bos=False, add_bos_token=True)
+  assert HFTokenizer(folder).bos_id is None
+  assert "add_bos_token" in caplog.text
+  folder = write_folder(tmp_path, puts_bos=True, add_bos_token=False)
+  assert HFTokenizer(folder).bos_id == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+@pytest.mark.parametrize("puts_bos", [True, False])
+def test_a_bos_is_put_where_transformers_puts_one(
+  tmp_path, puts_bos, add_bos_token
+):
+  transformers = pytest.importorskip("transformers")
+  folder = write_folder(
+    tmp_path, puts_bos=puts_bos, add_bos_token=add_bos_token
+  )
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  assert (theirs("the cat")["input_ids"][0] == 0) == puts_bos
+  assert (HFTokenizer(folder).bos_id == 0) == puts_bos
 
 
 def test_eos_is_scored(tokenizer, tmp_path):
@@ -382,12 +405,12 @@ def test_the_digest_covers_what_decides_the_ids(tmp_path):
       (
         (None, {}),
         (small, {}),
-        (None, {"add_bos_token": False}),
+        (None, {"puts_bos": False}),
         (None, {"eos_token": "<|user|>"}),
         (None, {"chat_template": CHAT_TEMPLATE + " "}),
         (None, {"chat_template": None}),
         # Not a token of the vocabulary, but a template may write it.
-        (None, {"add_bos_token": False, "bos_token": "<begin>"}),
+        (None, {"puts_bos": False, "bos_token": "<begin>"}),
         (None, {"pad_token": "<pad>"}),
         (None, {}),
       )
@@ -442,7 +465,7 @@ def test_a_tokenizer_of_two_files_is_that_of_its_json(tmp_path):
   trained = folders.train_bytes()
   whole = HFTokenizer(write_folder(tmp_path / "whole", trained))
   two = tmp_path / "two"
-  write_folder(two, trained)
+  write_folder(two, trained, add_bos_token=True)
   trained.model.save(str(two))
   (two / "tokenizer.json").unlink()
   (two / "added_tokens.json").write_text(

@@ -133,6 +133,27 @@ def test_all_faults_of_a_checkpoint_are_named_at_once(folder):
     assert part in str(error.value)
 
 
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_a_tied_head_that_differs_is_kept_untied(folder, caplog, is_equal):
+  def tie(tensors):
+    if is_equal:
+      tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+
+  rewrite(folder, tie)
+  head = load_file(folder / "model.safetensors")["lm_head.weight"]
+  reconfigure(folder, tie_word_embeddings=True)
+  policy, params = load(folder)
+  assert policy.config.tie_embeddings == is_equal
+  assert ("kept untied" in caplog.text) == (not is_equal)
+  np.testing.assert_array_equal(policy.readout(params).kernel, head.T)
+
+
+def test_a_config_alone_is_enough_for_its_shape(folder):
+  reconfigure(folder, tie_word_embeddings=True)
+  (folder / "model.safetensors").unlink()
+  assert hf.load_config(str(folder)).tie_embeddings
+
+
 def test_nan_weights_are_refused(folder):
   def spoil(tensors):
     tensors["model.norm.weight"][3] = np.nan
@@ -275,7 +296,13 @@ def test_logits_agree_with_transformers(stories, folder, tmp_path):
   reconfigure(folder, architectures=["LlamaForCausalLM"])
   copy = tmp_path / "stories"
   shutil.copytree(stories, copy)
-  for path in (folder, copy):
+  # Says that the head is tied, and has another one.
+  odd = tmp_path / "odd"
+  odd.mkdir()
+  for name in ("config.json", "model.safetensors"):
+    shutil.copy(folder / name, odd)
+  reconfigure(odd, tie_word_embeddings=True)
+  for path in (folder, copy, odd):
     policy, params = load(path)
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     vocab = policy.config.vocab_size
