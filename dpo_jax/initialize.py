@@ -31,6 +31,35 @@ FROZEN_DIGEST = "frozen.txt"
 KINDS = ("random", "hf:FOLDER", "hub:ORG/NAME@REVISION", "run:WORKDIR")
 
 
+def split_init(init: str) -> tuple[str, str]:
+  """Splits `policy.init` into its kind and where that is.
+
+  Raises:
+    ValueError: an unknown kind.
+    FileNotFoundError: a folder, or a run, that is not there.
+  """
+  kind, _, where = init.partition(":")
+  is_known = where if kind in ("hf", "hub", "run") else init == "random"
+  if not is_known:
+    raise ValueError(f"policy.init={init!r} must be one of {', '.join(KINDS)}")
+  if kind == "hf" and not epath.Path(where).exists():
+    raise FileNotFoundError(
+      f"policy.init={init!r}: the folder {where} does not exist"
+    )
+  if kind == "run":
+    _find_in_run(where, "config.json")
+  return kind, where
+
+
+def _find_in_run(workdir: epath.PathLike, name: str) -> epath.Path:
+  path = epath.Path(workdir) / name
+  if not path.exists():
+    raise FileNotFoundError(
+      f"{path} does not exist: {workdir} is no workdir of a run"
+    )
+  return path
+
+
 def load_policy(
   config: Any,
   *,
@@ -69,8 +98,8 @@ def load_policy(
       adapters.targets,
       adapters.rank_stabilized,
     )
-  kind, _, where = config.init.partition(":")
-  if kind == "random" and not where:
+  kind, where = split_init(config.init)
+  if kind == "random":
     if config.preset not in PRESETS:
       raise ValueError(
         f"policy.preset={config.preset!r} must be one of {', '.join(PRESETS)}"
@@ -81,18 +110,11 @@ def load_policy(
     return Policy(
       ModelConfig(**{**PRESETS[config.preset], "vocab_size": rounded, **ours})
     )
-  if kind in ("hf", "hub") and where:
+  if kind in ("hf", "hub"):
     return Policy(hf.load_config(model_folder(config.init), **ours))
-  if kind == "run" and where:
-    path = epath.Path(where) / "model.json"
-    if not path.exists():
-      raise FileNotFoundError(f"{path} does not exist: {where} is no workdir")
-    recorded = json.loads(path.read_text())
-    ours["value_head"] |= recorded.get("value_head", False)
-    return Policy(ModelConfig.from_dict({**recorded, **ours}))
-  raise ValueError(
-    f"policy.init={config.init!r} must be one of {', '.join(KINDS)}"
-  )
+  recorded = json.loads(_find_in_run(where, "model.json").read_text())
+  ours["value_head"] |= recorded.get("value_head", False)
+  return Policy(ModelConfig.from_dict({**recorded, **ours}))
 
 
 # What names a tokenizer, in `config.data`, with the value of each that means
@@ -121,7 +143,7 @@ def tokenizer_settings(init: str, data: Mapping[str, Any]) -> dict[str, str]:
     ValueError: a folder without a tokenizer and none named; or ids of bytes
       for a model that has a tokenizer.
   """
-  kind, _, where = init.partition(":")
+  kind, where = split_init(init)
   given = {key: data.get(key) or "" for key in TOKENIZER_KEYS}
   own = dict.fromkeys(TOKENIZER_KEYS, "")
   if kind == "random":
@@ -227,12 +249,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
   Raises:
     FileNotFoundError: the folder is not the workdir of a run.
   """
-  path = epath.Path(workdir) / "config.json"
-  if not path.exists():
-    raise FileNotFoundError(
-      f"{path} does not exist: {workdir} is no workdir of a run"
-    )
-  return json.loads(path.read_text())
+  return json.loads(_find_in_run(workdir, "config.json").read_text())
 
 
 def write_model(policy: Policy, workdir: epath.Path) -> None:

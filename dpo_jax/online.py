@@ -157,7 +157,7 @@ class Snapshot:
     score: f32 [n, K].
     ref_logps: f32 [n, K].
     kl_weight: f64 [], of the next sampling.
-    tokens: f32 [n, K, M] each, on-policy fields of Batch, or empty.
+    fields: on-policy fields of Batch, f32 [n, K] or [n, K, M] each.
   """
 
   step: int
@@ -166,11 +166,11 @@ class Snapshot:
   score: np.ndarray
   ref_logps: np.ndarray
   kl_weight: float
-  tokens: dict[str, np.ndarray]
+  fields: dict[str, np.ndarray]
 
   def write(self, path: epath.Path) -> None:
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    fields |= fields.pop("tokens")
+    fields |= fields.pop("fields")
     buffer = io.BytesIO()
     np.savez(buffer, **fields)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,11 +195,11 @@ class Snapshot:
         f" {path.stem} aside, and it goes on from one before: {error}"
       ) from error
     names = set(step_lib.ON_POLICY_FIELDS) & fields.keys()
-    tokens = {name: fields.pop(name) for name in names}
+    on_policy = {name: fields.pop(name) for name in names}
     return cls(
       step=int(fields.pop("step")),
       kl_weight=float(fields.pop("kl_weight")),
-      tokens=tokens,
+      fields=on_policy,
       **fields,
     )
 
@@ -210,6 +210,7 @@ def _advantages(
   logps: jax.Array,
   ref_logps: jax.Array,
   values: jax.Array,
+  last_values: jax.Array,
   mask: jax.Array,
   kl_weight: float,
   discount: float,
@@ -220,7 +221,12 @@ def _advantages(
     scores, logps, ref_logps, mask, kl_coef=kl_weight, estimator="k1"
   )
   advantages, returns = policy_gradient.gae(
-    shaped, values, mask, discount=discount, gae_lambda=gae_lambda
+    shaped,
+    values,
+    mask,
+    last_values,
+    discount=discount,
+    gae_lambda=gae_lambda,
   )
   return policy_gradient.whiten(advantages, mask, shift_mean=True), returns
 
@@ -360,12 +366,11 @@ class OnPolicy:
     """The batch of a step: this process's rows, numpy."""
     batch = self._loader.batch(step - self._snapshot.step)
     is_group = batch.example_ids >= 0
-    fields = {
-      name: np.where(
-        is_group[..., None, None], values[batch.example_ids], 0.0
-      ).astype(np.float32)
-      for name, values in self._snapshot.tokens.items()
-    }
+    fields = {}
+    for name, values in self._snapshot.fields.items():
+      mask = np.expand_dims(is_group, tuple(range(2, values.ndim + 1)))
+      found = np.where(mask, values[batch.example_ids], 0.0)
+      fields[name] = found.astype(np.float32)
     return batch.replace(**fields)
 
   @functools.cached_property
@@ -460,12 +465,15 @@ class OnPolicy:
         " optimizer.learning_rate holds the policy nearer"
       )
     figures["kl"] = kl
-    tokens = {}
+    fields = {}
     next_weight = kl_weight
     if settings.kind == "rollouts":
       figures["kl_weight"] = kl_weight
       if "advantages" in self._objective.needs:
-        tokens = self._advantages(rewards, measured, kl_weight)
+        is_cut = self._are_cut(responses)
+        fields = self._advantages(rewards, measured, is_cut, kl_weight)
+      if "old_logps" in self._objective.needs:
+        fields["old_logps"] = measured["logps"]
       score = rewards - kl_weight * log_ratios
       if settings.kl_target:
         next_weight = float(
@@ -483,9 +491,28 @@ class OnPolicy:
       score.astype(np.float32),
       measured["ref_logps"],
       next_weight,
-      tokens,
+      fields,
     )
     return snapshot, figures
+
+  def _are_cut(self, responses: np.ndarray) -> np.ndarray:
+    """Returns which responses ended at the limit of tokens.
+
+    Of a tokenizer whose EOS is not in its vocabulary all texts have one
+    length, and none of them is cut.
+
+    Args:
+      responses: i32 [n, K, M], -1 after the end.
+
+    Returns:
+      bool [n, K].
+    """
+    tokenizer = self._tokenizer
+    if tokenizer.eos_id >= tokenizer.vocab_size:
+      return np.zeros(responses.shape[:2], bool)
+    lengths = (responses >= 0).sum(-1, keepdims=True)
+    last = np.take_along_axis(responses, np.maximum(lengths - 1, 0), -1)
+    return ~np.isin(last[..., 0], tokenizer.stop_ids)
 
   def _kl_weight(self, step: int) -> float:
     """As the sampling before left it."""
@@ -555,8 +582,9 @@ class OnPolicy:
   @functools.cached_property
   def _read(self) -> Any:
     """Compiled (params, ref_params, batch) -> what the policy said and how."""
-    needs = {"token_logps"} if "advantages" in self._objective.needs else set()
-    needs |= {"token_values"} & self._objective.needs
+    needs = set()
+    if "advantages" in self._objective.needs:
+      needs = {"token_logps", "token_values", "values"}
 
     def read(params, ref_params, batch):
       sequences = step_lib.read_sequences(
@@ -569,7 +597,7 @@ class OnPolicy:
         max_tokens=self._settings.max_response_tokens,
       )
       names = ("logps", "ref_logps", "token_mask", "token_logps")
-      names += ("ref_token_logps", "token_values")
+      names += ("ref_token_logps", "token_values", "values")
       found = {name: getattr(sequences, name) for name in names}
       return {k: v for k, v in found.items() if v is not None}
 
@@ -594,9 +622,16 @@ class OnPolicy:
     return out
 
   def _advantages(
-    self, rewards: np.ndarray, measured: dict[str, np.ndarray], kl_weight: float
+    self,
+    rewards: np.ndarray,
+    measured: dict[str, np.ndarray],
+    is_cut: np.ndarray,
+    kl_weight: float,
   ) -> dict[str, np.ndarray]:
-    """On-policy fields of Batch, f32 [n, K, M]: GAE, whitened over all."""
+    """On-policy fields of Batch, f32 [n, K, M]: GAE, whitened over all.
+
+    A response that was cut off goes on, at what the value head says.
+    """
     settings = self._settings
     shape = measured["token_logps"].shape
     flat = {
@@ -609,6 +644,7 @@ class OnPolicy:
       flat["token_logps"],
       flat["ref_token_logps"],
       flat["token_values"],
+      np.where(is_cut, measured["values"], 0.0).reshape(-1),
       flat["token_mask"],
       kl_weight,
       settings.discount,

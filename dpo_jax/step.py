@@ -20,6 +20,7 @@ from dpo_jax.types import Batch, Sequences, TrainState
 Metrics = dict[str, jax.Array]
 # What on-policy batches bring with them.
 ON_POLICY_FIELDS = (
+  "old_logps",
   "old_token_logps",
   "old_token_values",
   "advantages",

@@ -46,9 +46,10 @@ class Batch:
     head: bool [R, S], whether a scored token is among the first n of its
       response, n the length of its group's shortest; None if nothing asks.
     sampled: bool [R, S], n scored tokens of every response, drawn at random.
-    old_token_logps: f32 [R, G, K, M], of on-policy data: log-probs of a
-      response's tokens under the policy that sampled them; this and the next
-      three are 0 behind a response's end, and None of other data.
+    old_logps: f32 [R, G, K], of on-policy data: log-probs under the policy
+      that sampled the responses, nats; None of other data, as the next four.
+    old_token_logps: f32 [R, G, K, M], the same of single tokens; this and the
+      next three are 0 after a response's end.
     old_token_values: f32 [R, G, K, M], the value head then.
     advantages: f32 [R, G, K, M].
     returns: f32 [R, G, K, M], what the value head is fitted to.
@@ -68,6 +69,7 @@ class Batch:
   ref_logps: jax.Array | None = None
   head: jax.Array | None = None
   sampled: jax.Array | None = None
+  old_logps: jax.Array | None = None
   old_token_logps: jax.Array | None = None
   old_token_values: jax.Array | None = None
   advantages: jax.Array | None = None
@@ -102,6 +104,7 @@ class Sequences:
     token_logps: f32 [B, K, M], log-probs of single tokens.
     token_values: f32 [B, K, M], the value head where a token is predicted.
     ref_token_logps: f32 [B, K, M], as token_logps under the reference.
+    old_logps: f32 [B, K], see Batch.
     old_token_logps: f32 [B, K, M], see Batch, as the next three.
     old_token_values: f32 [B, K, M].
     advantages: f32 [B, K, M].
@@ -130,6 +133,7 @@ class Sequences:
   token_logps: jax.Array | None = None
   token_values: jax.Array | None = None
   ref_token_logps: jax.Array | None = None
+  old_logps: jax.Array | None = None
   old_token_logps: jax.Array | None = None
   old_token_values: jax.Array | None = None
   advantages: jax.Array | None = None

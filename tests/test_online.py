@@ -10,6 +10,7 @@ import pytest
 from dpo_jax import online
 from dpo_jax import step as step_lib
 from dpo_jax.classifier import Classifier
+from dpo_jax.data import tokenizers
 from dpo_jax.losses import build_objective
 from dpo_jax.metrics import read_metrics
 from dpo_jax.models import logps as logps_lib
@@ -160,11 +161,41 @@ def test_a_snapshot_comes_back_whole_or_not_at_all(tmp_path):
   back = online.Snapshot.read(path)
   assert (back.step, back.kl_weight) == (3, 0.07)
   np.testing.assert_array_equal(
-    back.tokens["advantages"], snapshot.tokens["advantages"]
+    back.fields["advantages"], snapshot.fields["advantages"]
   )
   faults.flip_byte(path)
   with pytest.raises(ValueError, match=r"missing or damaged.*behind step 3"):
     online.Snapshot.read(path)
+
+
+def test_a_response_that_was_cut_off_goes_on_at_its_last_value():
+  """The last return is V after the last token; 0 where it ended of itself."""
+  source = object.__new__(online.OnPolicy)
+  source._tokenizer = types.SimpleNamespace(
+    stop_ids=(9, 7), eos_id=9, vocab_size=10
+  )
+  responses = np.array([[[1, 9, -1], [1, 2, 3]], [[7, -1, -1], [4, 5, 7]]])
+  is_cut = source._are_cut(responses)
+  assert is_cut.tolist() == [[False, True], [False, False]]
+  letters = tokenizers.LetterTokenizer(4)  # its texts have one length
+  other = object.__new__(online.OnPolicy)
+  other._tokenizer = letters
+  assert not other._are_cut(np.ones((2, 2, 3), int)).any()
+  source._settings = types.SimpleNamespace(discount=1.0, gae_lambda=1.0)
+  mask = responses >= 0
+  zeros = np.zeros(responses.shape, np.float32)
+  measured = {
+    "token_logps": zeros,
+    "ref_token_logps": zeros,
+    "token_values": zeros,
+    "token_mask": mask,
+    "values": np.array([[5.0, 5.0], [5.0, 5.0]], np.float32),
+  }
+  rewards = np.array([[1.0, 2.0], [3.0, 4.0]])
+  fields = source._advantages(rewards, measured, is_cut, 0.0)
+  # Without values and discount a return is the reward, and what comes after.
+  wanted = np.where(is_cut, rewards + 5.0, rewards)[..., None] * mask
+  np.testing.assert_allclose(fields["returns"], wanted, rtol=1e-6)
 
 
 def run_config(folder, loss, **overrides):
@@ -221,6 +252,24 @@ def test_a_resume_between_two_samplings_changes_nothing(tmp_path, loss):
   if loss != "dpo":
     assert sampled[1]["kl_weight"] == pytest.approx(0.05 * (1 - 0.1 * 0.2))
   assert all(row["grad_norm"] > 0 for row in whole if "grad_norm" in row)
+
+
+@pytest.mark.slow
+def test_samples_used_twice_are_weighed_by_the_ratio(tmp_path):
+  """At the first step of a sampling the ratio is 1 and the loss -mean A, 0."""
+  config = run_config(
+    tmp_path,
+    "reinforce",
+    online__every_steps=4,
+    online__epochs=2,
+    online__kl_weight=0.0,
+    total_steps=4,
+    optimizer__learning_rate=1e-2,
+  )
+  train(config, tmp_path / "run")
+  losses = [row["loss"] for row in read_metrics(tmp_path / "run", "train")]
+  assert losses[0] == pytest.approx(0.0, abs=1e-5)
+  assert max(map(abs, losses[1:])) > 1e-3
 
 
 @pytest.mark.slow

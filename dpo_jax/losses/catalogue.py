@@ -94,6 +94,9 @@ KNOBS: dict[str, Knob] = {
   ),
   "delta": Knob(float, "margin asked for, nats", low=0),
   "sft_weight": Knob(float, "weight of the chosen response's NLL", low=0),
+  "sft_per_token": Knob(
+    bool, "that NLL's mean over the batch's chosen tokens, not its sum"
+  ),
   "gamma_over_beta": Knob(float, "target margin over beta, nats", low=0),
   "alpha": Knob(float, "see the loss's formula"),
   "odds_ratio_weight": Knob(float, "weight of the odds-ratio term", low=0),
@@ -201,6 +204,12 @@ def knobs_of(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 _LOG_RATIO = "log_ratio"
+_SUM_OR_MEAN = (
+  "The paper's sum is larger than the mean over tokens by the mean length of a"
+  " chosen response: 40 times on 1,149 pairs of Anthropic's harmless-base with"
+  " GPT-2's tokenizer, 87 times with a vocabulary of 512. The sum then decides"
+  " the gradient, and the margin hardly counts"
+)
 _ROWS = (
   Loss(
     "dpo",
@@ -253,12 +262,12 @@ _ROWS = (
     "slic",
     "logps",
     "shifted_hinge",
-    dict(delta=1.0, sft_weight=0.1),
+    dict(delta=1.0, sft_weight=0.1, sft_per_token=False),
     "max(0, delta - lp_w + lp_l) - lambda lp_w",
     "Zhao et al. 2023, arXiv:2305.10425",
     regularizers=(regularizers.likelihood,),
     scale=None,
-    peers="HALOs `slic` adds [B] to [B, T]",
+    peers=f"HALOs `slic` adds [B] to [B, T]. {_SUM_OR_MEAN}",
   ),
   Loss(
     "simpo",
@@ -282,11 +291,12 @@ _ROWS = (
     "cpo",
     "logps",
     "logistic",
-    dict(beta=0.1, sft_weight=1.0),
+    dict(beta=0.1, sft_weight=1.0, sft_per_token=False),
     "-log s(beta (lp_w - lp_l)) - lambda lp_w",
     "Xu et al. 2024, arXiv:2401.08417",
     regularizers=(regularizers.likelihood,),
-    peers="TRL, EasyDeL pool the NLL over tokens",
+    peers="TRL and EasyDeL take the NLL's mean over tokens, as"
+    f" `sft_per_token=True` does. {_SUM_OR_MEAN}",
   ),
   Loss(
     "orpo",
@@ -365,10 +375,11 @@ _ROWS = (
   Loss(
     "cal_dpo",
     _LOG_RATIO,
-    "logistic",
-    dict(beta=0.001),
-    "-log s(beta D) + (r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2",
-    "Xiao et al. 2024, arXiv:2412.14516",
+    "unscaled_logistic",
+    dict(beta=0.002),
+    "-log s(D) + [(r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2] / 2",
+    "Xiao et al. 2024, arXiv:2412.14516; formula and beta of the authors' code"
+    " (tengxiao1/Cal-DPO), whose first term has no beta",
     regularizers=(regularizers.calibration,),
   ),
   Loss(
@@ -458,7 +469,7 @@ _ROWS = (
     dict(beta=0.1, label_smoothing=0.0),
     "cDPO on sort(r_w) - sort(r_l)",
     "Melnyk et al. 2024, arXiv:2406.05882",
-    peers="EasyDeL calls it `aot_pair`",
+    peers="TRL `aot_unpaired`; EasyDeL calls it `aot_pair`",
   ),
   Loss(
     "apo_zero",
@@ -587,6 +598,7 @@ _ROWS = (
     "-log s(b r - d), or -log s(-(b r - d)); d from running means",
     "Jung et al. 2024, arXiv:2404.04656",
     group="single",
+    peers="TRL has no BCO trainer any more (1.16)",
   ),
   Loss(
     "apo_zero_unpaired",
@@ -634,12 +646,13 @@ _ROWS = (
     "reinforce",
     "logps",
     "leave_one_out",
-    dict(),
-    "-(R - mean of the siblings' R) lp, the mean over the samples",
+    dict(clip=0.2),
+    "-min(u A, clip(u, 1 - clip, 1 + clip) A), the mean over the samples; u ="
+    " pi / pi_old, A = R - mean of the siblings' R",
     "Ahmadian et al. 2024, arXiv:2402.14740 (RLOO)",
     group="samples",
     scale=None,
-    peers="TRL's RLOO trainer",
+    peers="TRL's RLOO trainer, whose epsilon is clip",
   ),
 )
 CATALOGUE: dict[str, Loss] = {row.name: row for row in _ROWS}

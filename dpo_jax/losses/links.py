@@ -65,6 +65,11 @@ def logistic(margins: jax.Array, *, beta: float) -> jax.Array:
   return -jax.nn.log_sigmoid(beta * margins)
 
 
+def unscaled_logistic(margins: jax.Array) -> jax.Array:
+  """-log s(D), without a beta: the first term of Cal-DPO (arXiv:2412.14516)."""
+  return -jax.nn.log_sigmoid(margins)
+
+
 def smoothed_logistic(
   margins: jax.Array, *, beta: float, label_smoothing: float
 ) -> jax.Array:
@@ -596,15 +601,23 @@ def clipped_policy_gradient(
   return loss.reshape(shape).sum((-2, -1))
 
 
-def leave_one_out(rewards: jax.Array, sequences: Sequences) -> jax.Array:
-  """RLOO: -(R - mean of the siblings' R) log pi(y), the mean over responses.
+def leave_one_out(
+  rewards: jax.Array, sequences: Sequences, *, clip: float
+) -> jax.Array:
+  """RLOO: -min(u A, clip(u, 1 - eps, 1 + eps) A), the mean over responses.
 
-  Ahmadian et al. 2024 (arXiv:2402.14740), sec. 3; R is the score, from which
-  `online.py` has taken the price of the KL.
+  Ahmadian et al. 2024 (arXiv:2402.14740), sec. 3: A is a response's score
+  minus the mean of its siblings' scores; `online.py` has subtracted the price
+  of the KL from the score. u = pi / pi_old, of whole responses, and its clip
+  are those of TRL's RLOOTrainer: samples may be used for more than one step.
+  While the policy is the one that sampled, u = 1 and the gradient is
+  REINFORCE's, -A grad log pi.
   """
   valid = sequences.valid
   advantages = policy_gradient.leave_one_out(sequences.score, valid)
-  loss = policy_gradient.reinforce(rewards, advantages, valid)
+  loss = policy_gradient.clipped_surrogate(
+    rewards, sequences.old_logps, advantages, valid, clip=clip
+  )
   return loss.sum(-1) / jnp.maximum(valid.sum(-1), 1)
 
 
@@ -626,6 +639,7 @@ LINKS: dict[str, Link] = {
     f.__name__: Link(f, "margin")
     for f in (
       logistic,
+      unscaled_logistic,
       smoothed_logistic,
       robust_logistic,
       squared,
@@ -680,7 +694,7 @@ LINKS: dict[str, Link] = {
   "negative": _group(negative),
   "plackett_luce": _group(plackett_luce),
   "bradley_terry": _group(bradley_terry),
-  "leave_one_out": _group(leave_one_out),
+  "leave_one_out": _group(leave_one_out, needs=frozenset({"old_logps"})),
   "clipped_policy_gradient": _group(
     clipped_policy_gradient,
     needs=frozenset(

@@ -85,9 +85,14 @@ class Objective:
     return valid[:, : self.num_slots].all(-1)
 
   def scored_tokens(self, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
-    """Tokens that a per-token mean divides by: [B, K] each -> f32 []."""
+    """Tokens that a per-token mean divides by: [B, K] each -> f32 [].
+
+    Those of all samples; of any other group the first response's, which is
+    all that a per-token term reads.
+    """
     is_counted = valid & self.valid_groups(valid)[:, None]
-    return jnp.where(is_counted, num_tokens, 0.0)[:, : self.num_slots].sum()
+    slots = None if self.loss.group == "samples" else 1
+    return jnp.where(is_counted, num_tokens, 0.0)[:, :slots].sum()
 
   def apply(
     self, sequences: Sequences, loss_state: Any
@@ -115,7 +120,7 @@ class Objective:
     self.check_group_size(sequences.valid.shape[1])
     self._check_fields(sequences)
     is_valid = self.valid_groups(sequences.valid)
-    sequences = _blank(sequences)
+    sequences = _blank(self._counted(sequences, is_valid))
     reward = self.loss.reward_row.function
     rewards = reward(sequences, **self._knobs_for(reward))
     # A reward of what is blank need not be 0.
@@ -124,7 +129,9 @@ class Objective:
     for regularizer in self.loss.regularizers:
       per_group += regularizer(sequences, **self._knobs_for(regularizer))
     if self.loss.is_per_token and not self.knobs.get("per_sequence"):
-      per_group = per_group * self._groups_per_token(sequences, is_valid)
+      # Turns the mean over groups into a mean over tokens.
+      total_tokens = jnp.maximum(sequences.total_tokens, 1.0)
+      per_group = per_group * (sequences.num_groups / total_tokens)
     if per_group.shape == is_valid.shape:
       per_group = jnp.where(is_valid, per_group, 0.0)
     return per_group, self._metrics(sequences, rewards, is_valid), loss_state
@@ -187,15 +194,14 @@ class Objective:
       return link.function(rewards, sequences, loss_state, **knobs)
     return link.function(rewards, sequences, **knobs), loss_state
 
-  def _groups_per_token(
-    self, sequences: Sequences, is_valid: jax.Array
-  ) -> jax.Array:
-    """Turns the mean over groups into a mean over tokens."""
-    num_groups, total_tokens = sequences.num_groups, sequences.total_tokens
-    if num_groups is None:
-      num_groups = is_valid.sum()
-      total_tokens = self.scored_tokens(sequences.num_tokens, sequences.valid)
-    return num_groups / jnp.maximum(total_tokens, 1.0)
+  def _counted(self, sequences: Sequences, is_valid: jax.Array) -> Sequences:
+    """Fills in the size of the batch where these sequences are all of it."""
+    if sequences.num_groups is not None:
+      return sequences
+    return sequences.replace(
+      num_groups=is_valid.sum(),
+      total_tokens=self.scored_tokens(sequences.num_tokens, sequences.valid),
+    )
 
   def _metrics(
     self, sequences: Sequences, rewards: jax.Array, is_valid: jax.Array
@@ -349,9 +355,10 @@ class WeightedSum:
     return functools.reduce(operator.and_, masks)
 
   def scored_tokens(self, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
-    """Tokens of slot 0, which is all that a per-token term reads."""
+    """As `Objective.scored_tokens`."""
     is_counted = valid & self.valid_groups(valid)[:, None]
-    return jnp.where(is_counted, num_tokens, 0.0)[:, :1].sum()
+    slots = None if self.group == "samples" else 1
+    return jnp.where(is_counted, num_tokens, 0.0)[:, :slots].sum()
 
   def check_group_size(self, num_responses: int) -> None:
     for _, term in self.terms:
@@ -417,10 +424,13 @@ def build_objective(config: Any) -> Objective | WeightedSum:
     raise ValueError(
       f"the losses of a list read groups of different kinds: {sorted(kinds)}"
     )
-  if {term.group for _, term in terms} == {"first", "single"}:
+  kinds = {term.group for _, term in terms}
+  if kinds in ({"first", "single"}, {"first", "samples"}):
+    which = "undesirable responses" if "single" in kinds else "every sample"
     raise ValueError(
-      "a loss on single responses with a label cannot be summed with one that"
-      " makes every response more likely: it would the undesirable ones too"
+      f"a loss on groups of the kind {max(kinds)!r} cannot be summed with one"
+      f" that makes each first response more likely: {which} would become more"
+      " likely too"
     )
   return WeightedSum(tuple(terms))
 

@@ -10,9 +10,21 @@ from dpo_jax.losses import links, rewards
 from dpo_jax.types import Sequences
 
 
-def likelihood(sequences: Sequences, *, sft_weight: float) -> jax.Array:
-  """-lambda lp_w: SLiC (arXiv:2305.10425); CPO (arXiv:2401.08417)."""
-  return -sft_weight * sequences.logps[:, 0]
+def likelihood(
+  sequences: Sequences, *, sft_weight: float, sft_per_token: bool
+) -> jax.Array:
+  """-lambda lp_w: SLiC (arXiv:2305.10425); CPO (arXiv:2401.08417).
+
+  With `sft_per_token` the mean over all chosen tokens of the global batch
+  takes the place of the mean over groups of sums: a group's share of it is
+  its sum times groups / tokens.
+  """
+  loss = -sft_weight * sequences.logps[:, 0]
+  if not sft_per_token:
+    return loss
+  return loss * (
+    sequences.num_groups / jnp.maximum(sequences.total_tokens, 1.0)
+  )
 
 
 def mean_likelihood(sequences: Sequences, *, sft_weight: float) -> jax.Array:
@@ -26,10 +38,11 @@ def mean_nll(sequences: Sequences) -> jax.Array:
 
 
 def calibration(sequences: Sequences, *, beta: float) -> jax.Array:
-  """Ties both log-ratios to +-1 / (2 beta).
+  """[(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2] / 2.
 
-  Xiao et al. 2024, Cal-DPO (arXiv:2412.14516)
+  Xiao et al. 2024, Cal-DPO (arXiv:2412.14516), as the authors' code has it
+  (tengxiao1/Cal-DPO, scripts/dpo_trainer.py).
   """
   # Slots without a response must not square into the gradient.
   log_ratios = jnp.where(sequences.valid, rewards.log_ratio(sequences), 0.0)
-  return links.two_squares(log_ratios, sequences, beta=beta)
+  return 0.5 * links.two_squares(log_ratios, sequences, beta=beta)

@@ -56,8 +56,19 @@ def hinge(g, beta):
   return max(0.0, 1 - beta * margin(g))
 
 
-def slic(g, delta, sft_weight):
-  return max(0.0, delta - g["lp"][0] + g["lp"][1]) - sft_weight * g["lp"][0]
+def slic(groups, delta, sft_weight, sft_per_token):
+  margins = [max(0.0, delta - g["lp"][0] + g["lp"][1]) for g in groups]
+  return with_nll(margins, groups, sft_weight, sft_per_token)
+
+
+def with_nll(losses, groups, weight, per_token):
+  """Adds the chosen responses' NLL: sums, or their mean over all tokens."""
+  share = 1.0
+  if per_token:
+    share = len(groups) / sum(g["n"][0] for g in groups)
+  return [
+    x - weight * share * g["lp"][0] for x, g in zip(losses, groups, strict=True)
+  ]
 
 
 def simpo(g, beta, gamma_over_beta):
@@ -70,10 +81,9 @@ def alphapo(g, beta, gamma_over_beta, alpha):
   return -log_sigmoid(beta * (r[0] - r[1]) - gamma_over_beta * beta)
 
 
-def cpo(g, beta, sft_weight):
-  return (
-    -log_sigmoid(beta * (g["lp"][0] - g["lp"][1])) - sft_weight * g["lp"][0]
-  )
+def cpo(groups, beta, sft_weight, sft_per_token):
+  margins = [-log_sigmoid(beta * (g["lp"][0] - g["lp"][1])) for g in groups]
+  return with_nll(margins, groups, sft_weight, sft_per_token)
 
 
 def orpo(g, odds_ratio_weight):
@@ -121,7 +131,7 @@ def rpo(g, beta, sft_weight):
 
 
 def cal_dpo(g, beta):
-  return dpo(g, beta) + sppo_hard(g, beta)
+  return dpo(g, 1.0) + sppo_hard(g, beta) / 2
 
 
 def dpo_shift(g, beta, shift):
@@ -319,16 +329,20 @@ def ppo(groups, clip, value_clip, value_weight):
   return [x * len(groups) / num_tokens for x in sums]
 
 
-def reinforce(g):
+def reinforce(g, clip):
   total = 0.0
-  for k, lp in enumerate(g["lp"]):
+  for k, (lp, old) in enumerate(zip(g["lp"], g["old_lp"], strict=True)):
     others = [s for j, s in enumerate(g["score"]) if j != k]
-    total -= (g["score"][k] - sum(others) / len(others)) * lp
+    a = g["score"][k] - sum(others) / len(others)
+    u = math.exp(lp - old)
+    total -= min(u * a, min(max(u, 1 - clip), 1 + clip) * a)
   return total / len(g["lp"])
 
 
 preferred_ft = sft
 OF_A_BATCH = [
+  "cpo",
+  "slic",
   "ppo",
   "sft",
   "preferred_ft",

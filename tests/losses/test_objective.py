@@ -71,7 +71,7 @@ from tests.losses.test_catalogue import losses_of, make_sequences
     ),
     (
       [{"name": "kto", "weight": 1}, {"name": "sft", "weight": 1}],
-      "it would the undesirable ones too",
+      "undesirable responses would become more likely",
     ),
   ],
   ids=str,
@@ -93,13 +93,14 @@ def test_a_divergence_without_a_knob_needs_none_in_another_row():
 
 
 def test_tokens_are_counted_in_groups_that_count():
-  """A list counts slot 0 alone; half a pair is no pair."""
+  """The first response's, but for samples; half a pair does not count."""
   num_tokens = jnp.array([[5.0, 7.0], [11.0, 13.0], [17.0, 19.0]])
   valid = jnp.array([[True, True], [True, False], [True, True]])
   terms = [{"name": "dpo", "weight": 1.0}, {"name": "sft", "weight": 1.0}]
   for config, wanted in (
     ({"name": "sft"}, 5 + 11 + 17),
-    ({"name": "dpo"}, 5 + 7 + 17 + 19),
+    ({"name": "cpo"}, 5 + 17),
+    ({"name": "ppo"}, 5 + 7 + 11 + 17 + 19),
     (terms, 5 + 17),
   ):
     objective = build_objective(config)
