@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from etils import epath
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from dpo_jax import judges
@@ -15,11 +15,11 @@ from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.loader import Loader
 from dpo_jax.data.store import Store, part_starts
 from dpo_jax.data.tokenizers import Tokenizer
-from dpo_jax.losses import Objective, WeightedSum
 from dpo_jax.mesh import Placement
 from dpo_jax.models import generate
 from dpo_jax.models.decoder import Policy
 from dpo_jax.reference import compute_logps, to_host
+from dpo_jax.types import Sequences
 
 # Fields of Sequences, [N, K] or [N], and the groups' ids.
 Records = dict[str, np.ndarray]
@@ -46,73 +46,87 @@ def wilson_interval(fraction: float, count: int) -> tuple[float, float]:
   return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def read_groups(
+  eval_step: Callable[..., Sequences],
+  params: Any,
+  ref_params: Any,
+  loader: Loader,
+  placement: Placement,
+) -> tuple[Sequences, np.ndarray]:
+  """Runs the evaluation step over every group once.
+
+  Args:
+    eval_step: compiled `step.make_eval_step`, its output replicated.
+    params: the policy's.
+    ref_params: the reference's, or None where it is cached or absent.
+    loader: the groups.
+    placement: mesh.
+
+  Returns:
+    Sequences of all groups, numpy, and the groups' ids, ascending.
+  """
+  parts = []
+  for index in range(loader.num_eval_batches()):
+    batch = placement.place_rows(loader.eval_batch(index))
+    sequences = eval_step(params, ref_params, batch)
+    ids = to_host(batch.example_ids).reshape(-1)
+    found = jax.tree.map(lambda x, i=ids: to_host(x)[i >= 0], sequences)
+    parts.append((ids[ids >= 0], found))
+  ids = np.concatenate([ids for ids, _ in parts])
+  # In one order, however the groups are cut into batches.
+  order = np.argsort(ids)
+  whole = jax.tree.map(
+    lambda *x: np.concatenate(x)[order], *(found for _, found in parts)
+  )
+  return whole, ids[order]
+
+
 def evaluate(
-  eval_step: Callable[..., Any],
-  objective: Objective | WeightedSum,
+  eval_step: Callable[..., Sequences],
+  measure: Callable[..., Any],
   params: Any,
   ref_params: Any,
   loss_state: Any,
   loader: Loader,
   placement: Placement,
-  others: Sequence[Objective] = (),
 ) -> tuple[dict[str, float], Records]:
   """Means over every held-out group, each counted once.
 
+  Losses are measured on the whole set at once: one that depends on the batch,
+  such as `kto` or `aot`, does not depend on `eval.batch_size`.
+
   Args:
     eval_step: compiled `step.make_eval_step`.
-    objective: the loss.
+    measure: `step.make_measure` of the objective and of what else to measure.
     params: the policy's.
     ref_params: the reference's, or None where it is cached or absent.
     loss_state: of the objective.
     loader: the held-out groups.
     placement: mesh.
-    others: losses that the step measures besides, in its order.
 
   Returns:
-    The figures: `loss`, the objective's metrics, `displacement`'s, and the
-    bounds of the accuracy's 95 % interval (`reward/accuracy_low`,
+    The metrics: `loss`, the objective's own, `displacement`'s, and the bounds
+    of the accuracy's 95 % interval (`reward/accuracy_low`,
     `reward/accuracy_high`) where it has one. And what every group gave, for
     `write_records`.
   """
-  lengths = loader.store.lengths[loader.indices, 1:]
-  num_scored = loader.store.num_scored[loader.indices]
-  counts = [
-    {
-      "num_groups": jnp.float32(one.valid_groups(lengths > 0).sum()),
-      "total_tokens": one.scored_tokens(num_scored, lengths > 0),
-    }
-    for one in (objective, *others)
-  ]
-  count = int(counts[0]["num_groups"])
-  by_name: dict[str, list[np.ndarray]] = {}
-  parts: list[Records] = []
-  for index in range(loader.num_eval_batches()):
-    batch = placement.place_rows(loader.eval_batch(index))
-    sequences, per_group, metrics = eval_step(
-      params, ref_params, loss_state, batch, counts
-    )
-    ids = to_host(batch.example_ids).reshape(-1)
-    is_group = ids >= 0
-    for name, figure in {"loss": per_group, **metrics}.items():
-      by_name.setdefault(name, []).append(to_host(figure)[is_group])
-    fields = {
-      field.name: to_host(getattr(sequences, field.name))[is_group]
-      for field in dataclasses.fields(sequences)
-      if getattr(getattr(sequences, field.name), "ndim", 0)
-    }
-    parts.append({"example_ids": ids[is_group], **fields})
-  columns = {
-    name: np.concatenate(x).astype(np.float64) for name, x in by_name.items()
+  sequences, ids = read_groups(eval_step, params, ref_params, loader, placement)
+  per_group, metrics, is_valid = jax.tree.map(
+    np.asarray, measure(sequences, jax.tree.map(to_host, loss_state))
+  )
+  records = {"example_ids": ids} | {
+    field.name: getattr(sequences, field.name)
+    for field in dataclasses.fields(sequences)
+    if getattr(sequences, field.name) is not None
   }
-  records = {
-    name: np.concatenate([part[name] for part in parts]) for name in parts[0]
-  }
+  count = int(is_valid.sum())
+  columns = {name: x.astype(np.float64) for name, x in metrics.items()}
   figures = {
     name: float(np.nansum(x) / max((~np.isnan(x)).sum(), 1))
     for name, x in columns.items()
   }
   # Groups that the loss cannot read have a loss of 0, and do not count.
-  figures["loss"] = float(columns["loss"].sum() / max(count, 1))
+  figures["loss"] = float(per_group.astype(np.float64).sum() / max(count, 1))
   if "reward/accuracy" in figures:
     num = int((~np.isnan(columns["reward/accuracy"])).sum())
     low, high = wilson_interval(figures["reward/accuracy"], num)

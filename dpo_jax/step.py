@@ -306,48 +306,48 @@ def split_rows(batch: Batch, num_parts: int) -> Batch:
 
 
 def make_eval_step(
-  policy: Policy,
-  objective: Objective | WeightedSum,
-  *,
-  chunk_size: int,
-  others: Sequence[Objective] = (),
-) -> Callable[..., tuple[Sequences, jax.Array, Metrics]]:
-  """Builds the evaluation step.
+  policy: Policy, *, chunk_size: int, needs: frozenset[str]
+) -> Callable[[Any, Any, Batch], Sequences]:
+  """Builds (params, ref_params, batch) -> sequences, forward only.
 
   Args:
     policy: the decoder.
-    objective: what is trained.
     chunk_size: see `logps.chunked_token_figures`.
-    others: losses to measure besides, from the same forward pass.
-
-  Returns:
-    (params, ref_params, loss_state, batch, counts) -> (sequences, per-group
-    loss f32 [B], per-group metrics f32 [B]). `counts` holds `num_groups` and
-    `total_tokens` of the whole evaluation set, for the objective and then for
-    each of the others, so that the sum of all losses divided by `num_groups`
-    is exact however the set is cut into batches. A loss that sorts a batch
-    sorts the evaluation's.
+    needs: optional fields of Sequences to fill.
   """
-  needs = objective.needs.union(*(other.needs for other in others))
 
-  def step(
-    params: Any,
-    ref_params: Any,
-    loss_state: Any,
-    batch: Batch,
-    counts: Sequence[dict[str, jax.Array]],
-  ) -> tuple[Sequences, jax.Array, Metrics]:
-    sequences = read_sequences(
+  def step(params: Any, ref_params: Any, batch: Batch) -> Sequences:
+    return read_sequences(
       policy, params, ref_params, batch, chunk_size=chunk_size, needs=needs
     )
-    per_group, metrics, _ = objective.apply(
-      sequences.replace(**counts[0]), loss_state
-    )
-    for other, its_counts in zip(others, counts[1:], strict=True):
-      metrics |= measure(other, sequences.replace(**its_counts))
-    return sequences, spread(objective, per_group, sequences), metrics
 
   return step
+
+
+def make_measure(
+  objective: Objective | WeightedSum, others: Sequence[Objective] = ()
+) -> Callable[[Sequences, Any], tuple[jax.Array, Metrics, jax.Array]]:
+  """Compiles what losses make of sequences.
+
+  Args:
+    objective: what is trained.
+    others: losses to measure from the same sequences.
+
+  Returns:
+    (sequences, loss_state) -> (loss f32 [B], metrics f32 [B] each, bool [B]
+    groups that the objective can read). The sequences are a whole evaluation
+    set, so that a loss that depends on the batch sees all of it.
+  """
+
+  @jax.jit
+  def measure_all(sequences, loss_state):
+    per_group, metrics, _ = objective.apply(sequences, loss_state)
+    for other in others:
+      metrics |= measure(other, sequences)
+    is_valid = objective.valid_groups(sequences.valid)
+    return spread(objective, per_group, sequences), metrics, is_valid
+
+  return measure_all
 
 
 def measure(objective: Objective, sequences: Sequences) -> Metrics:

@@ -352,12 +352,13 @@ class _Loop:
 
   def _build_eval(self) -> None:
     run = self.run
+    others = run.eval_objectives
     step = step_lib.make_eval_step(
       run.policy,
-      run.objective,
       chunk_size=self.config.logps_chunk,
-      others=run.eval_objectives,
+      needs=run.objective.needs.union(*(other.needs for other in others)),
     )
+    self.measure = step_lib.make_measure(run.objective, others)
     self.eval_step = self.on_mesh(
       jax.jit(step, out_shardings=run.placement.replicated)
     )
@@ -369,20 +370,12 @@ class _Loop:
     if not (run.objective.needs_reference and starts_as_reference):
       return
     batch = run.placement.place_rows(self.train_loader.batch(0))
-    counts = {
-      "num_groups": jnp.float32(config.batch_size),
-      "total_tokens": jnp.float32(1),  # no loss with a reference divides by it
-    }
-    sequences, per_group, _ = jax.tree.map(
+    sequences = jax.tree.map(
       reference.to_host,
-      self.eval_step(
-        state.policy_params,
-        state.reference_params,
-        state.loss_state,
-        batch,
-        [counts] * (1 + len(run.eval_objectives)),
-      ),
+      self.eval_step(state.policy_params, state.reference_params, batch),
     )
+    loss_state = jax.tree.map(reference.to_host, state.loss_state)
+    per_group, _, is_valid = self.measure(sequences, loss_state)
     log_ratios = np.where(
       sequences.valid, sequences.logps - sequences.ref_logps, 0.0
     )
@@ -395,7 +388,7 @@ class _Loop:
     worst = np.unravel_index(
       np.argmax(np.abs(log_ratios) / allowed), log_ratios.shape
     )
-    loss = per_group.sum() / config.batch_size
+    loss = float(per_group.sum() / max(is_valid.sum(), 1))
     figures = (
       f"loss {loss:.6f} (log 2 is {math.log(2):.6f}), largest |log-ratio|"
       f" {np.abs(log_ratios).max():.2e} nats"
@@ -533,13 +526,12 @@ class _Loop:
     if self.eval_loader is not None:
       figures, records = evaluate_lib.evaluate(
         self.eval_step,
-        self.run.objective,
+        self.measure,
         state.policy_params,
         state.reference_params,
         state.loss_state,
         self.eval_loader,
         self.run.placement,
-        self.run.eval_objectives,
       )
       if self.config.eval.save_logps and self.run.is_writer:
         evaluate_lib.write_records(self.run.workdir, step, records)

@@ -10,9 +10,10 @@ import pytest
 from dpo_jax import evaluate as evaluate_lib
 from dpo_jax import judges, reference
 from dpo_jax import step as step_lib
+from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import tokenizers
 from dpo_jax.evaluate import Samples, compare_samples, wilson_interval
-from dpo_jax.losses import build_objective
+from dpo_jax.losses import CATALOGUE, build_objective
 from dpo_jax.models import generate
 from tests import tiny
 
@@ -88,7 +89,9 @@ def evaluate(models, batch_size, *, loss="dpo", sizes=None, is_frozen=False):
   is_name = isinstance(loss, str)
   objective = build_objective({"name": loss} if is_name else loss)
   is_cached = objective.needs_reference and not is_frozen
-  step = step_lib.make_eval_step(models.policy, objective, chunk_size=16)
+  step = step_lib.make_eval_step(
+    models.policy, chunk_size=16, needs=objective.needs
+  )
   loader = tiny.make_loader(
     [group[: 1 + objective.num_slots] for group in models.groups],
     batch_size,
@@ -96,8 +99,8 @@ def evaluate(models, batch_size, *, loss="dpo", sizes=None, is_frozen=False):
     ref_logps=models.ref_logps.astype(np.float32) if is_cached else None,
   )
   return evaluate_lib.evaluate(
-    jax.jit(step),
-    objective,
+    jax.jit(step, out_shardings=placement.replicated),
+    step_lib.make_measure(objective),
     models.params,
     models.ref_params if is_frozen else None,
     objective.init(),
@@ -337,34 +340,90 @@ def test_prompts_that_leave_no_room_are_passed_over():
     held_out(groups, 2, max_tokens=1)
 
 
-def test_the_whole_counts_scored_tokens():
-  """What a mean over tokens is divided by, where some turns are only read."""
-  groups = tiny.make_groups(5)
-  masks = tiny.make_masks(groups)
-  loader = tiny.make_loader(groups, 2)
+def test_a_mean_over_tokens_counts_scored_ones(models):
+  """Where some turns are only read."""
+  masks = tiny.make_masks(models.groups)
+  loader = tiny.make_loader(models.groups, 4)
   flags = [
     flag
-    for (prompt, *_), group in zip(groups, masks, strict=True)
+    for (prompt, *_), group in zip(models.groups, masks, strict=True)
     for flag in (np.zeros(len(prompt), bool), *group)
   ]
-  store = dataclasses.replace(loader.store, scored=np.concatenate(flags))
-  seen = []
+  scored = np.concatenate(flags)
+  loader = dataclasses.replace(
+    loader, store=dataclasses.replace(loader.store, scored=scored)
+  )
+  objective = build_objective({"name": "sft"})
+  step = step_lib.make_eval_step(
+    models.policy, chunk_size=16, needs=objective.needs
+  )
+  got, records = evaluate_lib.evaluate(
+    jax.jit(step),
+    step_lib.make_measure(objective),
+    models.params,
+    None,
+    (),
+    loader,
+    tiny.make_placement(),
+  )
+  num_tokens = sum(group[0].sum() for group in masks)
+  np.testing.assert_array_equal(records["num_tokens"][:, 0].sum(), num_tokens)
+  assert got["loss"] == pytest.approx(
+    -records["logps"][:, 0].sum() / num_tokens, rel=1e-5
+  )
 
-  class Stop(Exception):
-    pass
 
-  def eval_step(params, ref_params, loss_state, batch, counts):
-    seen.append(float(counts[0]["total_tokens"]))
-    raise Stop
+# Losses that couple the groups of a batch.
+COUPLED = sorted(n for n, row in CATALOGUE.items() if row.link_row.is_coupled)
 
-  with pytest.raises(Stop):
-    evaluate_lib.evaluate(
-      eval_step,
-      build_objective({"name": "dpo"}),
-      None,
-      None,
-      (),
-      dataclasses.replace(loader, store=store),
-      tiny.make_placement(),
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_eval_batch_size_changes_no_loss_that_couples_the_batch(models, name):
+  """The whole set is one batch: each loss equals that of all sequences."""
+  if CATALOGUE[name].group == "pair":
+    got = [evaluate(models, size, loss=name)["loss"] for size in (2, 3, 64)]
+    sequences = types.SimpleNamespace(logps=models.logps)
+  else:
+    sequences = unpaired(models, name == "kto")
+    got = [sequences.evaluate(name, size)["loss"] for size in (2, 3, 64)]
+  assert sequences.logps.std() > 1.0
+  np.testing.assert_allclose(got[:2], got[2], rtol=1e-5)
+
+
+def unpaired(models, has_mismatched):
+  """Single responses with alternating labels, and mismatched ones for kto."""
+  store = tiny.make_loader(models.groups, 2).store.split_pairs()
+  ref_logps = models.ref_logps.reshape(-1, 1).astype(np.float32)
+  if has_mismatched:
+    store = store.with_mismatched(0, 64)
+    ref_logps = np.concatenate([ref_logps, np.roll(ref_logps, 3)], 1)
+
+  def evaluate_batches(name, batch_size):
+    objective = build_objective({"name": name})
+    placement = tiny.make_placement()
+    indices = np.arange(len(store))
+    plan = loader_lib.make_plan(
+      store,
+      indices,
+      batch_size=batch_size,
+      row_tokens=0,
+      row_multiple=1,
+      layout="shared",
     )
-  assert seen == [sum(mask.sum() for group in masks for mask in group)]
+    loader = loader_lib.Loader(
+      store, indices, plan, batch_size, seed=0, ref_logps=ref_logps
+    )
+    step = step_lib.make_eval_step(
+      models.policy, chunk_size=16, needs=objective.needs
+    )
+    return evaluate_lib.evaluate(
+      jax.jit(step),
+      step_lib.make_measure(objective),
+      models.params,
+      None,
+      objective.init(),
+      loader,
+      placement,
+    )[0]
+
+  return types.SimpleNamespace(logps=ref_logps, evaluate=evaluate_batches)

@@ -318,12 +318,11 @@ def test_other_losses_come_from_the_same_forward_pass(model):
     build_objective({"name": n}) for n in ("ipo", "hinge", "tdpo", "aot")
   ]
   step = step_lib.make_eval_step(
-    policy, build_objective({"name": "dpo"}), chunk_size=16, others=others
+    policy, chunk_size=16, needs=frozenset({"ref_logps", "kl"})
   )
-  counts = {"num_groups": jnp.float32(6), "total_tokens": jnp.float32(1)}
-  sequences, _, metrics = jax.jit(step)(
-    params, ref_params, (), batch, [counts] * 5
-  )
+  sequences = jax.jit(step)(params, ref_params, batch)
+  measure = step_lib.make_measure(build_objective({"name": "dpo"}), others)
+  _, metrics, _ = measure(sequences, ())
   is_valid = np.asarray(sequences.valid.all(1))
   for other in others:
     per_group, own, _ = other.apply(sequences, other.init())
