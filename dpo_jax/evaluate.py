@@ -122,7 +122,8 @@ def evaluate(
   count = int(is_valid.sum())
   columns = {name: x.astype(np.float64) for name, x in metrics.items()}
   figures = {
-    name: float(np.nansum(x) / max((~np.isnan(x)).sum(), 1))
+    # NaN where no group has the metric.
+    name: float(np.nansum(x) / ((~np.isnan(x)).sum() or math.nan))
     for name, x in columns.items()
   }
   # Groups that the loss cannot read have a loss of 0, and do not count.

@@ -322,7 +322,8 @@ def _build_data(
 
   is_offline = config.online.kind == "none"
 
-  def open_store(spec: str) -> store.Store:
+  def open_store(spec: str) -> tuple[store.Store, np.ndarray]:
+    """The groups, and bool [N], from which of them the loss learns."""
     opened = store.build_store(
       sources.open_source(spec),
       tokenizer,
@@ -333,14 +334,18 @@ def _build_data(
     _check_ids(opened, policy.config.vocab_size)
     _log_report(opened.report)
     is_split = config.data.split_pairs and opened.num_slots == 2
+    reasons = {}
     if is_split and objective.group == "single":
+      reasons["tied_scores"] = opened.tied_pairs().repeat(2)
       opened = opened.split_pairs()
     if is_offline:
       objective.check_group_size(opened.num_slots)
+    reasons |= objective.unusable(opened.score, opened.lengths[:, 1:] > 0)
+    is_usable = _drop_unusable(reasons, spec, objective, is_needed=is_offline)
     opened = opened.first_slots(objective.num_slots or opened.num_slots)
     if "mismatched_logps" in objective.needs:
       opened = opened.with_mismatched(config.seed, config.data.max_tokens)
-    return opened
+    return opened, is_usable
 
   process_index, process_count = placement.row_reader
 
@@ -369,21 +374,28 @@ def _build_data(
       token_masks=token_masks,
     )
 
-  groups = open_store(config.data.source)
+  groups, is_usable = open_store(config.data.source)
+  is_measured = is_offline or (
+    objective.group != "samples" and groups.num_slots == 2
+  )
   if config.data.eval_source:
-    eval_groups = open_store(config.data.eval_source)
+    eval_groups, is_usable_eval = open_store(config.data.eval_source)
     train_indices, eval_indices = (
       np.arange(len(groups)),
       np.arange(len(eval_groups)),
     )
   else:
-    eval_groups = groups
+    eval_groups, is_usable_eval = groups, is_usable
     train_indices, eval_indices = groups.split(config.data.eval_fraction)
-    if not len(train_indices):
-      raise ValueError(
-        f"data.eval_fraction={config.data.eval_fraction} holds out all of the"
-        f" {len(groups)} groups"
-      )
+  if is_offline:
+    train_indices = train_indices[is_usable[train_indices]]
+  if is_measured:
+    eval_indices = eval_indices[is_usable_eval[eval_indices]]
+  if not len(train_indices):
+    raise ValueError(
+      f"data.eval_fraction={config.data.eval_fraction} holds out all of the"
+      f" {len(groups)} groups that loss {objective.name!r} can use"
+    )
   if config.eval.max_groups:
     eval_indices = eval_indices[: config.eval.max_groups]
   train_loader = make_loader(
@@ -398,9 +410,46 @@ def _build_data(
     tokenizer,
     train_loader,
     eval_loader,
-    is_measured=is_offline
-    or (objective.group != "samples" and groups.num_slots == 2),
+    is_measured=is_measured,
   )
+
+
+def _drop_unusable(
+  reasons: Mapping[str, np.ndarray],
+  spec: str,
+  objective: Objective | WeightedSum,
+  *,
+  is_needed: bool,
+) -> np.ndarray:
+  """Returns which groups teach the loss something, and logs the others.
+
+  Args:
+    reasons: reason -> bool [N].
+    spec: source of the groups, for messages.
+    objective: the loss.
+    is_needed: whether the responses are read, and not the prompts alone.
+
+  Raises:
+    ValueError: none is left.
+  """
+  is_unusable = np.any(list(reasons.values()), axis=0)
+  counts = {name: int(mask.sum()) for name, mask in reasons.items()}
+  text = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+  if is_needed and is_unusable.all():
+    raise ValueError(
+      f"{spec}: loss {objective.name!r} learns nothing from any of the"
+      f" {len(is_unusable)} groups: {text}"
+    )
+  if is_needed and text:
+    _LOG.warning(
+      "%s: loss %r learns nothing from %d of %d groups, which are dropped: %s",
+      spec,
+      objective.name,
+      is_unusable.sum(),
+      len(is_unusable),
+      text,
+    )
+  return ~is_unusable
 
 
 def check_context(row_tokens: int, placement: mesh.Placement) -> None:

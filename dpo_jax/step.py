@@ -210,7 +210,8 @@ def make_train_step(
       params = optax.apply_updates(state.params, updates)
     metrics = {
       "loss": loss,
-      **{k: v / jnp.maximum(count, 1.0) for k, (v, count) in sums.items()},
+      # NaN where no group of the batch has the metric.
+      **{k: v / count for k, (v, count) in sums.items()},
       "grad_norm": optax.global_norm(grads),
       "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }

@@ -255,6 +255,22 @@ def test_a_resume_between_two_samplings_changes_nothing(tmp_path, loss):
 
 
 @pytest.mark.slow
+def test_a_batch_of_nothing_but_ties_does_not_stop_the_run(tmp_path):
+  """Its judge finds all responses the same; then weights stay as they are."""
+  path = f"{tmp_path}/same.npz"
+  config = run_config(tmp_path, "dpo", total_steps=4)
+  Classifier(np.zeros(4096, np.float32), 0.0).write(path)
+  config.online.judge = f"classifier:{path}"
+  train(config, tmp_path / "run")
+  rows = read_metrics(tmp_path / "run", "train")
+  assert [row["loss"] for row in rows] == [0.0] * 4
+  assert [row["grad_norm"] for row in rows] == [0.0] * 4
+  assert [row["reward/accuracy"] for row in rows] == [None] * 4
+  sampled = read_metrics(tmp_path / "run", "online")
+  assert [row["ties"] for row in sampled] == [1.0, 1.0]
+
+
+@pytest.mark.slow
 def test_samples_used_twice_are_weighed_by_the_ratio(tmp_path):
   """At the first step of a sampling the ratio is 1 and the loss -mean A, 0."""
   config = run_config(

@@ -719,6 +719,55 @@ def test_a_token_beyond_the_vocabulary_is_refused(monkeypatch):
   refuse(make_config(), "and the model's vocabulary has 96")
 
 
+def write_lines(path, records):
+  path.write_text("\n".join(json.dumps(record) for record in records))
+  return f"jsonl:{path}"
+
+
+def test_groups_that_teach_the_loss_nothing_are_dropped_and_counted(
+  tmp_path, caplog
+):
+  """Eight pairs among demonstrations and ties; only they are trained on."""
+  pairs = [
+    {"prompt": f"{i} a", "chosen": " good", "rejected": " bad"}
+    for i in range(8)
+  ]
+  others = [{"prompt": f"{i} b", "completion": " fine"} for i in range(30)] + [
+    pair | {"score_chosen": 1, "score_rejected": 1} for pair in pairs[:2]
+  ]
+  source = write_lines(tmp_path / "mixed.jsonl", others + pairs)
+  config = make_config(
+    data__source=source, data__eval_source=source, eval__max_groups=0
+  )
+  with caplog.at_level(logging.WARNING):
+    run = build_run(config, tmp_path)
+  for loader in (run.data.train, run.data.eval):
+    assert loader.indices.tolist() == list(range(32, 40))
+  assert "32 of 40 groups, which are dropped" in caplog.text
+  assert "30 too_few_responses, 2 tied_scores" in caplog.text
+  figures = train(config, tmp_path / "run")
+  assert figures["eval/num_groups"] == 8
+  rows = read_metrics(tmp_path / "run", "train")
+  assert all(row["grad_norm"] > 0 for row in rows)
+  # The loss of unpaired responses takes the demonstrations, not the ties.
+  config = make_config(data__source=source, loss__name="kto")
+  assert len(build_run(config, tmp_path).data.train.indices) > 30
+
+
+def test_data_that_teach_the_loss_nothing_stop_the_run(tmp_path):
+  tied = {"score_chosen": 1, "score_rejected": 1}
+  records = [
+    {"prompt": f"{i}", "chosen": "good", "rejected": "bad"} | tied
+    for i in range(8)
+  ]
+  source = write_lines(tmp_path / "ties.jsonl", records)
+  refuse(
+    make_config(data__source=source),
+    "loss 'dpo' learns nothing from any of the 8 groups: 8 tied_scores",
+  )
+  refuse(make_config(data__source=source, loss__name="kto"), "16 tied_scores")
+
+
 def test_a_workdir_of_another_config_is_left_alone(tmp_path):
   config = make_config(total_steps=1)
   train(config, tmp_path)

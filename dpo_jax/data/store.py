@@ -122,19 +122,29 @@ class Store:
       digest=f"{self.digest}/first_{num_slots}",
     )
 
+  def tied_pairs(self) -> np.ndarray:
+    """bool [N], whether a group is a pair whose responses score the same."""
+    is_pair = (self.lengths[:, 1:3] > 0).all(1)
+    return is_pair & (self.score[:, 0] == self.score[:, 1])
+
   def split_pairs(self) -> "Store":
-    """Every pair as two groups of one response: label 1 chosen, 0 rejected."""
+    """Every pair as two groups of one response: label 1 chosen, 0 rejected.
+
+    A group of one response keeps its label, and the group beside it is empty.
+    """
 
     def apart(x: np.ndarray) -> np.ndarray:
       # [N, 1 + 2] -> [2 N, 1 + 1]: each response behind the pair's prompt.
       return np.stack([x[:, [0, 1]], x[:, [0, 2]]], 1).reshape(-1, 2)
 
     hashes = self.prompt_hashes
+    is_pair = self.lengths[:, 2:] > 0
+    score = np.where(is_pair, np.float32([[1.0, 0.0]]), self.score)
     return dataclasses.replace(
       self,
       starts=apart(self.starts),
       lengths=apart(self.lengths),
-      score=np.tile(np.float32([[1.0], [0.0]]), (len(self), 1)),
+      score=score.reshape(-1, 1),
       digest=f"{self.digest}/split_pairs",
       prompt_hashes=None if hashes is None else np.repeat(hashes, 2),
     )

@@ -35,6 +35,8 @@ class Link:
     needs: optional fields of Sequences that it reads.
     needs_anchor: whether it holds single rewards against a constant, so that
       their zero must mean policy = reference.
+    needs_ordered_scores: whether a pair teaches something only where the
+      chosen response scores higher.
     is_coupled: whether a group's loss depends on the other groups.
     init: state at the first step, or None for a link without.
   """
@@ -43,6 +45,7 @@ class Link:
   kind: str
   needs: frozenset[str] = frozenset()
   needs_anchor: bool = False
+  needs_ordered_scores: bool = False
   is_coupled: bool = False
   init: Callable[[], State] | None = None
 
@@ -666,7 +669,7 @@ LINKS: dict[str, Link] = {
       anchored_unpaired,
     )
   },
-  "offset_logistic": _group(offset_logistic),
+  "offset_logistic": _group(offset_logistic, needs_ordered_scores=True),
   "token_level_logistic": _group(token_level_logistic, needs=frozenset({"kl"})),
   "weighted_policy_logistic": _group(
     weighted_policy_logistic, needs=frozenset({"alignment"})

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax.losses.catalogue import CATALOGUE, KNOBS, Loss, knobs_of
 from dpo_jax.losses.links import LINKS
@@ -83,6 +84,34 @@ class Objective:
     if self.loss.group == "samples":
       return valid.any(-1)
     return valid[:, : self.num_slots].all(-1)
+
+  def unusable(
+    self, score: np.ndarray, present: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """Groups of a data set from which this loss learns nothing, by reason.
+
+    Args:
+      score: f32 [N, K].
+      present: bool [N, K], which slots hold a response.
+
+    Returns:
+      reason -> bool [N]; a group counts under the first reason that it meets.
+      "too_few_responses"; "tied_scores", where all responses score the same;
+      "chosen_scores_lower", for a loss that needs the chosen to score higher;
+      "undesirable_response", a single response with label False, for a loss
+      that makes responses more likely. A tie within a longer ranking stays.
+    """
+    reasons = {"too_few_responses": ~self.valid_groups(present)}
+    if self.group in ("pair", "ranking"):
+      highest = np.where(present, score, -np.inf).max(1)
+      lowest = np.where(present, score, np.inf).min(1)
+      reasons["tied_scores"] = highest == lowest
+    if self.loss.link_row.needs_ordered_scores:
+      reasons["chosen_scores_lower"] = score[:, 0] < score[:, 1]
+    if self.group == "first":
+      is_alone = present.sum(1) == 1
+      reasons["undesirable_response"] = is_alone & (score[:, 0] == 0.0)
+    return first_reasons(reasons)
 
   def scored_tokens(self, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
     """Tokens that a per-token mean divides by: [B, K] each -> f32 [].
@@ -229,6 +258,16 @@ class Objective:
     }
 
 
+def first_reasons(reasons: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Keeps each group under the first reason that it meets: bool [N] each."""
+  seen: np.ndarray | bool = False
+  first = {}
+  for reason, mask in reasons.items():
+    first[reason] = mask & ~np.asarray(seen)
+    seen = seen | mask
+  return first
+
+
 def _blank(sequences: Sequences) -> Sequences:
   """0 wherever a slot holds no response, whatever stood there.
 
@@ -353,6 +392,16 @@ class WeightedSum:
   def valid_groups(self, valid: jax.Array) -> jax.Array:
     masks = [term.valid_groups(valid) for _, term in self.terms]
     return functools.reduce(operator.and_, masks)
+
+  def unusable(
+    self, score: np.ndarray, present: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """As `Objective.unusable`: a group that one term cannot use."""
+    reasons: dict[str, np.ndarray] = {}
+    for _, term in self.terms:
+      for reason, mask in term.unusable(score, present).items():
+        reasons[reason] = reasons.get(reason, False) | mask
+    return first_reasons(reasons)
 
   def scored_tokens(self, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
     """As `Objective.scored_tokens`."""

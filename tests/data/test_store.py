@@ -587,6 +587,20 @@ def pairs_store():
   return tiny.make_loader(tiny.make_groups(5), 2).store
 
 
+def test_a_single_response_keeps_its_label_beside_pairs(tmp_path):
+  records = [
+    pair("a", "cat"),
+    {"prompt": "b", "completion": "dog", "label": False},
+    {"prompt": "c", "completion": "cow", "label": True},
+  ]
+  opened = build(records, tmp_path)
+  split = opened.split_pairs()
+  is_there = split.lengths[:, 1] > 0
+  assert is_there.tolist() == [True, True, True, False, True, False]
+  assert split.score[is_there, 0].tolist() == [1.0, 0.0, 0.0, 1.0]
+  assert opened.tied_pairs().tolist() == [False, False, False]
+
+
 def test_split_pairs_become_two_labelled_groups():
   store = pairs_store()
   split = store.split_pairs()

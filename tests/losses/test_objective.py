@@ -249,3 +249,44 @@ def test_dpo_gradient_weight_is_the_papers():
   weight = 0.3 / (1 + np.exp(0.3 * margin))
   np.testing.assert_allclose(chosen, -weight, rtol=1e-4)
   np.testing.assert_allclose(rejected, weight, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("config", "wanted"),
+  [
+    # A pair, a tie, the wrong order, one response, one with label False.
+    ({"name": "dpo"}, {"tied_scores": [1], "too_few_responses": [3, 4]}),
+    (
+      {"name": "odpo"},
+      {
+        "tied_scores": [1],
+        "chosen_scores_lower": [2],
+        "too_few_responses": [3, 4],
+      },
+    ),
+    ({"name": "sft"}, {"undesirable_response": [4]}),
+    (
+      {"name": "reward_model"},
+      {"tied_scores": [1], "too_few_responses": [3, 4]},
+    ),
+    (
+      [{"name": "dpo", "weight": 1.0}, {"name": "sft", "weight": 1.0}],
+      {"tied_scores": [1], "too_few_responses": [3, 4]},
+    ),
+  ],
+  ids=str,
+)
+def test_groups_that_teach_a_loss_nothing_are_found_by_reason(config, wanted):
+  score = np.array([[1, 0], [2, 2], [0, 1], [1, 0], [0, 0]], np.float32)
+  present = np.array([[1, 1], [1, 1], [1, 1], [1, 0], [1, 0]], bool)
+  found = build_objective(config).unusable(score, present)
+  rows = {k: np.flatnonzero(mask).tolist() for k, mask in found.items()}
+  assert {k: v for k, v in rows.items() if v} == wanted
+
+
+def test_a_tie_within_a_longer_ranking_stays():
+  objective = build_objective({"name": "plackett_luce"})
+  score = np.array([[2, 2, 1], [1, 1, 1], [3, 3, 9]], np.float32)
+  present = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 0]], bool)
+  found = objective.unusable(score, present)
+  assert found["tied_scores"].tolist() == [False, True, True]
