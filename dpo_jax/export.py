@@ -21,6 +21,7 @@ from absl import app, flags
 from etils import epath
 import jax
 
+from dpo_jax import config as config_lib
 from dpo_jax import initialize, mesh
 from dpo_jax.data import tokenizer_files, tokenizers
 from dpo_jax.metrics import read_metrics
@@ -235,8 +236,8 @@ def _data_digest(workdir: epath.Path) -> str:
   path = workdir / "data.json"
   if not path.exists():
     return "unknown"
-  digests = json.loads(path.read_text())
-  return "; ".join(f"{name}: {value}" for name, value in digests.items())
+  identity = config_lib.flatten(json.loads(path.read_text()))
+  return "; ".join(f"{name}: {value}" for name, value in identity)
 
 
 def main(argv: list[str]) -> None:

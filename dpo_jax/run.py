@@ -6,6 +6,7 @@ has been compiled, loaded or overwritten yet.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -56,14 +57,64 @@ class Data:
   eval: loader_lib.Loader | None
   is_measured: bool = True
 
-  def digests(self) -> dict[str, str]:
-    """What all hosts must have in common."""
+  def identity(self) -> dict[str, Any]:
+    """What all hosts, and all starts of a run, must have in common."""
     loaders = {"train": self.train, "eval": self.eval}
-    return {
-      name: f"{loader.store.digest}, {len(loader.indices)} groups"
+    splits = {
+      name: {
+        "content": loader.store.report["content"],
+        "store": loader.store.digest,
+        "groups": len(loader.indices),
+      }
       for name, loader in loaders.items()
       if loader is not None
     }
+    return {**splits, "tokenizer": dict(self.tokenizer.parts)}
+
+
+def check_same_data(identity: Mapping[str, Any], workdir: epath.Path) -> None:
+  """Compares what a run reads with what it began with.
+
+  Args:
+    identity: `Data.identity`.
+    workdir: run directory.
+
+  Raises:
+    ValueError: other data, another tokenizer or another chat template; shows
+      the difference.
+  """
+  path = workdir / "data.json"
+  if not path.exists():
+    return
+  before = json.loads(path.read_text())
+  if isinstance(before["train"], str):  # as older runs recorded a split
+    identity = {
+      name: f"{split['store']}, {split['groups']} groups"
+      for name, split in identity.items()
+      if name != "tokenizer"
+    }
+  before, now = (dict(config_lib.flatten(x)) for x in (before, identity))
+  changed = [
+    f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
+    for key in sorted(before.keys() | now.keys())
+    if before.get(key) != now.get(key)
+  ]
+  if changed:
+    raise ValueError(
+      f"{workdir} holds a run on other data, or with another tokenizer or chat"
+      " template:\n"
+      + "\n".join(changed)
+      + "\nBring the old files back, or choose another workdir"
+    )
+
+
+def write_data(identity: Mapping[str, Any], workdir: epath.Path) -> None:
+  """Records what a run reads, once."""
+  path = workdir / "data.json"
+  if not path.exists():
+    temporary = workdir / "data.json.tmp"
+    temporary.write_text(json.dumps(identity, indent=2) + "\n")
+    temporary.replace(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,12 @@ from dpo_jax.metrics import (
 )
 from dpo_jax.models import lora
 from dpo_jax.profile import ProfileWindow
-from dpo_jax.run import build_run, use_compilation_cache
+from dpo_jax.run import (
+  build_run,
+  check_same_data,
+  use_compilation_cache,
+  write_data,
+)
 from dpo_jax.types import TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -103,14 +108,14 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     "config",
   )
   run = distributed.together(lambda: build_run(config, epath.Path(workdir)))
-  distributed.check_same(run.data.digests(), "data")
+  identity = run.data.identity()
+  distributed.check_same(identity, "data")
+  check_same_data(identity, run.workdir)
   config_lib.settle_config(run.config, run.workdir, is_writer=run.is_writer)
   if run.is_writer:
+    write_data(identity, run.workdir)
     initialize.write_model(run.policy, run.workdir)
     (run.workdir / "git.txt").write_text(_git_hash() + "\n")
-    if not (run.workdir / "data.json").exists():
-      digests = json.dumps(run.data.digests(), indent=2)
-      (run.workdir / "data.json").write_text(digests + "\n")
   checkpoints = initialize.open_checkpoints(run.workdir, run.config)
   writer = MetricsWriter(
     run.workdir,

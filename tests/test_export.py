@@ -64,7 +64,7 @@ def test_an_export_opens_in_transformers_and_agrees(run, tmp_path):
   assert tokenizer.decode(ids, skip_special_tokens=True) == text
   assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 257
   card = (tmp_path / "README.md").read_text()
-  for part in ("# dpo with", "reward/accuracy", "train: ", '"beta": 0.1'):
+  for part in ("# dpo with", "reward/accuracy", "train.store: ", '"beta": 0.1'):
     assert part in card, part
 
 

@@ -19,9 +19,11 @@ from dpo_jax import train as train_lib
 from dpo_jax.data.loader import Loader
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
 from dpo_jax.metrics import read_metrics
+from dpo_jax.models import hf
 from dpo_jax.run import build_run, use_compilation_cache
 from dpo_jax.train import NonFiniteError, Preempted, train
 from tests import faults, tiny
+from tests.data.folders import write_folder
 
 pytestmark = pytest.mark.usefixtures("in_haste")
 
@@ -717,6 +719,80 @@ def test_a_token_beyond_the_vocabulary_is_refused(monkeypatch):
     initialize, "load_policy", lambda *args, **kwargs: tiny.make_policy(96)
   )
   refuse(make_config(), "and the model's vocabulary has 96")
+
+
+def swap_labels(records):
+  return [
+    r | {"chosen": r["rejected"], "rejected": r["chosen"]} for r in records
+  ]
+
+
+@pytest.mark.parametrize("kind", ["cached", "frozen"])
+@pytest.mark.parametrize(
+  "change",
+  [swap_labels, lambda records: records[::-1], lambda records: records[2:]],
+  ids=["swapped", "reordered", "removed"],
+)
+def test_a_run_does_not_go_on_with_other_data(tmp_path, kind, change):
+  records = [
+    {"prompt": f"{i} a", "chosen": f" good {i}", "rejected": " bad"}
+    for i in range(16)
+  ]
+  source = write_lines(tmp_path / "pairs.jsonl", records)
+  knobs = dict(data__source=source, reference__kind=kind)
+  train(make_config(total_steps=1, **knobs), tmp_path / "run")
+  write_lines(tmp_path / "pairs.jsonl", change(records))
+  before = snapshot(tmp_path / "run")
+  with pytest.raises(ValueError, match=r"train\.content: '.*' there, '.*' now"):
+    train(make_config(total_steps=2, **knobs), tmp_path / "run")
+  assert snapshot(tmp_path / "run") == before
+  # The same content at another place is the same data.
+  write_lines(tmp_path / "pairs.jsonl", records)
+  train(make_config(total_steps=2, **knobs), tmp_path / "run")
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer_or_template(tmp_path):
+  folder = tmp_path / "tokenizer"
+  write_folder(folder)
+  records = [
+    {"prompt": f"the cat {i}", "chosen": " sat", "rejected": " ran"}
+    for i in range(16)
+  ]
+  source = write_lines(tmp_path / "pairs.jsonl", records)
+  policy = tiny.make_policy(vocab_size=384)
+  params = policy.init(jax.random.key(0))
+  hf.save_params(tmp_path / "model", policy, params, dtype="float32")
+  knobs = dict(
+    data__source=source,
+    data__tokenizer=str(folder),
+    policy__init=f"hf:{tmp_path / 'model'}",
+  )
+  train(make_config(total_steps=1, **knobs), tmp_path / "run")
+  for changed, named in (
+    ({"chat_template": "{{ messages[0].content }}"}, "tokenizer.chat_template"),
+    ({"eos_token": "<|user|>"}, "tokenizer.vocabulary"),
+  ):
+    write_folder(folder, **changed)
+    with pytest.raises(ValueError, match=named):
+      train(make_config(total_steps=2, **knobs), tmp_path / "run")
+  write_folder(folder)
+  train(make_config(total_steps=2, **knobs), tmp_path / "run")
+
+
+def test_an_older_record_of_the_data_is_compared_too(tmp_path):
+  config = make_config(total_steps=1)
+  train(config, tmp_path)
+  path = tmp_path / "data.json"
+  splits = json.loads(path.read_text())
+  old = {
+    name: f"{splits[name]['store']}, {splits[name]['groups']} groups"
+    for name in ("train", "eval")
+  }
+  path.write_text(json.dumps(old))
+  train(make_config(total_steps=2), tmp_path)
+  path.write_text(json.dumps(old | {"train": "0123, 9 groups"}))
+  with pytest.raises(ValueError, match="train: '0123, 9 groups' there"):
+    train(make_config(total_steps=3), tmp_path)
 
 
 def write_lines(path, records):

@@ -231,7 +231,10 @@ def build_store(
     _write(*parsed, cache_dir, folder)
   with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
     # The same content may have been read from another place.
-    report = json.load(file) | {"source": source.spec}
+    report = json.load(file) | {
+      "source": source.spec,
+      "content": source.digest,
+    }
   arrays = {
     # A plain view of the mapped file: slices of a memmap are slow to make.
     name: np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r").view(

@@ -132,13 +132,16 @@ def review_pairs(num: int, seed: int) -> Iterator[dict]:
   """Two reviews to a prompt, labelled by Bradley-Terry on `sentiment`.
 
   P(first is chosen) = sigmoid(r_first - r_second), so labels are as noisy as
-  the model of preferences behind DPO assumes.
+  the model of preferences behind DPO assumes. The two never score the same:
+  such a pair would teach nothing.
   """
   rng = random.Random(f"pairs {seed}")
   for _ in range(num):
     prompt = _prompt(rng)
-    pair = [_response(rng), _response(rng)]
-    rewards = [sentiment(text) for text in pair]
+    rewards = [0.0, 0.0]
+    while rewards[0] == rewards[1]:
+      pair = [_response(rng), _response(rng)]
+      rewards = [sentiment(text) for text in pair]
     if rng.random() >= 1.0 / (1.0 + math.exp(rewards[1] - rewards[0])):
       pair.reverse()
       rewards.reverse()

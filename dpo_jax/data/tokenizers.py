@@ -41,6 +41,7 @@ class Tokenizer(Protocol):
     pad_id: what the tokenizer's files name for padding, or None.
     stop_ids: ids that end a response when it is sampled, `eos_id` first.
     digest: of everything that decides the ids.
+    parts: the same by part, digests by name: `vocabulary`, `chat_template`.
     has_chat_template: whether `render` works.
   """
 
@@ -50,6 +51,7 @@ class Tokenizer(Protocol):
   pad_id: int | None
   stop_ids: tuple[int, ...]
   digest: str
+  parts: Mapping[str, str]
   has_chat_template: bool
 
   def encode(
@@ -86,6 +88,11 @@ class _WithoutTemplate:
   """Refuses messages."""
 
   has_chat_template = False
+
+  @property
+  def parts(self) -> dict[str, str]:
+    """See `Tokenizer.parts`."""
+    return {"vocabulary": self.digest}
 
   def render(
     self,
@@ -240,9 +247,10 @@ class HFTokenizer:
     decisive = [text, self._special, self.bos_id, self.chat_template]
     if self.has_chat_template:
       decisive += [self._generation_stops, template_date]
-    self.digest = hashlib.sha256(
-      json.dumps(decisive, sort_keys=True).encode()
-    ).hexdigest()
+    self.digest = _digest(decisive)
+    self.parts = {"vocabulary": _digest(decisive[:3])}
+    if self.has_chat_template:
+      self.parts["chat_template"] = _digest(decisive[3:])
 
   @property
   def vocab(self) -> dict[str, int]:
@@ -363,6 +371,11 @@ class HFTokenizer:
     self, requests: Sequence[Request]
   ) -> list[str | RecordError]:
     return self._template.render(requests)
+
+
+def _digest(value: Any) -> str:
+  text = json.dumps(value, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
