@@ -1,13 +1,15 @@
 """Where ref_logps come from, and the cache that computes them once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import hashlib
 import io
 import json
 import math
 import os
+import platform
 from typing import Any
+import uuid
 
 from etils import epath
 import jax
@@ -196,8 +198,9 @@ def compute_logps(
   placement: Placement,
   *,
   progress: bool,
+  batches: Collection[int] | None = None,
 ) -> np.ndarray:
-  """log-probs of all of a loader's groups.
+  """Log-probs of a loader's groups.
 
   Args:
     step: from `make_logps_step`.
@@ -205,15 +208,17 @@ def compute_logps(
     loader: which groups; its eval batches cover each once.
     placement: mesh.
     progress: whether to show a bar.
+    batches: indices of the batches to score; None: all.
 
   Returns:
-    f32 [N, K] over the whole store, NaN where the loader has no group.
+    f32 [N, K] over the whole store, NaN where no batch has the group.
   """
   store = loader.store
   out = np.full((len(store), store.num_slots), np.nan, np.float32)
-  batches = range(loader.num_eval_batches())
+  if batches is None:
+    batches = range(loader.num_eval_batches())
   for index in tqdm(
-    batches,
+    sorted(batches),
     desc="reference",
     unit=" batches",
     leave=False,
@@ -224,6 +229,69 @@ def compute_logps(
     ids = to_host(batch.example_ids).reshape(-1)
     out[ids[ids >= 0]] = logps[ids >= 0]
   return out
+
+
+def scoring_layout(
+  loader: Loader, policy: Policy, placement: Placement, chunk_size: int
+) -> dict[str, Any]:
+  """Describes what rounding depends on beside the weights and the data.
+
+  Two scorings of the same layout give the same bits. A GPU chooses its
+  algorithms anew in every process, so there only a process's own is the same.
+
+  Args:
+    loader: of the groups that are scored.
+    policy: the decoder.
+    placement: mesh.
+    chunk_size: see `logps.chunked_token_figures`.
+
+  Returns:
+    What `json` can write.
+  """
+  device = placement.mesh.devices.flat[0]
+  return {
+    "batch_size": loader.batch_size,
+    "shapes": [
+      [shape.num_rows, *dataclasses.astuple(shape.row)]
+      for shape in loader.plan.shapes
+    ],
+    "layout": loader.plan.layout,
+    "mesh": dict(placement.mesh.shape),
+    "backend": device.platform,
+    "device": _machine() if device.platform == "cpu" else device.device_kind,
+    "attention": policy.config.attention,
+    "logps_chunk": chunk_size,
+    "jax": [jax.__version__, jax.lib.__version__],
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    "process": _PROCESS if device.platform == "gpu" else "",
+  }
+
+
+# Tells this process from any other.
+_PROCESS = uuid.uuid4().hex
+
+
+def _machine() -> list[Any]:
+  """The processor and the threads that XLA has: it rounds by both."""
+  info = epath.Path("/proc/cpuinfo")
+  lines = info.read_text().splitlines() if info.exists() else []
+  names = {
+    line.partition(":")[2].strip()
+    for line in lines
+    if line.startswith(("model name", "CPU part"))
+  }
+  has_affinity = hasattr(os, "sched_getaffinity")
+  threads = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+  return [
+    sorted(names) or platform.processor(),
+    int(os.environ.get("NPROC") or threads),
+  ]
+
+
+def read_layout(folder: epath.PathLike, key: str) -> dict[str, Any]:
+  """Returns the `scoring_layout` of a cache; {} of an older one."""
+  meta = json.loads((epath.Path(folder) / f"{key}.json").read_text())
+  return meta.get("layout", {})
 
 
 def load_cache(folder: epath.PathLike, key: str) -> np.ndarray | None:
@@ -246,8 +314,20 @@ def load_cache(folder: epath.PathLike, key: str) -> np.ndarray | None:
   return np.load(io.BytesIO(content))
 
 
-def write_cache(folder: epath.PathLike, key: str, logps: np.ndarray) -> None:
-  """Writes a cache: the array first, then the digest that vouches for it."""
+def write_cache(
+  folder: epath.PathLike,
+  key: str,
+  logps: np.ndarray,
+  layout: Mapping[str, Any],
+) -> None:
+  """Writes a cache: the array first, then the manifest that vouches for it.
+
+  Args:
+    folder: of caches.
+    key: `cache_key`.
+    logps: f32 [N, K].
+    layout: `scoring_layout`.
+  """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   buffer = io.BytesIO()
@@ -256,6 +336,7 @@ def write_cache(folder: epath.PathLike, key: str, logps: np.ndarray) -> None:
   meta = {
     "sha256": hashlib.sha256(content).hexdigest(),
     "shape": list(logps.shape),
+    "layout": layout,
   }
   # Runs that share the folder may write at the same time.
   mark = f"{os.getpid()}.tmp"

@@ -42,12 +42,12 @@ import chex
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import config as config_lib
 from dpo_jax import distributed, initialize, mesh, online, reference
 from dpo_jax import evaluate as evaluate_lib
+from dpo_jax import start as start_lib
 from dpo_jax import step as step_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.metrics import (
@@ -270,6 +270,9 @@ class _Loop:
     params = self._reference_params(state)
     policy = run.policy.without_adapters
     self._check_same_reference(params, is_fresh=is_fresh)
+    starts_as_reference = self._reference_init() == config.policy.init
+    if is_fresh and starts_as_reference:
+      start_lib.check_adapters(state.policy_params)
     by_store: dict[str, np.ndarray] = {}
 
     def attach(loader: loader_lib.Loader) -> loader_lib.Loader:
@@ -277,11 +280,17 @@ class _Loop:
         params, policy.config, f"{loader.store.digest}/{len(loader.store)}"
       )
       if key not in by_store:
-        by_store[key] = self._cached_logps(folder, key, params, loader)
+        whole = self._every_group(loader)
+        logps = self._cached_logps(folder, key, params, whole)
+        if is_fresh and starts_as_reference:
+          self._check_cache(folder, key, logps, whole, state, params)
+        by_store[key] = logps
       return dataclasses.replace(loader, ref_logps=by_store[key])
 
     if not is_online:
       self.train_loader = attach(self.train_loader)
+    elif is_fresh and starts_as_reference:
+      self._check_in_float32(self._every_group(run.data.train), state, params)
     if self.eval_loader is not None:
       self.eval_loader = attach(self.eval_loader)
 
@@ -318,27 +327,39 @@ class _Loop:
     if self.run.is_writer:
       path.write_text(digest + "\n")
 
-  def _cached_logps(self, folder, key, params, loader) -> np.ndarray:
-    logps = reference.load_cache(folder, key)
-    if logps is not None:
-      return logps
-    whole = loader_lib.Loader(
+  def _every_group(self, loader: loader_lib.Loader) -> loader_lib.Loader:
+    """A loader of all groups of a store, as the reference scores them."""
+    indices = np.arange(len(loader.store))
+    size = self.config.eval.batch_size
+    plan = loader_lib.make_plan(
       loader.store,
-      np.arange(len(loader.store)),
-      loader_lib.make_plan(
-        loader.store,
-        np.arange(len(loader.store)),
-        batch_size=self.config.eval.batch_size,
-        row_tokens=self.config.data.row_tokens,
-        row_multiple=self.run.placement.num_row_shards,
-        layout=self.config.data.layout,
-        max_shapes=self.config.data.max_shapes,
-      ),
-      self.config.eval.batch_size,
+      indices,
+      batch_size=size,
+      row_tokens=self.config.data.row_tokens,
+      row_multiple=self.run.placement.num_row_shards,
+      layout=self.config.data.layout,
+      max_shapes=self.config.data.max_shapes,
+    )
+    return loader_lib.Loader(
+      loader.store,
+      indices,
+      plan,
+      size,
       seed=0,
       process_index=loader.process_index,
       process_count=loader.process_count,
     )
+
+  def _scoring_layout(self, whole: loader_lib.Loader) -> dict[str, Any]:
+    run = self.run
+    return reference.scoring_layout(
+      whole, run.policy, run.placement, self.config.logps_chunk
+    )
+
+  def _cached_logps(self, folder, key, params, whole) -> np.ndarray:
+    logps = reference.load_cache(folder, key)
+    if logps is not None:
+      return logps
     logps = reference.compute_logps(
       self._logps_step,
       params,
@@ -352,8 +373,36 @@ class _Loop:
         f"the reference gives group {bad} a log-prob that is not finite"
       )
     if self.run.is_writer:
-      reference.write_cache(folder, key, logps)
+      layout = self._scoring_layout(whole)
+      reference.write_cache(folder, key, logps, layout)
+    if jax.process_count() > 1:
+      # The others read the manifest next.
+      multihost_utils.sync_global_devices("reference cached")
     return logps
+
+  def _check_cache(self, folder, key, logps, whole, state, ref_params) -> None:
+    """Stops a run whose policy does not start as what was cached."""
+    layout = json.loads(json.dumps(self._scoring_layout(whole)))
+    if reference.read_layout(folder, key) != layout:
+      self._check_in_float32(whole, state, ref_params)
+      return
+    start_lib.check_in_its_layout(
+      self._logps_step,
+      lora.without_adapters(state.policy_params),
+      whole,
+      logps,
+      self.run.placement,
+    )
+
+  def _check_in_float32(self, whole, state, ref_params) -> None:
+    start_lib.check_in_float32(
+      self.run.policy.without_adapters,
+      lora.without_adapters(state.policy_params),
+      ref_params,
+      whole,
+      self.run.placement,
+      self.config.logps_chunk,
+    )
 
   def _build_eval(self) -> None:
     run = self.run
@@ -381,30 +430,12 @@ class _Loop:
     )
     loss_state = jax.tree.map(reference.to_host, state.loss_state)
     per_group, _, is_valid = self.measure(sequences, loss_state)
-    log_ratios = np.where(
-      sequences.valid, sequences.logps - sequences.ref_logps, 0.0
+    start_lib.check_first_batch(
+      sequences,
+      float(per_group.sum() / max(is_valid.sum(), 1)),
+      dtype=run.policy.config.compute_dtype,
+      is_live=run.has_live_reference,
     )
-    # Rounding of a token's log-prob is random, so that of a sum grows with
-    # the root of its length; the sum itself is float32. Sixteen is some six
-    # times what two layouts of the same model differ by.
-    epsilon = float(jnp.finfo(run.policy.config.compute_dtype).eps)
-    allowed = 16 * epsilon * np.sqrt(np.maximum(sequences.num_tokens, 1.0))
-    allowed += 16 * np.finfo(np.float32).eps * np.abs(sequences.ref_logps)
-    worst = np.unravel_index(
-      np.argmax(np.abs(log_ratios) / allowed), log_ratios.shape
-    )
-    loss = float(per_group.sum() / max(is_valid.sum(), 1))
-    figures = (
-      f"loss {loss:.6f} (log 2 is {math.log(2):.6f}), largest |log-ratio|"
-      f" {np.abs(log_ratios).max():.2e} nats"
-    )
-    if not abs(log_ratios[worst]) <= allowed[worst]:  # NaN included
-      raise ValueError(
-        f"the policy does not start as its reference: {figures}; rounding in"
-        f" {run.policy.config.compute_dtype} explains {allowed[worst]:.2e}."
-        " Do reference.init and the cached log-probs belong to policy.init?"
-      )
-    _LOG.info("step 0: %s", figures)
 
   def _train(self, shardings: Any, start: int) -> None:
     run, config = self.run, self.config

@@ -143,7 +143,7 @@ LOGPS = np.arange(6, dtype=np.float32).reshape(3, 2) - 0.1
 
 
 def test_a_cache_comes_back_bit_for_bit(tmp_path):
-  reference.write_cache(tmp_path, KEY, LOGPS)
+  reference.write_cache(tmp_path, KEY, LOGPS, {})
   loaded = reference.load_cache(tmp_path, KEY)
   assert loaded.dtype == np.float32
   np.testing.assert_array_equal(loaded, LOGPS)
@@ -155,16 +155,16 @@ def test_a_cache_comes_back_bit_for_bit(tmp_path):
 
 def test_there_is_no_cache_of_another_key(tmp_path):
   assert reference.load_cache(tmp_path / "nowhere", KEY) is None
-  reference.write_cache(tmp_path, KEY, LOGPS)
+  reference.write_cache(tmp_path, KEY, LOGPS, {})
   assert reference.load_cache(tmp_path, KEY[::-1]) is None
 
 
 @pytest.mark.parametrize("suffix", ["npy", "json"])
 def test_a_half_written_cache_is_not_used(tmp_path, suffix):
-  reference.write_cache(tmp_path, KEY, LOGPS)
+  reference.write_cache(tmp_path, KEY, LOGPS, {})
   (tmp_path / f"{KEY}.{suffix}").unlink()
   assert reference.load_cache(tmp_path, KEY) is None
-  reference.write_cache(tmp_path, KEY, LOGPS)
+  reference.write_cache(tmp_path, KEY, LOGPS, {})
   np.testing.assert_array_equal(reference.load_cache(tmp_path, KEY), LOGPS)
 
 
@@ -180,14 +180,14 @@ def test_a_half_written_cache_is_not_used(tmp_path, suffix):
   ],
 )
 def test_a_damaged_cache_is_an_error(tmp_path, damage):
-  reference.write_cache(tmp_path, KEY, LOGPS)
+  reference.write_cache(tmp_path, KEY, LOGPS, {})
   damage(tmp_path / f"{KEY}.npy", tmp_path / f"{KEY}.json")
   with pytest.raises(ValueError, match=r"is damaged.*Delete both"):
     reference.load_cache(tmp_path, KEY)
 
 
 def test_a_cache_with_one_changed_number_is_an_error(tmp_path):
-  reference.write_cache(tmp_path, KEY, LOGPS)
+  reference.write_cache(tmp_path, KEY, LOGPS, {})
   path = tmp_path / f"{KEY}.npy"
   content = path.read_bytes()
   path.write_bytes(content[:-4] + struct.pack("<f", 1.0))
@@ -197,7 +197,7 @@ def test_a_cache_with_one_changed_number_is_an_error(tmp_path):
 
 
 def test_pickles_are_not_loaded(tmp_path):
-  reference.write_cache(tmp_path, KEY, LOGPS)
+  reference.write_cache(tmp_path, KEY, LOGPS, {})
   path = tmp_path / f"{KEY}.npy"
   np.save(path, np.array([{"a": 1}], object), allow_pickle=True)
   digest = reference.hashlib.sha256(path.read_bytes()).hexdigest()

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import pathlib
+import re
 import signal
 import time
 
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dpo_jax import evaluate as evaluate_lib
-from dpo_jax import initialize, judges, reference
+from dpo_jax import initialize, judges, reference, start
 from dpo_jax import train as train_lib
 from dpo_jax.data.loader import Loader
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
@@ -359,10 +360,110 @@ def test_a_policy_that_does_not_start_as_its_reference_is_stopped(
   with pytest.raises(ValueError) as error:
     train(make_config(reference__kind=kind), tmp_path)
   message = str(error.value)
-  assert "does not start as its reference: loss 0.6" in message
-  assert "log 2 is 0.693147" in message
-  assert "largest |log-ratio|" in message
+  assert "does not start as its reference" in message
+  if kind == "cached":
+    assert "scored as the cached log-probs were differ by up to" in message
+  else:
+    assert "step 0: loss 0.6" in message
+    assert "log 2 is 0.693147; largest |log-ratio|" in message
   assert not curve(tmp_path)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_bfloat16_starts_with_cached_log_probs_and_tells_their_rounding(
+  tmp_path, caplog, seed, batch_size
+):
+  """Scoring and training round apart, which is no reason to stop."""
+  config = make_config(
+    seed=seed,
+    batch_size=batch_size,
+    policy__compute_dtype="bfloat16",
+    total_steps=1,
+  )
+  with caplog.at_level(logging.INFO):
+    train(config, tmp_path)
+  told = re.search(
+    r"bfloat16 rounding between layouts up to (\S+)", caplog.text
+  )
+  assert 0 < float(told[1]) < 8
+
+
+def change_cache(folder, change):
+  """Writes what is cached anew, with a manifest that agrees with it."""
+  [path] = folder.glob("*.npy")
+  layout = reference.read_layout(folder, path.stem)
+  logps = reference.load_cache(folder, path.stem)
+  change(logps)
+  reference.write_cache(folder, path.stem, logps, layout)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1e-2, math.nan])
+def test_a_cache_that_is_not_what_its_layout_gives_is_refused(
+  tmp_path, dtype, size
+):
+  cache = tmp_path / "cache"
+  config = make_config(
+    total_steps=1,
+    reference__cache_dir=str(cache),
+    policy__compute_dtype=dtype,
+    data__eval_fraction=0.0,
+  )
+  train(config, tmp_path / "one")
+
+  def shift(logps):
+    logps += size
+
+  change_cache(cache, shift)
+  with pytest.raises(ValueError, match="scored as the cached log-probs were"):
+    train(config, tmp_path / "two")
+  assert not curve(tmp_path / "two")
+
+
+def test_log_probs_of_another_layout_are_compared_in_float32(
+  tmp_path, monkeypatch, caplog
+):
+  """They differ by rounding, and start a run; other weights do not."""
+  knobs = dict(
+    total_steps=1,
+    reference__cache_dir=str(tmp_path / "cache"),
+    policy__compute_dtype="bfloat16",
+  )
+  train(make_config(**knobs), tmp_path / "one")
+  other = make_config(**knobs, eval__batch_size=16)
+  calls = []
+  check = start.check_in_float32
+  monkeypatch.setattr(
+    start, "check_in_float32", lambda *x: calls.append(1) or check(*x)
+  )
+  train(other, tmp_path / "two")
+  assert calls
+  # The cache is that of the weights, and the policy has others.
+  original, count = initialize.load_params, itertools.count()
+
+  def load(init, policy, mesh, *, seed):
+    params = original(init, policy, mesh, seed=seed)
+    is_policy = next(count) == 0
+    return jax.tree.map(lambda x: 1.001 * x, params) if is_policy else params
+
+  monkeypatch.setattr(initialize, "load_params", load)
+  with pytest.raises(ValueError, match="scored by both in float32 differ"):
+    train(other, tmp_path / "three")
+
+
+def test_adapters_that_do_something_are_no_start(tmp_path, monkeypatch):
+  original = initialize.load_params
+
+  def load(*args, **kwargs):
+    params = original(*args, **kwargs)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: x + 1e-3 if "lora_b" in str(path) else x, params
+    )
+
+  monkeypatch.setattr(initialize, "load_params", load)
+  with pytest.raises(ValueError, match="its adapters are not zero"):
+    train(make_config(lora__rank=2, reference__kind="cached"), tmp_path)
 
 
 def test_a_reference_of_its_own_may_differ(tmp_path):
@@ -416,8 +517,11 @@ def test_the_cache_is_computed_once(tmp_path, monkeypatch):
   )
   train(config, tmp_path / "one")
 
-  def refuse(*args, **kwargs):
-    raise AssertionError("computed again")
+  original = reference.compute_logps
+
+  def refuse(*args, batches=None, **kwargs):
+    assert batches is not None, "computed again"
+    return original(*args, batches=batches, **kwargs)
 
   monkeypatch.setattr(reference, "compute_logps", refuse)
   train(config, tmp_path / "two")
