@@ -49,7 +49,9 @@ def default_config() -> ml_collections.ConfigDict:
   # best checkpoint, adapters merged).
   config.policy.init = "random"
   config.policy.preset = "1m"  # shape of random weights: models/presets.py
-  config.policy.param_dtype = "float32"  # what is trained
+  # Of what is not trained: the base under adapters, what `frozen` finds. What
+  # is trained is float32; "bfloat16" where nothing is frozen is refused.
+  config.policy.param_dtype = "float32"
   config.policy.compute_dtype = "float32"  # of matmuls and activations
   config.policy.remat = "dots"  # or "none", "attention", "full"
   # "auto" by platform and length; or "xla", "splash" (TPU), "cudnn" (GPU),

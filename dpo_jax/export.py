@@ -44,7 +44,8 @@ def export(
   Args:
     workdir: of the run.
     out: folder to write; it must not hold a model already.
-    dtype: of the weights; "" is that of the run's parameters.
+    dtype: of the weights; "" is float32, in which they were trained; of a
+      base beside adapters, that of the run.
     only_adapter: write the adapters alone.
 
   Raises:
@@ -54,8 +55,7 @@ def export(
   """
   workdir, out = epath.Path(workdir), epath.Path(out)
   config, model = _read(workdir)
-  dtype = dtype or model.param_dtype
-  if dtype not in DTYPES:
+  if dtype and dtype not in DTYPES:
     raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
   if only_adapter and model.lora is None:
     raise ValueError(
@@ -66,9 +66,13 @@ def export(
       raise ValueError(f"{out} holds a model already: choose another folder")
   placement = mesh.make_mesh({"data": -1})
   if only_adapter:
+    dtype = dtype or model.param_dtype
     base = _export_adapter(workdir, out, config, model, dtype, placement)
   else:
-    policy = Policy(dataclasses.replace(model, lora=None))
+    dtype = dtype or "float32"
+    policy = Policy(
+      dataclasses.replace(model, lora=None, frozen="", param_dtype="float32")
+    )
     params = initialize.load_params(
       f"run:{workdir}", policy, placement, seed=config["seed"]
     )
@@ -122,7 +126,7 @@ def _export_adapter(
     name = where
   else:
     weights = initialize.load_base(workdir, policy, placement)
-    bare = dataclasses.replace(model, lora=None, value_head=False)
+    bare = dataclasses.replace(model, lora=None, frozen="", value_head=False)
     base, revision, name = str(out / "base"), None, "base"
     _write_model(out / "base", workdir, config, Policy(bare), weights, dtype)
   peft.save_adapter(out, params, model, base=base, revision=revision)
@@ -258,7 +262,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "of the run", required=True)
   flags.DEFINE_string("out", None, "folder to write", required=True)
-  flags.DEFINE_string("dtype", "", "of the weights; the run's if empty")
+  flags.DEFINE_string("dtype", "", "of the weights; float32 if empty")
   flags.DEFINE_bool("adapter", False, "write the adapters alone")
   jax.config.update("jax_platforms", "cpu")  # no accelerator is needed
   app.run(main)

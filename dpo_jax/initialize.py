@@ -90,6 +90,7 @@ def load_policy(
     "attention": config.attention,
     "value_head": value_head,
     "lora": None,
+    "frozen": config.frozen,
   }
   if adapters is not None and adapters.rank:
     ours["lora"] = Lora(
@@ -283,7 +284,8 @@ def load_params(init: str, policy: Policy, mesh: Any, *, seed: int) -> Any:
   """
   if policy.config.lora is not None:
     base = load_params(init, policy.without_adapters, mesh, seed=seed)
-    return join_trees(_fresh_adapters(policy, mesh, seed), base)
+    whole = join_trees(_fresh_adapters(policy, mesh, seed), base)
+    return _with_dtypes(whole, policy)
   kind, _, where = init.partition(":")
   if policy.config.value_head and not _has_value_head(kind, where):
     # What it starts from has none: it begins at zero, as a random one does.
@@ -300,6 +302,13 @@ def load_params(init: str, policy: Policy, mesh: Any, *, seed: int) -> Any:
   if kind in ("hf", "hub"):
     return hf.load_params(model_folder(init), policy, shardings)
   return _load_run(epath.Path(where), policy, mesh)
+
+
+def _with_dtypes(params: Any, policy: Policy) -> Any:
+  """Casts parameters to the dtypes that the policy has them in."""
+  return jax.tree.map(
+    lambda x, wanted: x.astype(wanted.dtype), params, policy.abstract_params()
+  )
 
 
 def _fresh_adapters(policy: Policy, mesh: Any, seed: int) -> Any:
@@ -360,24 +369,31 @@ def load_trained(workdir: epath.PathLike, policy: Policy, mesh: Any) -> Any:
 
 def _load_run(workdir: epath.Path, policy: Policy, mesh: Any) -> Any:
   """The best checkpoint of a run, joined with what that run did not train."""
-  config = json.loads((workdir / "config.json").read_text())
-  recorded = json.loads((workdir / "model.json").read_text())
+  config = read_config(workdir)
+  recorded = ModelConfig.from_dict(
+    json.loads(_find_in_run(workdir, "model.json").read_text())
+  )
+  # In its own dtypes, which the digest of what it did not train covers.
   theirs = Policy(
     dataclasses.replace(
-      policy.config, lora=ModelConfig.from_dict(recorded).lora
+      policy.config,
+      param_dtype=recorded.param_dtype,
+      lora=recorded.lora,
+      frozen=recorded.frozen or config["policy"].get("frozen", ""),
     )
   )
   params = load_trained(workdir, theirs, mesh)
-  pattern = config["policy"].get("frozen", "")
-  if split_params(theirs.abstract_params(), pattern)[1] is None:
-    return params
-  params = join_trees(params, load_base(workdir, theirs, mesh))
-  if theirs.config.lora is None:
-    return params
-  return jax.jit(
-    lambda params: lora.merge_adapters(params, theirs.config),
-    out_shardings=param_shardings(policy.abstract_params(), mesh),
-  )(params)
+  untrained = split_params(theirs.abstract_params(), theirs.config.frozen)[1]
+  if untrained is not None:
+    params = join_trees(params, load_base(workdir, theirs, mesh))
+  if theirs.config.lora is not None:
+    # In float32: an adapter's part of a weight is lost in bfloat16.
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    params = jax.jit(
+      lambda params: lora.merge_adapters(params, theirs.config),
+      out_shardings=param_shardings(policy.abstract_params(), mesh),
+    )(wide)
+  return _with_dtypes(params, policy)
 
 
 def load_base(workdir: epath.PathLike, policy: Policy, mesh: Any) -> Any:

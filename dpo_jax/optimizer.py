@@ -154,26 +154,20 @@ def split_params(
   Raises:
     ValueError: an expression that finds no parameter, or all of them.
   """
-  only_adapters = lora.has_adapters(params)
+  has_adapters = lora.has_adapters(params)
   try:
     pattern = re.compile(frozen)
   except re.error as error:
     raise ValueError(
       f"policy.frozen={frozen!r} is no regular expression: {error}"
     ) from error
-
-  def is_trained(name: str) -> bool:
-    if frozen and pattern.search(name):
-      return False
-    is_adapter = name.rpartition("/")[2] in lora.ADAPTER_LEAVES
-    return not only_adapters or is_adapter or name == "value_head"
-
   parts: tuple[dict, dict] = ({}, {})
   names = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = path_name(path)
     names.append(name)
-    node = parts[not is_trained(name)]
+    is_trained = lora.is_trained(name, has_adapters=has_adapters, frozen=frozen)
+    node = parts[not is_trained]
     *outer, last = name.split("/")
     for key in outer:
       node = node.setdefault(key, {})

@@ -21,6 +21,7 @@ from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
+import jax
 from ml_collections import config_flags
 
 from dpo_jax import ahead_of_time, hlo, mesh, roofline, topology
@@ -178,12 +179,23 @@ def remedies(plan: Plan) -> list[dict[str, Any]]:
   if rows > config.accumulation_steps:
     parts = config.accumulation_steps * 2
     found.append((f"accumulation_steps={parts}", 0.5 * max(rest, 0.0)))
-  if model.param_dtype != "bfloat16":
-    freed = 0.5 * (state + memory["gradients"])
+  trained, frozen = run.split_params(run.policy.abstract_params())
+  if frozen is not None and model.param_dtype != "bfloat16":
+    share = _num_bytes(frozen) / (_num_bytes(frozen) + _num_bytes(trained))
+    freed = 0.5 * share * memory["parameters"]
     found.append(("policy.param_dtype=bfloat16", freed))
+  if frozen is None:
+    freed = memory["optimizer state"] + memory["gradients"]
+    freed += 0.5 * memory["parameters"]
+    change = "lora.rank=16 policy.param_dtype=bfloat16 (adapters alone)"
+    found.append((change, 0.95 * freed))
   if config.optimizer.name == "adamw":
     freed = 0.5 * memory["optimizer state"]
     found.append(("optimizer.name=rmsprop (or lion)", freed))
+  if config.optimizer.name != "adafactor":
+    # Its second moments are a row and a column of each matrix.
+    freed = 0.98 * memory["optimizer state"]
+    found.append(("optimizer.name=adafactor", freed))
   per_row = math.prod(sizes[axis] for axis in mesh.ROW_AXES)
   if config.batch_size > per_row:
     found.append((f"batch_size={config.batch_size // 2}", 0.5 * max(rest, 0.0)))
@@ -193,6 +205,10 @@ def remedies(plan: Plan) -> list[dict[str, Any]]:
     for change, freed in found
     if not freed <= 0
   ]
+
+
+def _num_bytes(tree: Any) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def describe(plan: Plan, request: Request) -> str:

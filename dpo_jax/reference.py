@@ -164,7 +164,7 @@ def cache_key(params: Any, config: ModelConfig, store_digest: str) -> str:
   is left out; dtypes are in.
   """
   shape = dataclasses.asdict(config)
-  del shape["remat"], shape["attention"]
+  del shape["remat"], shape["attention"], shape["frozen"]
   key = json.dumps([params_digest(params), shape, store_digest])
   return hashlib.sha256(key.encode()).hexdigest()[:32]
 

@@ -275,6 +275,15 @@ def _check_parts(config: Any, policy: Policy) -> None:
   _, frozen = optimizer.split_params(
     policy.abstract_params(), config.policy.frozen
   )
+  dtype = config.policy.param_dtype
+  if frozen is None and dtype != "float32":
+    raise ValueError(
+      f"policy.param_dtype={dtype!r} is the dtype of what is not trained, and"
+      " all parameters are trained: in bfloat16 a weight of 0.02 moves in steps"
+      " of 1.2e-4, so that updates of a rate such as 1e-6 are lost. Set it to"
+      " 'float32'. Adapters (lora.rank), policy.frozen, mesh.fsdp and"
+      " optimizer.name='adafactor' do save memory"
+    )
   other_start = config.reference.init not in ("", config.policy.init)
   if frozen and other_start and config.reference.kind in reference.LIVE_KINDS:
     raise ValueError(

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -156,10 +157,31 @@ def test_what_does_not_fit_is_a_table_of_remedies(on_cpu, monkeypatch):
     "policy.remat=attention",
     "policy.remat=full",
     "mesh.data=1 mesh.fsdp=4",
-    "policy.param_dtype=bfloat16",
+    "lora.rank=16 policy.param_dtype=bfloat16",
     "optimizer.name=rmsprop",
+    "optimizer.name=adafactor",
   ):
     assert change in text
+
+
+def test_bfloat16_is_offered_for_what_is_not_trained():
+  """It frees half of the frozen parameters, and is refused for the others."""
+  request = make_request()
+  request.config.policy.frozen = "^embedding"
+  run = ahead_of_time.build(request)
+  batch = ahead_of_time.abstract_batch(run, request)
+  memory = ahead_of_time.known_memory(run, run.abstract_state()[0], batch)
+  made = types.SimpleNamespace(
+    run=run, memory=memory, peak=sum(memory.values()), batch=batch
+  )
+  freed = {row["what to change"]: row for row in plan.remedies(made)}
+  share = freed["policy.param_dtype=bfloat16"]["frees about, GiB"]
+  request.config.policy.param_dtype = "bfloat16"
+  less = ahead_of_time.build(request)
+  other = ahead_of_time.known_memory(less, less.abstract_state()[0], batch)
+  saved = (memory["parameters"] - other["parameters"]) / 2**30
+  # Norms are not sharded as the embedding is.
+  assert share == pytest.approx(saved, rel=0.05)
 
 
 def test_every_remat_policy_has_its_remedies():

@@ -148,7 +148,8 @@ class ModelConfig:
     is_embedding_scaled: embeddings times sqrt(D).
     tie_embeddings: whether the output projection is the embedding.
     value_head: whether a scalar is read off the hidden states.
-    param_dtype: dtype of the parameters that are trained.
+    param_dtype: dtype of the parameters that are not trained; of all where
+      nothing is frozen, as in a model that is only read.
     compute_dtype: dtype of matmuls and activations; norms, softmax and
       log-probs are float32 whatever it is.
     remat: what the backward pass recomputes in a layer: "none"; "dots", all
@@ -156,6 +157,7 @@ class ModelConfig:
       score once more); "attention", all but what attention gives; or "full".
     attention: one of ATTENTION_BACKENDS, see `attention.make_rows`.
     lora: adapters, or None.
+    frozen: regular expression; parameters whose path it finds are not trained.
   """
 
   vocab_size: int
@@ -199,6 +201,7 @@ class ModelConfig:
   remat: str = "none"
   attention: str = "auto"
   lora: Lora | None = None
+  frozen: str = ""
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:

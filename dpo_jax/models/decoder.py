@@ -411,13 +411,34 @@ class Policy:
     )
 
   def abstract_params(self) -> Any:
-    """Nested dict of ShapeDtypeStructs."""
-    return nnx.to_pure_dict(self._graph_and_state[1])
+    """Nested dict of ShapeDtypeStructs.
+
+    Where a part is frozen, what is trained is float32 whatever `param_dtype`
+    says: a step is far smaller than what bfloat16 tells apart.
+    """
+
+    def with_dtype(path, x):
+      return jax.ShapeDtypeStruct(x.shape, self._dtype(path, x))
+
+    tree = nnx.to_pure_dict(self._graph_and_state[1])
+    return jax.tree_util.tree_map_with_path(with_dtype, tree)
 
   def init(self, key: jax.Array) -> Any:
     """Random parameters, a nested dict."""
     decoder = Decoder(self.config, rngs=nnx.Rngs(params=key))
-    return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    tree = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: x.astype(self._dtype(path, x)), tree
+    )
+
+  def _dtype(self, path: Any, leaf: Any) -> Any:
+    config = self.config
+    has_adapters = config.lora is not None
+    name = "/".join(str(part.key) for part in path)
+    is_trained = (has_adapters or config.frozen) and lora.is_trained(
+      name, has_adapters=has_adapters, frozen=config.frozen
+    )
+    return jnp.dtype("float32") if is_trained else leaf.dtype
 
   @property
   def without_adapters(self) -> "Policy":

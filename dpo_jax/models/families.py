@@ -437,6 +437,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
       "remat",
       "attention",
       "lora",
+      "frozen",
     )
   }
   again = dataclasses.replace(again, **ours)

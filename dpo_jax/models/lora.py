@@ -6,6 +6,7 @@ them is the same policy with its adapters off, which is what it started from.
 """
 
 from collections.abc import Mapping
+import re
 from typing import Any
 
 import jax
@@ -22,6 +23,21 @@ def has_adapters(params: Mapping[str, Any]) -> bool:
     key in ADAPTER_LEAVES or (isinstance(x, Mapping) and has_adapters(x))
     for key, x in params.items()
   )
+
+
+def is_trained(name: str, *, has_adapters: bool, frozen: str) -> bool:
+  """Returns whether a parameter is trained.
+
+  Args:
+    name: its path, such as "layers/query/kernel".
+    has_adapters: whether the policy has adapters: then they and a value head
+      are trained and nothing else.
+    frozen: regular expression; what it finds is not trained; "" freezes none.
+  """
+  if frozen and re.search(frozen, name):
+    return False
+  is_adapter = name.rpartition("/")[2] in ADAPTER_LEAVES
+  return not has_adapters or is_adapter or name == "value_head"
 
 
 def without_adapters(params: Mapping[str, Any]) -> dict[str, Any]:
