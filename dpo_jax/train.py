@@ -8,6 +8,7 @@ one restores, steps, evaluates and saves.
 
 from collections.abc import Iterator, Mapping
 import dataclasses
+import datetime
 import functools
 import json
 import logging
@@ -90,7 +91,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   Args:
     config: complete, see `dpo_jax.config.default_config`.
     workdir: local or gs://; holds config.json, model.json, data.json,
-      metrics.jsonl, samples.jsonl, checkpoints/ and reference/.
+      metrics.jsonl, samples.jsonl, checkpoints/ and reference/; and, when the
+      run is over, finished.json.
 
   Returns:
     The figures of the last evaluation.
@@ -124,10 +126,28 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   )
   try:
     with _StopSignal() as stop:
-      return _Loop(run, checkpoints, writer, stop).run_all()
+      figures = _Loop(run, checkpoints, writer, stop).run_all()
   finally:
     writer.close()
     checkpoints.close()
+  if run.is_writer:
+    _write_finished(run.workdir, run.config.total_steps)
+  return figures
+
+
+# The file that says that a run is over, written after everything else.
+FINISHED = "finished.json"
+
+
+def _write_finished(workdir: epath.Path, total_steps: int) -> None:
+  now = datetime.datetime.now(datetime.UTC)
+  mark = {
+    "total_steps": total_steps,
+    "finished_at": now.isoformat(timespec="seconds"),
+  }
+  temporary = workdir / f"{FINISHED}.tmp"
+  temporary.write_text(json.dumps(mark) + "\n")
+  temporary.replace(workdir / FINISHED)
 
 
 def _git_hash() -> str:
@@ -190,6 +210,8 @@ class _Loop:
     if start >= config.total_steps:
       _LOG.info("%s is finished: %d steps", run.workdir, start)
       return _last_figures(run.workdir)
+    if run.is_writer:  # of a run that is to take more steps
+      (run.workdir / FINISHED).unlink(missing_ok=True)
     self._attach_reference(state, is_fresh=start == 0)
     self._build_eval()
     self.state = run.placement.place_state(state)

@@ -233,7 +233,7 @@ def execute(
   names = {run.name for run in mine}
   for number, run in enumerate(mine, 1):
     folder = root / run.name
-    if (folder / "finished.json").exists():
+    if (folder / "result.json").exists():
       continue
     failed = [name for name in run.after if name in failures]
     if failed:
@@ -254,7 +254,7 @@ def execute(
 
 def _do(run: Run, folder: pathlib.Path) -> None:
   with _lock(folder):
-    if (folder / "finished.json").exists():  # by another worker, meanwhile
+    if (folder / "result.json").exists():  # by another worker, meanwhile
       return
     (folder / "failed.json").unlink(missing_ok=True)
     _write_json(folder / "spec.json", run.spec())
@@ -267,7 +267,7 @@ def _do(run: Run, folder: pathlib.Path) -> None:
     seconds = time.monotonic() - began
     if jax.process_index() == 0:
       _write_json(
-        folder / "finished.json", {"rows": rows, "last_seconds": seconds}
+        folder / "result.json", {"rows": rows, "last_seconds": seconds}
       )
 
 
@@ -324,7 +324,7 @@ def _wait_for(names: Sequence[str], root: pathlib.Path, who: str) -> None:
   """Waits for runs that other workers do."""
   told = False
   for name in names:
-    while not (root / name / "finished.json").exists():
+    while not (root / name / "result.json").exists():
       path = root / name / "failed.json"
       if path.exists():
         message = json.loads(path.read_text())["error"]
@@ -359,8 +359,8 @@ def collect(workdir: str) -> Collected:
   rows, missing = [], []
   for entry in json.loads(path.read_text()):
     folder = root / entry["name"]
-    if (folder / "finished.json").exists():
-      found = json.loads((folder / "finished.json").read_text())["rows"]
+    if (folder / "result.json").exists():
+      found = json.loads((folder / "result.json").read_text())["rows"]
       rows += [
         {"run": entry["name"], **entry["labels"], **row} for row in found
       ]

@@ -1,23 +1,32 @@
-"""A run on Cloud TPU: create, install, train, watch, delete.
+"""Runs training on Cloud TPU: create, install, train, watch, delete.
 
   python scripts/launch_tpu.py create --name=dpo --zone=us-west4-a \
       --topology=v5e-16 --spot
   python scripts/launch_tpu.py install --name=dpo --zone=us-west4-a
   python scripts/launch_tpu.py train --name=dpo --zone=us-west4-a -- \
       --config=configs/hh.py:dpo --workdir=gs://BUCKET/dpo
+  python scripts/launch_tpu.py logs --follow --name=dpo --zone=us-west4-a
   python scripts/launch_tpu.py delete --name=dpo --zone=us-west4-a
 
-Every stage runs gcloud commands, and with --dry_run only prints them. `watch`
-does it all, and again from the start whenever a spot machine is taken away:
-the run goes on from its last checkpoint. docs/tpu.md tells the story.
+Every stage runs gcloud commands, and with --dry_run only prints them. `train`
+starts the run detached on the workers: it outlives the connection, and `logs
+--follow` attaches to it. `watch` does all of it, and creates a spot machine
+again when it was taken away. It deletes the machines when the run has written
+WORKDIR/finished.json; with --delete also when the run has ended with an error.
+A lost connection, a start that failed or an unknown end deletes nothing.
+docs/tpu.md tells the story.
 """
 
 import argparse
+import datetime
+import json
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,7 +43,59 @@ _IMAGES = {
 _ARCHIVE = "/tmp/dpo_jax.tar.gz"
 # The run's exit code when it was told to stop and has saved.
 _EXIT_PREEMPTED = 75
-_POLL_S = 60
+# Failures in a row, of creating, installing or starting, that end a watch; and
+# starts again of a run whose process was lost.
+_MOST_FAILURES = 3
+_MOST_RESTARTS = 5
+
+# On a worker: the supervisor, which starts the training again after a
+# preemption and records its exit code; and what tells whether it runs.
+_SUPERVISOR = """\
+cd ~/dpo_jax && . ~/venv/bin/activate
+code={preempted}
+while [ $code -eq {preempted} ] && [ ! -e ~/run.stop ]; do
+  {run} >>~/run.log 2>&1 & echo $! >~/run.child
+  wait $!; code=$?
+done
+echo $code >~/run.exit.tmp; mv ~/run.exit.tmp ~/run.exit
+"""
+_IS_RUNNING = (
+  "{ [ -e ~/run.pid ] && grep -q run.sh /proc/$(cat ~/run.pid)/cmdline"
+  " 2>/dev/null; }"
+)
+_START = f"""\
+if {_IS_RUNNING}; then
+  echo "a run is on this worker already: stop it first" >&2; exit 1
+fi
+rm -f ~/run.stop ~/run.exit ~/run.child
+printf %s {{supervisor}} >~/run.sh
+nohup setsid bash ~/run.sh </dev/null >>~/run.log 2>&1 &
+echo $! >~/run.pid
+"""
+# Whether it runs first: it records its exit code before it is gone.
+_REPORT = f"""\
+if {_IS_RUNNING}; then state=running
+elif [ -e ~/run.exit ]; then state="ended $(cat ~/run.exit)"
+elif [ -e ~/run.pid ]; then state=lost
+else state=none; fi
+echo "dpo_jax-run $(hostname) $state"
+"""
+# The mark keeps the supervisor from starting the run again.
+_STOP = "touch ~/run.stop; kill -TERM $(cat ~/run.child)"
+_KILL = (
+  "touch ~/run.stop; kill -KILL $(cat ~/run.pid) $(cat ~/run.child)"
+  " 2>/dev/null; rm -f ~/run.pid ~/run.exit; true"
+)
+# The images' Python is older than ours: uv brings one.
+_INSTALL = (
+  f"set -e; mkdir -p ~/dpo_jax && tar xzf {_ARCHIVE} -C ~/dpo_jax;"
+  " python3 -m pip install --user --quiet uv;"
+  " python3 -m uv venv --quiet --allow-existing --python 3.12 ~/venv;"
+  " python3 -m uv pip install --quiet --python ~/venv/bin/python"
+  " -r ~/dpo_jax/requirements-tpu.txt"
+)
+
+Commands = list[list[str]]
 
 
 def accelerator_type(topology: Topology) -> str:
@@ -64,7 +125,7 @@ def gcloud(options: argparse.Namespace, *arguments: str) -> list[str]:
   return ["gcloud", "compute", "tpus", *arguments, *where]
 
 
-def create(options: argparse.Namespace) -> list[list[str]]:
+def create(options: argparse.Namespace) -> Commands:
   """A queued request, which waits for its turn."""
   topology = parse_topology(options.topology)
   command = gcloud(
@@ -89,84 +150,92 @@ def create(options: argparse.Namespace) -> list[list[str]]:
   return [command]
 
 
-def on_all_workers(options: argparse.Namespace, text: str) -> list[list[str]]:
-  return [
-    gcloud(options, "tpu-vm", "ssh", node, "--worker=all", f"--command={text}")
-    for node in nodes(options)
-  ]
-
-
-def install(options: argparse.Namespace) -> list[list[str]]:
-  """This commit, and a Python of its own, on all workers."""
-  pack = ["git", "-C", str(ROOT), "archive", "--format=tar.gz", "-o", _ARCHIVE]
-  copies = [
-    gcloud(
-      options, "tpu-vm", "scp", _ARCHIVE, f"{node}:{_ARCHIVE}", "--worker=all"
-    )
-    for node in nodes(options)
-  ]
-  # The images' Python is older than ours: uv brings one.
-  text = (
-    "set -e; mkdir -p ~/dpo_jax && tar xzf /tmp/dpo_jax.tar.gz -C ~/dpo_jax;"
-    " python3 -m pip install --user --quiet uv;"
-    " python3 -m uv venv --quiet --allow-existing --python 3.11 ~/venv;"
-    " python3 -m uv pip install --quiet --python ~/venv/bin/python"
-    " -r ~/dpo_jax/requirements-tpu.txt"
-  )
-  return [[*pack, "HEAD"], *copies, *on_all_workers(options, text)]
-
-
-def train(options: argparse.Namespace) -> list[list[str]]:
-  """The run on all workers, until it ends; started again after exit 75."""
-  if not any(flag.startswith("--workdir=gs://") for flag in options.flags):
-    raise SystemExit(
-      "train: all workers write one workdir: --workdir=gs://BUCKET/RUN must be"
-      f" among the flags after --, and they are {options.flags}"
-    )
-  run = shlex.join(["python", "-m", "dpo_jax.train", *options.flags])
-  text = (
-    "cd ~/dpo_jax && . ~/venv/bin/activate; rm -f ~/run.stop; code=75;"
-    f" while [ $code -eq {_EXIT_PREEMPTED} ] && [ ! -e ~/run.stop ]; do"
-    f" {run} > >(tee -a ~/run.log) 2>&1 & echo $! > ~/run.pid;"
-    " wait $!; code=$?; done; exit $code"
-  )
-  commands = on_all_workers(options, f"bash -c {shlex.quote(text)}")
-  if len(commands) > 1:
-    # Slices wait for each other: all must be started before any ends.
-    lines = " & ".join(shlex.join(command) for command in commands)
-    return [["bash", "-c", f"{lines} & wait"]]
-  return commands
-
-
-def status(options: argparse.Namespace) -> list[list[str]]:
-  """ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, FAILED, ..."""
-  describe = gcloud(options, "queued-resources", "describe", options.name)
-  return [[*describe, "--format=value(state.state)"]]
-
-
-def logs(options: argparse.Namespace) -> list[list[str]]:
-  """What the first worker has said."""
+def on_workers(
+  options: argparse.Namespace, text: str, worker: str = "all"
+) -> Commands:
+  """Runs a script on the workers of every slice."""
   return [
     gcloud(
       options,
       "tpu-vm",
       "ssh",
-      nodes(options)[0],
-      "--worker=0",
-      "--command=tail -n 100 ~/run.log",
+      node,
+      f"--worker={worker}",
+      "--quiet",
+      f"--command=bash -c {shlex.quote(text)}",
     )
+    for node in nodes(options)
   ]
 
 
-def stop(options: argparse.Namespace) -> list[list[str]]:
+def install(options: argparse.Namespace) -> Commands:
+  """Copies this commit to all workers and gives them a Python of its own."""
+  pack = ["git", "-C", str(ROOT), "archive", "--format=tar.gz", "-o", _ARCHIVE]
+  copies = [
+    gcloud(
+      options,
+      "tpu-vm",
+      "scp",
+      _ARCHIVE,
+      f"{node}:{_ARCHIVE}",
+      "--worker=all",
+      "--quiet",
+    )
+    for node in nodes(options)
+  ]
+  return [[*pack, "HEAD"], *copies, *on_workers(options, _INSTALL)]
+
+
+def workdir(options: argparse.Namespace) -> str:
+  """The run's workdir, which all workers and this machine can read."""
+  found = [""]
+  for flag, following in zip(
+    options.flags, [*options.flags[1:], ""], strict=True
+  ):
+    name, is_set, value = flag.lstrip("-").partition("=")
+    if name == "workdir":
+      found.append(value if is_set else following)
+  if not found[-1].startswith("gs://"):
+    raise SystemExit(
+      f"{options.stage}: all workers write one workdir: --workdir=gs://BUCKET/"
+      f"RUN must be among the flags after --, and they are {options.flags}"
+    )
+  return found[-1].rstrip("/")
+
+
+def train(options: argparse.Namespace) -> Commands:
+  """Starts the run on all workers, detached; again after exit code 75."""
+  workdir(options)
+  run = shlex.join(["python", "-m", "dpo_jax.train", *options.flags])
+  supervisor = _SUPERVISOR.format(run=run, preempted=_EXIT_PREEMPTED)
+  text = _START.replace("{supervisor}", shlex.quote(supervisor))
+  return on_workers(options, text)
+
+
+def describe(options: argparse.Namespace) -> list[str]:
+  found = gcloud(options, "queued-resources", "describe", options.name)
+  return [*found, "--format=json"]
+
+
+def status(options: argparse.Namespace) -> Commands:
+  """State of the request, and of the run on each worker."""
+  return [describe(options), *on_workers(options, _REPORT)]
+
+
+def logs(options: argparse.Namespace) -> Commands:
+  """The last lines of the first worker's log; --follow stays with it."""
+  follow = " -F" if options.follow else ""
+  text = f"tail -n 100{follow} ~/run.log"
+  return on_workers(options, text, worker="0")[:1]
+
+
+def stop(options: argparse.Namespace) -> Commands:
   """SIGTERM: the run saves, and the machines stay."""
-  # The mark keeps its shell from starting the run again.
-  text = "touch ~/run.stop; kill -TERM $(cat ~/run.pid)"
-  return on_all_workers(options, text)
+  return on_workers(options, _STOP)
 
 
-def delete(options: argparse.Namespace) -> list[list[str]]:
-  """The machines and the request, so that nothing is paid any more."""
+def delete(options: argparse.Namespace) -> Commands:
+  """Deletes the machines and the request, so that nothing more is paid."""
   remove = gcloud(options, "queued-resources", "delete", options.name)
   return [[*remove, "--force", "--quiet"]]
 
@@ -177,46 +246,253 @@ STAGES = {
 }
 
 
-def run_all(commands: list[list[str]], *, dry_run: bool) -> int:
-  """Runs commands one after the other, or prints them; stops at a failure."""
+def say(text: str) -> None:
+  print(text, flush=True)
+
+
+def run_all(commands: Commands, *, timeout_s: float | None = None) -> int:
+  """Runs commands one after the other; stops at the first that fails."""
   for command in commands:
-    print("$ " + shlex.join(command), flush=True)
-    if not dry_run:
-      code = subprocess.run(command, check=False).returncode
-      if code:
-        return code
+    line, _, rest = shlex.join(command).partition("\n")
+    say(f"$ {line[:100]}{' ...' if rest or line[100:] else ''}")
+    try:
+      code = subprocess.run(command, check=False, timeout=timeout_s).returncode
+    except subprocess.TimeoutExpired:
+      say(f"no answer after {timeout_s:g} s")
+      return 1
+    if code:
+      return code
   return 0
 
 
-def state(options: argparse.Namespace) -> str:
-  done = subprocess.run(
-    status(options)[0], capture_output=True, text=True, check=False
-  )
-  return done.stdout.strip() or "ABSENT"
+class Answer(NamedTuple):
+  """What a command answered; code None: nothing within the time."""
+
+  code: int | None
+  out: str
+  error: str
+
+  @property
+  def is_absent(self) -> bool:
+    """Whether Google said that there is no such thing."""
+    words = ("not_found", "not found", "no urls matched", "no objects")
+    return bool(self.code) and any(w in self.error.lower() for w in words)
+
+
+def ask(command: list[str], timeout_s: float) -> Answer:
+  try:
+    done = subprocess.run(
+      command, capture_output=True, text=True, check=False, timeout=timeout_s
+    )
+  except subprocess.TimeoutExpired:
+    return Answer(None, "", f"no answer after {timeout_s:g} s")
+  return Answer(done.returncode, done.stdout, done.stderr.strip())
+
+
+class Request(NamedTuple):
+  """The queued request: its state, or ABSENT, or UNKNOWN."""
+
+  state: str
+  reason: str = ""
+  created_at: datetime.datetime | None = None
+
+  def describe(self) -> str:
+    return f"{self.state}, {self.reason}" if self.reason else self.state
+
+
+def parse_time(text: str) -> datetime.datetime:
+  """An RFC 3339 time; ValueError if it is none, or has no zone."""
+  # Google gives nanoseconds, which are more than datetime takes.
+  text = re.sub(r"(\.\d{6})\d+", r"\1", text)
+  time_ = datetime.datetime.fromisoformat(text)
+  if time_.tzinfo is None:
+    raise ValueError(f"{text!r} has no time zone")
+  return time_
+
+
+class Watch:
+  """One watch over a request and its run.
+
+  What is not known, because a connection was lost or an answer is late, is
+  asked again after `poll_s`; only what Google or the run has said is acted on.
+  """
+
+  def __init__(self, options: argparse.Namespace):
+    self._options = options
+    self._mark = f"{workdir(options)}/finished.json"
+    self._suspended = self._failures = self._ends = 0
+    self._lost = self._restarts = 0
+
+  def run(self) -> int:
+    """Watches until the run is finished or has failed: the exit code."""
+    while True:
+      code = self._look()
+      if code is not None:
+        return code
+      time.sleep(self._options.poll_s)
+
+  def _look(self) -> int | None:
+    request = self._request()
+    say(f"{self._options.name}: {request.describe()}")
+    finished_at = self._finished_at()
+    if finished_at and request.state == "ABSENT":
+      say(
+        f"{self._mark} says that the run is finished: nothing is created. To"
+        f" train on, for more steps: gcloud storage rm {self._mark}"
+      )
+      return 0
+    if finished_at and request.created_at:
+      if finished_at >= request.created_at:
+        say(f"{self._mark} says that the run is finished")
+        run_all(delete(self._options), timeout_s=self._options.work_timeout_s)
+        return None  # until Google says that nothing is left
+      say(f"{self._mark} is older than these machines: the run goes on")
+    if request.state == "FAILED":
+      say(f"the request failed: {request.reason}. It is left as it is")
+      return 1
+    if request.state == "SUSPENDED":
+      return self._suspend()
+    if request.state != "UNKNOWN":
+      self._suspended = 0
+    if request.state == "ABSENT":
+      return self._try(create(self._options), "be created")
+    return self._tend() if request.state == "ACTIVE" else None
+
+  def _finished_at(self) -> datetime.datetime | None:
+    """When the run wrote that it is finished; None: it has not, as far as is
+    known."""
+    command = ["gcloud", "storage", "cat", self._mark]
+    answer = ask(command, self._options.timeout_s)
+    if answer.code == 0:
+      try:
+        return parse_time(json.loads(answer.out)["finished_at"])
+      except (ValueError, KeyError, TypeError):
+        say(f"{self._mark} is not understood: {answer.out!r:.200}")
+    elif not answer.is_absent:
+      say(f"{self._mark}: unknown, {answer.error}")
+    return None
+
+  def _request(self) -> Request:
+    """What Google says of the request."""
+    answer = ask(describe(self._options), self._options.timeout_s)
+    if answer.is_absent:
+      return Request("ABSENT")
+    if answer.code != 0:
+      return Request("UNKNOWN", answer.error)
+    try:
+      found = json.loads(answer.out)
+      name = found["state"]["state"]
+      data = found["state"].get(f"{name.lower()}Data") or {}
+      reason = (data.get("error") or {}).get("message", "")
+      return Request(name, reason, parse_time(found["createTime"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+      return Request("UNKNOWN", f"not understood: {answer.out!r:.200}")
+
+  def _suspend(self) -> int | None:
+    if not self._options.spot:
+      say(
+        "the request is suspended, and it is no spot machine: see Google's"
+        " console. It is left as it is"
+      )
+      return 1
+    self._suspended += 1
+    if self._suspended < 2:
+      return None
+    say("suspended twice: the spot machine was taken away")
+    run_all(delete(self._options), timeout_s=self._options.work_timeout_s)
+    self._suspended = 0
+    return None
+
+  def _try(self, commands: Commands, what: str) -> int | None:
+    code = run_all(commands, timeout_s=self._options.work_timeout_s)
+    self._failures = self._failures + 1 if code else 0
+    if self._failures < _MOST_FAILURES:
+      return None
+    say(
+      f"the machines could not {what}, {_MOST_FAILURES} times in a row. They"
+      " are left as they are"
+    )
+    return code
+
+  def _tend(self) -> int | None:
+    """Starts the run where it is not, and looks how it does."""
+    states = self._worker_states()
+    if not states:
+      return None
+    say(f"workers: {', '.join(states)}")
+    ended = sorted({int(s.split()[1]) for s in states if s.startswith("ended")})
+    if any(ended):
+      return self._end(max(ended))
+    if ended and set(states) == {"ended 0"}:
+      self._ends += 1
+      if self._ends < 2:
+        return None  # finished.json is asked for once more
+      say(f"the run has ended with 0, and {self._mark} is not there")
+      return self._end(1)
+    if set(states) <= {"running", "ended 0"}:
+      self._lost = 0
+      return None
+    if set(states) != {"none"}:
+      self._lost += 1
+      if self._lost < 2:
+        return None  # it may be about to start
+      self._lost = 0
+      self._restarts += 1
+      if self._restarts > _MOST_RESTARTS:
+        say(f"the run was lost {_MOST_RESTARTS} times")
+        return self._end(1)
+      say("the run is lost on a worker: starting it again on all")
+      if run_all(
+        on_workers(self._options, _KILL), timeout_s=self._options.timeout_s
+      ):
+        return None
+    commands = install(self._options) + train(self._options)
+    return self._try(commands, "be made to start the run")
+
+  def _worker_states(self) -> list[str]:
+    """States of the run on all workers, or [] where they are not known."""
+    states = []
+    for command in on_workers(self._options, _REPORT):
+      answer = ask(command, self._options.timeout_s)
+      if answer.code != 0:
+        say(f"workers: unknown, {answer.error}")
+        return []
+      for line in answer.out.splitlines():
+        mark, _, rest = line.partition(" ")
+        if mark == "dpo_jax-run":
+          states.append(rest.partition(" ")[2])
+    return states
+
+  def _end(self, code: int) -> int:
+    """Ends the watch over a run that will not go on by itself."""
+    run_all(logs(self._options), timeout_s=self._options.timeout_s)
+    say(f"the run has ended with exit code {code}")
+    options = self._options
+    if options.delete and code != _EXIT_PREEMPTED:
+      run_all(delete(options), timeout_s=options.work_timeout_s)
+      return code
+    where = f"--name={options.name} --zone={options.zone}"
+    say("The machines stay, and cost. To delete them:")
+    say(f"  python scripts/launch_tpu.py delete {where}")
+    return code
+
+
+def print_all(commands: Commands) -> int:
+  for command in commands:
+    say("$ " + shlex.join(command))
+  return 0
 
 
 def watch(options: argparse.Namespace) -> int:
-  """Creates, installs and trains until the run has ended, then deletes."""
+  """Creates, installs and trains until the run has finished, then deletes."""
   if options.dry_run:
-    for stage in (create, status, install, train, delete):
-      run_all(stage(options), dry_run=True)
-    return 0
-  while True:
-    found = state(options)
-    print(f"{options.name}: {found}", flush=True)
-    if found in ("SUSPENDED", "FAILED"):
-      run_all(delete(options), dry_run=False)
-      found = "ABSENT"
-    if found == "ABSENT":
-      if code := run_all(create(options), dry_run=False):
-        return code
-    elif found == "ACTIVE" and not run_all(install(options), dry_run=False):
-      code = run_all(train(options), dry_run=False)
-      # A machine that is still there did not lose the run: it ended.
-      if state(options) == "ACTIVE":
-        run_all(delete(options), dry_run=False)
-        return code
-    time.sleep(_POLL_S)
+    mark = f"{workdir(options)}/finished.json"
+    commands = [["gcloud", "storage", "cat", mark], describe(options)]
+    for stage in (create, install, train):
+      commands += stage(options)
+    commands += on_workers(options, _REPORT) + delete(options)
+    return print_all(commands)
+  return Watch(options).run()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -232,6 +508,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--spot", action="store_true", help="may be taken away")
   parser.add_argument("--service_account", default="")
   parser.add_argument("--dry_run", action="store_true", help="only print")
+  parser.add_argument("--follow", action="store_true", help="logs: stay")
+  parser.add_argument(
+    "--delete",
+    action="store_true",
+    help="watch: delete the machines also when the run has ended with an error",
+  )
+  parser.add_argument("--poll_s", type=float, default=60, help="watch: period")
+  parser.add_argument(
+    "--timeout_s", type=float, default=120, help="watch: for an answer"
+  )
+  parser.add_argument(
+    "--work_timeout_s",
+    type=float,
+    default=3600,
+    help="watch: to create, install, start and delete",
+  )
   if "--" in argv:
     border = argv.index("--")
     argv, rest = argv[:border], argv[border + 1 :]
@@ -250,7 +542,8 @@ def main(argv: list[str]) -> int:
     raise SystemExit(str(error)) from None
   if options.stage == "watch":
     return watch(options)
-  return run_all(STAGES[options.stage](options), dry_run=options.dry_run)
+  commands = STAGES[options.stage](options)
+  return print_all(commands) if options.dry_run else run_all(commands)
 
 
 if __name__ == "__main__":

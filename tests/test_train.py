@@ -652,8 +652,44 @@ def snapshot(folder):
   return {
     path: (path.stat().st_mtime_ns, path.read_bytes())
     for path in sorted(folder.rglob("*"))
-    if path.is_file() and path.name not in ("config.json", "git.txt")
+    if path.is_file()
+    and path.name not in ("config.json", "git.txt", "finished.json")
   }
+
+
+def test_the_mark_of_a_finished_run_comes_last(tmp_path, monkeypatch):
+  """After manifest, evaluation and samples; a stopped run has none."""
+  config = make_config(total_steps=4, eval__num_samples=2)
+  path = tmp_path / "finished.json"
+  with monkeypatch.context() as patch:
+    stop_at(patch, 2)
+    with pytest.raises(Preempted):
+      train(config, tmp_path)
+  assert not path.exists()
+  seen = {}
+  original = train_lib._write_finished
+
+  def write(workdir, total_steps):
+    manifest = tmp_path / "checkpoints" / "4" / "manifest.json"
+    seen["manifest"] = manifest.exists()
+    seen["eval"] = [row["step"] for row in read_metrics(tmp_path, "eval")]
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    seen["samples"] = {json.loads(line)["step"] for line in lines}
+    original(workdir, total_steps)
+
+  monkeypatch.setattr(train_lib, "_write_finished", write)
+  train(config, tmp_path)
+  assert seen == {"manifest": True, "eval": [0, 4], "samples": {0, 4}}
+  mark = json.loads(path.read_text())
+  assert mark["total_steps"] == 4 and mark["finished_at"].endswith("+00:00")
+  # A run that goes on is not finished; one that is over says so again.
+  with monkeypatch.context() as patch:
+    change_batches(patch, lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      train(make_config(total_steps=6, eval__num_samples=2), tmp_path)
+  assert not path.exists()
+  train(config, tmp_path)
+  assert path.exists()
 
 
 def test_a_finished_run_does_nothing_and_gives_its_figures(
