@@ -27,11 +27,9 @@ def test_a_wheel_holds_every_module_and_each_can_be_imported(tmp_path):
     shutil.copytree(ROOT / name, source / name, ignore=ignore)
   for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
     shutil.copy(ROOT / name, source)
-  subprocess.run(
-    [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
-    + ["--no-build-isolation", f"--wheel-dir={tmp_path}", str(source)],
-    check=True,
-  )
+  offline = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+  command = [sys.executable, "-m", "pip", "wheel", *offline]
+  subprocess.run([*command, f"--wheel-dir={tmp_path}", source], check=True)
   [wheel] = tmp_path.glob("dpo_jax-*.whl")
   installed = tmp_path / "installed"
   with zipfile.ZipFile(wheel) as file:
