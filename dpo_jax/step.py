@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.losses import Objective, WeightedSum
+from dpo_jax.losses import Objective, WeightedSum, mean_over_groups
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.models.decoder import Policy
 from dpo_jax.types import Batch, Sequences, TrainState
@@ -143,7 +143,7 @@ def make_train_step(
       sequences = sequences.replace(**counts)
       per_group, metrics, loss_state = objective.apply(sequences, loss_state)
     sums = {name: sum_and_count(figure) for name, figure in metrics.items()}
-    loss = objective.reduce(per_group, counts["num_groups"])
+    loss = mean_over_groups(per_group, counts["num_groups"])
     return loss, (sums, loss_state)
 
   def gradient(state: TrainState, batch: Batch, counts: Any) -> Any:
@@ -346,7 +346,7 @@ def make_measure(
     for other in others:
       metrics |= measure(other, sequences)
     is_valid = objective.valid_groups(sequences.valid)
-    return spread(objective, per_group, sequences), metrics, is_valid
+    return per_group, metrics, is_valid
 
   return measure_all
 
@@ -369,13 +369,13 @@ def measure(objective: Objective, sequences: Sequences) -> Metrics:
     per_group, metrics, _ = objective.apply(
       sequences.replace(**sums), objective.init()
     )
-    return spread(objective, per_group, sequences).sum(), (per_group, metrics)
+    return per_group.sum(), (per_group, metrics)
 
   pulls, (per_group, metrics) = jax.grad(total, has_aux=True)(sums)
   pull = sum(pulls.values())
   is_valid = objective.valid_groups(sequences.valid)
   figures = {
-    "loss": spread(objective, per_group, sequences),
+    "loss": per_group,
     "gradient_weight": jnp.abs(pull[:, 0]),
   }
   figures = {
@@ -385,15 +385,3 @@ def measure(objective: Objective, sequences: Sequences) -> Metrics:
   if "reward/margin" in metrics:
     figures["margin"] = metrics["reward/margin"]
   return {f"{objective.name}/{name}": x for name, x in figures.items()}
-
-
-def spread(
-  objective: Objective | WeightedSum,
-  per_group: jax.Array,
-  sequences: Sequences,
-) -> jax.Array:
-  """f32 [B] losses; the figure of a sorted batch stands for each group."""
-  is_valid = objective.valid_groups(sequences.valid)
-  if per_group.shape == is_valid.shape:
-    return per_group
-  return jnp.where(is_valid, per_group[0], 0.0)

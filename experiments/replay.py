@@ -32,6 +32,7 @@ from dpo_jax.losses import (
   Objective,
   WeightedSum,
   build_objective,
+  mean_over_groups,
 )
 from dpo_jax.metrics import format_table
 from dpo_jax.step import measure
@@ -108,7 +109,7 @@ def replay(
   accuracy = np.asarray(metrics.get("reward/accuracy", jnp.array([jnp.nan])))
   accuracy = accuracy[~np.isnan(accuracy)]
   row = {
-    "loss": float(objective.reduce(per_group, count)),
+    "loss": float(mean_over_groups(per_group, count)),
     "pull": float(jnp.nanmean(figures[f"{objective.name}/gradient_weight"])),
   }
   if not len(accuracy):

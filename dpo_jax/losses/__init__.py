@@ -1,7 +1,12 @@
 """What is optimised: pure functions of arrays."""
 
 from dpo_jax.losses.catalogue import CATALOGUE, KNOBS, Knob, Loss
-from dpo_jax.losses.objective import Objective, WeightedSum, build_objective
+from dpo_jax.losses.objective import (
+  Objective,
+  WeightedSum,
+  build_objective,
+  mean_over_groups,
+)
 from dpo_jax.losses.preference import dpo_loss
 
 __all__ = [
@@ -13,4 +18,5 @@ __all__ = [
   "WeightedSum",
   "build_objective",
   "dpo_loss",
+  "mean_over_groups",
 ]

@@ -3,8 +3,9 @@
 A margin link takes `margins`, f32 [B], chosen minus rejected reward, nats. A
 group link takes `rewards`, f32 [B, K], and the sequences they came from. Both
 return f32 [B]; the mean over groups is the caller's. A pooled link sorts the
-batch and returns f32 [1]. A link with state takes it after the sequences and
-returns it after the loss. Keyword-only arguments are knobs.
+batch, and gives every group the mean of the sorted losses. A link with state
+takes it after the sequences and returns it after the loss. Keyword-only
+arguments are knobs.
 
 s is the sigmoid, D the margin, r the reward of a response, w and l the chosen
 and the rejected one.
@@ -439,7 +440,7 @@ def optimal_transport(
   beta: float,
   label_smoothing: float,
 ) -> jax.Array:
-  """cDPO on sort(lp_w - lp_l) - sort(ref_w - ref_l): f32 [1].
+  """cDPO on sort(lp_w - lp_l) - sort(ref_w - ref_l), the mean: f32 [B].
 
   Melnyk et al. 2024, AOT (arXiv:2406.05882): the policy's margins must
   dominate the reference's as distributions.
@@ -459,7 +460,7 @@ def unpaired_optimal_transport(
   beta: float,
   label_smoothing: float,
 ) -> jax.Array:
-  """cDPO on sort(r_w) - sort(r_l): f32 [1].
+  """cDPO on sort(r_w) - sort(r_l), the mean: f32 [B].
 
   Melnyk et al. 2024, AOT (arXiv:2406.05882)
   """
@@ -473,7 +474,7 @@ def unpaired_optimal_transport(
 
 
 def _sorted_loss(x, y, is_valid, beta, label_smoothing) -> jax.Array:
-  """Mean cDPO loss of sort(x) - sort(y) over the valid entries: f32 [1]."""
+  """Mean cDPO loss of sort(x) - sort(y) over the valid entries: f32 [B]."""
   # What is not valid sorts to the end of both, where it is cut off.
   largest = jnp.finfo(jnp.float32).max
   x, y = (jnp.sort(jnp.where(is_valid, v, largest)) for v in (x, y))
@@ -481,7 +482,7 @@ def _sorted_loss(x, y, is_valid, beta, label_smoothing) -> jax.Array:
   is_kept = jnp.arange(x.shape[0]) < count
   margins = jnp.where(is_kept, x, 0.0) - jnp.where(is_kept, y, 0.0)
   loss = smoothed_logistic(margins, beta=beta, label_smoothing=label_smoothing)
-  return _masked_mean(loss, is_kept)[None]
+  return jnp.broadcast_to(_masked_mean(loss, is_kept), is_valid.shape)
 
 
 def kahneman_tversky(

@@ -128,7 +128,7 @@ class Objective:
   ) -> tuple[jax.Array, Metrics, Any]:
     """Loss of every group.
 
-    The objective is `reduce` of it: the mean over the valid groups of the
+    The objective is `mean_over_groups` of it, over the valid groups of the
     global batch. Where `sequences` is a part of that batch, its `num_groups`
     and `total_tokens` say how large the whole is.
 
@@ -137,8 +137,7 @@ class Objective:
       loss_state: from `init` or the step before.
 
     Returns:
-      per_group: f32 [B] loss, 0 for a group that is not valid; f32 [1] of a
-        loss that sorts the batch.
+      per_group: f32 [B] loss, 0 for a group that is not valid.
       metrics: name -> f32 [B], one figure a group, nats; NaN where a group
         has none.
       loss_state: for the next step.
@@ -161,15 +160,8 @@ class Objective:
       # Turns the mean over groups into a mean over tokens.
       total_tokens = jnp.maximum(sequences.total_tokens, 1.0)
       per_group = per_group * (sequences.num_groups / total_tokens)
-    if per_group.shape == is_valid.shape:
-      per_group = jnp.where(is_valid, per_group, 0.0)
+    per_group = jnp.where(is_valid, per_group, 0.0)
     return per_group, self._metrics(sequences, rewards, is_valid), loss_state
-
-  def reduce(self, per_group: jax.Array, num_groups: jax.Array) -> jax.Array:
-    """This part's share of the objective: f32 []."""
-    if self.loss.link_row.kind == "pooled":
-      return per_group[0]
-    return per_group.sum() / jnp.maximum(num_groups, 1.0)
 
   def check_group_size(self, num_responses: int) -> None:
     """Raises ValueError unless groups of that size suit the loss."""
@@ -416,7 +408,7 @@ class WeightedSum:
   def apply(
     self, sequences: Sequences, loss_state: Any
   ) -> tuple[jax.Array, Metrics, Any]:
-    """As `Objective.apply`; a pooled term adds its figure to every group."""
+    """As `Objective.apply`."""
     is_valid = self.valid_groups(sequences.valid)
     # A group counts only where every term can read it.
     sequences = sequences.replace(valid=sequences.valid & is_valid[:, None])
@@ -424,7 +416,6 @@ class WeightedSum:
     metrics, states = {}, []
     for (weight, term), state in zip(self.terms, loss_state, strict=True):
       per_group, term_metrics, state = term.apply(sequences, state)
-      per_group = jnp.broadcast_to(per_group, is_valid.shape)
       total += weight * per_group
       shown = jax.lax.stop_gradient(per_group)
       metrics = term_metrics | metrics
@@ -432,8 +423,15 @@ class WeightedSum:
       states.append(state)
     return jnp.where(is_valid, total, 0.0), metrics, tuple(states)
 
-  def reduce(self, per_group: jax.Array, num_groups: jax.Array) -> jax.Array:
-    return per_group.sum() / jnp.maximum(num_groups, 1.0)
+
+def mean_over_groups(per_group: jax.Array, num_groups: jax.Array) -> jax.Array:
+  """A part's share of the objective: f32 [].
+
+  Args:
+    per_group: f32 [B] losses, 0 for a group that is not valid.
+    num_groups: f32 [], valid groups of the global batch.
+  """
+  return per_group.sum() / jnp.maximum(num_groups, 1.0)
 
 
 def build_objective(config: Any) -> Objective | WeightedSum:

@@ -243,7 +243,7 @@ def sft(groups, per_sequence):
 def sorted_loss(x, y, beta, e):
   pairs = zip(sorted(x), sorted(y), strict=True)
   losses = [smoothed(beta * (a - b), e) for a, b in pairs]
-  return [sum(losses) / len(losses)]
+  return [sum(losses) / len(losses)] * len(losses)
 
 
 def aot(groups, beta, label_smoothing):
