@@ -64,6 +64,7 @@ def all_layouts(groups, num_tokens, scored=None):
   ]
 
 
+@pytest.mark.slow
 def test_layouts_agree_on_the_synthetic_task(tmp_path):
   tokenizer = tokenizers.ByteTokenizer()
   groups = text_groups(tokenizer, 6, tmp_path, "synthetic:review_pairs:20")
@@ -74,6 +75,7 @@ def test_layouts_agree_on_the_synthetic_task(tmp_path):
   assert_same([loss_and_grads(policy, params, b) for b in batches])
 
 
+@pytest.mark.slow
 def test_layouts_agree_with_the_weights_of_stories(real_data, tmp_path):
   folder = str(real_data / "stories260k")
   policy = Policy(hf.load_config(folder))
@@ -86,6 +88,7 @@ def test_layouts_agree_with_the_weights_of_stories(real_data, tmp_path):
   assert_same([loss_and_grads(policy, params, b) for b in batches])
 
 
+@pytest.mark.slow
 def test_layouts_agree_where_some_turns_are_not_scored():
   policy = tiny.make_policy()
   params = tiny.make_params(policy)

@@ -116,6 +116,7 @@ def one_device():
   return {loss: run_step(MESHES[0], loss=loss) for loss in ("dpo", "sft")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", "sft"])
 @pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
 def test_every_mesh_takes_the_same_steps(one_device, sizes, loss):
@@ -163,6 +164,7 @@ def test_accumulation_takes_the_same_steps(
   assert_same_run(one_device[loss], run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallelism", ["jit", "pmap"])
 def test_a_frozen_reference_takes_the_same_steps_everywhere(parallelism):
   one = run_step(MESHES[0], is_frozen=True)

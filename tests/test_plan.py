@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_a_table_of_remedies(on_cpu, monkeypatch):
     assert change in text
 
 
-def test_bfloat16_is_offered_for_what_is_not_trained():
+def test_bfloat16_is_offered_for_what_is_not_trained(libtpu):
   """It frees half of the frozen parameters, and is refused for the others."""
   request = make_request()
   request.config.policy.frozen = "^embedding"

@@ -88,6 +88,7 @@ def lower_gradient(**fields):
   return jax.jit(jax.grad(loss)).lower(policy.abstract_params())
 
 
+@pytest.mark.slow
 def test_remat_keeps_attention():
   """Whose softmax is not computed once more; that of `full` is."""
 

@@ -162,6 +162,7 @@ def on_mesh(x, mesh):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("sizes", "num_rows", "vocab_size"),
   [
