@@ -22,7 +22,7 @@ import numpy as np
 from dpo_jax import mesh, reference
 from dpo_jax import step as step_lib
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.data.store import Store, part_starts
+from dpo_jax.data.store import Store
 from dpo_jax.metrics import format_table
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
@@ -40,14 +40,10 @@ def make_store(tokens: int) -> Store:
     for size in (prompt, tokens - prompt, tokens - prompt)
   ]
   lengths = np.stack(columns, 1).astype(np.int32)
-  return Store(
-    tokens=rng.integers(0, _VOCAB, int(lengths.sum())).astype(np.int32),
-    starts=part_starts(lengths),
-    lengths=lengths,
-    score=np.tile(np.float32([1, 0]), (_PAIRS, 1)),
-    digest="random pairs",
-    report={},
-  )
+  tokens = rng.integers(0, _VOCAB, int(lengths.sum())).astype(np.int32)
+  parts = iter(np.split(tokens, np.cumsum(lengths)))
+  groups = [[next(parts) for _ in columns] for _ in range(_PAIRS)]
+  return Store.from_groups(groups, np.tile([1, 0], (_PAIRS, 1)))
 
 
 def measure(tokens: int, *, is_live: bool) -> np.ndarray:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.data.store import Store, part_starts
+from dpo_jax.data.store import Store
 from dpo_jax.models.config import ModelConfig
 
 MODEL = dict(
@@ -94,17 +94,10 @@ def make_store(
   rng = np.random.default_rng((seed, 1))
   # The lowest ids are left to a tokenizer's special tokens.
   tokens = rng.integers(8, vocab_size, int(lengths.sum())).astype(np.int32)
-  score = np.tile(
-    -np.arange(lengths.shape[1] - 1, dtype=np.float32), (len(lengths), 1)
-  )
-  return Store(
-    tokens=tokens,
-    starts=part_starts(lengths),
-    lengths=lengths,
-    score=score,
-    digest=f"workload-{seed}",
-    report={"source": "workload"},
-  )
+  parts = iter(np.split(tokens, np.cumsum(lengths)))
+  groups = [[next(parts) for _ in group] for group in lengths]
+  ranks = np.arange(lengths.shape[1] - 1)
+  return Store.from_groups(groups, np.tile(-ranks, (len(lengths), 1)))
 
 
 @dataclasses.dataclass(frozen=True)

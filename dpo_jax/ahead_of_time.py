@@ -10,14 +10,14 @@ import re
 import time
 from typing import Any
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 
 from dpo_jax import hlo, mesh, roofline, topology
 from dpo_jax.models import vocabulary
 from dpo_jax.run import Run, build_run, check_context, with_shardings
-from dpo_jax.types import Batch
+from dpo_jax.types import Batch, token_masks
+from dpo_jax.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def build(request: Request, sizes: Mapping[str, int] | None = None) -> Run:
   grid = mesh.make_mesh(
     sizes or request.config.mesh, request.topology.devices()
   )
-  workdir = epath.Path("plan")
+  workdir = Workdir.at("plan")
   if not request.is_stand_in:
     try:
       return build_run(request.config, workdir, on=grid)
@@ -144,11 +144,6 @@ def _stand_in(run: Run, request: Request) -> Batch:
   def shape(*sizes, dtype=jnp.int32):
     return jax.ShapeDtypeStruct((rows, *sizes), dtype)
 
-  def mask(name):
-    if f"{name}_logps" not in needs:
-      return None
-    return shape(scored, dtype=jnp.bool_)
-
   return Batch(
     tokens=shape(tokens),
     positions=shape(tokens),
@@ -161,8 +156,9 @@ def _stand_in(run: Run, request: Request) -> Batch:
     valid=shape(groups, slots, dtype=jnp.bool_),
     example_ids=shape(groups),
     last_tokens=shape(groups, slots),
-    head=mask("head"),
-    sampled=mask("sampled"),
+    token_masks={
+      name: shape(scored, dtype=jnp.bool_) for name in token_masks(needs)
+    },
   )
 
 

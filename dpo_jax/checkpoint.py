@@ -10,6 +10,7 @@ once its manifest is written, and is restored only if every file agrees with
 it; else the one before is taken, and the damaged one is moved aside.
 """
 
+from collections.abc import Mapping
 import concurrent.futures
 import hashlib
 import itertools
@@ -26,6 +27,7 @@ import orbax.checkpoint as ocp
 
 from dpo_jax.mesh import path_name
 from dpo_jax.types import TrainState
+from dpo_jax.workdir import Workdir, write_json
 
 _LOG = logging.getLogger(__name__)
 _training = ocp.v1.training
@@ -38,7 +40,7 @@ class Checkpoints:
 
   def __init__(
     self,
-    workdir: epath.PathLike,
+    workdir: epath.PathLike | Workdir,
     *,
     keep: int,
     best_metric: str,
@@ -53,18 +55,17 @@ class Checkpoints:
         commit of a step and its manifest would leave none.
       best_metric: the step that is best by it is kept besides.
       best_is_lower: whether a lower figure is better.
-      is_reader: whether the run is another's, and may be under way: damaged
-        and unfinished steps are passed over where they are.
+      is_reader: whether only `params` are to be read, of a run that may be
+        another's and under way: damaged and unfinished steps are passed over
+        where they are. A step is verified when it is asked for, and `params`
+        alone.
     """
-    root = epath.Path(workdir) / "checkpoints"
-    # Orbax wants an absolute path, and a bucket's has no absolute form.
-    self._root = root if "://" in str(workdir) else root.absolute()
+    self._root = Workdir.at(workdir).checkpoints
     self._best_metric = best_metric
     self._best_is_lower = best_is_lower
-    self._passed_over: set[int] = set()
-    if is_reader:
-      self._passed_over = _damaged_steps(self._root)
-    elif jax.process_index() == 0:
+    self._is_reader = is_reader
+    self._faults: dict[int, str] = {}
+    if not is_reader and jax.process_index() == 0:
       self._root.mkdir(parents=True, exist_ok=True)
       _quarantine_damaged(self._root)
     if jax.process_count() > 1:
@@ -93,25 +94,34 @@ class Checkpoints:
       return -math.inf
     return -figure if self._best_is_lower else figure
 
-  @property
-  def _usable(self) -> list[Any]:
-    found = self._checkpointer.checkpoints
-    return [c for c in found if c.step not in self._passed_over]
+  def _is_usable(self, step: int) -> bool:
+    """Whether a reader can use a step; a writer has moved the others aside."""
+    if not self._is_reader:
+      return True
+    if step not in self._faults:
+      folder = self._root / str(step)
+      self._faults[step] = fault = verify(folder, part="params")
+      if fault:
+        _LOG.warning("checkpoint %s is not used: %s", folder, fault)
+    return not self._faults[step]
 
   @property
   def steps(self) -> list[int]:
     """Steps that are committed, ascending."""
-    return sorted(c.step for c in self._usable)
+    found = sorted(c.step for c in self._checkpointer.checkpoints)
+    return [step for step in found if self._is_usable(step)]
 
   @property
   def best_step(self) -> int | None:
     """The step that is best by the metric; the latest if none was measured."""
-    measured = [c for c in self._usable if c.metrics]
-    if not measured:
-      return self.steps[-1] if self.steps else None
-    return max(
-      measured, key=lambda c: (self._figure_of_merit(c.metrics), c.step)
-    ).step
+
+    def rank(checkpoint: Any) -> tuple[bool, float, int]:
+      is_measured = bool(checkpoint.metrics)
+      merit = self._figure_of_merit(checkpoint.metrics) if is_measured else 0.0
+      return is_measured, merit, checkpoint.step
+
+    ranked = sorted(self._checkpointer.checkpoints, key=rank, reverse=True)
+    return next((c.step for c in ranked if self._is_usable(c.step)), None)
 
   def save(self, step: int, state: TrainState, metrics: dict | None) -> None:
     """Starts a save; the state may be donated once this returns.
@@ -219,6 +229,20 @@ class Checkpoints:
     self._checkpointer.close()
 
 
+def open_checkpoints(
+  workdir: Workdir, config: Mapping[str, Any], *, is_reader: bool = False
+) -> Checkpoints:
+  """Opens the checkpoints of a run with that config; see `Checkpoints`."""
+  settings = config["checkpoint"]
+  return Checkpoints(
+    workdir,
+    keep=settings["keep"],
+    best_metric=settings["best_metric"],
+    best_is_lower=settings["best_is_lower"],
+    is_reader=is_reader,
+  )
+
+
 def _rest(state: TrainState) -> dict[str, Any]:
   parts = {
     "step": state.step,
@@ -273,13 +297,17 @@ def _sha256(path: epath.Path) -> str:
 
 def _write_manifest(folder: epath.Path) -> None:
   hashes = {name: _sha256(path) for name, path in _files(folder).items()}
-  temporary = folder / f"{_MANIFEST}.tmp"
-  temporary.write_text(json.dumps(hashes, indent=1, sort_keys=True))
-  temporary.rename(folder / _MANIFEST)
+  write_json(folder / _MANIFEST, hashes, sort_keys=True)
 
 
-def verify(folder: epath.PathLike) -> str:
-  """What is wrong with a checkpoint's files, or ''."""
+def verify(folder: epath.PathLike, part: str = "") -> str:
+  """Says what is wrong with a checkpoint's files, or ''.
+
+  Args:
+    folder: of a step.
+    part: "params" or "rest", to read no files of the other; "" for both.
+  """
+  others = {"params", "rest"} - {part} if part else set()
   folder = epath.Path(folder)
   if not (folder / _MANIFEST).exists():
     return "it has no manifest: its save was not finished"
@@ -289,6 +317,8 @@ def verify(folder: epath.PathLike) -> str:
     return f"{_MANIFEST} is damaged"
   found = _files(folder)
   for name, digest in wanted.items():
+    if name.partition("/")[0] in others:
+      continue
     if name not in found:
       return f"{name} is missing"
     if _sha256(found[name]) != digest:
@@ -303,13 +333,6 @@ def _damaged(root: epath.Path) -> dict[epath.Path, str]:
   folders = sorted(f for f in root.iterdir() if f.name.isdecimal())
   faults = {folder: verify(folder) for folder in folders}
   return {folder: fault for folder, fault in faults.items() if fault}
-
-
-def _damaged_steps(root: epath.Path) -> set[int]:
-  faults = _damaged(root)
-  for folder, fault in faults.items():
-    _LOG.warning("checkpoint %s is not used: %s", folder, fault)
-  return {int(folder.name) for folder in faults}
 
 
 def _quarantine_damaged(root: epath.Path) -> None:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dpo_jax.workdir import write_atomically
+
 _WORD = re.compile(r"[a-z']+|[!?]")
 
 
@@ -47,11 +49,7 @@ class Classifier:
   def write(self, path: str) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, weights=self.weights, bias=np.float64(self.bias))
-    target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(target)
+    write_atomically(path, buffer.getvalue())
 
   @classmethod
   def read(cls, path: str) -> "Classifier":

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 import json
 from typing import Any
 
-from etils import epath
 import ml_collections
 from ml_collections import config_dict
 
 from dpo_jax.losses import KNOBS
 from dpo_jax.losses.objective import did_you_mean
+from dpo_jax.workdir import Workdir
 
 
 def loss_config(name: str) -> ml_collections.ConfigDict:
@@ -174,18 +174,43 @@ def default_config() -> ml_collections.ConfigDict:
   return config
 
 
-# What may change when a run goes on in its workdir.
-_MAY_CHANGE = (
+_INF = float("inf")
+# Least and largest value of the keys that no other module checks.
+_RANGES = {
+  "total_steps": (1, _INF),
+  "batch_size": (1, _INF),
+  "accumulation_steps": (1, _INF),
+  "logps_chunk": (0, _INF),
+  "data.max_shapes": (1, _INF),
+  "eval.every_steps": (0, _INF),
+  "eval.batch_size": (1, _INF),
+  "eval.max_groups": (0, _INF),
+  "eval.num_samples": (0, _INF),
+  "eval.max_response_tokens": (1, _INF),
+  "eval.temperature": (0, _INF),
+  "eval.top_k": (0, _INF),
+  "eval.top_p": (0, 1),
+  "checkpoint.every_steps": (0, _INF),
+  "checkpoint.keep": (2, _INF),
+  "log.every_steps": (1, _INF),
+  "lora.rank": (0, _INF),
+}
+# Keys, or their beginnings, that do not decide what a run learns.
+_PLACES = (
   "log.",
   "mesh.",
   "parallelism",
-  "total_steps",
   "logps_chunk",
   "policy.remat",
   "data.max_shapes",
   "profile.",
   "compilation_cache_dir",
 )
+
+
+def decides_result(key: str) -> bool:
+  """Whether a key decides what a run learns, but for rounding."""
+  return not key.startswith(_PLACES) and not key.endswith(".cache_dir")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple]:
@@ -226,27 +251,19 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   ]
   if faults:
     raise ValueError("\n".join(faults))
-  for key, low in (
-    ("total_steps", 1),
-    ("batch_size", 1),
-    ("accumulation_steps", 1),
-    ("logps_chunk", 0),
-    ("data.max_shapes", 1),
-    ("eval.every_steps", 0),
-    ("eval.batch_size", 1),
-    ("eval.max_groups", 0),
-    ("eval.num_samples", 0),
-    ("checkpoint.every_steps", 0),
-    ("checkpoint.keep", 2),
-    ("log.every_steps", 1),
-    ("lora.rank", 0),
-  ):
-    if found[key] < low:
-      raise ValueError(f"config.{key}={found[key]} must be at least {low}")
+  for key, (low, high) in _RANGES.items():
+    if not low <= found[key] <= high:  # NaN included
+      wanted = f"at least {low}" + (f", at most {high}" if high < _INF else "")
+      raise ValueError(f"config.{key}={found[key]} must be {wanted}")
+  if not found["eval.top_p"]:
+    raise ValueError(
+      f"config.eval.top_p={found['eval.top_p']} must be above 0; 1 leaves"
+      " nothing out"
+    )
 
 
 def settle_config(
-  config: ml_collections.ConfigDict, workdir: epath.Path, *, is_writer: bool
+  config: ml_collections.ConfigDict, workdir: Workdir, *, is_writer: bool
 ) -> None:
   """Writes the resolved config to a workdir, or compares it with the one there.
 
@@ -259,10 +276,9 @@ def settle_config(
     ValueError: the workdir belongs to a run with another config; shows the
       difference.
   """
-  path = workdir / "config.json"
   resolved = json.loads(json.dumps(config.to_dict(), default=str))
-  if path.exists():
-    before = dict(flatten(json.loads(path.read_text())))
+  if workdir.config.exists():
+    before = dict(flatten(workdir.read_config()))
     now = dict(flatten(resolved))
     # Runs once recorded "" for the tokenizer of policy.init.
     before["data.tokenizer"] = before.get("data.tokenizer") or now.get(
@@ -272,8 +288,8 @@ def settle_config(
       f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
       for key in sorted(before.keys() | now.keys())
       if before.get(key) != now.get(key)
-      and not key.startswith(_MAY_CHANGE)
-      and not key.endswith(".cache_dir")
+      and decides_result(key)
+      and key != "total_steps"  # a run may take more steps
     ]
     if changed:
       raise ValueError(
@@ -282,8 +298,4 @@ def settle_config(
         + "\nChoose another workdir, or go on with the config that is there"
       )
   if is_writer:
-    workdir.mkdir(parents=True, exist_ok=True)
-    # Renamed when it is whole: a kill must not leave half a config behind.
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(json.dumps(resolved, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
+    workdir.write_config(resolved)

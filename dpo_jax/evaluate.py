@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import io
 import math
 from typing import Any
@@ -13,13 +14,15 @@ import numpy as np
 from dpo_jax import judges
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.loader import Loader
-from dpo_jax.data.store import Store, part_starts
+from dpo_jax.data.store import Store
 from dpo_jax.data.tokenizers import Tokenizer
 from dpo_jax.mesh import Placement
 from dpo_jax.models import generate
 from dpo_jax.models.decoder import Policy
-from dpo_jax.reference import compute_logps, to_host
+from dpo_jax.reference import compute_logps
+from dpo_jax.scoring import score_all, to_host
 from dpo_jax.types import Sequences
+from dpo_jax.workdir import Workdir, write_atomically
 
 # Fields of Sequences, [N, K] or [N], and the groups' ids.
 Records = dict[str, np.ndarray]
@@ -44,41 +47,6 @@ def wilson_interval(fraction: float, count: int) -> tuple[float, float]:
   spread = fraction * (1 - fraction) / count + z2 / (4 * count**2)
   half = _Z95 * math.sqrt(spread) / (1 + z2 / count)
   return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def read_groups(
-  eval_step: Callable[..., Sequences],
-  params: Any,
-  ref_params: Any,
-  loader: Loader,
-  placement: Placement,
-) -> tuple[Sequences, np.ndarray]:
-  """Runs the evaluation step over every group once.
-
-  Args:
-    eval_step: compiled `step.make_eval_step`, its output replicated.
-    params: the policy's.
-    ref_params: the reference's, or None where it is cached or absent.
-    loader: the groups.
-    placement: mesh.
-
-  Returns:
-    Sequences of all groups, numpy, and the groups' ids, ascending.
-  """
-  parts = []
-  for index in range(loader.num_eval_batches()):
-    batch = placement.place_rows(loader.eval_batch(index))
-    sequences = eval_step(params, ref_params, batch)
-    ids = to_host(batch.example_ids).reshape(-1)
-    found = jax.tree.map(lambda x, i=ids: to_host(x)[i >= 0], sequences)
-    parts.append((ids[ids >= 0], found))
-  ids = np.concatenate([ids for ids, _ in parts])
-  # In one order, however the groups are cut into batches.
-  order = np.argsort(ids)
-  whole = jax.tree.map(
-    lambda *x: np.concatenate(x)[order], *(found for _, found in parts)
-  )
-  return whole, ids[order]
 
 
 def evaluate(
@@ -110,7 +78,8 @@ def evaluate(
     `reward/accuracy_high`) where it has one. And what every group gave, for
     `write_records`.
   """
-  sequences, ids = read_groups(eval_step, params, ref_params, loader, placement)
+  read = functools.partial(eval_step, params, ref_params)
+  ids, sequences = score_all(read, loader, placement)
   per_group, metrics, is_valid = jax.tree.map(
     np.asarray, measure(sequences, jax.tree.map(to_host, loss_state))
   )
@@ -170,13 +139,11 @@ def displacement(
   return figures | {"length_margin_correlation": float(correlation)}
 
 
-def write_records(workdir: epath.Path, step: int, records: Records) -> None:
+def write_records(workdir: Workdir, step: int, records: Records) -> None:
   """Writes WORKDIR/eval_logps/STEP.npz, for `experiments.replay`."""
-  folder = workdir / "eval_logps"
-  folder.mkdir(parents=True, exist_ok=True)
   buffer = io.BytesIO()
   np.savez(buffer, **records)
-  (folder / f"{step}.npz").write_bytes(buffer.getvalue())
+  write_atomically(workdir.eval_logps / f"{step}.npz", buffer.getvalue())
 
 
 def read_records(workdir: epath.PathLike) -> dict[int, Records]:
@@ -185,7 +152,7 @@ def read_records(workdir: epath.PathLike) -> dict[int, Records]:
   Raises:
     FileNotFoundError: nothing there.
   """
-  folder = epath.Path(workdir) / "eval_logps"
+  folder = Workdir.at(workdir).eval_logps
   paths = sorted(folder.glob("*.npz")) if folder.exists() else []
   if not paths:
     raise FileNotFoundError(
@@ -359,20 +326,8 @@ def sampled_kl(
   Returns:
     `kl`, nats a response, and `kl_error`, its standard error.
   """
-  parts = [
-    np.asarray(part, np.int32)
-    for pair in zip(samples.prompts, samples.responses, strict=True)
-    for part in pair
-  ]
-  lengths = np.array([len(p) for p in parts], np.int32).reshape(-1, 2)
-  store = Store(
-    tokens=np.concatenate(parts),
-    starts=part_starts(lengths),
-    lengths=lengths,
-    score=np.ones((len(lengths), 1), np.float32),
-    digest="samples",
-    report={},
-  )
+  groups = list(zip(samples.prompts, samples.responses, strict=True))
+  store = Store.from_groups(groups, np.ones((len(groups), 1)))
   indices = np.arange(len(store))
   plan = loader_lib.make_plan(
     store,

@@ -17,17 +17,19 @@ import logging
 import pathlib
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from etils import epath
 import jax
 
+from dpo_jax import command_line, mesh
 from dpo_jax import config as config_lib
-from dpo_jax import initialize, mesh
 from dpo_jax.data import tokenizer_files, tokenizers
 from dpo_jax.metrics import read_metrics
+from dpo_jax.model_source import HuggingFaceModel, TrainedRun
 from dpo_jax.models import hf, peft
-from dpo_jax.models.config import DTYPES, ModelConfig
+from dpo_jax.models.config import DTYPES
 from dpo_jax.models.decoder import Policy
+from dpo_jax.workdir import Workdir, read_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,13 +55,13 @@ def export(
     ValueError: a folder that holds a model, an unknown dtype, or
       `only_adapter` of a run that has none.
   """
-  workdir, out = epath.Path(workdir), epath.Path(out)
-  config, model = _read(workdir)
+  run, out = TrainedRun.at(workdir), epath.Path(out)
+  model = run.trained_model
   if dtype and dtype not in DTYPES:
     raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
   if only_adapter and model.lora is None:
     raise ValueError(
-      f"{workdir} trained no adapters (lora.rank is 0): leave --adapter out"
+      f"{run.workdir} trained no adapters (lora.rank is 0): leave --adapter out"
     )
   for name in ("config.json", "adapter_config.json"):
     if (out / name).exists():
@@ -67,25 +69,22 @@ def export(
   placement = mesh.make_mesh({"data": -1})
   if only_adapter:
     dtype = dtype or model.param_dtype
-    base = _export_adapter(workdir, out, config, model, dtype, placement)
+    base = _export_adapter(run, out, dtype, placement)
   else:
     dtype = dtype or "float32"
     policy = Policy(
       dataclasses.replace(model, lora=None, frozen="", param_dtype="float32")
     )
-    params = initialize.load_params(
-      f"run:{workdir}", policy, placement, seed=config["seed"]
-    )
-    _write_model(out, workdir, config, policy, params, dtype)
-    base = initialize.base_name(config["policy"]["init"])
-  card = model_card(workdir, config, base=base, is_adapter=only_adapter)
+    params = run.load(policy, placement, seed=run.config["seed"])
+    _write_model(out, run, policy, params, dtype)
+    base = run.start.card_name
+  card = model_card(run, base=base, is_adapter=only_adapter)
   (out / "README.md").write_text(card)
 
 
 def _write_model(
   out: epath.Path,
-  workdir: epath.Path,
-  config: Mapping[str, Any],
+  run: TrainedRun,
   policy: Policy,
   params: Any,
   dtype: str,
@@ -95,53 +94,35 @@ def _write_model(
     _LOG.warning("the value head is not exported: transformers has none")
     params = {k: x for k, x in params.items() if k != "value_head"}
     policy = Policy(dataclasses.replace(policy.config, value_head=False))
-  tokenizer = initialize.tokenizer_of_run(workdir)
+  tokenizer = run.open_tokenizer()
   hf.save_params(
     out, policy, params, dtype=dtype, token_ids=_token_ids(tokenizer)
   )
   tokenizer_files.save_tokenizer(tokenizer, out)
-  _write_generation_config(out, config, tokenizer)
+  _write_generation_config(out, run.config, tokenizer)
 
 
 def _export_adapter(
-  workdir: epath.Path,
-  out: epath.Path,
-  config: Mapping[str, Any],
-  model: ModelConfig,
-  dtype: str,
-  placement: Any,
+  run: TrainedRun, out: epath.Path, dtype: str, placement: Any
 ) -> str:
   """Writes the adapters, and their base where transformers cannot open it.
 
   Returns:
     What the card calls the base.
   """
-  policy, init = Policy(model), config["policy"]["init"]
-  params = initialize.load_trained(workdir, policy, placement)
-  kind, _, where = init.partition(":")
-  if kind == "hf":
-    base, revision, name = where, None, where
-  elif kind == "hub":
-    base, _, revision = where.partition("@")
-    name = where
+  model = run.trained_model
+  policy = Policy(model)
+  params = run.load_trained(policy, placement)
+  if isinstance(run.start, HuggingFaceModel):
+    base, revision = run.start.name, run.start.revision
+    name = base
   else:
-    weights = initialize.load_base(workdir, policy, placement)
+    weights = run.load_base(policy, placement)
     bare = dataclasses.replace(model, lora=None, frozen="", value_head=False)
     base, revision, name = str(out / "base"), None, "base"
-    _write_model(out / "base", workdir, config, Policy(bare), weights, dtype)
+    _write_model(out / "base", run, Policy(bare), weights, dtype)
   peft.save_adapter(out, params, model, base=base, revision=revision)
   return name
-
-
-def _read(workdir: epath.Path) -> tuple[dict[str, Any], ModelConfig]:
-  for name in ("config.json", "model.json"):
-    if not (workdir / name).exists():
-      raise FileNotFoundError(
-        f"{workdir / name} does not exist: {workdir} is no workdir of a run"
-      )
-  config = json.loads((workdir / "config.json").read_text())
-  model = json.loads((workdir / "model.json").read_text())
-  return config, ModelConfig.from_dict(model)
 
 
 def _token_ids(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
@@ -170,17 +151,15 @@ def _write_generation_config(
   (out / "generation_config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def model_card(
-  workdir: epath.Path, config: Mapping[str, Any], *, base: str, is_adapter: bool
-) -> str:
+def model_card(run: TrainedRun, *, base: str, is_adapter: bool) -> str:
   """README.md of an export: what was trained, on what, with which metrics.
 
   Args:
-    workdir: run directory.
-    config: the run's resolved config.
+    run: what was trained.
     base: what the run started from.
     is_adapter: whether the export holds adapters alone.
   """
+  config, workdir = run.config, run.workdir
   loss = config["loss"]
   name = (
     loss["name"]
@@ -193,8 +172,9 @@ def model_card(
     for key, value in (rows[-1] if rows else {}).items()
     if key not in ("step", "split") and isinstance(value, float)
   }
-  git = workdir / "git.txt"
-  revision = git.read_text().strip() if git.exists() else "unknown"
+  revision = "unknown"
+  if workdir.git.exists():
+    revision = workdir.git.read_text().strip()
   library = "peft" if is_adapter else "transformers"
   opening = ["---", f"library_name: {library}"]
   if is_adapter:
@@ -236,17 +216,14 @@ def model_card(
   return "\n".join(lines) + "\n"
 
 
-def _data_digest(workdir: epath.Path) -> str:
-  path = workdir / "data.json"
-  if not path.exists():
+def _data_digest(workdir: Workdir) -> str:
+  if not workdir.data.exists():
     return "unknown"
-  identity = config_lib.flatten(json.loads(path.read_text()))
+  identity = config_lib.flatten(read_json(workdir.data))
   return "; ".join(f"{name}: {value}" for name, value in identity)
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+def main() -> None:
   out = flags.FLAGS.out
   export(
     flags.FLAGS.workdir,
@@ -265,4 +242,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("dtype", "", "of the weights; float32 if empty")
   flags.DEFINE_bool("adapter", False, "write the adapters alone")
   jax.config.update("jax_platforms", "cpu")  # no accelerator is needed
-  app.run(main)
+  command_line.run(main)

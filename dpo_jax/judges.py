@@ -19,12 +19,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from dpo_jax import initialize
 from dpo_jax.classifier import Classifier
 from dpo_jax.data import packing, synthetic
 from dpo_jax.mesh import Placement, make_mesh, on_mesh
+from dpo_jax.model_source import TrainedRun
 from dpo_jax.models import logps as logps_lib
-from dpo_jax.reference import to_host
+from dpo_jax.scoring import to_host
 
 # (prompts, responses) -> a reward for each, higher is better.
 Judge = Callable[[Sequence[str], Sequence[str]], Any]
@@ -167,33 +167,27 @@ class RewardModel:
       FileNotFoundError: no run there.
       ValueError: a run of another loss.
     """
-    root = epath.Path(workdir)
-    for name in ("config.json", "model.json"):
-      if not (root / name).exists():
-        raise FileNotFoundError(
-          f"{root / name} does not exist: reward:{workdir} must be the workdir"
-          " of a run with loss.name='reward_model'"
-        )
-    model = json.loads((root / "model.json").read_text())
-    if not model.get("value_head"):
+    try:
+      self._run = TrainedRun.at(workdir)
+    except FileNotFoundError as error:
+      raise FileNotFoundError(
+        f"reward:{workdir} must be the workdir of a run with"
+        f" loss.name='reward_model': {error}"
+      ) from error
+    if not self._run.has_value_head:
       raise ValueError(
         f"reward:{workdir} has no value head: train it with"
         " loss.name='reward_model'"
       )
-    self._workdir = workdir
-    self._config = json.loads((root / "config.json").read_text())
+    self._config = self._run.config
 
   @functools.cached_property
   def _loaded(self) -> tuple[Any, Any, Placement, Any]:
     """Tokenizer, parameters, mesh and the compiled step."""
-    settings, init = self._config, f"run:{self._workdir}"
-    tokenizer = initialize.tokenizer_of_run(self._workdir)
-    policy = initialize.load_policy(
-      ml_collections.ConfigDict(settings["policy"] | {"init": init}),
-      vocab_size=tokenizer.vocab_size,
-    )
+    tokenizer = self._run.open_tokenizer()
+    policy = self._run.policy(ml_collections.ConfigDict(self._config["policy"]))
     mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    params = initialize.load_params(init, policy, mesh, seed=0)
+    params = self._run.load(policy, mesh, seed=0)
 
     def step(params, batch):
       return logps_lib.response_figures(
@@ -201,7 +195,7 @@ class RewardModel:
         params,
         None,
         batch,
-        chunk_size=settings["logps_chunk"],
+        chunk_size=self._config["logps_chunk"],
         needs=frozenset({"values"}),
       )["values"]
 

@@ -9,6 +9,8 @@ from etils import epath
 import numpy as np
 from tqdm import tqdm
 
+from dpo_jax.workdir import Workdir
+
 
 class GrowingFile:
   """Text that is appended to, also in a bucket, where no file can grow.
@@ -56,7 +58,11 @@ class MetricsWriter:
   """
 
   def __init__(
-    self, workdir: epath.Path, *, is_writer: bool, tensorboard: bool
+    self,
+    workdir: epath.PathLike | Workdir,
+    *,
+    is_writer: bool,
+    tensorboard: bool,
   ):
     """Opens the files for appending.
 
@@ -68,12 +74,13 @@ class MetricsWriter:
     self._file = self._events = None
     if not is_writer:
       return
-    workdir.mkdir(parents=True, exist_ok=True)
-    self._file = GrowingFile(workdir / "metrics.jsonl")
+    workdir = Workdir.at(workdir)
+    workdir.path.mkdir(parents=True, exist_ok=True)
+    self._file = GrowingFile(workdir.metrics)
     if tensorboard:
       from tensorboardX import SummaryWriter  # slow to import
 
-      self._events = SummaryWriter(str(workdir / "tensorboard"))
+      self._events = SummaryWriter(str(workdir.tensorboard))
 
   def write(self, step: int, split: str, figures: dict[str, Any]) -> None:
     """Writes the figures of a step; `split` is train, eval or online."""
@@ -97,12 +104,14 @@ class MetricsWriter:
       self._events.close()
 
 
-def read_metrics(workdir: epath.PathLike, split: str) -> list[dict[str, Any]]:
+def read_metrics(
+  workdir: epath.PathLike | Workdir, split: str
+) -> list[dict[str, Any]]:
   """Lines of metrics.jsonl, later lines of the same step replacing earlier.
 
   A run that went back to a checkpoint writes the steps after it again.
   """
-  lines = (epath.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+  lines = Workdir.at(workdir).metrics.read_text().splitlines()
   by_step = {}
   for line in lines:
     row = json.loads(line)

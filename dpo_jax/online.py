@@ -28,8 +28,9 @@ from dpo_jax.losses import Objective, WeightedSum, policy_gradient
 from dpo_jax.mesh import Placement, on_mesh
 from dpo_jax.models import generate
 from dpo_jax.models.decoder import Policy
-from dpo_jax.reference import to_host
-from dpo_jax.types import Batch
+from dpo_jax.scoring import score_all
+from dpo_jax.types import Batch, fields_of
+from dpo_jax.workdir import Workdir, write_atomically
 
 _LOG = logging.getLogger(__name__)
 
@@ -173,10 +174,7 @@ class Snapshot:
     fields |= fields.pop("fields")
     buffer = io.BytesIO()
     np.savez(buffer, **fields)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(path)
+    write_atomically(path, buffer.getvalue())
 
   @classmethod
   def read(cls, path: epath.Path) -> "Snapshot":
@@ -194,7 +192,7 @@ class Snapshot:
         " next steps learn from. Move the checkpoints behind step"
         f" {path.stem} aside, and it goes on from one before: {error}"
       ) from error
-    names = set(step_lib.ON_POLICY_FIELDS) & fields.keys()
+    names = fields_of("on_policy") & fields.keys()
     on_policy = {name: fields.pop(name) for name in names}
     return cls(
       step=int(fields.pop("step")),
@@ -237,7 +235,7 @@ class OnPolicy:
   def __init__(
     self,
     config: Any,
-    workdir: epath.Path,
+    workdir: Workdir,
     prompts: loader_lib.Loader,
     *,
     objective: Objective | WeightedSum,
@@ -264,7 +262,7 @@ class OnPolicy:
       ValueError: no prompt leaves room for a response.
     """
     self._settings, self._config = config.online, config
-    self._folder = workdir / "online"
+    self._folder = workdir.online
     self._objective, self._policy = objective, policy
     self._ref_params, self._placement = ref_params, placement
     self._tokenizer, self._judge = tokenizer, judge
@@ -297,13 +295,13 @@ class OnPolicy:
     lengths = self._prompts.store.lengths[:, :1]
     longest = np.full((len(lengths), self._num_slots), most, np.int32)
     lengths = np.concatenate([lengths, longest], 1)
-    imagined = Store(
-      tokens=np.zeros(0, np.int32),
+    imagined = dataclasses.replace(
+      self._prompts.store,
       starts=part_starts(lengths),
       lengths=lengths,
       score=np.zeros(longest.shape, np.float32),
+      scored=None,
       digest="longest",
-      report={},
     )
     config = self._config
     return loader_lib.make_plan(
@@ -371,7 +369,7 @@ class OnPolicy:
       mask = np.expand_dims(is_group, tuple(range(2, values.ndim + 1)))
       found = np.where(mask, values[batch.example_ids], 0.0)
       fields[name] = found.astype(np.float32)
-    return batch.replace(**fields)
+    return batch.replace(on_policy=fields)
 
   @functools.cached_property
   def _loader(self) -> loader_lib.Loader:
@@ -408,23 +406,13 @@ class OnPolicy:
   ) -> loader_lib.Loader:
     """A loader of groups of one prompt and its sampled responses."""
     store = self._source.store
-    parts, lengths = [], []
-    for index, group in zip(prompts, responses, strict=True):
-      mine = [store.group(index)[0], *(row[row >= 0] for row in group)]
-      parts += mine
-      lengths.append([len(part) for part in mine])
-    lengths = np.array(lengths, np.int32)
-    sampled = Store(
-      tokens=np.concatenate(parts),
-      starts=part_starts(lengths),
-      lengths=lengths,
-      score=score,
-      digest="sampled",
-      report={},
-    )
+    groups = [
+      [store.group(index)[0], *(row[row >= 0] for row in group)]
+      for index, group in zip(prompts, responses, strict=True)
+    ]
     return dataclasses.replace(
       self._source,
-      store=sampled,
+      store=Store.from_groups(groups, score),
       indices=np.arange(len(prompts)),
       plan=self.plan,
       batch_size=self._config.batch_size,
@@ -609,17 +597,8 @@ class OnPolicy:
     self, params: Any, loader: loader_lib.Loader
   ) -> dict[str, np.ndarray]:
     """Fields of Sequences of all groups, [n, K] or [n, K, M]."""
-    out: dict[str, np.ndarray] = {}
-    for index in range(loader.num_eval_batches()):
-      batch = self._placement.place_rows(loader.eval_batch(index))
-      ids = to_host(batch.example_ids).reshape(-1)
-      for name, found in self._read(params, self._ref_params, batch).items():
-        found = to_host(found)
-        if name not in out:
-          shape = (len(loader.indices), *found.shape[1:])
-          out[name] = np.zeros(shape, found.dtype)
-        out[name][ids[ids >= 0]] = found[ids >= 0]
-    return out
+    read = functools.partial(self._read, params, self._ref_params)
+    return score_all(read, loader, self._placement)[1]
 
   def _advantages(
     self,

@@ -19,12 +19,12 @@ import os
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
 import jax
 from ml_collections import config_flags
 
-from dpo_jax import ahead_of_time, hlo, mesh, roofline, topology
+from dpo_jax import ahead_of_time, command_line, hlo, mesh, roofline, topology
 from dpo_jax.ahead_of_time import Plan, Request
 from dpo_jax.metrics import format_table
 
@@ -369,31 +369,25 @@ def sweep(
   ]
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+def main() -> None:
   values = flags.FLAGS
-  try:
-    request = Request(
-      config=values.config,
-      topology=topology.parse_topology(values.topology),
-      rows=values.rows,
-      row_tokens=values.row_tokens,
-      scored_tokens=values.scored_tokens,
-      vocab_size=values.vocab_size,
-      mfu=values.mfu,
-      price=values.price_per_chip_hour,
-    )
-    isolated = functools.partial(in_child, report)
-    if values.sweep:
-      rows = sweep(request, values.sweep_limit, isolated)
-      text, fits = format_table(rows), rows[0]["fits"] == "yes"
-    else:
-      made = isolated(request)
-      text, fits = made.text, made.fits
-  except (ValueError, RuntimeError) as error:
-    print(error, file=sys.stderr)
-    raise SystemExit(1) from None
+  request = Request(
+    config=values.config,
+    topology=topology.parse_topology(values.topology),
+    rows=values.rows,
+    row_tokens=values.row_tokens,
+    scored_tokens=values.scored_tokens,
+    vocab_size=values.vocab_size,
+    mfu=values.mfu,
+    price=values.price_per_chip_hour,
+  )
+  isolated = functools.partial(in_child, report)
+  if values.sweep:
+    rows = sweep(request, values.sweep_limit, isolated)
+    text, fits = format_table(rows), rows[0]["fits"] == "yes"
+  else:
+    made = isolated(request)
+    text, fits = made.text, made.fits
   print(text)
   if not fits:
     raise SystemExit(1)
@@ -417,4 +411,4 @@ if __name__ == "__main__":
   # The TPU is compiled for, not looked for.
   os.environ["JAX_PLATFORMS"] = "cpu"
   define_flags()
-  app.run(main)
+  command_line.run(main)

@@ -10,6 +10,8 @@ from typing import Any
 from etils import epath
 import jax
 
+from dpo_jax.workdir import Workdir
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -33,9 +35,9 @@ def parse_steps(text: str) -> range:
 class ProfileWindow:
   """Traces the steps of a window into WORKDIR/profile."""
 
-  def __init__(self, steps: str, workdir: epath.Path):
+  def __init__(self, steps: str, workdir: Workdir):
     self._steps = parse_steps(steps)
-    self._folder = workdir / "profile"
+    self._folder = workdir.profile
     # The profiler writes to disks only; a bucket gets a copy.
     self._is_remote = "://" in str(workdir)
     self._local = ""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -13,10 +14,8 @@ import uuid
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from dpo_jax.data.loader import Loader
 from dpo_jax.losses import Objective, WeightedSum
@@ -24,12 +23,13 @@ from dpo_jax.mesh import Placement, on_mesh, path_name
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
+from dpo_jax.scoring import score_all
+from dpo_jax.types import fields_of
+from dpo_jax.workdir import write_atomically, write_json
 
 KINDS = ("auto", "cached", "frozen", "adapter_off", "ema", "none")
 # Where the reference runs in every step.
 LIVE_KINDS = ("frozen", "adapter_off", "ema")
-# Fields of Sequences that a cache of log-probs does not hold.
-LIVE_FIELDS = frozenset({"kl", "ref_head_logps", "ref_sampled_logps"})
 
 
 def resolve(
@@ -50,7 +50,7 @@ def resolve(
     raise ValueError(
       f"reference.kind={config.kind!r} must be one of {', '.join(KINDS)}"
     )
-  live = sorted(objective.needs & LIVE_FIELDS)
+  live = sorted(objective.needs & fields_of("live_reference"))
   if config.kind == "auto":
     if not objective.needs_reference:
       config.kind = "none"
@@ -169,22 +169,16 @@ def cache_key(params: Any, config: ModelConfig, store_digest: str) -> str:
   return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
-def to_host(x: jax.Array) -> np.ndarray:
-  """A global array as numpy, also where other hosts hold parts of it."""
-  if x.is_fully_addressable:
-    return np.asarray(x)
-  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
 def make_logps_step(
   policy: Policy, placement: Placement, chunk_size: int
 ) -> Callable[..., jax.Array]:
-  """Compiles (params, batch) -> f32 [R, G, K] log-probs, forward only."""
+  """Compiles (params, batch) -> f32 [B, K] log-probs, forward only."""
 
   def logps(params, batch):
-    return logps_lib.response_logps(
+    by_row = logps_lib.response_logps(
       policy, params, batch, chunk_size=chunk_size
     )
+    return by_row.reshape(-1, by_row.shape[-1])
 
   return on_mesh(placement.mesh)(
     jax.jit(logps, out_shardings=placement.replicated)
@@ -213,21 +207,15 @@ def compute_logps(
   Returns:
     f32 [N, K] over the whole store, NaN where no batch has the group.
   """
-  store = loader.store
-  out = np.full((len(store), store.num_slots), np.nan, np.float32)
-  if batches is None:
-    batches = range(loader.num_eval_batches())
-  for index in tqdm(
-    sorted(batches),
-    desc="reference",
-    unit=" batches",
-    leave=False,
-    disable=not progress,
-  ):
-    batch = placement.place_rows(loader.eval_batch(index))
-    logps = to_host(step(params, batch)).reshape(-1, store.num_slots)
-    ids = to_host(batch.example_ids).reshape(-1)
-    out[ids[ids >= 0]] = logps[ids >= 0]
+  ids, logps = score_all(
+    functools.partial(step, params),
+    loader,
+    placement,
+    progress=progress,
+    batches=batches,
+  )
+  out = np.full(loader.store.score.shape, np.nan, np.float32)
+  out[ids] = logps
   return out
 
 
@@ -329,7 +317,6 @@ def write_cache(
     layout: `scoring_layout`.
   """
   folder = epath.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   buffer = io.BytesIO()
   np.save(buffer, logps)
   content = buffer.getvalue()
@@ -338,12 +325,5 @@ def write_cache(
     "shape": list(logps.shape),
     "layout": layout,
   }
-  # Runs that share the folder may write at the same time.
-  mark = f"{os.getpid()}.tmp"
-  for name, part in (
-    (f"{key}.npy", content),
-    (f"{key}.json", json.dumps(meta).encode()),
-  ):
-    temporary = folder / f"{name}.{mark}"
-    temporary.write_bytes(part)
-    temporary.replace(folder / name)
+  write_atomically(folder / f"{key}.npy", content)
+  write_json(folder / f"{key}.json", meta)

@@ -6,13 +6,11 @@ has been compiled, loaded or overwritten yet.
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import json
 import logging
 import math
 import os
 from typing import Any
 
-from etils import epath
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
@@ -22,9 +20,9 @@ import optax
 
 from dpo_jax import config as config_lib
 from dpo_jax import (
-  initialize,
   judges,
   mesh,
+  model_source,
   online,
   optimizer,
   profile,
@@ -32,10 +30,11 @@ from dpo_jax import (
   step,
 )
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import packing, sources, store, tokenizers
+from dpo_jax.data import mismatched, sources, store, tokenizers
 from dpo_jax.losses import Objective, WeightedSum, build_objective
 from dpo_jax.models.decoder import Policy
-from dpo_jax.types import TrainState
+from dpo_jax.types import FIELDS, TrainState, fields_of, token_masks
+from dpo_jax.workdir import Workdir, read_json, write_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class Data:
     return {**splits, "tokenizer": dict(self.tokenizer.parts)}
 
 
-def check_same_data(identity: Mapping[str, Any], workdir: epath.Path) -> None:
+def check_same_data(identity: Mapping[str, Any], workdir: Workdir) -> None:
   """Compares what a run reads with what it began with.
 
   Args:
@@ -83,10 +82,9 @@ def check_same_data(identity: Mapping[str, Any], workdir: epath.Path) -> None:
     ValueError: other data, another tokenizer or another chat template; shows
       the difference.
   """
-  path = workdir / "data.json"
-  if not path.exists():
+  if not workdir.data.exists():
     return
-  before = json.loads(path.read_text())
+  before = read_json(workdir.data)
   if isinstance(before["train"], str):  # as older runs recorded a split
     identity = {
       name: f"{split['store']}, {split['groups']} groups"
@@ -108,13 +106,10 @@ def check_same_data(identity: Mapping[str, Any], workdir: epath.Path) -> None:
     )
 
 
-def write_data(identity: Mapping[str, Any], workdir: epath.Path) -> None:
+def write_data(identity: Mapping[str, Any], workdir: Workdir) -> None:
   """Records what a run reads, once."""
-  path = workdir / "data.json"
-  if not path.exists():
-    temporary = workdir / "data.json.tmp"
-    temporary.write_text(json.dumps(identity, indent=2) + "\n")
-    temporary.replace(path)
+  if not workdir.data.exists():
+    write_json(workdir.data, identity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +117,7 @@ class Run:
   """All that is fixed for a run: what to train, on what, and how."""
 
   config: Any
-  workdir: epath.Path
+  workdir: Workdir
   objective: Objective | WeightedSum
   eval_objectives: tuple[Objective, ...]
   placement: mesh.Placement
@@ -199,7 +194,7 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
 
 def build_run(
   config: Any,
-  workdir: epath.Path,
+  workdir: Workdir,
   *,
   on: Mesh | None = None,
   vocab_size: int | None = None,
@@ -234,16 +229,22 @@ def build_run(
     on or mesh.make_mesh(config.mesh), config.parallelism
   )
   step.check_coupling(objective, placement.axis_name)
+  source = model_source.parse(config.policy.init)
+  config.policy.init = source.init
+  if config.reference.init:
+    config.reference.init = model_source.parse(
+      config.reference.init, "reference.init"
+    ).init
   tokenizer = None
   if vocab_size is None:
-    settings = initialize.tokenizer_settings(config.policy.init, config.data)
+    settings = source.tokenizer_settings(config.data)
     config.data.update(settings)
-    tokenizer = initialize.open_tokenizer(settings)
-    initialize.warn_of_other_ids(config.policy.init, settings, tokenizer)
-  policy = initialize.load_policy(
+    tokenizer = model_source.open_tokenizer(settings)
+    source.warn_of_other_ids(settings, tokenizer)
+  policy = source.policy(
     config.policy,
     vocab_size=tokenizer.vocab_size if tokenizer else vocab_size,
-    value_head=bool(objective.needs & {"values", "token_values"}),
+    value_head=any(FIELDS[n].reads_value_head for n in objective.needs),
     adapters=config.lora,
   )
   _check_parts(config, policy)
@@ -309,14 +310,12 @@ def _eval_objectives(
   """The losses of `eval.losses`, each of which this run can measure."""
   others = tuple(build_objective({"name": n}) for n in config.eval.losses)
   # What depends on the run: the rest comes with every forward pass.
-  absent = {"values", "mismatched_logps", "mismatched_ref_logps"}
-  absent |= {"token_mask", "token_logps", "token_values"}
-  absent |= set(step.ON_POLICY_FIELDS)
+  absent = fields_of("values", "mismatched", "tokens", "on_policy")
   absent -= objective.needs
   if config.reference.kind not in reference.LIVE_KINDS:
-    absent |= reference.LIVE_FIELDS
+    absent |= fields_of("live_reference")
   if not objective.needs_reference:
-    absent |= reference.LIVE_FIELDS | {"ref_logps"}
+    absent |= fields_of("live_reference", "reference")
   for other in others:
     missing = sorted(other.needs & absent)
     if missing:
@@ -376,10 +375,6 @@ def _build_data(
   placement: mesh.Placement,
 ) -> Data:
   read = objective.needs.union(*(o.needs for o in eval_objectives))
-  token_masks = frozenset(
-    mask for mask in packing.TOKEN_MASKS if f"{mask}_logps" in read
-  )
-
   is_offline = config.online.kind == "none"
 
   def open_store(spec: str) -> tuple[store.Store, np.ndarray]:
@@ -404,7 +399,9 @@ def _build_data(
     is_usable = _drop_unusable(reasons, spec, objective, is_needed=is_offline)
     opened = opened.first_slots(objective.num_slots or opened.num_slots)
     if "mismatched_logps" in objective.needs:
-      opened = opened.with_mismatched(config.seed, config.data.max_tokens)
+      opened = mismatched.add_slot(
+        opened, seed=config.seed, max_tokens=config.data.max_tokens
+      )
     return opened, is_usable
 
   process_index, process_count = placement.row_reader
@@ -431,7 +428,7 @@ def _build_data(
       config.seed,
       process_index=process_index,
       process_count=process_count,
-      token_masks=token_masks,
+      token_masks=token_masks(read),
     )
 
   groups, is_usable = open_store(config.data.source)

@@ -12,20 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpo_jax.data import mismatched
 from dpo_jax.losses import Objective, WeightedSum, mean_over_groups
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.models.decoder import Policy
 from dpo_jax.types import Batch, Sequences, TrainState
 
 Metrics = dict[str, jax.Array]
-# What on-policy batches bring with them.
-ON_POLICY_FIELDS = (
-  "old_logps",
-  "old_token_logps",
-  "old_token_values",
-  "advantages",
-  "returns",
-)
 
 
 def flatten_groups(x: jax.Array) -> jax.Array:
@@ -49,8 +42,8 @@ def read_sequences(
     policy: the decoder.
     params: the policy's parameters.
     ref_params: the reference's, or None.
-    batch: packed rows. Where mismatched log-probs are needed, the last slot
-      of every group holds another group's response.
+    batch: packed rows. Where mismatched log-probs are needed, with the slot
+      that `mismatched.add_slot` adds.
     chunk_size: see `logps.chunked_token_figures`.
     needs: optional fields of Sequences to fill.
     max_tokens: M of the fields of single tokens; 0: as the batch's.
@@ -58,7 +51,6 @@ def read_sequences(
   Returns:
     Sequences with B = R * G.
   """
-  on_policy = {name: getattr(batch, name) for name in ON_POLICY_FIELDS}
   figures = logps_lib.response_figures(
     policy,
     params,
@@ -66,10 +58,9 @@ def read_sequences(
     batch,
     chunk_size=chunk_size,
     needs=needs,
-    max_tokens=max_tokens
-    or (0 if batch.advantages is None else batch.advantages.shape[-1]),
+    max_tokens=max_tokens or batch.max_tokens,
   )
-  figures |= {k: v for k, v in on_policy.items() if v is not None}
+  figures |= batch.on_policy
   if batch.ref_logps is not None:
     figures.setdefault("ref_logps", batch.ref_logps)
   figures |= {
@@ -79,13 +70,7 @@ def read_sequences(
   }
   figures = {name: flatten_groups(x) for name, x in figures.items()}
   if "mismatched_logps" in needs:
-    figures |= {
-      "mismatched_logps": figures["logps"][:, -1],
-      "mismatched_ref_logps": figures["ref_logps"][:, -1],
-    }
-    figures = {
-      name: x[:, :-1] if x.ndim == 2 else x for name, x in figures.items()
-    }
+    figures = mismatched.take_slot(figures)
   return Sequences(**figures)
 
 

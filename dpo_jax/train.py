@@ -8,7 +8,6 @@ one restores, steps, evaluates and saves.
 
 from collections.abc import Iterator, Mapping
 import dataclasses
-import datetime
 import functools
 import json
 import logging
@@ -24,7 +23,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from dpo_jax import command_line
+
 if __name__ == "__main__":
+  command_line.define_flags()
   config_flags.DEFINE_config_file(
     "config", None, "path of a config file, such as configs/hh.py"
   )
@@ -46,10 +48,11 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from dpo_jax import config as config_lib
-from dpo_jax import distributed, initialize, mesh, online, reference
+from dpo_jax import distributed, mesh, model_source, online, reference
 from dpo_jax import evaluate as evaluate_lib
 from dpo_jax import start as start_lib
 from dpo_jax import step as step_lib
+from dpo_jax.checkpoint import open_checkpoints
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.metrics import (
   GrowingFile,
@@ -65,7 +68,9 @@ from dpo_jax.run import (
   use_compilation_cache,
   write_data,
 )
+from dpo_jax.scoring import to_host
 from dpo_jax.types import TrainState
+from dpo_jax.workdir import Workdir, write_atomically, write_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -104,23 +109,25 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     Preempted: SIGTERM came; the run has saved, and goes on when it is started
       again.
   """
+  workdir = Workdir.at(workdir)
+  workdir.check_format()
   use_compilation_cache(config.compilation_cache_dir)
   distributed.check_same(
     {k: v for k, v in config_lib.flatten(config) if "cache_dir" not in k},
     "config",
   )
-  run = distributed.together(lambda: build_run(config, epath.Path(workdir)))
+  run = distributed.together(lambda: build_run(config, workdir))
   identity = run.data.identity()
   distributed.check_same(identity, "data")
-  check_same_data(identity, run.workdir)
-  config_lib.settle_config(run.config, run.workdir, is_writer=run.is_writer)
+  check_same_data(identity, workdir)
+  config_lib.settle_config(run.config, workdir, is_writer=run.is_writer)
   if run.is_writer:
-    write_data(identity, run.workdir)
-    initialize.write_model(run.policy, run.workdir)
-    (run.workdir / "git.txt").write_text(_git_hash() + "\n")
-  checkpoints = initialize.open_checkpoints(run.workdir, run.config)
+    write_data(identity, workdir)
+    write_json(workdir.model, dataclasses.asdict(run.policy.config))
+    write_atomically(workdir.git, _git_hash() + "\n")
+  checkpoints = open_checkpoints(workdir, run.config)
   writer = MetricsWriter(
-    run.workdir,
+    workdir,
     is_writer=run.is_writer,
     tensorboard=run.config.log.tensorboard,
   )
@@ -131,23 +138,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     writer.close()
     checkpoints.close()
   if run.is_writer:
-    _write_finished(run.workdir, run.config.total_steps)
+    workdir.write_finished(run.config.total_steps)
   return figures
-
-
-# The file that says that a run is over, written after everything else.
-FINISHED = "finished.json"
-
-
-def _write_finished(workdir: epath.Path, total_steps: int) -> None:
-  now = datetime.datetime.now(datetime.UTC)
-  mark = {
-    "total_steps": total_steps,
-    "finished_at": now.isoformat(timespec="seconds"),
-  }
-  temporary = workdir / f"{FINISHED}.tmp"
-  temporary.write_text(json.dumps(mark) + "\n")
-  temporary.replace(workdir / FINISHED)
 
 
 def _git_hash() -> str:
@@ -211,7 +203,7 @@ class _Loop:
       _LOG.info("%s is finished: %d steps", run.workdir, start)
       return _last_figures(run.workdir)
     if run.is_writer:  # of a run that is to take more steps
-      (run.workdir / FINISHED).unlink(missing_ok=True)
+      run.workdir.finished.unlink(missing_ok=True)
     self._attach_reference(state, is_fresh=start == 0)
     self._build_eval()
     self.state = run.placement.place_state(state)
@@ -236,7 +228,7 @@ class _Loop:
       _LOG.info("goes on at step %d", int(state.step))
       if target.frozen_params is not None:
         frozen = run.split_params(self._load(config.policy.init))[1]
-        initialize.check_frozen(frozen, run.workdir, config.policy.init)
+        model_source.check_frozen(frozen, run.workdir, config.policy.init)
         state = state.replace(frozen_params=frozen)
       return state, shardings
     params, frozen = run.split_params(self._load(config.policy.init))
@@ -250,15 +242,15 @@ class _Loop:
     state = make(params, ref_params)
     if frozen is not None and run.is_writer:
       digest = reference.params_digest(frozen)
-      (run.workdir / initialize.FROZEN_DIGEST).write_text(digest + "\n")
+      write_atomically(run.workdir.frozen_digest, digest + "\n")
     return state.replace(frozen_params=frozen), shardings
 
   def _reference_init(self) -> str:
     return self.config.reference.init or self.config.policy.init
 
   def _load(self, init: str) -> Any:
-    return initialize.load_params(
-      init, self.run.policy, self.run.placement.mesh, seed=self.config.seed
+    return model_source.parse(init).load(
+      self.run.policy, self.run.placement.mesh, seed=self.config.seed
     )
 
   def _reference_params(self, state: TrainState) -> Any:
@@ -288,7 +280,7 @@ class _Loop:
     is_cached = config.reference.kind == "cached"
     if not (is_cached and run.objective.needs_reference):
       return
-    folder = config.reference.cache_dir or run.workdir / "reference"
+    folder = config.reference.cache_dir or run.workdir.reference_cache
     params = self._reference_params(state)
     policy = run.policy.without_adapters
     self._check_same_reference(params, is_fresh=is_fresh)
@@ -337,17 +329,17 @@ class _Loop:
     What `reference.init` points at may have changed since: a run that was
     trained on, a folder that was written again.
     """
-    path = self.run.workdir / "reference.txt"
+    path = self.run.workdir.reference_digest
     digest = reference.params_digest(params)
-    if not is_fresh and path.exists() and path.read_text().strip() != digest:
+    before = "" if is_fresh else self.run.workdir.read_digest(path)
+    if before and before != digest:
       raise ValueError(
         f"{self._reference_init()} holds other weights than when this run"
-        f" began: {path} says {path.read_text().strip()[:12]}, and they are"
-        f" {digest[:12]} now. Bring the old ones back, or choose another"
-        " workdir"
+        f" began: {path} says {before[:12]}, and they are {digest[:12]} now."
+        " Bring the old ones back, or choose another workdir"
       )
     if self.run.is_writer:
-      path.write_text(digest + "\n")
+      write_atomically(path, digest + "\n")
 
   def _every_group(self, loader: loader_lib.Loader) -> loader_lib.Loader:
     """A loader of all groups of a store, as the reference scores them."""
@@ -447,10 +439,10 @@ class _Loop:
       return
     batch = run.placement.place_rows(self.train_loader.batch(0))
     sequences = jax.tree.map(
-      reference.to_host,
+      to_host,
       self.eval_step(state.policy_params, state.reference_params, batch),
     )
-    loss_state = jax.tree.map(reference.to_host, state.loss_state)
+    loss_state = jax.tree.map(to_host, state.loss_state)
     per_group, _, is_valid = self.measure(sequences, loss_state)
     start_lib.check_first_batch(
       sequences,
@@ -524,16 +516,13 @@ class _Loop:
 
   def _begin_batches(self, step: int) -> int:
     """Where the batches end that do not depend on what is learned till then."""
-    total = self.config.total_steps
-    if not isinstance(self.train_loader, online.OnPolicy):
-      return total
     params = self.run.placement.gather_state(self.state).policy_params
     stop, figures = self.train_loader.begin(
       step, params, oldest=min(self.checkpoints.steps, default=0)
     )
     if figures:
       self.writer.write(step, "online", figures)
-    return min(stop, total)
+    return min(stop, self.config.total_steps)
 
   def _make_batch(self, step: int) -> tuple[Any, dict[str, float]]:
     """A placed batch, and what the host knows of it."""
@@ -635,7 +624,7 @@ class _Loop:
   def _write_samples(self, step: int, samples: evaluate_lib.Samples) -> None:
     if not self.run.is_writer:
       return
-    file = GrowingFile(self.run.workdir / "samples.jsonl")
+    file = GrowingFile(self.run.workdir.samples)
     for i, (prompt, text) in enumerate(
       zip(samples.prompt_texts, samples.texts, strict=True)
     ):
@@ -646,7 +635,7 @@ class _Loop:
     file.close()
 
 
-def _last_figures(workdir: epath.Path) -> dict[str, float]:
+def _last_figures(workdir: Workdir) -> dict[str, float]:
   """What `train` returned when the run ended."""
   rows = read_metrics(workdir, "eval")
   if not rows:
@@ -710,9 +699,7 @@ def show_progress_logs() -> None:
   logging.getLogger("dpo_jax").setLevel(logging.INFO)
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+def main() -> None:
   show_progress_logs()
   distributed.initialize(
     flags.FLAGS.coordinator_address,
@@ -725,4 +712,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main)

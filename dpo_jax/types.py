@@ -10,6 +10,8 @@ Shape letters, here and in every docstring:
   N  examples of a dataset         M  tokens that a sampled response may have
 """
 
+from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -43,16 +45,12 @@ class Batch:
     last_tokens: i32 [R, G, K], index in the row of each response's last token.
     ref_logps: f32 [R, G, K] log-probs under the reference, nats, where they
       were cached; else None.
-    head: bool [R, S], whether a scored token is among the first n of its
-      response, n the length of its group's shortest; None if nothing asks.
-    sampled: bool [R, S], n scored tokens of every response, drawn at random.
-    old_logps: f32 [R, G, K], of on-policy data: log-probs under the policy
-      that sampled the responses, nats; None of other data, as the next four.
-    old_token_logps: f32 [R, G, K, M], the same of single tokens; this and the
-      next three are 0 after a response's end.
-    old_token_values: f32 [R, G, K, M], the value head then.
-    advantages: f32 [R, G, K, M].
-    returns: f32 [R, G, K, M], what the value head is fitted to.
+    token_masks: name -> bool [R, S], scored tokens that a field of Sequences
+      is restricted to, where the loss reads one. "head": the first n of a
+      response, n the length of its group's shortest; "sampled": n of them,
+      drawn at random.
+    on_policy: fields of Sequences that on-policy batches bring with them,
+      f32 [R, G, K] or [R, G, K, M] each; {} of other data.
   """
 
   tokens: jax.Array
@@ -67,13 +65,44 @@ class Batch:
   example_ids: jax.Array
   last_tokens: jax.Array
   ref_logps: jax.Array | None = None
-  head: jax.Array | None = None
-  sampled: jax.Array | None = None
-  old_logps: jax.Array | None = None
-  old_token_logps: jax.Array | None = None
-  old_token_values: jax.Array | None = None
-  advantages: jax.Array | None = None
-  returns: jax.Array | None = None
+  token_masks: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  on_policy: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+  @property
+  def max_tokens(self) -> int:
+    """M of what it brings of single tokens; 0 if that is nothing."""
+    return max(
+      (x.shape[3] for x in self.on_policy.values() if x.ndim == 4), default=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """How an optional field of Sequences comes about.
+
+  Attributes:
+    source: "policy", every forward pass gives it; "reference", of a cache or
+      of a live reference; "live_reference", of one that runs in the step, as a
+      cache holds summed log-probs only; "mismatched", see `data.mismatched`;
+      "values", of a value head; "tokens", single tokens, on-policy only;
+      "on_policy", brought by the batch.
+    sums: figure of `logps.chunked_token_figures` that it sums over the scored
+      tokens of a response; "" if it is no such sum.
+    mask: of `Batch.token_masks`, which tokens it sums; "" for all.
+    is_mean: whether the sum is divided by the number of tokens.
+    reads_value_head: whether the model needs a value head.
+  """
+
+  source: str
+  sums: str = ""
+  mask: str = ""
+  is_mean: bool = False
+  reads_value_head: bool = False
+
+
+def _optional(source: str, **properties: Any) -> Any:
+  field = Field(source, **properties)
+  return dataclasses.field(default=None, metadata={"optional": field})
 
 
 @flax.struct.dataclass
@@ -81,7 +110,7 @@ class Sequences:
   """What a loss sees: one figure for each response of each group.
 
   Fields below `valid` are optional; a loss that reads one says so, and only
-  then is it computed.
+  then is it computed. FIELDS tells how.
 
   Attributes:
     logps: f32 [B, K], log pi(y|x) summed over scored tokens, nats.
@@ -104,11 +133,12 @@ class Sequences:
     token_logps: f32 [B, K, M], log-probs of single tokens.
     token_values: f32 [B, K, M], the value head where a token is predicted.
     ref_token_logps: f32 [B, K, M], as token_logps under the reference.
-    old_logps: f32 [B, K], see Batch.
-    old_token_logps: f32 [B, K, M], see Batch, as the next three.
-    old_token_values: f32 [B, K, M].
+    old_logps: f32 [B, K], logps under the policy that sampled the responses.
+    old_token_logps: f32 [B, K, M], the same of single tokens; this and the
+      next three are 0 after a response's end.
+    old_token_values: f32 [B, K, M], the value head then.
     advantages: f32 [B, K, M].
-    returns: f32 [B, K, M].
+    returns: f32 [B, K, M], what the value head is fitted to.
     num_groups: f32 [], valid groups of the global batch. None means that
       these sequences are the whole batch.
     total_tokens: f32 [], scored tokens of the global batch, or None likewise.
@@ -118,28 +148,62 @@ class Sequences:
   num_tokens: jax.Array
   score: jax.Array
   valid: jax.Array
-  ref_logps: jax.Array | None = None
-  head_logps: jax.Array | None = None
-  ref_head_logps: jax.Array | None = None
-  sampled_logps: jax.Array | None = None
-  ref_sampled_logps: jax.Array | None = None
-  mismatched_logps: jax.Array | None = None
-  mismatched_ref_logps: jax.Array | None = None
-  complement_logps: jax.Array | None = None
-  alignment: jax.Array | None = None
-  kl: jax.Array | None = None
-  values: jax.Array | None = None
-  token_mask: jax.Array | None = None
-  token_logps: jax.Array | None = None
-  token_values: jax.Array | None = None
-  ref_token_logps: jax.Array | None = None
-  old_logps: jax.Array | None = None
-  old_token_logps: jax.Array | None = None
-  old_token_values: jax.Array | None = None
-  advantages: jax.Array | None = None
-  returns: jax.Array | None = None
+  ref_logps: jax.Array | None = _optional("reference", sums="ref_logps")
+  head_logps: jax.Array | None = _optional("policy", sums="logps", mask="head")
+  ref_head_logps: jax.Array | None = _optional(
+    "live_reference", sums="ref_logps", mask="head"
+  )
+  sampled_logps: jax.Array | None = _optional(
+    "policy", sums="logps", mask="sampled"
+  )
+  ref_sampled_logps: jax.Array | None = _optional(
+    "live_reference", sums="ref_logps", mask="sampled"
+  )
+  mismatched_logps: jax.Array | None = _optional("mismatched")
+  mismatched_ref_logps: jax.Array | None = _optional("mismatched")
+  complement_logps: jax.Array | None = _optional(
+    "policy", sums="complement_logps"
+  )
+  alignment: jax.Array | None = _optional(
+    "policy", sums="alignment", is_mean=True
+  )
+  kl: jax.Array | None = _optional("live_reference", sums="kl")
+  values: jax.Array | None = _optional("values", reads_value_head=True)
+  token_mask: jax.Array | None = _optional("tokens")
+  token_logps: jax.Array | None = _optional("tokens")
+  token_values: jax.Array | None = _optional("tokens", reads_value_head=True)
+  ref_token_logps: jax.Array | None = _optional("tokens")
+  old_logps: jax.Array | None = _optional("on_policy")
+  old_token_logps: jax.Array | None = _optional("on_policy")
+  old_token_values: jax.Array | None = _optional("on_policy")
+  advantages: jax.Array | None = _optional("on_policy")
+  returns: jax.Array | None = _optional("on_policy")
   num_groups: jax.Array | None = None
   total_tokens: jax.Array | None = None
+
+
+# The optional fields of Sequences.
+FIELDS: dict[str, Field] = {
+  field.name: field.metadata["optional"]
+  for field in dataclasses.fields(Sequences)
+  if "optional" in field.metadata
+}
+
+
+def fields_where(holds: Callable[[Field], Any]) -> frozenset[str]:
+  """Names of the optional fields for which `holds`."""
+  return frozenset(name for name, field in FIELDS.items() if holds(field))
+
+
+def fields_of(*sources: str) -> frozenset[str]:
+  """Names of the optional fields from these sources, see `Field.source`."""
+  return fields_where(lambda field: field.source in sources)
+
+
+def token_masks(fields: frozenset[str]) -> frozenset[str]:
+  """Names of the token masks that some fields of Sequences need."""
+  masks = (FIELDS[name].mask for name in fields)
+  return frozenset(mask for mask in masks if mask)
 
 
 @flax.struct.dataclass

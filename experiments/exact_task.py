@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models.decoder import Policy
+from dpo_jax.workdir import write_atomically
 
 NUM_LETTERS, LENGTH = 8, 4
 PROMPTS = ("ab", "cd", "ef", "gh")
@@ -69,11 +70,7 @@ def write_demonstrations(path: str, num: int, seed: int) -> None:
 
 
 def _write_lines(path: str, rows: Any) -> None:
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  temporary = f"{path}.tmp"
-  with open(temporary, "w", encoding="utf-8") as file:
-    file.writelines(json.dumps(row) + "\n" for row in rows)
-  os.replace(temporary, path)
+  write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def raw_rewards(seed: int) -> np.ndarray:

@@ -32,19 +32,16 @@ import time
 import traceback
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 import jax
 import matplotlib
 import numpy as np
 
+from dpo_jax import command_line, model_source
 from dpo_jax import config as config_lib
-from dpo_jax.initialize import (
-  load_policy,
-  open_tokenizer,
-  tokenizer_settings,
-)
 from dpo_jax.metrics import format_table, read_metrics
 from dpo_jax.train import Preempted, show_progress_logs, train
+from dpo_jax.workdir import Workdir, write_json
 
 matplotlib.use("Agg")
 
@@ -108,18 +105,13 @@ class Run:
   def spec(self) -> dict[str, Any]:
     """What decides its result, as plain JSON."""
     flat = dict(config_lib.flatten(self.config)) if self.config else {}
-    keys = {f"config.{k}": v for k, v in flat.items() if _decides(k)}
+    keys = {
+      f"config.{k}": v for k, v in flat.items() if config_lib.decides_result(k)
+    }
     keys |= {f"inputs.{k}": v for k, v in self.inputs.items()}
     keys |= {f"labels.{k}": v for k, v in self.labels.items()}
     keys["after"] = list(self.after)
     return json.loads(json.dumps(keys, default=str))
-
-
-def _decides(key: str) -> bool:
-  is_place = key.startswith(
-    ("log.", "mesh.", "parallelism", "logps_chunk", "policy.remat")
-  )
-  return not is_place and not key.endswith("cache_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +217,7 @@ def execute(
   root = pathlib.Path(workdir)
   _check_unchanged(runs, root)
   root.mkdir(parents=True, exist_ok=True)
-  _write_json(
+  write_json(
     root / "sweep.json",
     [{"name": r.name, "labels": dict(r.labels)} for r in in_order(runs)],
   )
@@ -248,7 +240,7 @@ def execute(
     except Exception as error:
       traceback.print_exc()
       failures[run.name] = f"{type(error).__name__}: {error}"
-      _write_json(folder / "failed.json", {"error": failures[run.name]})
+      write_json(folder / "failed.json", {"error": failures[run.name]})
   return failures
 
 
@@ -257,7 +249,7 @@ def _do(run: Run, folder: pathlib.Path) -> None:
     if (folder / "result.json").exists():  # by another worker, meanwhile
       return
     (folder / "failed.json").unlink(missing_ok=True)
-    _write_json(folder / "spec.json", run.spec())
+    write_json(folder / "spec.json", run.spec())
     began = time.monotonic()
     if run.work is not None:
       run.work(str(folder))
@@ -266,7 +258,7 @@ def _do(run: Run, folder: pathlib.Path) -> None:
     rows = run.measure(str(folder)) if run.measure is not None else [{}]
     seconds = time.monotonic() - began
     if jax.process_index() == 0:
-      _write_json(
+      write_json(
         folder / "result.json", {"rows": rows, "last_seconds": seconds}
       )
 
@@ -335,14 +327,6 @@ def _wait_for(names: Sequence[str], root: pathlib.Path, who: str) -> None:
       time.sleep(_POLL_S)
 
 
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  """Whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  temporary.write_text(json.dumps(value, indent=1) + "\n")
-  temporary.replace(path)
-
-
 def collect(workdir: str) -> Collected:
   """Rows of the finished runs; what there is of the others.
 
@@ -376,10 +360,11 @@ def _how_far(folder: pathlib.Path) -> str:
     return (
       f"failed: {json.loads((folder / 'failed.json').read_text())['error']}"
     )
-  if not (folder / "metrics.jsonl").exists():
+  workdir = Workdir.at(folder)
+  if not workdir.metrics.exists():
     return "started, no step done"
   rows = read_metrics(folder, "train") or [{"step": 0}]
-  total = json.loads((folder / "config.json").read_text())["total_steps"]
+  total = workdir.read_config()["total_steps"]
   return f"half-finished: step {rows[-1]['step']} of {total}"
 
 
@@ -420,12 +405,11 @@ def estimate(runs: Sequence[Run], scale: str) -> list[Row]:
 
 def _num_params(config: Any) -> int:
   """Of the policy; of the preset where it starts from a run to come."""
-  policy = config.policy.copy_and_resolve_references()
-  if policy.init.startswith("run:"):
-    policy.init = "random"
-  settings = tokenizer_settings(policy.init, config.data)
-  vocab_size = open_tokenizer(settings).vocab_size
-  return load_policy(policy, vocab_size=vocab_size).config.num_params()
+  init = config.policy.init
+  source = model_source.parse("random" if init.startswith("run:") else init)
+  settings = source.tokenizer_settings(config.data)
+  vocab_size = model_source.open_tokenizer(settings).vocab_size
+  return source.policy(config.policy, vocab_size=vocab_size).config.num_params()
 
 
 def mean_and_spread(
@@ -524,15 +508,13 @@ def main(
   flags.DEFINE_string("policy", "", "folder of a Hugging Face model")
   flags.DEFINE_string("reviews", "", "JSONL of real reviews")
 
-  def run(argv: list[str]) -> None:
-    if len(argv) > 1:
-      raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+  def run() -> None:
     show_progress_logs()
     if flags.FLAGS.scale == "tiny":
       compile_soon()
     raise SystemExit(_command(experiment, table, name, flags.FLAGS))
 
-  app.run(run)
+  command_line.run(run)
 
 
 def _command(experiment: Any, table: Any, name: str, options: Any) -> int:

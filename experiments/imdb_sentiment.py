@@ -24,18 +24,18 @@ import functools
 import gzip
 import itertools
 import json
-import os
 import sys
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from dpo_jax import evaluate, initialize, judges
+from dpo_jax import evaluate, judges, model_source
 from dpo_jax.classifier import fit_classifier
 from dpo_jax.config import default_config, loss_config
 from dpo_jax.data import synthetic, tokenizers
 from dpo_jax.models import generate
+from dpo_jax.workdir import write_atomically
 from experiments import exact_sweep, harness, trained
 from experiments.harness import Row, Run, Settings
 
@@ -186,9 +186,9 @@ class _Plan:
   def policy(self) -> tuple[Any, Any]:
     """The reference's decoder and parameters."""
     config = self.base(1)
-    decoder = initialize.load_policy(config.policy, vocab_size=1)
-    mesh = trained.one_mesh()
-    params = initialize.load_params(self.reference, decoder, mesh, seed=0)
+    source = model_source.parse(self.reference)
+    decoder = source.policy(config.policy)
+    params = source.load(decoder, trained.one_mesh(), seed=0)
     return decoder, params
 
   def bench(self) -> trained.Bench:
@@ -311,12 +311,14 @@ def _write_pairs(folder: str, *, plan: _Plan) -> None:
       f" {samples.rewards[0]}: there is no pair to learn from, and the first is"
       f" {samples.texts[0]!r}"
     )
-  with open(f"{folder}/pairs.jsonl.tmp", "w", encoding="utf-8") as file:
-    for start in range(0, len(samples.texts), _SAMPLES):
-      group = range(start, start + _SAMPLES)
-      for row in _order_pairs(samples, group, tokenizer.stop_ids):
-        file.write(json.dumps(row) + "\n")
-  os.replace(f"{folder}/pairs.jsonl.tmp", f"{folder}/pairs.jsonl")
+  lines = [
+    json.dumps(row) + "\n"
+    for start in range(0, len(samples.texts), _SAMPLES)
+    for row in _order_pairs(
+      samples, range(start, start + _SAMPLES), tokenizer.stop_ids
+    )
+  ]
+  write_atomically(f"{folder}/pairs.jsonl", "".join(lines))
 
 
 def _order_pairs(

@@ -8,12 +8,12 @@ A test keeps both current: run this after a change to the table of losses.
 import math
 import pathlib
 
-from absl import app
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
+from dpo_jax import command_line
 from dpo_jax.losses import CATALOGUE, KNOBS, Loss, build_objective
 from dpo_jax.types import Sequences
 
@@ -158,9 +158,7 @@ def plot(path: pathlib.Path) -> None:
   plt.close(figure)
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+def main() -> None:
   FOLDER.mkdir(exist_ok=True)
   (FOLDER / "losses.md").write_text(render(), encoding="utf-8")
   plot(FOLDER / "losses.png")
@@ -168,4 +166,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main)

@@ -12,9 +12,10 @@ import math
 import os
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from configs import reviews
+from dpo_jax import command_line
 from dpo_jax.losses import CATALOGUE
 from dpo_jax.metrics import format_table, read_metrics
 from dpo_jax.train import show_progress_logs, train
@@ -69,9 +70,7 @@ def _figure(value: float | None) -> str:
   return "-" if value is None else f"{value:.3f}"
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+def main() -> None:
   show_progress_logs()
   workdir, steps = flags.FLAGS.workdir, flags.FLAGS.steps
   # Losses of samples need a judge besides their name.
@@ -94,4 +93,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("steps", 30, "of each loss")
   flags.DEFINE_integer("sft_steps", 400, "of the policy they start from")
   flags.DEFINE_list("losses", [], "names; all of the catalogue if empty")
-  app.run(main)
+  command_line.run(main)

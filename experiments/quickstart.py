@@ -14,10 +14,11 @@ import os
 import textwrap
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 import matplotlib
 
 from configs import reviews
+from dpo_jax import command_line
 from dpo_jax.metrics import format_table, read_metrics
 from dpo_jax.train import show_progress_logs, train
 from experiments import replay
@@ -135,9 +136,7 @@ def plot(workdir: str, path: str) -> None:
   plt.close(figure)
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+def main() -> None:
   show_progress_logs()
   workdir = flags.FLAGS.workdir
   run(workdir, seed=flags.FLAGS.seed)
@@ -151,4 +150,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "runs/quickstart", "folder of both runs")
   flags.DEFINE_integer("seed", 0, "of weights, data order and samples")
-  app.run(main)
+  command_line.run(main)

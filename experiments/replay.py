@@ -14,13 +14,14 @@ pairs still pull.
 import json
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from etils import epath
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
+from dpo_jax import command_line
 from dpo_jax.evaluate import (
   Records,
   displacement,
@@ -37,6 +38,7 @@ from dpo_jax.losses import (
 from dpo_jax.metrics import format_table
 from dpo_jax.step import measure
 from dpo_jax.types import Sequences
+from dpo_jax.workdir import Workdir
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -222,8 +224,7 @@ def draw(workdir: epath.PathLike) -> epath.Path | None:
 
 def read_loss(workdir: epath.PathLike) -> Any:
   """The loss that a run was trained with: a dict, or a list of them."""
-  text = (epath.Path(workdir) / "config.json").read_text()
-  return json.loads(text)["loss"]
+  return Workdir.of_run(workdir).read_config()["loss"]
 
 
 def trained_beta(loss: Any) -> float:
@@ -232,9 +233,7 @@ def trained_beta(loss: Any) -> float:
   return own or CATALOGUE["dpo"].defaults["beta"]
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+def main() -> None:
   workdir = flags.FLAGS.workdir
   by_step = read_records(workdir)
   trained = read_loss(workdir)
@@ -274,4 +273,4 @@ if __name__ == "__main__":
   flags.DEFINE_list(
     "losses", [], "NAME[:KNOB=VALUE...]; all of the catalogue if empty"
   )
-  app.run(main)
+  command_line.run(main)

@@ -10,11 +10,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from dpo_jax import evaluate, initialize, judges, reference
+from dpo_jax import evaluate, judges, reference
+from dpo_jax.checkpoint import open_checkpoints
 from dpo_jax.data import tokenizers
 from dpo_jax.mesh import Placement, make_mesh, param_shardings
+from dpo_jax.model_source import TrainedRun
 from dpo_jax.models import generate
 from dpo_jax.models.decoder import Policy
+from dpo_jax.workdir import Workdir
 
 
 def one_mesh() -> Any:
@@ -24,8 +27,7 @@ def one_mesh() -> Any:
 
 def settings_of(workdir: str) -> Any:
   """A run's resolved config."""
-  path = epath.Path(workdir) / "config.json"
-  return ml_collections.ConfigDict(json.loads(path.read_text()))
+  return ml_collections.ConfigDict(Workdir.of_run(workdir).read_config())
 
 
 def load(workdir: str) -> tuple[Policy, Any]:
@@ -40,16 +42,15 @@ def load_steps(workdir: str) -> list[tuple[int, Policy, Any]]:
     FileNotFoundError: a run without a finished checkpoint.
   """
   settings = settings_of(workdir)
-  settings.policy.init = f"run:{workdir}"
-  # The shape is the run's own, whatever the vocabulary.
-  policy = initialize.load_policy(settings.policy, vocab_size=1)
+  run = TrainedRun.at(workdir)
+  policy = run.policy(settings.policy)
   abstract = policy.abstract_params()
   targets = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     abstract,
     param_shardings(abstract, one_mesh()),
   )
-  checkpoints = initialize.open_checkpoints(workdir, settings, is_reader=True)
+  checkpoints = open_checkpoints(run.workdir, settings, is_reader=True)
   try:
     if not checkpoints.steps:
       raise FileNotFoundError(f"{workdir} has no finished checkpoint")

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import initialize, mesh
+from dpo_jax import mesh
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.metrics import read_metrics
+from dpo_jax.model_source import TrainedRun, parse
 from dpo_jax.models import lora
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
@@ -28,11 +29,9 @@ def make_config(**overrides):
 
 def load(workdir):
   """A run's policy, as another run would start from it."""
-  recorded = json.loads((workdir / "model.json").read_text())
-  config = dataclasses.replace(ModelConfig.from_dict(recorded), lora=None)
-  return initialize.load_params(
-    f"run:{workdir}", Policy(config), mesh.make_mesh(ALL), seed=0
-  )
+  run = TrainedRun.at(workdir)
+  config = dataclasses.replace(run.trained_model, lora=None)
+  return run.load(Policy(config), mesh.make_mesh(ALL), seed=0)
 
 
 def saved_names(workdir):
@@ -138,7 +137,7 @@ def test_frozen_parameters_stay_and_the_others_move(tmp_path):
   policy = Policy(
     ModelConfig.from_dict(json.loads((tmp_path / "model.json").read_text()))
   )
-  start = initialize.load_params("random", policy, mesh.make_mesh(ALL), seed=0)
+  start = parse("random").load(policy, mesh.make_mesh(ALL), seed=0)
   now = load(tmp_path)
   np.testing.assert_array_equal(now["embedding"], start["embedding"])
   moved = now["layers"]["up"]["kernel"] - start["layers"]["up"]["kernel"]
@@ -202,10 +201,9 @@ def test_small_steps_are_not_lost_beside_a_bfloat16_part(tmp_path):
     train(config, tmp_path / dtype)
     recorded = json.loads((tmp_path / dtype / "model.json").read_text())
     policy = Policy(ModelConfig.from_dict(recorded))
-    start = initialize.load_params(
-      "random", policy, mesh.make_mesh(ALL), seed=0
-    )
-    now = initialize.load_trained(tmp_path / dtype, policy, mesh.make_mesh(ALL))
+    start = parse("random").load(policy, mesh.make_mesh(ALL), seed=0)
+    run = TrainedRun.at(tmp_path / dtype)
+    now = run.load_trained(policy, mesh.make_mesh(ALL))
     kernel = now["layers"]["up"]["kernel"]
     before = start["layers"]["up"]["kernel"]
     moved[dtype] = np.mean(np.asarray(kernel) != np.asarray(before))
@@ -219,13 +217,12 @@ def test_merged_adapters_are_not_rounded_to_the_base(tmp_path):
     policy__param_dtype="bfloat16", optimizer__learning_rate=1e-5
   )
   train(config, tmp_path / "run")
-  recorded = ModelConfig.from_dict(
-    json.loads((tmp_path / "run" / "model.json").read_text())
-  )
+  run = TrainedRun.at(tmp_path / "run")
+  recorded = run.trained_model
   grid = mesh.make_mesh(ALL)
   wide = Policy(dataclasses.replace(recorded, lora=None, param_dtype="float32"))
-  merged = initialize.load_params(f"run:{tmp_path / 'run'}", wide, grid, seed=0)
-  base = initialize.load_base(tmp_path / "run", Policy(recorded), grid)
+  merged = run.load(wide, grid, seed=0)
+  base = run.load_base(Policy(recorded), grid)
   change = merged["layers"]["up"]["kernel"] - base["layers"]["up"]["kernel"]
   # Weights of 0.02 stand 1.2e-4 apart in bfloat16.
   assert 0 < np.abs(change).max() < 1e-4

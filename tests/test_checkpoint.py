@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from dpo_jax import checkpoint as checkpoint_lib
 from dpo_jax import mesh as mesh_lib
 from dpo_jax.checkpoint import Checkpoints, check_same_tree, verify
 from dpo_jax.types import TrainState
@@ -159,6 +160,7 @@ def test_a_relative_workdir_is_as_good_as_another(tmp_path, monkeypatch):
   checkpoints.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", MESHES[3:], ids=str)
 def test_a_state_comes_back_on_any_mesh(tmp_path, there):
   source = make_state()
@@ -430,6 +432,34 @@ def test_a_reader_passes_damage_over_and_leaves_the_folder_alone(
   assert "no manifest" in caplog.text
   assert (root / "3").exists() and unfinished.exists()
   assert not (tmp_path / "quarantine").exists()
+
+
+def test_a_reader_verifies_the_params_of_the_step_that_it_reads(tmp_path):
+  """And no other file: an optimizer's is twice as large."""
+  root = save_steps(tmp_path, [1, 2, 3], {1: 0.9, 2: 0.8, 3: 0.7}, keep=3)
+  read = []
+  with pytest.MonkeyPatch.context() as patch:
+    sha256 = checkpoint_lib._sha256
+    patch.setattr(
+      checkpoint_lib, "_sha256", lambda path: read.append(path) or sha256(path)
+    )
+    checkpoints = open_checkpoints(tmp_path, is_reader=True)
+    best = checkpoints.best_step
+    checkpoints.restore_params(small_target().params, step=best)
+    checkpoints.close()
+  assert best == 1 and read
+  parts = {path.relative_to(root).parts[:2] for path in read}
+  assert {part for step, part in parts} & {"params"}
+  assert all(step == "1" and part != "rest" for step, part in parts)
+  # Damage there is noticed, and the next best taken.
+  [largest] = sorted(
+    (p for p in (root / "1" / "params").rglob("*") if p.is_file()),
+    key=lambda p: p.stat().st_size,
+  )[-1:]
+  largest.write_bytes(b"?" + largest.read_bytes()[1:] + b"?")
+  checkpoints = open_checkpoints(tmp_path, is_reader=True)
+  assert checkpoints.best_step == 2
+  checkpoints.close()
 
 
 def test_a_reader_of_nothing_finds_nothing(tmp_path):

@@ -11,7 +11,7 @@ from dpo_jax import evaluate as evaluate_lib
 from dpo_jax import judges, reference
 from dpo_jax import step as step_lib
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import tokenizers
+from dpo_jax.data import mismatched, tokenizers
 from dpo_jax.evaluate import Samples, compare_samples, wilson_interval
 from dpo_jax.losses import CATALOGUE, build_objective
 from dpo_jax.models import generate
@@ -377,6 +377,7 @@ def test_a_mean_over_tokens_counts_scored_ones(models):
 COUPLED = sorted(n for n, row in CATALOGUE.items() if row.link_row.is_coupled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUPLED)
 def test_eval_batch_size_changes_no_loss_that_couples_the_batch(models, name):
   """The whole set is one batch: each loss equals that of all sequences."""
@@ -395,7 +396,7 @@ def unpaired(models, has_mismatched):
   store = tiny.make_loader(models.groups, 2).store.split_pairs()
   ref_logps = models.ref_logps.reshape(-1, 1).astype(np.float32)
   if has_mismatched:
-    store = store.with_mismatched(0, 64)
+    store = mismatched.add_slot(store, seed=0, max_tokens=64)
     ref_logps = np.concatenate([ref_logps, np.roll(ref_logps, 3)], 1)
 
   def evaluate_batches(name, batch_size):

@@ -10,6 +10,7 @@ from dpo_jax.evaluate import displacement, read_records
 from dpo_jax.losses import CATALOGUE, build_objective
 from dpo_jax.metrics import read_metrics
 from dpo_jax.train import train
+from dpo_jax.workdir import Workdir
 from experiments import loss_docs, loss_table, replay
 from tests.tiny import make_config
 
@@ -143,7 +144,7 @@ def test_displacement_by_hand():
 
 def test_records_come_back_as_they_were(tmp_path):
   records = {"logps": np.array([[1.5, -2.0]], np.float32)}
-  evaluate_lib.write_records(evaluate_lib.epath.Path(tmp_path), 7, records)
+  evaluate_lib.write_records(Workdir.at(tmp_path), 7, records)
   back = read_records(tmp_path)
   assert list(back) == [7]
   np.testing.assert_array_equal(back[7]["logps"], records["logps"])

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import initialize, mesh
+from dpo_jax import mesh
 from dpo_jax.data import tokenizer_files, tokenizers
 from dpo_jax.export import export
+from dpo_jax.model_source import TrainedRun
 from dpo_jax.models import hf
 from dpo_jax.models import peft as peft_lib
 from dpo_jax.models.config import Lora
@@ -35,12 +36,9 @@ def their_logits(model):
 
 def ours(workdir):
   """Logits of a run's policy, adapters merged."""
-  recorded = json.loads((workdir / "model.json").read_text())
-  policy = initialize.Policy(
-    dataclasses.replace(initialize.ModelConfig.from_dict(recorded), lora=None)
-  )
-  placement = mesh.make_mesh({"data": -1})
-  params = initialize.load_params(f"run:{workdir}", policy, placement, seed=0)
+  run = TrainedRun.at(workdir)
+  policy = Policy(dataclasses.replace(run.trained_model, lora=None))
+  params = run.load(policy, mesh.make_mesh({"data": -1}), seed=0)
   return our_logits(policy, params, TOKENS)
 
 
@@ -248,7 +246,7 @@ def test_a_tokenizer_comes_out_as_it_went_in(real_data, tmp_path):
 
 
 def test_what_cannot_be_exported_is_refused(run, tmp_path):
-  with pytest.raises(FileNotFoundError, match="no workdir of a run"):
+  with pytest.raises(FileNotFoundError, match="not the workdir of a run"):
     export(tmp_path / "nowhere", tmp_path / "out")
   with pytest.raises(ValueError, match="dtype='int8' must be one of"):
     export(run, tmp_path / "out", dtype="int8")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dpo_jax import profile
+from dpo_jax.workdir import Workdir
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_only_the_steps_of_the_window_are_traced(tmp_path, monkeypatch):
   monkeypatch.setattr(
     jax.profiler, "stop_trace", lambda: calls.append(("off", now[0]))
   )
-  window = profile.ProfileWindow("2:4", tmp_path)
+  window = profile.ProfileWindow("2:4", Workdir.at(tmp_path))
   for step in range(6):
     now[0] = step
     with window.step(step):
@@ -39,7 +40,7 @@ def test_only_the_steps_of_the_window_are_traced(tmp_path, monkeypatch):
 
 
 def test_a_trace_is_written(tmp_path):
-  window = profile.ProfileWindow("0:1", tmp_path)
+  window = profile.ProfileWindow("0:1", Workdir.at(tmp_path))
   with window.step(0):
     out = jnp.ones(4) + 1
   window.after(0, out)

@@ -90,7 +90,7 @@ def test_every_field_equals_a_loop(model):
       ref_logps, _ = per_token(policy, ref_params, prompt, response)
       at = np.arange(len(response)), response
       is_mine = batch.slots[row] == group * num_slots + k
-      sampled = batch.sampled[row][is_mine]
+      sampled = batch.token_masks["sampled"][row][is_mine]
       assert sampled.sum() == shortest
       wanted = {
         "head_logps": logps[at][:shortest].sum(),

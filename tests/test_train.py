@@ -15,14 +15,16 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dpo_jax import evaluate as evaluate_lib
-from dpo_jax import initialize, judges, reference, start
+from dpo_jax import judges, model_source, reference, start
 from dpo_jax import train as train_lib
 from dpo_jax.data.loader import Loader
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
 from dpo_jax.metrics import read_metrics
+from dpo_jax.model_source import ModelSource
 from dpo_jax.models import hf
 from dpo_jax.run import build_run, use_compilation_cache
 from dpo_jax.train import NonFiniteError, Preempted, train
+from dpo_jax.workdir import Workdir
 from tests import faults, tiny
 from tests.data.folders import write_folder
 
@@ -265,6 +267,7 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(
   )
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path, monkeypatch):
   stop_at(monkeypatch, 2)
   figures = train(make_config(total_steps=2), tmp_path)
@@ -278,6 +281,7 @@ def test_the_signal_handler_of_before_comes_back(tmp_path):
   assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
   tmp_path, caplog
 ):
@@ -291,6 +295,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
   assert_same_bits(read_state(tmp_path, 6), state)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
   config = make_config(total_steps=8, checkpoint__every_steps=2)
   with monkeypatch.context() as patch:
@@ -306,7 +311,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
   message = str(error.value)
   assert "step 5: loss is nan" in message
   assert "last good checkpoint is step 4;" in message
-  run = build_run(config, tmp_path)
+  run = build_run(config, Workdir.at(tmp_path))
   assert str(run.data.train.order(4)[:8].tolist()) in message
   # The bad step is not in the record, and the run goes on without the fault.
   assert [row["step"] for row in curve(tmp_path / "parts")] == [1, 2, 3, 4]
@@ -341,13 +346,13 @@ def test_a_data_error_is_not_the_end_of_the_data(tmp_path, monkeypatch):
 
 def load_other_reference(monkeypatch, change):
   """The policy loads first; what loads after it is changed."""
-  original, calls = initialize.load_params, itertools.count()
+  original, calls = ModelSource.load, itertools.count()
 
-  def load(init, policy, mesh, *, seed):
-    params = original(init, policy, mesh, seed=seed)
+  def load(self, policy, mesh, *, seed):
+    params = original(self, policy, mesh, seed=seed)
     return change(params) if next(calls) else params
 
-  monkeypatch.setattr(initialize, "load_params", load)
+  monkeypatch.setattr(ModelSource, "load", load)
 
 
 @pytest.mark.parametrize("kind", ["cached", "frozen"])
@@ -421,6 +426,7 @@ def test_a_cache_that_is_not_what_its_layout_gives_is_refused(
   assert not curve(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_log_probs_of_another_layout_are_compared_in_float32(
   tmp_path, monkeypatch, caplog
 ):
@@ -440,20 +446,20 @@ def test_log_probs_of_another_layout_are_compared_in_float32(
   train(other, tmp_path / "two")
   assert calls
   # The cache is that of the weights, and the policy has others.
-  original, count = initialize.load_params, itertools.count()
+  original, count = ModelSource.load, itertools.count()
 
-  def load(init, policy, mesh, *, seed):
-    params = original(init, policy, mesh, seed=seed)
+  def load(self, policy, mesh, *, seed):
+    params = original(self, policy, mesh, seed=seed)
     is_policy = next(count) == 0
     return jax.tree.map(lambda x: 1.001 * x, params) if is_policy else params
 
-  monkeypatch.setattr(initialize, "load_params", load)
+  monkeypatch.setattr(ModelSource, "load", load)
   with pytest.raises(ValueError, match="scored by both in float32 differ"):
     train(other, tmp_path / "three")
 
 
 def test_adapters_that_do_something_are_no_start(tmp_path, monkeypatch):
-  original = initialize.load_params
+  original = ModelSource.load
 
   def load(*args, **kwargs):
     params = original(*args, **kwargs)
@@ -461,11 +467,12 @@ def test_adapters_that_do_something_are_no_start(tmp_path, monkeypatch):
       lambda path, x: x + 1e-3 if "lora_b" in str(path) else x, params
     )
 
-  monkeypatch.setattr(initialize, "load_params", load)
+  monkeypatch.setattr(ModelSource, "load", load)
   with pytest.raises(ValueError, match="its adapters are not zero"):
     train(make_config(lora__rank=2, reference__kind="cached"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_reference_of_its_own_may_differ(tmp_path):
   train(make_sft_config(total_steps=1), tmp_path / "sft")
   config = make_config(total_steps=1, reference__init=f"run:{tmp_path}/sft")
@@ -493,6 +500,7 @@ def test_the_first_loss_is_log_two(tmp_path):
   assert abs(second["loss"] - math.log(2)) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_frozen_reference_stays_what_it_was(tmp_path):
   config = make_config(
     total_steps=4, checkpoint__every_steps=1, reference__kind="frozen"
@@ -502,9 +510,9 @@ def test_a_frozen_reference_stays_what_it_was(tmp_path):
   changed = {k for k in after if before[k].tobytes() != after[k].tobytes()}
   assert any("params" in name and "ref_params" not in name for name in changed)
   assert not any("ref_params" in name for name in changed)
-  run = build_run(config, tmp_path)
-  start = initialize.load_params(
-    "random", run.policy, run.placement.mesh, seed=config.seed
+  run = build_run(config, Workdir.at(tmp_path))
+  start = model_source.parse("random").load(
+    run.policy, run.placement.mesh, seed=config.seed
   )
   for path, leaf in jax.tree_util.tree_leaves_with_path(start):
     name = f"['rest']['ref_params']{jax.tree_util.keystr(path)}"
@@ -531,6 +539,7 @@ def test_the_cache_is_computed_once(tmp_path, monkeypatch):
     train(config, tmp_path / "three")
 
 
+@pytest.mark.slow
 def test_a_reference_that_changed_under_a_run_is_refused(tmp_path, monkeypatch):
   config = make_config(total_steps=4)
   with monkeypatch.context() as patch:
@@ -538,10 +547,10 @@ def test_a_reference_that_changed_under_a_run_is_refused(tmp_path, monkeypatch):
     with pytest.raises(Preempted):
       train(config, tmp_path)
   with monkeypatch.context() as patch:
-    original = initialize.load_params
+    original = ModelSource.load
     patch.setattr(
-      initialize,
-      "load_params",
+      ModelSource,
+      "load",
       lambda *args, seed: original(*args, seed=seed + 1),
     )
     with pytest.raises(ValueError, match="other weights than when this run"):
@@ -588,8 +597,9 @@ def sft_run(tmp_path_factory):
 
 
 def loaded_params(init):
-  run = build_run(make_config(policy__init=init), init)
-  params = initialize.load_params(init, run.policy, run.placement.mesh, seed=0)
+  run = build_run(make_config(policy__init=init), Workdir.at(init))
+  source = model_source.parse(init)
+  params = source.load(run.policy, run.placement.mesh, seed=0)
   return {
     f"['params']{jax.tree_util.keystr(path)}": np.asarray(leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -626,7 +636,7 @@ def test_dpo_starts_from_an_sft_run(tmp_path, sft_run):
 @pytest.mark.parametrize(
   ("init", "error", "message"),
   [
-    ("run:{}/nowhere", FileNotFoundError, "is no workdir"),
+    ("run:{}/nowhere", FileNotFoundError, "is not the workdir"),
     ("hf:{}/nowhere", FileNotFoundError, "nowhere"),
     ("random:{}", ValueError, "must be one of random, hf:FOLDER, hub:"),
     ("magic", ValueError, "must be one of random, hf:FOLDER, hub:"),
@@ -635,7 +645,7 @@ def test_dpo_starts_from_an_sft_run(tmp_path, sft_run):
 def test_a_start_that_is_not_there_is_refused(tmp_path, init, error, message):
   config = make_config(policy__init=init.format(tmp_path))
   with pytest.raises(error, match=message):
-    build_run(config, tmp_path)
+    build_run(config, Workdir.at(tmp_path))
 
 
 def test_a_run_without_a_checkpoint_is_no_start(tmp_path, monkeypatch):
@@ -657,6 +667,7 @@ def snapshot(folder):
   }
 
 
+@pytest.mark.slow
 def test_the_mark_of_a_finished_run_comes_last(tmp_path, monkeypatch):
   """After manifest, evaluation and samples; a stopped run has none."""
   config = make_config(total_steps=4, eval__num_samples=2)
@@ -667,7 +678,7 @@ def test_the_mark_of_a_finished_run_comes_last(tmp_path, monkeypatch):
       train(config, tmp_path)
   assert not path.exists()
   seen = {}
-  original = train_lib._write_finished
+  original = Workdir.write_finished
 
   def write(workdir, total_steps):
     manifest = tmp_path / "checkpoints" / "4" / "manifest.json"
@@ -677,7 +688,7 @@ def test_the_mark_of_a_finished_run_comes_last(tmp_path, monkeypatch):
     seen["samples"] = {json.loads(line)["step"] for line in lines}
     original(workdir, total_steps)
 
-  monkeypatch.setattr(train_lib, "_write_finished", write)
+  monkeypatch.setattr(Workdir, "write_finished", write)
   train(config, tmp_path)
   assert seen == {"manifest": True, "eval": [0, 4], "samples": {0, 4}}
   mark = json.loads(path.read_text())
@@ -808,7 +819,7 @@ def test_a_shape_that_was_not_planned_is_noticed(tmp_path, monkeypatch):
 
 def refuse(config, message, error=ValueError):
   with pytest.raises(error) as raised:
-    build_run(config, pathlib.Path("/nowhere"))
+    build_run(config, Workdir.at("/nowhere"))
   assert message in str(raised.value), raised.value
 
 
@@ -856,7 +867,7 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(
 
 def test_a_token_beyond_the_vocabulary_is_refused(monkeypatch):
   monkeypatch.setattr(
-    initialize, "load_policy", lambda *args, **kwargs: tiny.make_policy(96)
+    ModelSource, "policy", lambda *args, **kwargs: tiny.make_policy(96)
   )
   refuse(make_config(), "and the model's vocabulary has 96")
 
@@ -867,6 +878,7 @@ def swap_labels(records):
   ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cached", "frozen"])
 @pytest.mark.parametrize(
   "change",
@@ -956,7 +968,7 @@ def test_groups_that_teach_the_loss_nothing_are_dropped_and_counted(
     data__source=source, data__eval_source=source, eval__max_groups=0
   )
   with caplog.at_level(logging.WARNING):
-    run = build_run(config, tmp_path)
+    run = build_run(config, Workdir.at(tmp_path))
   for loader in (run.data.train, run.data.eval):
     assert loader.indices.tolist() == list(range(32, 40))
   assert "32 of 40 groups, which are dropped" in caplog.text
@@ -967,7 +979,7 @@ def test_groups_that_teach_the_loss_nothing_are_dropped_and_counted(
   assert all(row["grad_norm"] > 0 for row in rows)
   # The loss of unpaired responses takes the demonstrations, not the ties.
   config = make_config(data__source=source, loss__name="kto")
-  assert len(build_run(config, tmp_path).data.train.indices) > 30
+  assert len(build_run(config, Workdir.at(tmp_path)).data.train.indices) > 30
 
 
 def test_data_that_teach_the_loss_nothing_stop_the_run(tmp_path):

@@ -11,7 +11,7 @@ from dpo_jax.config import default_config
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.data.packing import RowShape
-from dpo_jax.data.store import Store, part_starts
+from dpo_jax.data.store import Store
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.presets import PRESETS
@@ -139,18 +139,8 @@ def make_loader(
   ref_logps: np.ndarray | None = None,
 ) -> loader_lib.Loader:
   """A loader over a store of these groups."""
-  lengths = np.array(
-    [[len(part) for part in group] for group in groups], np.int32
-  )
-  num_slots = lengths.shape[1] - 1
-  store = Store(
-    tokens=np.concatenate([part for group in groups for part in group]),
-    starts=part_starts(lengths),
-    lengths=lengths,
-    score=np.tile(-np.arange(num_slots, dtype=np.float32), (len(groups), 1)),
-    digest="tiny",
-    report={},
-  )
+  ranks = np.arange(len(groups[0]) - 1, dtype=np.float32)
+  store = Store.from_groups(groups, np.tile(-ranks, (len(groups), 1)))
   indices = np.arange(len(groups)) if indices is None else indices
   plan = loader_lib.make_plan(
     store,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import concurrent.futures
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -290,7 +291,7 @@ class Loader:
       None.
     process_index: this host.
     process_count: hosts; each fills its own block of rows.
-    token_masks: optional fields of Batch to fill, see packing.TOKEN_MASKS.
+    token_masks: names of those to fill, see Batch.
   """
 
   store: Store
@@ -306,6 +307,18 @@ class Loader:
   def __post_init__(self):
     if not len(self.indices):
       raise ValueError("a loader needs at least one group")
+
+  def begin(
+    self, step: int, params: Any, *, oldest: int
+  ) -> tuple[float, dict[str, float]]:
+    """Makes the batches from `step` on known, as `online.OnPolicy.begin` does.
+
+    Returns:
+      The step at which `begin` is due again: never, math.inf, as these batches
+      do not depend on the policy; and metrics, none.
+    """
+    del step, params, oldest
+    return math.inf, {}
 
   def order(self, step: int) -> np.ndarray:
     """Groups of a training step: i64 [batch_size], indices into the store.

@@ -15,8 +15,6 @@ import numpy as np
 from dpo_jax.types import Batch
 
 LAYOUTS = ("shared", "packed", "padded")
-# Optional fields of Batch that mark scored tokens.
-TOKEN_MASKS = ("head", "sampled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +143,7 @@ def fill_rows(
     shape: capacity of a row.
     layout: one of LAYOUTS.
     ref_logps: f32 [B, K] cached reference log-probs, or None.
-    token_masks: which of TOKEN_MASKS to fill.
+    token_masks: names of those to fill, see Batch.
     scored: bool masks of each group's responses. A token that is not scored
       is seen by those behind it, and is nobody's target. None scores all.
 
@@ -173,7 +171,7 @@ def fill_rows(
     example_ids=np.full(per_slot[:2], -1, np.int32),
     last_tokens=np.zeros(per_slot, np.int32),
     ref_logps=None if ref_logps is None else np.zeros(per_slot, np.float32),
-    **{name: np.zeros(per_scored, bool) for name in sorted(token_masks)},
+    token_masks={name: np.zeros(per_scored, bool) for name in token_masks},
   )
   parts = _lay_out(rows, groups, scored, shape, is_shared=layout == "shared")
   if not len(parts.lengths):
@@ -310,22 +308,22 @@ def _mark(
   """Marks as many scored tokens of each response as the shortest one has.
 
   Args:
-    batch: gets `head`, the first of them, and `sampled`, drawn ones.
+    batch: its `token_masks` are filled.
     at: where the scored tokens stand.
     part: i64 [S], which part each is of.
     parts: all of them.
     example_ids: of the groups.
   """
-  if batch.head is None and batch.sampled is None:
+  if not batch.token_masks:
     return
   counts = np.bincount(part, minlength=len(parts.lengths))
   shortest = np.full(len(example_ids), np.iinfo(np.int64).max)
   mine = parts.is_response
   np.minimum.at(shortest, parts.group[mine], counts[mine])
   kept = shortest[parts.group[part]]
-  if batch.head is not None:
-    batch.head[at] = _places_within(part) < kept
-  if batch.sampled is not None:
+  if "head" in batch.token_masks:
+    batch.token_masks["head"][at] = _places_within(part) < kept
+  if "sampled" in batch.token_masks:
     ranks = np.empty(len(part), np.int64)
     ends = np.cumsum(counts)
     generators: dict[int, np.random.Generator] = {}
@@ -339,7 +337,7 @@ def _mark(
       ranks[ends[p] - counts[p] : ends[p]] = generators[i].permutation(
         counts[p]
       )
-    batch.sampled[at] = ranks < kept
+    batch.token_masks["sampled"][at] = ranks < kept
 
 
 def padding_fraction(batch: Batch) -> float:

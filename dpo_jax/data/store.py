@@ -79,6 +79,33 @@ class Store:
   prompt_hashes: np.ndarray | None = None
   scored: np.ndarray | None = None
 
+  @classmethod
+  def from_groups(
+    cls,
+    groups: Sequence[Sequence[np.ndarray]],
+    score: np.ndarray,
+    *,
+    digest: str = "in memory",
+  ) -> "Store":
+    """Makes a store of ids that are in memory.
+
+    Args:
+      groups: N times a prompt and its K responses, i32 ids; an empty array
+        where there is no response.
+      score: f32 [N, K].
+      digest: names the content where log-probs of it are cached.
+    """
+    lengths = np.array([[len(p) for p in g] for g in groups], np.int32)
+    tokens = np.concatenate([part for group in groups for part in group])
+    return cls(
+      tokens=tokens.astype(np.int32, copy=False),
+      starts=part_starts(lengths),
+      lengths=lengths,
+      score=np.asarray(score, np.float32),
+      digest=digest,
+      report={},
+    )
+
   def __len__(self) -> int:
     return len(self.starts)
 
@@ -147,38 +174,6 @@ class Store:
       score=score.reshape(-1, 1),
       digest=f"{self.digest}/split_pairs",
       prompt_hashes=None if hashes is None else np.repeat(hashes, 2),
-    )
-
-  def with_mismatched(self, seed: int, max_tokens: int) -> "Store":
-    """Adds a slot with the first response of another group, for KTO.
-
-    Which one is drawn once, so that its reference can be cached.
-
-    Args:
-      seed: of the draw.
-      max_tokens: prompt and response together; a longer response is cut, and
-        may lose all that is scored of it where it has unscored turns.
-
-    Returns:
-      Groups of K + 1 responses, the last one mismatched.
-
-    Raises:
-      ValueError: fewer than two groups.
-    """
-    if len(self) < 2:
-      raise ValueError("mismatched responses need at least two groups")
-    # Along one cycle through all groups nobody meets himself.
-    cycle = np.random.default_rng(seed).permutation(len(self))
-    other = np.empty(len(self), np.int64)
-    other[cycle] = np.roll(cycle, 1)
-    room = max_tokens - self.lengths[:, :1]
-    lengths = np.minimum(self.lengths[other, 1:2], room)
-    return dataclasses.replace(
-      self,
-      starts=np.concatenate([self.starts, self.starts[other, 1:2]], 1),
-      lengths=np.concatenate([self.lengths, lengths], 1),
-      score=np.pad(self.score, ((0, 0), (0, 1))),
-      digest=f"{self.digest}/mismatched_{seed}_{max_tokens}",
     )
 
   def split(self, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from dpo_jax.losses.numerics import log1mexp
 from dpo_jax.models import partition, vocabulary
 from dpo_jax.models.decoder import Policy, Readout
-from dpo_jax.types import Batch
+from dpo_jax.types import FIELDS, Batch
 
 # Tokens of a response that are added one by one, before these sums are.
 _SUMMED_TOGETHER = 64
@@ -242,37 +242,35 @@ def response_figures(
     return hidden, take_positions(hidden, batch.predictors)
 
   hidden, predicting = states(params)
-  token_fields = {"alignment", "complement_logps", "kl"} & needs
+  sums = {name: FIELDS[name] for name in needs if FIELDS[name].sums}
   ref_predicting = ref_readout = None
   if ref_params is not None:
     ref_params = jax.lax.stop_gradient(ref_params)
     with jax.named_scope("reference"):
       ref_predicting = states(ref_params)[1]
     ref_readout = policy.readout(ref_params)
-    token_fields |= {"ref_logps"}
+    sums["ref_logps"] = FIELDS["ref_logps"]
+  else:  # What is asked of the reference is not to be had here.
+    sums = {k: f for k, f in sums.items() if f.source == "policy"}
   tokens = chunked_token_figures(
     predicting,
     policy.readout(params),
     batch.targets,
     chunk_size=chunk_size,
-    figures=frozenset(token_fields | {"logps"}),
+    figures=frozenset({"logps", *(field.sums for field in sums.values())}),
     ref_hidden=ref_predicting,
     ref_readout=ref_readout,
     is_scored=batch.slots < math.prod(batch.valid.shape[1:]),
   )
   group_shape = batch.valid.shape[1:]
-  figures = {
-    name: sum_by_slot(values, batch.slots, group_shape)
-    for name, values in tokens.items()
-  }
-  if "alignment" in figures:
-    figures["alignment"] /= jnp.maximum(num_tokens(batch), 1.0)
-  for mask in ("head", "sampled"):
-    for side in ("", "ref_"):
-      field = f"{side}{mask}_logps"
-      if field in needs and f"{side}logps" in tokens:
-        values = jnp.where(getattr(batch, mask), tokens[f"{side}logps"], 0.0)
-        figures[field] = sum_by_slot(values, batch.slots, group_shape)
+  figures = {"logps": sum_by_slot(tokens["logps"], batch.slots, group_shape)}
+  for name, field in sums.items():
+    values = tokens[field.sums]
+    if field.mask:
+      values = jnp.where(batch.token_masks[field.mask], values, 0.0)
+    figures[name] = sum_by_slot(values, batch.slots, group_shape)
+    if field.is_mean:
+      figures[name] /= jnp.maximum(num_tokens(batch), 1.0)
   if "values" in needs:
     places = batch.last_tokens.reshape(batch.last_tokens.shape[0], -1)
     last = take_positions(hidden, places).astype(jnp.float32)

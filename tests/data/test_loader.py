@@ -3,6 +3,7 @@
 from collections import Counter
 import dataclasses
 import itertools
+import math
 import threading
 import time
 
@@ -13,22 +14,14 @@ import pytest
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.data.loader import Loader, make_plan, prefetch
-from dpo_jax.data.store import Store, part_starts
+from dpo_jax.data.store import Store
 from tests import tiny
 
 
 def make_store(groups):
   """A store in memory; scores tell the groups apart."""
-  lengths = np.array([[len(part) for part in group] for group in groups])
-  num, num_slots = len(groups), lengths.shape[1] - 1
-  return Store(
-    tokens=np.concatenate([part for group in groups for part in group]),
-    starts=part_starts(lengths),
-    lengths=lengths.astype(np.int32),
-    score=np.arange(num * num_slots, dtype=np.float32).reshape(num, -1),
-    digest="",
-    report={},
-  )
+  shape = (len(groups), len(groups[0]) - 1)
+  return Store.from_groups(groups, np.arange(math.prod(shape)).reshape(shape))
 
 
 def make_loader(

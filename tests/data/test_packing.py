@@ -9,7 +9,10 @@ import pytest
 
 from dpo_jax.data import packing
 from dpo_jax.data.packing import LAYOUTS, RowShape
+from dpo_jax.types import FIELDS, token_masks
 from tests import tiny
+
+MASKS = sorted(token_masks(frozenset(FIELDS)))
 
 EXAMPLES = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -248,7 +251,7 @@ def marked(groups, layout, name, scored=None):
     token_masks=frozenset({name}),
     scored=scored,
   )
-  mask = getattr(batch, name)
+  mask = batch.token_masks[name]
   assert not mask[batch.slots == 16].any()
   return {
     (int(batch.example_ids[r, g]), k): np.flatnonzero(
@@ -258,7 +261,7 @@ def marked(groups, layout, name, scored=None):
   }
 
 
-@pytest.mark.parametrize("name", packing.TOKEN_MASKS)
+@pytest.mark.parametrize("name", MASKS)
 def test_masks_count_scored_tokens(name):
   groups = tiny.make_groups(12)
   scored = tiny.make_masks(groups)
@@ -272,7 +275,7 @@ def test_masks_count_scored_tokens(name):
       assert places == list(range(shortest))
 
 
-@pytest.mark.parametrize("name", packing.TOKEN_MASKS)
+@pytest.mark.parametrize("name", MASKS)
 def test_masks_mark_as_many_tokens_as_the_shortest_response_has(name):
   groups = tiny.make_groups(12)
   by_layout = [marked(groups, layout, name) for layout in LAYOUTS]
@@ -289,8 +292,7 @@ def test_masks_mark_as_many_tokens_as_the_shortest_response_has(name):
 
 def test_masks_that_nothing_asks_for_are_absent():
   batch = tiny.pack(tiny.make_groups(3))
-  assert batch.head is None
-  assert batch.sampled is None
+  assert batch.token_masks == {}
 
 
 def test_padded_rows_hold_one_group_each():

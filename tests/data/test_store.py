@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pytest
 
-from dpo_jax.data import sources, store, synthetic
+from dpo_jax.data import mismatched, sources, store, synthetic
 from dpo_jax.data.examples import RecordError
 from dpo_jax.data.store import Limits, build_store
 from dpo_jax.data.tokenizers import ByteTokenizer, HFTokenizer
@@ -251,6 +251,7 @@ def test_what_is_dropped_is_counted_by_reason(tmp_path):
   opened = build(records, tmp_path)
   assert opened.report == {
     "source": "listed:records",
+    "content": "of the content",
     "records": 8,
     "groups": 1,
     "dropped": {
@@ -617,26 +618,26 @@ def test_split_pairs_become_two_labelled_groups():
 
 def test_mismatched_responses_are_those_of_other_groups():
   store = pairs_store().split_pairs()
-  mismatched = store.with_mismatched(seed=3, max_tokens=1000)
+  paired = mismatched.add_slot(store, seed=3, max_tokens=1000)
   responses = [store.group(i)[1].tolist() for i in range(len(store))]
-  taken = [mismatched.group(i)[2].tolist() for i in range(len(store))]
+  taken = [paired.group(i)[2].tolist() for i in range(len(store))]
   # Every response is somebody's mismatch once, and nobody's is his own.
   assert sorted(taken) == sorted(responses)
   assert all(a != b for a, b in zip(taken, responses, strict=True))
-  assert mismatched.score[:, 1].tolist() == [0.0] * len(store)
-  other = store.with_mismatched(seed=4, max_tokens=1000)
-  assert other.digest != mismatched.digest
+  assert paired.score[:, 1].tolist() == [0.0] * len(store)
+  other = mismatched.add_slot(store, seed=4, max_tokens=1000)
+  assert other.digest != paired.digest
 
 
 def test_a_mismatched_response_is_cut_to_the_room_that_is_left():
   store = pairs_store().first_slots(1)
-  mismatched = store.with_mismatched(seed=0, max_tokens=13)
-  totals = mismatched.lengths[:, 0] + mismatched.lengths[:, 2]
+  paired = mismatched.add_slot(store, seed=0, max_tokens=13)
+  totals = paired.lengths[:, 0] + paired.lengths[:, 2]
   assert totals.max() == 13
-  assert mismatched.lengths[:, 2].min() > 0
+  assert paired.lengths[:, 2].min() > 0
 
 
 def test_one_group_has_no_mismatch():
   one = tiny.make_loader(tiny.make_groups(1, 1), 1).store
   with pytest.raises(ValueError, match="at least two groups"):
-    one.with_mismatched(seed=0, max_tokens=99)
+    mismatched.add_slot(one, seed=0, max_tokens=99)

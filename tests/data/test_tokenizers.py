@@ -2,7 +2,6 @@
 
 import json
 
-from etils import epath
 import numpy as np
 import pytest
 from tokenizers import processors
@@ -16,6 +15,7 @@ from dpo_jax.data.tokenizers import (
   load_tokenizer,
 )
 from dpo_jax.run import build_run
+from dpo_jax.workdir import Workdir
 from tests.data import folders
 from tests.data.folders import BOS, CHAT_TEMPLATE, EOS, write_folder
 
@@ -590,7 +590,7 @@ def stories_run(real_data, tmp_path, tokenizer):
   config.data.tokenizer = tokenizer
   config.data.source = "synthetic:review_pairs:20"
   config.batch_size = config.eval.batch_size = 8
-  return build_run(config, epath.Path(tmp_path / "run"))
+  return build_run(config, Workdir.at(tmp_path / "run"))
 
 
 def test_a_vocabulary_that_the_embedding_pads_works(real_data, tmp_path):

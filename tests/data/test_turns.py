@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from dpo_jax.data import loader, store
+from dpo_jax.data import loader, mismatched, store
 from dpo_jax.data.dialogues import RecordError
 from dpo_jax.data.examples import parse_records
 from dpo_jax.data.tokenizers import HFTokenizer
@@ -182,8 +182,8 @@ def test_counts_of_scored_tokens_follow_every_view(tmp_path, tokenizer):
     opened,
     opened.first_slots(1),
     pairs.split_pairs(),
-    pairs.split_pairs().with_mismatched(0, 200),
-    pairs.with_mismatched(0, 30),
+    mismatched.add_slot(pairs.split_pairs(), seed=0, max_tokens=200),
+    mismatched.add_slot(pairs, seed=0, max_tokens=30),
   ):
     counts = [[m.sum() for m in view.masks(i)] for i in range(len(view))]
     np.testing.assert_array_equal(view.num_scored, counts)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from dpo_jax import config as config_lib
-from dpo_jax import initialize, judges, mesh
+from dpo_jax import judges, mesh
 from dpo_jax.data import tokenizers
 from dpo_jax.metrics import read_metrics
+from dpo_jax.model_source import open_tokenizer, parse
 from dpo_jax.models import hf
 from dpo_jax.train import train
+from dpo_jax.workdir import Workdir
 from tests import tiny
 from tests.data.folders import train_bytes, write_folder
 
@@ -36,20 +38,21 @@ def write_model(folder, *, has_tokenizer=True, **tokenizer_config):
 def write_run(folder, init, **data):
   """Writes the config.json of a run, as far as its tokenizer needs it."""
   folder.mkdir()
+  (folder / "model.json").write_text("{}")
   config = {"policy": {"init": init}, "data": data}
   (folder / "config.json").write_text(json.dumps(config))
   return f"run:{folder}"
 
 
 def settings(init, **data):
-  return initialize.tokenizer_settings(init, data)
+  return parse(init).tokenizer_settings(data)
 
 
 def test_random_weights_read_bytes():
   found = settings("random")
   assert found["tokenizer"] == "bytes"
   assert found["template_date"] == tokenizers.DEFAULT_DATE
-  assert isinstance(initialize.open_tokenizer(found), tokenizers.ByteTokenizer)
+  assert isinstance(open_tokenizer(found), tokenizers.ByteTokenizer)
 
 
 def test_a_folder_brings_its_own_tokenizer(tmp_path):
@@ -64,7 +67,7 @@ def test_a_hub_model_brings_its_own_tokenizer(tmp_path, monkeypatch):
   monkeypatch.setattr(hf, "download", {"me/model@1": folder}.__getitem__)
   found = settings("hub:me/model@1")
   assert found["tokenizer"] == "hub:me/model@1"
-  assert initialize.open_tokenizer(found).digest == (
+  assert open_tokenizer(found).digest == (
     tokenizers.load_tokenizer(folder).digest
   )
 
@@ -147,9 +150,7 @@ def test_a_tokenizer_with_other_ids_is_warned_of(tmp_path, caplog):
     caplog.clear()
     found = settings(init, tokenizer=str(tmp_path / name))
     with caplog.at_level(logging.WARNING):
-      initialize.warn_of_other_ids(
-        init, found, initialize.open_tokenizer(found)
-      )
+      parse(init).warn_of_other_ids(found, open_tokenizer(found))
     assert ("gives 2 of the 300 tokens" in caplog.text) == is_warned
 
 
@@ -185,14 +186,13 @@ def test_the_readmes_config_reads_with_the_models_tokenizer(
   small.data.eval_fraction = 0.0
   small.total_steps = 1
   train(small, tmp_path / "run")
-  recorded = initialize.read_config(tmp_path / "run")
+  recorded = Workdir.of_run(tmp_path / "run").read_config()
   assert recorded["data"]["tokenizer"] == "pythia"
   # By hand: ids of the model's own tokenizer, each response by itself.
   tokenizer = tokenizers.load_tokenizer("pythia")
-  policy = initialize.load_policy(config.policy, vocab_size=1)
-  params = initialize.load_params(
-    config.policy.init, policy, mesh.make_mesh({"data": -1}), seed=0
-  )
+  source = parse(config.policy.init)
+  policy = source.policy(config.policy)
+  params = source.load(policy, mesh.make_mesh({"data": -1}), seed=0)
 
   def ids(text, is_continuation):
     return tokenizer.encode(
@@ -214,12 +214,12 @@ def test_the_readmes_config_reads_with_the_models_tokenizer(
 def test_an_old_workdir_without_a_tokenizers_name_goes_on(tmp_path):
   config = tiny.make_config()
   config.data.tokenizer = ""
-  config_lib.settle_config(config, tmp_path, is_writer=True)
+  config_lib.settle_config(config, Workdir.at(tmp_path), is_writer=True)
   config.data.tokenizer = "bytes"
-  config_lib.settle_config(config, tmp_path, is_writer=True)
+  config_lib.settle_config(config, Workdir.at(tmp_path), is_writer=True)
   config.data.tokenizer = "letters:4"
   with pytest.raises(ValueError, match="'bytes' there, 'letters:4' now"):
-    config_lib.settle_config(config, tmp_path, is_writer=True)
+    config_lib.settle_config(config, Workdir.at(tmp_path), is_writer=True)
 
 
 @pytest.mark.slow
@@ -260,3 +260,45 @@ def test_a_reward_model_judges_with_the_tokenizer_it_was_trained_with(
     rewards = judges.ask(judge, prompts, [rows[i][name] for i in ids])
     np.testing.assert_allclose(rewards, values[:, slot], atol=1e-5)
   assert np.ptp(values) > 1e-3
+
+
+@pytest.mark.parametrize(
+  ("init", "error", "message"),
+  [
+    ("", ValueError, "must be one of random, hf:FOLDER"),
+    ("hf:", ValueError, "must be one of random"),
+    ("magic", ValueError, "policy.init='magic' must be one of"),
+    ("hf:/nowhere", FileNotFoundError, "the folder /nowhere does not exist"),
+    ("run:/nowhere", FileNotFoundError, "not the workdir of a run"),
+    ("Qwen/Qwen3-4B", ValueError, "'hub:Qwen/Qwen3-4B@REVISION'"),
+    ("Qwen/Qwen3-4B@12ab", ValueError, "'hub:Qwen/Qwen3-4B@12ab'"),
+    ("hf:Qwen/Qwen3-4B", FileNotFoundError, "'hub:Qwen/Qwen3-4B@REVISION'"),
+    ("hub:Qwen/Qwen3-4B", ValueError, "name the commit"),
+  ],
+)
+def test_an_init_that_names_nothing_is_refused(init, error, message):
+  with pytest.raises(error, match=message):
+    parse(init)
+
+
+def test_a_branch_is_pinned_to_its_commit(tmp_path, monkeypatch):
+  """The config of the run records the commit, which a resume compares."""
+  commits = ["1" * 40, "2" * 40]
+  for commit in commits:
+    write_model(tmp_path / commit)
+  latest = commits[0]
+
+  def download(where):
+    revision = where.partition("@")[2]
+    return str(tmp_path / (latest if revision == "main" else revision))
+
+  monkeypatch.setattr(hf, "download", download)
+  config = tiny.make_config(policy__init="hub:me/model@main", total_steps=1)
+  config.data.tokenizer = ""
+  train(config, tmp_path / "run")
+  recorded = Workdir.of_run(tmp_path / "run").read_config()
+  assert recorded["policy"]["init"] == f"hub:me/model@{commits[0]}"
+  assert recorded["data"]["tokenizer"] == f"hub:me/model@{commits[0]}"
+  latest = commits[1]
+  with pytest.raises(ValueError, match=f"policy.init: .*{latest}' now"):
+    train(config, tmp_path / "run")

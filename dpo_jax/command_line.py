@@ -1,0 +1,85 @@
+"""How every command starts and ends.
+
+A mistake of the user is one message and exit code 1; `--debug` shows the
+traceback too. Imports nothing slow, so that `--help` answers at once.
+"""
+
+from collections.abc import Callable
+import sys
+
+from absl import app, flags
+
+# What a config, data, a workdir or a machine can be blamed for. Any other
+# exception is a fault of the code, whose traceback is wanted.
+_MISTAKES = (
+  ValueError,
+  OSError,
+  RuntimeError,
+  FloatingPointError,
+  ImportError,
+)
+
+
+def define_flags() -> None:
+  """Defines the flags of every command."""
+  flags.DEFINE_bool("debug", False, "show the traceback of an error")
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses the flags and runs a command.
+
+  Args:
+    main: the command; flags are parsed when it is called.
+  """
+  if "debug" not in flags.FLAGS:
+    define_flags()
+  is_parsed = False
+
+  def call(argv: list[str]) -> None:
+    nonlocal is_parsed
+    is_parsed = True
+    if len(argv) > 1:
+      raise ValueError(
+        f"unexpected arguments: {' '.join(argv[1:])}. Flags are --NAME=VALUE"
+      )
+    main()
+
+  try:
+    app.run(call)
+  except _MISTAKES as error:
+    _tell(error)
+  except (AttributeError, KeyError, TypeError) as error:
+    # Of ml_collections, for a flag such as --config.nonsense=1.
+    if is_parsed:
+      raise
+    _tell(error)
+
+
+def _tell(error: BaseException) -> None:
+  if "--debug" in sys.argv or "--debug=true" in sys.argv:
+    raise error
+  message = str(error) or type(error).__name__
+  unknown = _unknown_keys(sys.argv[1:])
+  if isinstance(error, AttributeError | KeyError | TypeError) and unknown:
+    message = "\n".join(unknown)
+  print(f"error: {message}\n(--debug shows where)", file=sys.stderr)
+  raise SystemExit(1)
+
+
+def _unknown_keys(argv: list[str]) -> list[str]:
+  """A line for each --config.KEY that no config has."""
+  # Imported here: only a mistake needs them.
+  from dpo_jax.config import default_config, flatten
+  from dpo_jax.losses.objective import did_you_mean
+
+  known = [key for key, _ in flatten(default_config())]
+  names = [
+    argument[2:].partition("=")[0].removeprefix("config.")
+    for argument in argv
+    if argument.startswith("--config.")
+  ]
+  return [
+    f"config.{name} is unknown.{did_you_mean(name, known)}"
+    for name in names
+    if name not in known
+  ]

@@ -1,0 +1,63 @@
+"""Runs a compiled step over every group of a loader once."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+from tqdm import tqdm
+
+from dpo_jax.data.loader import Loader
+from dpo_jax.mesh import Placement
+from dpo_jax.types import Batch
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+  """Returns a global array as numpy, gathered from all hosts."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def score_all(
+  step: Callable[[Batch], Any],
+  loader: Loader,
+  placement: Placement,
+  *,
+  progress: bool = False,
+  batches: Collection[int] | None = None,
+) -> tuple[np.ndarray, Any]:
+  """Collects what a step gives for each group, in one order.
+
+  Args:
+    step: compiled; a batch -> tree of arrays [B, ...], replicated.
+    loader: which groups; its evaluation batches hold each of them once.
+    placement: mesh.
+    progress: whether to show a bar.
+    batches: indices of the evaluation batches to run; None: all.
+
+  Returns:
+    ids: i64 [n], the groups' indices in the store, ascending.
+    scores: the tree, numpy [n, ...]; the same however the groups are cut into
+      batches.
+  """
+  if batches is None:
+    batches = range(loader.num_eval_batches())
+  ids, scores = [], []
+  for index in tqdm(
+    sorted(batches),
+    desc="reference",
+    unit=" batches",
+    leave=False,
+    disable=not progress,
+  ):
+    batch = placement.place_rows(loader.eval_batch(index))
+    found = step(batch)
+    its_ids = to_host(batch.example_ids).reshape(-1)
+    is_group = its_ids >= 0
+    scores.append(jax.tree.map(lambda x, i=is_group: to_host(x)[i], found))
+    ids.append(its_ids[is_group])
+  ids = np.concatenate(ids)
+  order = np.argsort(ids)
+  return ids[order], jax.tree.map(lambda *x: np.concatenate(x)[order], *scores)
