@@ -231,10 +231,6 @@ def build_run(
   step.check_coupling(objective, placement.axis_name)
   source = model_source.parse(config.policy.init)
   config.policy.init = source.init
-  if config.reference.init:
-    config.reference.init = model_source.parse(
-      config.reference.init, "reference.init"
-    ).init
   tokenizer = None
   if vocab_size is None:
     settings = source.tokenizer_settings(config.data)
@@ -248,6 +244,9 @@ def build_run(
     adapters=config.lora,
   )
   _check_parts(config, policy)
+  if config.reference.init:
+    theirs = model_source.parse(config.reference.init, "reference.init")
+    config.reference.init = theirs.init
   mesh.param_shardings(policy.abstract_params(), placement.mesh)
   _check_sizes(config, policy, placement)
   schedule = optimizer.build_schedule(config.optimizer, config.total_steps)

@@ -162,11 +162,14 @@ class Workdir:
   def _format(self) -> epath.Path:
     return self.path / "workdir.json"
 
+  def _read_format(self) -> int:
+    return read_json(self._format)["format"] if self._format.exists() else 0
+
   def check_format(self) -> None:
     """Raises ValueError unless this version reads what the folder holds."""
     if not self.config.exists():
       return
-    found = read_json(self._format)["format"] if self._format.exists() else 0
+    found = self._read_format()
     if not _OLDEST <= found <= FORMAT:
       raise ValueError(
         f"{self} has format {found}, and this version of dpo_jax reads formats"
@@ -180,7 +183,8 @@ class Workdir:
 
   def write_config(self, config: Mapping[str, Any]) -> None:
     """Records the resolved config, and the format of the folder."""
-    write_json(self._format, {"format": FORMAT})
+    if self._read_format() != FORMAT:
+      write_json(self._format, {"format": FORMAT})
     write_json(self.config, config, sort_keys=True)
 
   def read_digest(self, path: epath.Path) -> str:

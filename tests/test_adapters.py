@@ -169,8 +169,9 @@ def dtypes_of(workdir):
   ids=str,
 )
 def test_what_is_trained_is_float32_whatever_the_rest_is(tmp_path, overrides):
-  config = make_config(policy__param_dtype="bfloat16", **overrides)
-  config.checkpoint.every_steps = 2
+  config = make_config(
+    policy__param_dtype="bfloat16", total_steps=1, **overrides
+  )
   train(config, tmp_path / "run")
   saved = set(saved_names(tmp_path / "run"))
   found = dtypes_of(tmp_path / "run")
@@ -178,8 +179,19 @@ def test_what_is_trained_is_float32_whatever_the_rest_is(tmp_path, overrides):
   for name, dtype in found.items():
     # A checkpoint holds what is trained.
     assert (dtype == "float32") == (name in saved), name
-  # It goes on, and another run takes it in float32.
-  config.total_steps = 6
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_with_a_bfloat16_part_resumes_and_is_a_start(tmp_path, rank):
+  """Another run takes it in float32."""
+  config = make_config(
+    policy__param_dtype="bfloat16",
+    policy__frozen="" if rank else "^embedding",
+    lora__rank=rank,
+    total_steps=1,
+  )
+  train(config, tmp_path / "run")
+  config.total_steps = 2
   train(config, tmp_path / "run")
   after = tiny.make_config(
     policy__init=f"run:{tmp_path / 'run'}", total_steps=1
