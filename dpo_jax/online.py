@@ -598,7 +598,15 @@ class OnPolicy:
   ) -> dict[str, np.ndarray]:
     """Fields of Sequences of all groups, [n, K] or [n, K, M]."""
     read = functools.partial(self._read, params, self._ref_params)
-    return score_all(read, loader, self._placement)[1]
+    ids, found = score_all(read, loader, self._placement)
+
+    def of_all(values: np.ndarray) -> np.ndarray:
+      # A tie has no responses, so that no batch has it.
+      out = np.zeros((len(loader.indices), *values.shape[1:]), values.dtype)
+      out[ids] = values
+      return out
+
+    return jax.tree.map(of_all, found)
 
   def _advantages(
     self,
