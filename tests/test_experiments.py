@@ -84,7 +84,9 @@ def test_replay_knows_the_knobs_that_a_run_was_trained_with(trained, tmp_path):
   loss = replay.read_loss(trained)
   assert replay.trained_beta(loss) == 0.1
   assert build_objective(loss) == build_objective({"name": "dpo"})
-  (tmp_path / "config.json").write_text('{"loss": {"name": "dpo", "beta": 2}}')
+  workdir = Workdir.at(tmp_path)
+  workdir.write_config({"loss": {"name": "dpo", "beta": 2}})
+  workdir.model.write_text("{}")
   assert replay.trained_beta(replay.read_loss(tmp_path)) == 2
 
 

@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from dpo_jax.config import default_config
+from dpo_jax.workdir import write_json
 from experiments import harness
 from experiments.harness import Run, Settings
 from tests import faults
@@ -101,7 +102,7 @@ def test_a_changed_config_is_a_change_but_not_where_it_is_logged(tmp_path):
       node[last] = value
     return [Run("a", {}, config=config)]
 
-  harness._write_json(tmp_path / "a" / "spec.json", runs()[0].spec())
+  write_json(tmp_path / "a" / "spec.json", runs()[0].spec())
   harness._check_unchanged(runs(log__every_steps=3), tmp_path)
   with pytest.raises(ValueError, match=r"config.loss.beta was None and is 0.3"):
     harness._check_unchanged(runs(loss__beta=0.3), tmp_path)
@@ -135,12 +136,10 @@ def test_a_failure_keeps_the_rest_and_says_who_waited_for_it(tmp_path):
 
 def test_a_half_finished_run_is_reported_with_its_step(tmp_path):
   execute([], tmp_path)
-  harness._write_json(
-    tmp_path / "sweep.json", [{"name": "a", "labels": {"seed": 1}}]
-  )
+  write_json(tmp_path / "sweep.json", [{"name": "a", "labels": {"seed": 1}}])
   folder = tmp_path / "a"
-  harness._write_json(folder / "spec.json", {})
-  harness._write_json(folder / "config.json", {"total_steps": 50})
+  write_json(folder / "spec.json", {})
+  write_json(folder / "config.json", {"total_steps": 50})
   (folder / "metrics.jsonl").write_text('{"step": 20, "split": "train"}\n')
   found = harness.collect(str(tmp_path))
   assert found.missing == ["a: half-finished: step 20 of 50"]
