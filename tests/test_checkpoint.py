@@ -183,6 +183,7 @@ def test_a_state_comes_back_on_any_mesh(tmp_path, there):
   checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_gives_the_same_logits_on_any_mesh(tmp_path):
   policy = tiny.make_policy()
   source = make_state()

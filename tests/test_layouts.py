@@ -148,6 +148,7 @@ def test_empty_rows_change_nothing():
   )
 
 
+@pytest.mark.slow
 def test_what_fills_the_padding_changes_nothing():
   """Padding tokens are never seen: other ids there give the same bits."""
   policy = tiny.make_policy()

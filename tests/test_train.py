@@ -374,6 +374,7 @@ def test_a_policy_that_does_not_start_as_its_reference_is_stopped(
   assert not curve(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("batch_size", [4, 8])
 def test_bfloat16_starts_with_cached_log_probs_and_tells_their_rounding(
@@ -519,6 +520,7 @@ def test_a_frozen_reference_stays_what_it_was(tmp_path):
     assert after[name].tobytes() == np.asarray(leaf).tobytes(), name
 
 
+@pytest.mark.slow
 def test_the_cache_is_computed_once(tmp_path, monkeypatch):
   config = make_config(
     total_steps=1, reference__cache_dir=str(tmp_path / "cache")
@@ -903,6 +905,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, kind, change):
   train(make_config(total_steps=2, **knobs), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_tokenizer_or_template(tmp_path):
   folder = tmp_path / "tokenizer"
   write_folder(folder)
@@ -931,6 +934,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer_or_template(tmp_path):
   train(make_config(total_steps=2, **knobs), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_an_older_record_of_the_data_is_compared_too(tmp_path):
   config = make_config(total_steps=1)
   train(config, tmp_path)

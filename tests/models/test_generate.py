@@ -73,6 +73,7 @@ def test_seeded_sampling_equals_the_uncached_forward(model):
       tokens.append(token)
 
 
+@pytest.mark.slow
 def test_batch_size_does_not_change_samples(model):
   one = sample(*model, PROMPTS, batch_size=1)
   assert one == sample(*model, PROMPTS, batch_size=3)
