@@ -1,4 +1,4 @@
-"""Where a model comes from: its shape, its tokenizer and its weights.
+"""Model sources: the shape, tokenizer and weights that a run starts from.
 
 random                 random weights, of the shape `policy.preset`
 hf:FOLDER              a Hugging Face folder
@@ -82,7 +82,7 @@ def parse(init: str, key: str = "policy.init") -> "ModelSource":
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource(abc.ABC):
-  """Where a model comes from.
+  """Source of a model: its shape, its tokenizer and its weights.
 
   Attributes:
     init: how a config spells it; of the Hub with the commit.
@@ -92,7 +92,7 @@ class ModelSource(abc.ABC):
 
   @property
   def card_name(self) -> str:
-    """What a model card calls it."""
+    """Name of the model on a model card."""
     return self.init
 
   @property
@@ -398,7 +398,7 @@ class TrainedRun(ModelSource):
 
   @functools.cached_property
   def start(self) -> ModelSource:
-    """Where the run itself started from."""
+    """Source that the run itself started from."""
     return parse(self.config["policy"]["init"])
 
   @property

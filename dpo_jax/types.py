@@ -78,7 +78,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """How an optional field of Sequences comes about.
+  """Says how an optional field of Sequences is computed.
 
   Attributes:
     source: "policy", every forward pass gives it; "reference", of a cache or
@@ -87,7 +87,7 @@ class Field:
       "values", of a value head; "tokens", single tokens, on-policy only;
       "on_policy", brought by the batch.
     sums: figure of `logps.chunked_token_figures` that it sums over the scored
-      tokens of a response; "" if it is no such sum.
+      tokens of a response; "" for a field that is not such a sum.
     mask: of `Batch.token_masks`, which tokens it sums; "" for all.
     is_mean: whether the sum is divided by the number of tokens.
     reads_value_head: whether the model needs a value head.

@@ -266,7 +266,7 @@ def run_all(commands: Commands, *, timeout_s: float | None = None) -> int:
 
 
 class Answer(NamedTuple):
-  """What a command answered; code None: nothing within the time."""
+  """Answer of a command; code None: nothing within the time."""
 
   code: int | None
   out: str
@@ -274,7 +274,7 @@ class Answer(NamedTuple):
 
   @property
   def is_absent(self) -> bool:
-    """Whether Google said that there is no such thing."""
+    """Whether Google said that it does not exist."""
     words = ("not_found", "not found", "no urls matched", "no objects")
     return bool(self.code) and any(w in self.error.lower() for w in words)
 
@@ -373,7 +373,7 @@ class Watch:
     return None
 
   def _request(self) -> Request:
-    """What Google says of the request."""
+    """State of the request, as Google reports it."""
     answer = ask(describe(self._options), self._options.timeout_s)
     if answer.is_absent:
       return Request("ABSENT")
@@ -391,7 +391,7 @@ class Watch:
   def _suspend(self) -> int | None:
     if not self._options.spot:
       say(
-        "the request is suspended, and it is no spot machine: see Google's"
+        "the request is suspended, and it is not a spot machine: see Google's"
         " console. It is left as it is"
       )
       return 1

@@ -269,7 +269,7 @@ def test_a_spot_machine_that_was_taken_away_is_created_again(cloud):
 @pytest.mark.parametrize(
   ("events", "options", "message"),
   [
-    (["ok", "SUSPENDED", "SUSPENDED"], (), "it is no spot machine"),
+    (["ok", "SUSPENDED", "SUSPENDED"], (), "it is not a spot machine"),
     (["ok", "FAILED: no quota in z"], ("--spot",), "failed: no quota in z"),
   ],
 )

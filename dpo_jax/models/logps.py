@@ -242,7 +242,8 @@ def response_figures(
     return hidden, take_positions(hidden, batch.predictors)
 
   hidden, predicting = states(params)
-  sums = {name: FIELDS[name] for name in needs if FIELDS[name].sums}
+  # Sorted, so that all hosts trace the same program.
+  sums = {n: FIELDS[n] for n in sorted(needs) if FIELDS[n].sums}
   ref_predicting = ref_readout = None
   if ref_params is not None:
     ref_params = jax.lax.stop_gradient(ref_params)
@@ -250,7 +251,7 @@ def response_figures(
       ref_predicting = states(ref_params)[1]
     ref_readout = policy.readout(ref_params)
     sums["ref_logps"] = FIELDS["ref_logps"]
-  else:  # What is asked of the reference is not to be had here.
+  else:  # Without a live reference its sums come from a cache, or not at all.
     sums = {k: f for k, f in sums.items() if f.source == "policy"}
   tokens = chunked_token_figures(
     predicting,
