@@ -19,14 +19,14 @@ import numpy as np
 
 from benchmarks import interleave, workload
 from dpo_jax import mesh, optimizer, reference
-from dpo_jax import step as step_lib
 from dpo_jax.config import default_config
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.losses import build_objective
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
-from dpo_jax.types import Batch, TrainState
+from dpo_jax.program import Program
+from dpo_jax.types import Batch
 
 
 class Trainer:
@@ -40,7 +40,7 @@ class Trainer:
     fields["max_positions"] = options.max_tokens
     fields["remat"] = options.remat
     fields["attention"] = options.attention
-    self.policy = Policy(ModelConfig(**fields))
+    policy = Policy(ModelConfig(**fields))
     self.lengths = workload.read_lengths(options)
     self.store = workload.make_store(
       self.lengths, options.seed, vocab_size=fields["vocab_size"]
@@ -48,12 +48,10 @@ class Trainer:
     if grid is None:
       grid = mesh.make_mesh(dict.fromkeys(mesh.AXES, 1), jax.devices()[:1])
     self.placement = mesh.Placement(grid, "jit")
-    self.on_mesh = mesh.on_mesh(self.placement.mesh)
-    shardings = mesh.param_shardings(
-      self.policy.abstract_params(), self.placement.mesh
-    )
+    self.program = _build_program(options, policy, self.placement)
+    shardings = mesh.param_shardings(policy.abstract_params(), grid)
     self.params = jax.jit(
-      lambda: self.policy.init(jax.random.key(options.seed)),
+      lambda: policy.init(jax.random.key(options.seed)),
       out_shardings=shardings,
     )()
     indices = np.arange(len(self.store))
@@ -77,20 +75,22 @@ class Trainer:
     options = self.options
     began = time.monotonic()
     if options.reference == "cached":
-      logps_step = reference.make_logps_step(
-        self.policy, self.placement, options.logps_chunk
-      )
       ref_logps = reference.compute_logps(
-        logps_step, self.params, self.loader, self.placement, progress=False
+        self.program.logps_step,
+        self.params,
+        self.loader,
+        self.placement,
+        progress=False,
       )
       self.loader = dataclasses.replace(self.loader, ref_logps=ref_logps)
     reference_s = time.monotonic() - began
-    fresh, shardings, self.step = self._build()
-    self.state = jax.jit(fresh, out_shardings=shardings, donate_argnums=0)(
-      self.params
-    )
+    ref_params = None
+    if options.reference == "frozen":
+      # Its own buffers: the first step donates the policy's.
+      ref_params = jax.tree.map(jnp.copy, self.params)
+    self.state = self.program.make_state(self.params, ref_params)
     self.params = None
-    self.step = self.on_mesh(self.step)
+    self.step = mesh.on_mesh(self.placement.mesh)(self.program.train_step())
     self.next = 0
     began = time.monotonic()
     first = self.run(1)
@@ -102,64 +102,21 @@ class Trainer:
       first["step_arguments_mb"] = memory.argument_size_in_bytes / 2**20
     return first
 
-  def _build(self) -> tuple[Any, Any, Any]:
-    """The maker of a fresh state, its shardings, and the jitted step."""
-    options = self.options
-    settings = default_config().optimizer
-    settings.name = options.optimizer
-    settings.learning_rate = workload.LEARNING_RATE
-    settings.warmup_steps, settings.b2 = 0, 0.999
-    settings.max_grad_norm = 1e9
-    schedule = optimizer.build_schedule(settings, 1000)
-    chain = optimizer.build_optimizer(settings, schedule)
-    objective = build_objective({"name": "dpo", "beta": workload.BETA})
-
-    def fresh(params):
-      # Its own buffers: the policy's are donated.
-      is_live = options.reference == "frozen"
-      ref_params = jax.tree.map(jnp.copy, params) if is_live else None
-      return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=chain.init(params),
-        loss_state=objective.init(),
-        ref_params=ref_params,
-      )
-
-    abstract = jax.eval_shape(fresh, self.policy.abstract_params())
-    shardings = mesh.state_shardings(
-      abstract, self.policy.abstract_params(), self.placement.mesh
-    )
-    step = step_lib.make_train_step(
-      self.policy,
-      objective,
-      chain,
-      schedule,
-      accumulation_steps=1,
-      chunk_size=options.logps_chunk,
-      axis_name=None,
-    )
-    compiled = self.placement.compile_step(step, shardings)
-    return fresh, shardings, compiled
-
   def compile(self) -> Any:
-    """The step's executable for the first batch, without taking it."""
-    fresh, shardings, step = self._build()
+    """Returns the executable of a step on the first batch, not run."""
     ref_logps = np.zeros(self.store.score.shape, np.float32)
     loader = dataclasses.replace(self.loader, ref_logps=ref_logps)
     batch = self.placement.place_training_batch(loader.batch(0))
-    state = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      jax.eval_shape(fresh, self.policy.abstract_params()),
-      shardings,
-    )
+    state, _ = self.program.abstract_state()
     with jax.set_mesh(self.placement.mesh):
-      return step.lower(state, batch).compile()
+      return self.program.train_step().lower(state, batch).compile()
 
   def mean_work(self) -> workload.Work:
     """Of the first ten batches."""
     lengths = [self.lengths[self.loader.order(i)] for i in range(10)]
-    works = [workload.count_work(x, self.policy.config) for x in lengths]
+    works = [
+      workload.count_work(x, self.program.policy.config) for x in lengths
+    ]
     return workload.Work(
       *(
         float(np.mean([getattr(w, field.name) for w in works]))
@@ -179,7 +136,7 @@ class Trainer:
     start, stop = self.next, self.next + num_steps
     works = [
       workload.count_work(
-        self.lengths[self.loader.order(i)], self.policy.config
+        self.lengths[self.loader.order(i)], self.program.policy.config
       )
       for i in range(start, stop)
     ]
@@ -224,6 +181,26 @@ class Trainer:
       "grad_norm": float(metrics["grad_norm"]),
       "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+
+
+def _build_program(
+  options: argparse.Namespace, policy: Policy, placement: mesh.Placement
+) -> Program:
+  settings = default_config().optimizer
+  settings.name = options.optimizer
+  settings.learning_rate = workload.LEARNING_RATE
+  settings.warmup_steps, settings.b2 = 0, 0.999
+  settings.max_grad_norm = 1e9
+  schedule = optimizer.build_schedule(settings, 1000)
+  return Program(
+    policy=policy,
+    objective=build_objective({"name": "dpo", "beta": workload.BETA}),
+    optimizer=optimizer.build_optimizer(settings, schedule),
+    schedule=schedule,
+    placement=placement,
+    reference_kind=options.reference,
+    chunk_size=options.logps_chunk,
+  )
 
 
 def project_all(batch: Batch) -> Batch:

@@ -13,9 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import hlo, mesh, roofline, topology
+from dpo_jax import config as config_lib
+from dpo_jax import hlo, mesh, model_source, roofline, topology
+from dpo_jax.data.loader import Loader
 from dpo_jax.models import vocabulary
-from dpo_jax.run import Run, build_run, check_context, with_shardings
+from dpo_jax.program import Program
+from dpo_jax.run import build_run, plan_program
 from dpo_jax.types import Batch, token_masks
 from dpo_jax.workdir import Workdir
 
@@ -51,12 +54,26 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
+class Subject:
+  """What is compiled: a program, and the shapes of its batches.
+
+  Attributes:
+    config: resolved.
+    program: on the topology's mesh.
+    batch: abstract, laid over the mesh.
+  """
+
+  config: Any
+  program: Program
+  batch: Batch
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
   """A step that was compiled, or that had no room.
 
   Attributes:
-    run: what was compiled.
-    batch: abstract.
+    subject: what was compiled.
     memory: bytes of a device by kind.
     peak: bytes of a device, XLA's count; of what it wanted if it had no room.
     fits: whether it has room.
@@ -66,8 +83,7 @@ class Plan:
     compile_seconds: how long XLA took.
   """
 
-  run: Run
-  batch: Batch
+  subject: Subject
   memory: dict[str, float]
   peak: float
   fits: bool
@@ -77,12 +93,12 @@ class Plan:
   compile_seconds: float
 
 
-def build(request: Request, sizes: Mapping[str, int] | None = None) -> Run:
-  """The run on the topology's mesh, with its data where they are read.
+def build(request: Request, sizes: Mapping[str, int] | None = None) -> Subject:
+  """Builds the program on the topology's mesh, and a batch for it.
 
   Args:
     request: what to plan.
-    sizes: of the mesh, if not the config's.
+    sizes: sizes of the mesh, if not the config's.
 
   Raises:
     ValueError: what would stop the run there.
@@ -90,43 +106,42 @@ def build(request: Request, sizes: Mapping[str, int] | None = None) -> Run:
   grid = mesh.make_mesh(
     sizes or request.config.mesh, request.topology.devices()
   )
-  workdir = Workdir.at("plan")
-  if not request.is_stand_in:
+  if request.is_stand_in:
+    config = config_lib.resolve(request.config)
+    source = model_source.parse(config.policy.init)
+    program = plan_program(
+      config, source, vocab_size=request.vocab_size or 128_256, on=grid
+    )
+    batch = _stand_in(config, program, request)
+  else:
     try:
-      return build_run(request.config, workdir, on=grid)
+      run = build_run(request.config, Workdir.at("plan"), on=grid)
     except (OSError, ImportError) as error:
       raise ValueError(
         f"the data of this config cannot be read here ({error}): give the"
         " shapes by --row_tokens, and --rows, --scored_tokens, --vocab_size"
       ) from error
-  return build_run(
-    request.config, workdir, on=grid, vocab_size=request.vocab_size or 128_256
+    config, program = run.config, run.program
+    batch = _first_batch(run.data.train)
+  program.placement.check_row_tokens(batch.tokens.shape[1])
+  if program.objective.needs_reference and not program.has_live_reference:
+    logps = jax.ShapeDtypeStruct(batch.score.shape, jnp.float32)
+    batch = batch.replace(ref_logps=logps)
+  shardings = program.placement.batch_shardings(batch)
+  return Subject(config, program, mesh.with_shardings(batch, shardings))
+
+
+def _first_batch(loader: Loader) -> Batch:
+  """Shapes of a batch: all rows, whichever process would read them."""
+  loader = dataclasses.replace(loader, process_index=0, process_count=1)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loader.batch(0)
   )
 
 
-def abstract_batch(run: Run, request: Request) -> Batch:
-  """Shapes of a training batch, laid over the mesh."""
-  if run.data is not None:
-    # All rows, whichever process would read them.
-    loader = dataclasses.replace(
-      run.data.train, process_index=0, process_count=1
-    )
-    batch = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loader.batch(0)
-    )
-  else:
-    batch = _stand_in(run, request)
-  check_context(batch.tokens.shape[1], run.placement)
-  if run.objective.needs_reference and not run.has_live_reference:
-    logps = jax.ShapeDtypeStruct(batch.score.shape, jnp.float32)
-    batch = batch.replace(ref_logps=logps)
-  return with_shardings(batch, run.placement.batch_shardings(batch))
-
-
-def _stand_in(run: Run, request: Request) -> Batch:
-  """A batch of rows that are full."""
-  config = run.config
-  multiple = run.placement.num_row_shards * config.accumulation_steps
+def _stand_in(config: Any, program: Program, request: Request) -> Batch:
+  """Shapes of a batch whose rows are full."""
+  multiple = program.placement.num_row_shards * config.accumulation_steps
   rows = request.rows or -(-config.batch_size // multiple) * multiple
   if rows % multiple:
     raise ValueError(
@@ -138,8 +153,7 @@ def _stand_in(run: Run, request: Request) -> Batch:
   )
   scored = request.scored_tokens or tokens
   groups = -(-config.batch_size // rows)
-  slots = run.objective.num_slots or 2
-  needs = run.objective.needs
+  slots = program.objective.num_slots or 2
 
   def shape(*sizes, dtype=jnp.int32):
     return jax.ShapeDtypeStruct((rows, *sizes), dtype)
@@ -157,52 +171,51 @@ def _stand_in(run: Run, request: Request) -> Batch:
     example_ids=shape(groups),
     last_tokens=shape(groups, slots),
     token_masks={
-      name: shape(scored, dtype=jnp.bool_) for name in token_masks(needs)
+      name: shape(scored, dtype=jnp.bool_)
+      for name in token_masks(program.needs)
     },
   )
 
 
-def make_plan(run: Run, request: Request) -> Plan:
+def make_plan(subject: Subject, request: Request) -> Plan:
   """Compiles the step for the topology and measures what came out."""
-  batch = abstract_batch(run, request)
-  state, shardings = run.abstract_state()
-  sizes = run.placement.mesh.shape
-  num_rows, row_tokens = batch.tokens.shape
-  scored_tokens = batch.targets.shape[1]
-  memory = known_memory(run, state, batch)
+  program, batch = subject.program, subject.batch
+  model, devices = program.policy.config, program.placement.mesh.devices
+  memory = known_memory(subject)
   started = time.monotonic()
-  compiled, wanted = _compile(run, state, shardings, batch)
+  compiled, wanted = _compile(subject)
   seconds = time.monotonic() - started
   if compiled is None:
     peak, collectives = wanted, []
   else:
     peak = float(compiled.memory_analysis().peak_memory_in_bytes)
-    devices = list(run.placement.mesh.devices.flat)
+    by_index = list(devices.flat)
     collectives = hlo.collectives(
       compiled.as_text(),
-      len(devices),
-      lambda i: getattr(devices[i], "slice_index", None) or 0,
+      len(by_index),
+      lambda i: getattr(by_index[i], "slice_index", None) or 0,
     )
   lengths = dict(
-    num_rows=num_rows, row_tokens=row_tokens, scored_tokens=scored_tokens
+    num_rows=batch.tokens.shape[0],
+    row_tokens=batch.tokens.shape[1],
+    scored_tokens=batch.targets.shape[1],
   )
   work = roofline.count_work(
-    run.policy.config,
-    run.policy.abstract_params(),
-    has_live_reference=run.has_live_reference,
+    model,
+    program.policy.abstract_params(),
+    has_live_reference=program.has_live_reference,
     **lengths,
   )
   moved = roofline.hbm_bytes(
     work,
-    run.policy.config,
-    sizes,
+    model,
+    program.placement.mesh.shape,
     state_bytes=memory["parameters"] + memory["optimizer state"],
     gradient_bytes=memory["parameters"],
     **lengths,
   )
   return Plan(
-    run=run,
-    batch=batch,
+    subject=subject,
     memory=memory,
     peak=peak,
     fits=compiled is not None and peak <= request.topology.hbm_per_device,
@@ -213,11 +226,12 @@ def make_plan(run: Run, request: Request) -> Plan:
   )
 
 
-def _compile(run, state, shardings, batch) -> tuple[Any, float]:
-  """The compiled step, or None and the bytes that it would have needed."""
-  with jax.set_mesh(run.placement.mesh):
-    step = run.placement.compile_step(run.make_train_step(), shardings)
-    lowered = step.lower(state, batch)
+def _compile(subject: Subject) -> tuple[Any, float]:
+  """Returns the compiled step, or None and the bytes that it wanted."""
+  program, batch = subject.program, subject.batch
+  state, _ = program.abstract_state()
+  with jax.set_mesh(program.placement.mesh):
+    lowered = program.train_step().lower(state, batch)
     try:
       return lowered.compile(), 0.0
     except jax.errors.JaxRuntimeError as error:
@@ -256,16 +270,17 @@ def shard_bytes(tree: Any) -> float:
   )
 
 
-def known_memory(run: Run, state: Any, batch: Batch) -> dict[str, float]:
+def known_memory(subject: Subject) -> dict[str, float]:
   """Bytes of a device that follow from shapes and shardings alone."""
-  sizes = run.placement.mesh.shape
-  rows = batch.tokens.shape[0] / run.config.accumulation_steps
-  rows /= math.prod(sizes[axis] for axis in mesh.ROW_AXES)
-  positions = rows * batch.targets.shape[1]
-  logits = positions * run.policy.config.vocab_size / sizes["tensor"]
-  loops = vocabulary.ACCELERATOR
+  program, batch = subject.program, subject.batch
+  state, _ = program.abstract_state()
+  sizes = program.placement.mesh.shape
   length = batch.targets.shape[1]
-  chunk = run.config.logps_chunk or loops.chunk(math.ceil(rows), length)
+  rows = batch.tokens.shape[0] / program.accumulation_steps
+  rows /= program.placement.num_row_shards
+  logits = rows * length * program.policy.config.vocab_size / sizes["tensor"]
+  loops = vocabulary.ACCELERATOR
+  chunk = program.chunk_size or loops.chunk(math.ceil(rows), length)
   at_a_time = rows * min(chunk, length)
   block = at_a_time * loops.columns(int(at_a_time))
   return {

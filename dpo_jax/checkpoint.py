@@ -53,7 +53,7 @@ class Checkpoints:
       workdir: of the run.
       keep: how many of the latest steps to keep. With 1, a kill between the
         commit of a step and its manifest would leave none.
-      best_metric: the step that is best by it is kept besides.
+      best_metric: the step that is best by it is kept too; "" for none.
       best_is_lower: whether a lower figure is better.
       is_reader: whether only `params` are to be read, of a run that may be
         another's and under way: damaged and unfinished steps are passed over
@@ -136,7 +136,7 @@ class Checkpoints:
     """
     self.wait()
     _check_room(self._root, (state.params, _rest(state)))
-    if metrics and self._best_metric not in metrics:
+    if metrics and self._best_metric and self._best_metric not in metrics:
       _LOG.warning(
         "checkpoint.best_metric=%r is not measured, so the latest step counts"
         " as the best. Measured: %s",

@@ -16,18 +16,34 @@ from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.loader import Loader
 from dpo_jax.data.store import Store
 from dpo_jax.data.tokenizers import Tokenizer
+from dpo_jax.losses import Objective, WeightedSum
+from dpo_jax.losses.objective import did_you_mean
 from dpo_jax.mesh import Placement
 from dpo_jax.models import generate
 from dpo_jax.models.decoder import Policy
+from dpo_jax.program import Program
 from dpo_jax.reference import compute_logps
 from dpo_jax.scoring import score_all, to_host
-from dpo_jax.types import Sequences
+from dpo_jax.step import make_measure
+from dpo_jax.types import Sequences, fields_of
 from dpo_jax.workdir import Workdir, write_atomically
 
 # Fields of Sequences, [N, K] or [N], and the groups' ids.
 Records = dict[str, np.ndarray]
 
 _Z95 = 1.959963984540054
+
+# Metrics of `compare_samples` and `sampled_kl`, with a judge and a reference.
+SAMPLE_METRICS = (
+  "sample/tokens",
+  "sample/reward",
+  "sample/reward_error",
+  "sample/win_rate",
+  "sample/win_rate_low",
+  "sample/win_rate_high",
+  "kl",
+  "kl_error",
+)
 
 
 def wilson_interval(fraction: float, count: int) -> tuple[float, float]:
@@ -50,13 +66,11 @@ def wilson_interval(fraction: float, count: int) -> tuple[float, float]:
 
 
 def evaluate(
-  eval_step: Callable[..., Sequences],
-  measure: Callable[..., Any],
+  program: Program,
   params: Any,
   ref_params: Any,
   loss_state: Any,
   loader: Loader,
-  placement: Placement,
 ) -> tuple[dict[str, float], Records]:
   """Means over every held-out group, each counted once.
 
@@ -64,13 +78,11 @@ def evaluate(
   such as `kto` or `aot`, does not depend on `eval.batch_size`.
 
   Args:
-    eval_step: compiled `step.make_eval_step`.
-    measure: `step.make_measure` of the objective and of what else to measure.
+    program: policy, and the losses to measure.
     params: the policy's.
     ref_params: the reference's, or None where it is cached or absent.
     loss_state: of the objective.
     loader: the held-out groups.
-    placement: mesh.
 
   Returns:
     The metrics: `loss`, the objective's own, `displacement`'s, and the bounds
@@ -78,32 +90,102 @@ def evaluate(
     `reward/accuracy_high`) where it has one. And what every group gave, for
     `write_records`.
   """
-  read = functools.partial(eval_step, params, ref_params)
-  ids, sequences = score_all(read, loader, placement)
+  read = functools.partial(program.eval_step, params, ref_params)
+  ids, sequences = score_all(read, loader, program.placement)
   per_group, metrics, is_valid = jax.tree.map(
-    np.asarray, measure(sequences, jax.tree.map(to_host, loss_state))
+    np.asarray, program.measure(sequences, jax.tree.map(to_host, loss_state))
   )
   records = {"example_ids": ids} | {
     field.name: getattr(sequences, field.name)
     for field in dataclasses.fields(sequences)
     if getattr(sequences, field.name) is not None
   }
-  count = int(is_valid.sum())
   columns = {name: x.astype(np.float64) for name, x in metrics.items()}
+  means = _means(
+    columns,
+    per_group.astype(np.float64),
+    records["num_tokens"],
+    int(is_valid.sum()),
+  )
+  return means, records
+
+
+def _means(
+  columns: dict[str, np.ndarray],
+  per_group: np.ndarray,
+  num_tokens: np.ndarray,
+  count: int,
+) -> dict[str, float]:
+  """Computes the metrics of a held-out set from those of its groups.
+
+  Args:
+    columns: f64 [N] by name, NaN where a group has no value.
+    per_group: f64 [N], losses.
+    num_tokens: f32 [N, K].
+    count: groups that the loss can read.
+  """
   figures = {
     # NaN where no group has the metric.
     name: float(np.nansum(x) / ((~np.isnan(x)).sum() or math.nan))
     for name, x in columns.items()
   }
   # Groups that the loss cannot read have a loss of 0, and do not count.
-  figures["loss"] = float(per_group.astype(np.float64).sum() / max(count, 1))
+  figures["loss"] = float(per_group.sum() / max(count, 1))
   if "reward/accuracy" in figures:
     num = int((~np.isnan(columns["reward/accuracy"])).sum())
     low, high = wilson_interval(figures["reward/accuracy"], num)
     figures |= {"reward/accuracy_low": low, "reward/accuracy_high": high}
   if "reward/margin" in columns:
-    figures |= displacement(columns["reward/margin"], records["num_tokens"])
-  return figures | {"num_groups": count}, records
+    figures |= displacement(columns["reward/margin"], num_tokens)
+  return figures | {"num_groups": count}
+
+
+def metric_names(
+  objective: Objective | WeightedSum, others: tuple[Objective, ...] = ()
+) -> list[str]:
+  """Names the metrics that `evaluate` gives, without data.
+
+  Args:
+    objective: loss that is trained.
+    others: losses that are measured too.
+
+  Returns:
+    Sorted names; none for a loss that learns from samples, which held-out
+    groups do not have.
+  """
+  if objective.group == "samples":
+    return []
+  num_slots = objective.num_slots or 2
+  needs = objective.needs.union(*(other.needs for other in others))
+
+  def figure(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *shape), dtype)
+
+  names = ("logps", "num_tokens", "score", *needs)
+  fields = {name: figure(num_slots) for name in names}
+  fields |= {name: figure() for name in needs & fields_of("mismatched")}
+  sequences = Sequences(**fields, valid=figure(num_slots, dtype=bool))
+  measure = make_measure(objective, others)
+  _, metrics, _ = jax.eval_shape(measure, sequences, objective.init())
+  columns = {name: np.zeros(1) for name in metrics}
+  return sorted(_means(columns, np.zeros(1), np.ones((1, num_slots)), 1))
+
+
+def check_metric(
+  config: Any,
+  objective: Objective | WeightedSum,
+  others: tuple[Objective, ...],
+) -> None:
+  """Raises ValueError unless `checkpoint.best_metric` will be measured."""
+  wanted = config.checkpoint.best_metric
+  known = [f"eval/{name}" for name in metric_names(objective, others)]
+  if config.eval.num_samples:
+    known += [f"eval/{name}" for name in SAMPLE_METRICS]
+  if wanted and wanted not in known:
+    raise ValueError(
+      f"checkpoint.best_metric={wanted!r} is not measured."
+      f"{did_you_mean(wanted, known)} Measured: {', '.join(known)}"
+    )
 
 
 def displacement(

@@ -317,6 +317,15 @@ def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(place, state)
 
 
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+  """Adds shardings to a tree of arrays or ShapeDtypeStructs."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    abstract,
+    shardings,
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
   """How a run lies on its devices.
@@ -345,6 +354,40 @@ class Placement:
   def num_row_shards(self) -> int:
     """Devices that the rows of a batch are split over."""
     return math.prod(self.mesh.shape[axis] for axis in ROW_AXES)
+
+  def check_batch_size(self, key: str, size: int) -> None:
+    """Raises ValueError unless the devices divide a batch of `size` groups."""
+    shards = self.num_row_shards
+    if not size % shards:
+      return
+    below = size // shards * shards
+    nearest = f"are {below} and {below + shards}" if below else f"is {shards}"
+    sizes = nearest_mesh(
+      self.mesh.shape,
+      self.mesh.size,
+      lambda m: size % math.prod(m[axis] for axis in ROW_AXES) == 0,
+    )
+    raise ValueError(
+      f"{key}={size} must be a multiple of the {shards} devices on the mesh"
+      f" axes {ROW_AXES}: nearest {nearest}, or the mesh {sizes}"
+    )
+
+  def check_row_tokens(self, row_tokens: int) -> None:
+    """Raises ValueError unless the context axis divides the tokens of a row."""
+    size = self.mesh.shape["context"]
+    if not row_tokens % size:
+      return
+    enough = -(-row_tokens // size) * size
+    nearest = nearest_mesh(
+      self.mesh.shape,
+      self.mesh.size,
+      lambda m: row_tokens % m["context"] == 0,
+    )
+    raise ValueError(
+      f"rows of {row_tokens} tokens are not divided by the {size} devices on"
+      f" the mesh axis 'context': set data.row_tokens={enough}, or the mesh"
+      f" {nearest}"
+    )
 
   @property
   def axis_name(self) -> str | None:

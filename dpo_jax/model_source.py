@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from dpo_jax.checkpoint import open_checkpoints
 from dpo_jax.data import tokenizers
-from dpo_jax.mesh import param_shardings
+from dpo_jax.mesh import param_shardings, with_shardings
 from dpo_jax.models import hf, lora
 from dpo_jax.models.config import Lora, ModelConfig
 from dpo_jax.models.decoder import Policy
@@ -435,11 +435,7 @@ class TrainedRun(ModelSource):
     trained, _ = split_params(
       policy.abstract_params(), self.trained_model.frozen
     )
-    targets = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      trained,
-      param_shardings(trained, mesh),
-    )
+    targets = with_shardings(trained, param_shardings(trained, mesh))
     checkpoints = open_checkpoints(self.workdir, self.config, is_reader=True)
     try:
       step = checkpoints.best_step

@@ -24,126 +24,21 @@ from dpo_jax import step as step_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.store import Store, part_starts
 from dpo_jax.data.tokenizers import Tokenizer
-from dpo_jax.losses import Objective, WeightedSum, policy_gradient
-from dpo_jax.mesh import Placement, on_mesh
+from dpo_jax.losses import policy_gradient
+from dpo_jax.mesh import on_mesh
 from dpo_jax.models import generate
-from dpo_jax.models.decoder import Policy
+from dpo_jax.program import Program
 from dpo_jax.scoring import score_all
 from dpo_jax.types import Batch, fields_of
 from dpo_jax.workdir import Workdir, write_atomically
 
 _LOG = logging.getLogger(__name__)
 
-KINDS = ("none", "pairs", "rollouts")
-LABELS = ("argmax", "bradley_terry")
 _SAMPLED_AT_ONCE = 1024
-_SHARED = dict(
-  judge="",
-  every_steps=1,
-  epochs=1,
-  num_samples=2,
-  max_response_tokens=128,
-  max_kl=200.0,
-)
-_KNOBS: dict[str, dict[str, Any]] = {
-  "none": {},
-  "pairs": _SHARED | dict(temperature=1.0, label="argmax", flips=0.0),
-  "rollouts": _SHARED | dict(kl_weight=0.05, kl_target=0.0, kl_gain=0.1),
-}
-_GAE = dict(discount=1.0, gae_lambda=0.95)  # arXiv:1707.06347, sec. 5
 
 
 class DriftError(RuntimeError):
   """The policy has gone so far from its reference that the run is lost."""
-
-
-def resolve(config: Any, objective: Objective | WeightedSum) -> None:
-  """Settles `config.online`: defaults of its kind, and what fits the loss.
-
-  Args:
-    config: of the run, changed in place.
-    objective: what is trained.
-
-  Raises:
-    ValueError: an unknown kind, one that the loss cannot do with, a knob that
-      is not read, or a value out of range.
-  """
-  online, group = config.online, objective.group
-  if online.kind not in KINDS:
-    raise ValueError(
-      f"online.kind={online.kind!r} must be one of {', '.join(KINDS)}"
-    )
-  if (group == "samples") != (online.kind == "rollouts"):
-    raise ValueError(
-      f"loss {objective.name!r} with online.kind={online.kind!r}: 'rollouts' is"
-      " for the losses that learn from rewarded samples of the policy, such as"
-      " ppo and reinforce, and they for it"
-    )
-  if online.kind == "pairs" and group not in ("pair", "ranking", "first"):
-    raise ValueError(
-      f"loss {objective.name!r} reads groups of the kind {group!r}, and"
-      " online.kind='pairs' gives a chosen and a rejected response"
-    )
-  knobs = dict(_KNOBS[online.kind])
-  if "advantages" in objective.needs:
-    knobs |= _GAE
-  for name, value in online.items():
-    if name != "kind" and value is not None and name not in knobs:
-      raise ValueError(
-        f"online.{name}={value} is set, and online.kind={online.kind!r} with"
-        f" loss {objective.name!r} does not read it. It reads:"
-        f" {', '.join(sorted(knobs)) or 'nothing'}"
-      )
-  for name, value in knobs.items():
-    if online[name] is None:
-      online[name] = value
-  if online.kind != "none":
-    _check_ranges(config, objective)
-
-
-def _check_ranges(config: Any, objective: Objective | WeightedSum) -> None:
-  online = config.online
-  bounds = {
-    "every_steps": (1, None),
-    "epochs": (1, None),
-    "num_samples": (2 if online.kind == "pairs" else 1, None),
-    "max_response_tokens": (1, None),
-    "max_kl": (0, None),
-    "temperature": (0, None),
-    "flips": (0, 0.5),
-    "kl_weight": (0, None),
-    "kl_target": (0, None),
-    "kl_gain": (0, 5),
-    "discount": (0, 1),
-    "gae_lambda": (0, 1),
-  }
-  for name, (low, high) in bounds.items():
-    value = online[name]
-    if value is not None and not (
-      value >= low and (high is None or value <= high)
-    ):
-      wanted = f"at least {low}" + ("" if high is None else f", at most {high}")
-      raise ValueError(f"online.{name}={value} must be {wanted}")
-  if not online.judge:
-    raise ValueError(
-      "online.judge is not set: it rewards what the policy says, and is one of"
-      f" {', '.join(judges.KINDS)}"
-    )
-  if online.label is not None and online.label not in LABELS:
-    raise ValueError(
-      f"online.label={online.label!r} must be one of {', '.join(LABELS)}"
-    )
-  if online.label == "bradley_terry" and online.num_samples != 2:
-    raise ValueError(
-      "online.label='bradley_terry' draws a label for a pair, and"
-      f" online.num_samples={online.num_samples}: set it to 2"
-    )
-  num_groups = online.every_steps * config.batch_size
-  if num_groups % online.epochs:
-    raise ValueError(
-      f"online.epochs={online.epochs} must divide online.every_steps *"
-      f" batch_size = {num_groups}"
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,12 +133,10 @@ class OnPolicy:
     workdir: Workdir,
     prompts: loader_lib.Loader,
     *,
-    objective: Objective | WeightedSum,
-    policy: Policy,
+    program: Program,
     ref_params: Any,
     tokenizer: Tokenizer,
     judge: judges.Judge,
-    placement: Placement,
   ):
     """Plans the batches; samples nothing yet.
 
@@ -251,31 +144,29 @@ class OnPolicy:
       config: of the run, resolved.
       workdir: of the run.
       prompts: the loader of the training data, for its prompts.
-      objective: what is trained.
-      policy: the decoder.
+      program: what is trained.
       ref_params: the reference's parameters.
       tokenizer: to read responses with.
       judge: who rewards them.
-      placement: mesh.
 
     Raises:
       ValueError: no prompt leaves room for a response.
     """
     self._settings, self._config = config.online, config
     self._folder = workdir.online
-    self._objective, self._policy = objective, policy
-    self._ref_params, self._placement = ref_params, placement
+    self._program, self._ref_params = program, ref_params
     self._tokenizer, self._judge = tokenizer, judge
     self._source = prompts
     self._snapshot: Snapshot | None = None
     settings = self._settings
-    room = policy.config.max_positions - settings.max_response_tokens
+    room = program.policy.config.max_positions - settings.max_response_tokens
     lengths = prompts.store.lengths[prompts.indices, 0]
     indices = prompts.indices[lengths <= room]
     if not len(indices):
       raise ValueError(
         f"online.max_response_tokens={settings.max_response_tokens} leaves"
-        f" {room} of the model's {policy.config.max_positions} positions, and"
+        f" {room} of the model's"
+        f" {program.policy.config.max_positions} positions, and"
         f" the shortest prompt takes {lengths.min()}: lower it"
       )
     # Indices of prompts, as many a sampling as its batches need.
@@ -309,7 +200,8 @@ class OnPolicy:
       self._prompts.indices,
       batch_size=config.batch_size,
       row_tokens=config.data.row_tokens,
-      row_multiple=self._placement.num_row_shards * config.accumulation_steps,
+      row_multiple=self._program.placement.num_row_shards
+      * config.accumulation_steps,
       layout=config.data.layout,
       max_shapes=config.data.max_shapes,
     )
@@ -457,10 +349,10 @@ class OnPolicy:
     next_weight = kl_weight
     if settings.kind == "rollouts":
       figures["kl_weight"] = kl_weight
-      if "advantages" in self._objective.needs:
+      if "advantages" in self._program.objective.needs:
         is_cut = self._are_cut(responses)
         fields = self._advantages(rewards, measured, is_cut, kl_weight)
-      if "old_logps" in self._objective.needs:
+      if "old_logps" in self._program.objective.needs:
         fields["old_logps"] = measured["logps"]
       score = rewards - kl_weight * log_ratios
       if settings.kl_target:
@@ -521,7 +413,7 @@ class OnPolicy:
     count = settings.num_samples
     asked = [store.group(i)[0].tolist() for i in prompts for _ in range(count)]
     sampled = generate.sample(
-      self._policy,
+      self._program.policy,
       params,
       asked,
       seed=self._seed(step, 1),
@@ -529,7 +421,7 @@ class OnPolicy:
       temperature=settings.temperature if settings.kind == "pairs" else 1.0,
       stop_ids=self._tokenizer.stop_ids,
       batch_size=min(len(asked), _SAMPLED_AT_ONCE),
-      rows=self._placement.row_sharding,
+      rows=self._program.placement.row_sharding,
     )
     rewards = judges.ask(
       self._judge,
@@ -571,16 +463,16 @@ class OnPolicy:
   def _read(self) -> Any:
     """Compiled (params, ref_params, batch) -> what the policy said and how."""
     needs = set()
-    if "advantages" in self._objective.needs:
+    if "advantages" in self._program.objective.needs:
       needs = {"token_logps", "token_values", "values"}
 
     def read(params, ref_params, batch):
       sequences = step_lib.read_sequences(
-        self._policy,
+        self._program.policy,
         params,
         ref_params,
         batch,
-        chunk_size=self._config.logps_chunk,
+        chunk_size=self._program.chunk_size,
         needs=frozenset(needs),
         max_tokens=self._settings.max_response_tokens,
       )
@@ -589,8 +481,8 @@ class OnPolicy:
       found = {name: getattr(sequences, name) for name in names}
       return {k: v for k, v in found.items() if v is not None}
 
-    return on_mesh(self._placement.mesh)(
-      jax.jit(read, out_shardings=self._placement.replicated)
+    return on_mesh(self._program.placement.mesh)(
+      jax.jit(read, out_shardings=self._program.placement.replicated)
     )
 
   def _measure(
@@ -598,7 +490,7 @@ class OnPolicy:
   ) -> dict[str, np.ndarray]:
     """Fields of Sequences of all groups, [n, K] or [n, K, M]."""
     read = functools.partial(self._read, params, self._ref_params)
-    ids, found = score_all(read, loader, self._placement)
+    ids, found = score_all(read, loader, self._program.placement)
 
     def of_all(values: np.ndarray) -> np.ndarray:
       # A tie has no responses, so that no batch has it.

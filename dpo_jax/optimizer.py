@@ -1,7 +1,6 @@
 """Learning-rate schedule and optax chain."""
 
 from collections.abc import Mapping
-import math
 import re
 from typing import Any
 
@@ -11,9 +10,6 @@ import optax
 
 from dpo_jax.mesh import path_name
 from dpo_jax.models import lora
-
-OPTIMIZERS = ("adamw", "rmsprop", "adafactor", "lion")
-SCHEDULES = ("constant", "cosine", "linear")
 
 
 def build_schedule(config: Any, total_steps: int) -> optax.Schedule:
@@ -26,30 +22,16 @@ def build_schedule(config: Any, total_steps: int) -> optax.Schedule:
   Returns:
     Step -> learning rate. Step 0 of a warm-up of n steps has 1/n of the peak,
     not 0: no step is wasted.
-
-  Raises:
-    ValueError: an unknown schedule, a rate that is not at least 0, or a
-      warm-up as long as the run.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
-  if config.schedule not in SCHEDULES:
-    raise ValueError(
-      f"optimizer.schedule={config.schedule!r} must be one of"
-      f" {', '.join(SCHEDULES)}"
-    )
-  if not 0.0 <= peak < math.inf:
-    raise ValueError(f"optimizer.learning_rate={peak} must be at least 0")
-  if warmup < 0 or (config.schedule != "constant" and warmup >= total_steps):
-    raise ValueError(
-      f"optimizer.warmup_steps={warmup} must be at least 0 and below"
-      f" total_steps={total_steps}"
-    )
   if config.schedule == "constant":
     after = optax.constant_schedule(peak)
   elif config.schedule == "cosine":
     after = optax.cosine_decay_schedule(peak, total_steps - warmup)
-  else:
+  elif config.schedule == "linear":
     after = optax.linear_schedule(peak, 0.0, total_steps - warmup)
+  else:
+    raise ValueError(f"optimizer.schedule={config.schedule!r} is unknown")
   if not warmup:
     return after
   rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
@@ -67,25 +49,7 @@ def build_optimizer(
 
   Returns:
     The chain. Weight decay leaves norm scales and biases alone.
-
-  Raises:
-    ValueError: an unknown optimizer, or a knob out of range.
   """
-  if config.name not in OPTIMIZERS:
-    raise ValueError(
-      f"optimizer.name={config.name!r} must be one of {', '.join(OPTIMIZERS)}"
-    )
-  for knob in ("b1", "b2"):
-    if not 0.0 <= config[knob] < 1.0:
-      raise ValueError(f"optimizer.{knob}={config[knob]} must be in [0, 1)")
-  for knob in ("epsilon", "weight_decay"):
-    if not config[knob] >= 0.0:
-      raise ValueError(f"optimizer.{knob}={config[knob]} must be at least 0")
-  if not config.max_grad_norm > 0:
-    raise ValueError(
-      f"optimizer.max_grad_norm={config.max_grad_norm} must be above 0; inf"
-      " clips nothing"
-    )
   decay = {"weight_decay": config.weight_decay, "mask": _is_decayed}
   if config.name == "adamw":
     scale = optax.adamw(
@@ -103,7 +67,7 @@ def build_optimizer(
       optax.add_decayed_weights(**decay),
       optax.scale_by_learning_rate(schedule),
     )
-  else:
+  elif config.name == "adafactor":
     # Its own weight decay comes after the learning rate and would take that
     # share of the weights in every step. It ends with a change of sign.
     scale = optax.chain(
@@ -111,6 +75,8 @@ def build_optimizer(
       optax.add_decayed_weights(-config.weight_decay, mask=_is_decayed),
       optax.scale_by_learning_rate(schedule, flip_sign=False),
     )
+  else:
+    raise ValueError(f"optimizer.name={config.name!r} is unknown")
   return optax.chain(_clip_by_global_norm(config.max_grad_norm), scale)
 
 

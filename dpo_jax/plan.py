@@ -119,10 +119,10 @@ def time_table(plan: Plan, request: Request) -> str:
   """The roofline, the bound, and what the run takes and costs."""
   slowest = max(plan.bounds, key=plan.bounds.get)
   seconds = expected_seconds(plan, request)
-  config, chips = plan.run.config, request.topology.num_chips
+  config, chips = plan.subject.config, request.topology.num_chips
   hours = seconds * config.total_steps / 3600
   peak = chips * request.topology.chip.flops
-  rows, tokens = plan.batch.tokens.shape
+  rows, tokens = plan.subject.batch.tokens.shape
   reached = plan.work.model_flops / (seconds * peak)
   lines = [
     *((f"{name} at least, s", bound) for name, bound in plan.bounds.items()),
@@ -148,8 +148,8 @@ def work_table(plan: Plan) -> str:
     [
       {"work of a step": name, "value": f"{value:,.4g}"}
       for name, value in (
-        ("parameters", plan.run.policy.config.num_params()),
-        ("rows x tokens", float(math.prod(plan.batch.tokens.shape))),
+        ("parameters", plan.subject.program.policy.config.num_params()),
+        ("rows x tokens", float(math.prod(plan.subject.batch.tokens.shape))),
         ("model FLOPs", work.model_flops),
         ("executed FLOPs", work.executed_flops),
       )
@@ -159,9 +159,9 @@ def work_table(plan: Plan) -> str:
 
 def remedies(plan: Plan) -> list[dict[str, Any]]:
   """What would make room, with the bytes of a device that it frees."""
-  run, memory = plan.run, plan.memory
-  config, model = run.config, run.policy.config
-  sizes = run.placement.mesh.shape
+  program, memory = plan.subject.program, plan.memory
+  config, model = plan.subject.config, program.policy.config
+  sizes = program.placement.mesh.shape
   rest = plan.peak - sum(memory.values())
   state = memory["parameters"] + memory["optimizer state"]
   found: list[tuple[str, float]] = []
@@ -175,11 +175,12 @@ def remedies(plan: Plan) -> list[dict[str, Any]]:
     found.append((f"mesh.data=1 mesh.fsdp={fsdp}", freed))
   if memory["reference"]:
     found.append(("reference.kind=cached", memory["reference"]))
-  rows = plan.batch.tokens.shape[0] // run.placement.num_row_shards
+  rows = plan.subject.batch.tokens.shape[0]
+  rows //= program.placement.num_row_shards
   if rows > config.accumulation_steps:
     parts = config.accumulation_steps * 2
     found.append((f"accumulation_steps={parts}", 0.5 * max(rest, 0.0)))
-  trained, frozen = run.split_params(run.policy.abstract_params())
+  trained, frozen = program.split_params(program.policy.abstract_params())
   if frozen is not None and model.param_dtype != "bfloat16":
     share = _num_bytes(frozen) / (_num_bytes(frozen) + _num_bytes(trained))
     freed = 0.5 * share * memory["parameters"]
@@ -215,15 +216,16 @@ def describe(plan: Plan, request: Request) -> str:
   """All tables."""
   where = request.topology
   hbm = where.hbm_per_device
-  rows, tokens = plan.batch.tokens.shape
+  config, batch = plan.subject.config, plan.subject.batch
+  rows, tokens = batch.tokens.shape
   source = "given" if request.is_stand_in else "the config's data"
-  grid = plan.run.placement.mesh
+  grid = plan.subject.program.placement.mesh
   sizes = ", ".join(f"{axis} {n}" for axis, n in grid.shape.items())
   parts = [
     f"{where.name}: {where.num_chips} chips ({where.jax_name}),"
     f" {grid.size} devices, mesh {sizes}",
-    f"batch: {plan.run.config.batch_size} groups in {rows} rows of {tokens}"
-    f" tokens, {plan.batch.targets.shape[1]} scored ({source}); compiled in"
+    f"batch: {config.batch_size} groups in {rows} rows of {tokens}"
+    f" tokens, {batch.targets.shape[1]} scored ({source}); compiled in"
     f" {plan.compile_seconds:.0f} s",
     memory_table(plan, hbm),
     "Parameters, optimizer, reference and batch are exact; gradients and logps"
@@ -257,23 +259,25 @@ def candidates(request: Request, limit: int) -> Iterator[dict[str, int]]:
     if sizes["tensor"] > 8 or (sizes["context"] > 1 and not is_long):
       continue
     try:
-      run = ahead_of_time.build(request, sizes)
-      batch = ahead_of_time.abstract_batch(run, request)
+      subject = ahead_of_time.build(request, sizes)
     except ValueError:  # does not divide the model or the batch
       continue
-    rows, tokens = batch.tokens.shape
-    work = roofline.count_work(
-      run.policy.config,
-      run.policy.abstract_params(),
-      num_rows=rows,
-      row_tokens=tokens,
-      scored_tokens=batch.targets.shape[1],
-      has_live_reference=run.has_live_reference,
+    program = subject.program
+    lengths = dict(
+      num_rows=subject.batch.tokens.shape[0],
+      row_tokens=subject.batch.tokens.shape[1],
     )
-    memory = ahead_of_time.known_memory(run, run.abstract_state()[0], batch)
+    work = roofline.count_work(
+      program.policy.config,
+      program.policy.abstract_params(),
+      scored_tokens=subject.batch.targets.shape[1],
+      has_live_reference=program.has_live_reference,
+      **lengths,
+    )
+    memory = ahead_of_time.known_memory(subject)
     has_room = sum(memory.values()) <= request.topology.hbm_per_device
     received = roofline.collective_bytes(
-      work, run.policy.config, sizes, num_rows=rows, row_tokens=tokens
+      work, program.policy.config, sizes, **lengths
     )
     ranked.append((not has_room, received, tuple(sizes.values()), sizes))
   for *_, sizes in sorted(ranked, key=lambda row: row[:3])[:limit]:

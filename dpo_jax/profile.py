@@ -3,33 +3,16 @@
 from collections.abc import Iterator
 import contextlib
 import logging
-import re
 import tempfile
 from typing import Any
 
 from etils import epath
 import jax
 
+from dpo_jax.config import parse_steps
 from dpo_jax.workdir import Workdir
 
 _LOG = logging.getLogger(__name__)
-
-
-def parse_steps(text: str) -> range:
-  """'10:13' -> steps 10, 11 and 12; '' -> none.
-
-  Raises:
-    ValueError: no FIRST:LAST with FIRST below LAST.
-  """
-  if not text:
-    return range(0)
-  found = re.fullmatch(r"(\d+):(\d+)", text)
-  if not found or int(found[1]) >= int(found[2]):
-    raise ValueError(
-      f"profile.steps={text!r} must be FIRST:LAST with FIRST < LAST, such as"
-      " 10:13 for steps 10, 11 and 12"
-    )
-  return range(int(found[1]), int(found[2]))
 
 
 class ProfileWindow:

@@ -18,77 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.data.loader import Loader
-from dpo_jax.losses import Objective, WeightedSum
 from dpo_jax.mesh import Placement, on_mesh, path_name
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.scoring import score_all
-from dpo_jax.types import fields_of
 from dpo_jax.workdir import write_atomically, write_json
-
-KINDS = ("auto", "cached", "frozen", "adapter_off", "ema", "none")
-# Where the reference runs in every step.
-LIVE_KINDS = ("frozen", "adapter_off", "ema")
-
-
-def resolve(
-  config: Any, objective: Objective | WeightedSum, *, has_adapters: bool = False
-) -> None:
-  """Settles `config.reference`: which kind, and the knobs of TR-DPO.
-
-  Args:
-    config: `config.reference`, changed in place.
-    objective: what reads the reference.
-    has_adapters: whether the policy is trained by adapters.
-
-  Raises:
-    ValueError: an unknown kind, one that the loss cannot do with, or knobs
-      that the kind does not read.
-  """
-  if config.kind not in KINDS:
-    raise ValueError(
-      f"reference.kind={config.kind!r} must be one of {', '.join(KINDS)}"
-    )
-  live = sorted(objective.needs & fields_of("live_reference"))
-  if config.kind == "auto":
-    if not objective.needs_reference:
-      config.kind = "none"
-    else:
-      off = "adapter_off" if has_adapters and not config.init else "frozen"
-      config.kind = off if live else "cached"
-  if objective.needs_reference and config.kind == "none":
-    raise ValueError(
-      f"loss {objective.name!r} compares with a reference: set reference.kind"
-      " to 'cached' or 'frozen', or loss.reward to one without a reference"
-    )
-  if config.kind == "adapter_off" and (config.init or not has_adapters):
-    raise ValueError(
-      "reference.kind='adapter_off' is the policy without its adapters: set"
-      " lora.rank above 0 and leave reference.init empty"
-    )
-  if live and config.kind == "cached":
-    raise ValueError(
-      f"loss {objective.name!r} reads {', '.join(live)}, and a cache holds"
-      " summed log-probs only: set reference.kind='frozen'"
-    )
-  defaults = {"alpha": 0.6, "every_steps": 512}
-  for knob, default in defaults.items():
-    value = getattr(config, knob)
-    if config.kind != "ema" and value is not None:
-      raise ValueError(
-        f"reference.{knob}={value} is set, and only reference.kind='ema' reads"
-        f" it; the kind is {config.kind!r}"
-      )
-    if config.kind == "ema" and value is None:
-      setattr(config, knob, default)
-  if config.kind == "ema" and not (
-    0.0 < config.alpha <= 1.0 and config.every_steps >= 1
-  ):
-    raise ValueError(
-      f"reference.alpha={config.alpha} must be in (0, 1], and"
-      f" reference.every_steps={config.every_steps} at least 1"
-    )
 
 
 def make_update(config: Any) -> Callable[[Any, Any, jax.Array], Any] | None:

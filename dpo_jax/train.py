@@ -8,7 +8,6 @@ one restores, steps, evaluates and saves.
 
 from collections.abc import Iterator, Mapping
 import dataclasses
-import functools
 import json
 import logging
 import math
@@ -41,7 +40,6 @@ if __name__ == "__main__":
   if {"--help", "-help", "--helpshort", "-h"} & set(sys.argv[1:]):
     app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
 
-import chex
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
@@ -51,7 +49,7 @@ from dpo_jax import config as config_lib
 from dpo_jax import distributed, mesh, model_source, online, reference
 from dpo_jax import evaluate as evaluate_lib
 from dpo_jax import start as start_lib
-from dpo_jax import step as step_lib
+from dpo_jax.cache import use_compilation_cache
 from dpo_jax.checkpoint import open_checkpoints
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.metrics import (
@@ -62,27 +60,19 @@ from dpo_jax.metrics import (
 )
 from dpo_jax.models import lora
 from dpo_jax.profile import ProfileWindow
-from dpo_jax.run import (
-  build_run,
-  check_same_data,
-  use_compilation_cache,
-  write_data,
-)
+from dpo_jax.run import build_run, check_same_data, write_data
 from dpo_jax.scoring import to_host
 from dpo_jax.types import TrainState
 from dpo_jax.workdir import Workdir, write_atomically, write_json
 
 _LOG = logging.getLogger(__name__)
 
-# The exit code of a run that was told to stop and has saved: start it again.
-EXIT_PREEMPTED = 75
-
 
 class Preempted(SystemExit):
   """SIGTERM came, and the run has saved."""
 
   def __init__(self, step: int):
-    super().__init__(EXIT_PREEMPTED)
+    super().__init__(command_line.EXIT_PREEMPTED)
     self.step = step
 
 
@@ -120,10 +110,10 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   identity = run.data.identity()
   distributed.check_same(identity, "data")
   check_same_data(identity, workdir)
-  config_lib.settle_config(run.config, workdir, is_writer=run.is_writer)
+  config_lib.settle(run.config, workdir, is_writer=run.is_writer)
   if run.is_writer:
     write_data(identity, workdir)
-    write_json(workdir.model, dataclasses.asdict(run.policy.config))
+    write_json(workdir.model, dataclasses.asdict(run.program.policy.config))
     write_atomically(workdir.git, _git_hash() + "\n")
   checkpoints = open_checkpoints(workdir, run.config)
   writer = MetricsWriter(
@@ -190,14 +180,14 @@ class _Loop:
   def __init__(self, run, checkpoints, writer, stop):
     self.run, self.checkpoints = run, checkpoints
     self.writer, self.stop = writer, stop
-    self.config = run.config
-    self.on_mesh = mesh.on_mesh(run.placement.mesh)
+    self.config, self.program = run.config, run.program
+    self.placement = run.program.placement
     self.figures: dict[str, float] = {}
     self.ref_samples: evaluate_lib.Samples | None = None
 
   def run_all(self) -> dict[str, float]:
     run, config = self.run, self.config
-    state, shardings = self._start_state()
+    state = self._start_state()
     start = int(state.step)
     if start >= config.total_steps:
       _LOG.info("%s is finished: %d steps", run.workdir, start)
@@ -205,8 +195,7 @@ class _Loop:
     if run.is_writer:  # of a run that is to take more steps
       run.workdir.finished.unlink(missing_ok=True)
     self._attach_reference(state, is_fresh=start == 0)
-    self._build_eval()
-    self.state = run.placement.place_state(state)
+    self.state = self.placement.place_state(state)
     if start == 0:
       self._begin_batches(0)
       self._check_step_zero(state)
@@ -215,42 +204,34 @@ class _Loop:
       self.ref_samples = self._sample(self._reference_params(state))
     if start == 0:
       self._evaluate(0, state, is_edge=True)
-    self._train(shardings, start)
+    self._train(start)
     return self.figures
 
-  def _start_state(self) -> tuple[TrainState, Any]:
-    """The latest checkpoint's state, or a fresh one; and its shardings."""
-    run, config = self.run, self.config
-
-    target, shardings = run.abstract_state()
+  def _start_state(self) -> TrainState:
+    """Returns the latest checkpoint's state, or a fresh one."""
+    run, program, init = self.run, self.program, self.config.policy.init
+    target, _ = program.abstract_state()
     state = self.checkpoints.restore(target)
     if state is not None:
-      _LOG.info("goes on at step %d", int(state.step))
+      _LOG.info("resuming from step %d", int(state.step))
       if target.frozen_params is not None:
-        frozen = run.split_params(self._load(config.policy.init))[1]
-        model_source.check_frozen(frozen, run.workdir, config.policy.init)
+        frozen = program.split_params(self._load(init))[1]
+        model_source.check_frozen(frozen, run.workdir, init)
         state = state.replace(frozen_params=frozen)
-      return state, shardings
-    params, frozen = run.split_params(self._load(config.policy.init))
-    # Loaded again, not copied by reference: the policy's buffers are donated.
+      return state
     ref_params = None
-    if run.has_live_reference:
-      ref_params = run.split_params(self._load(self._reference_init()))[0]
-    make = jax.jit(
-      run.fresh_state, out_shardings=shardings.replace(frozen_params=None)
-    )
-    state = make(params, ref_params)
-    if frozen is not None and run.is_writer:
-      digest = reference.params_digest(frozen)
+    if program.has_live_reference:
+      # Loaded a second time: the first step donates the policy's buffers.
+      ref_params = self._load(run.reference_init)
+    state = program.make_state(self._load(init), ref_params)
+    if state.frozen_params is not None and run.is_writer:
+      digest = reference.params_digest(state.frozen_params)
       write_atomically(run.workdir.frozen_digest, digest + "\n")
-    return state.replace(frozen_params=frozen), shardings
-
-  def _reference_init(self) -> str:
-    return self.config.reference.init or self.config.policy.init
+    return state
 
   def _load(self, init: str) -> Any:
     return model_source.parse(init).load(
-      self.run.policy, self.run.placement.mesh, seed=self.config.seed
+      self.program.policy, self.placement.mesh, seed=self.config.seed
     )
 
   def _reference_params(self, state: TrainState) -> Any:
@@ -258,16 +239,10 @@ class _Loop:
     kind = self.config.reference.kind
     if state.ref_params is not None and kind in ("frozen", "adapter_off"):
       return state.reference_params
-    has_adapters = self.run.policy.config.lora is not None
-    if has_adapters and self._reference_init() == self.config.policy.init:
+    has_adapters = self.program.policy.config.lora is not None
+    if has_adapters and self.run.starts_as_reference:
       return lora.without_adapters(state.policy_params)
-    return lora.without_adapters(self._load(self._reference_init()))
-
-  @functools.cached_property
-  def _logps_step(self) -> Any:
-    return reference.make_logps_step(
-      self.run.policy, self.run.placement, self.config.logps_chunk
-    )
+    return lora.without_adapters(self._load(self.run.reference_init))
 
   def _attach_reference(self, state: TrainState, *, is_fresh: bool) -> None:
     """Gives the loaders cached log-probs, computing them where needed."""
@@ -278,14 +253,13 @@ class _Loop:
     if is_online:
       self.train_loader = self._on_policy()
     is_cached = config.reference.kind == "cached"
-    if not (is_cached and run.objective.needs_reference):
+    if not (is_cached and self.program.objective.needs_reference):
       return
     folder = config.reference.cache_dir or run.workdir.reference_cache
     params = self._reference_params(state)
-    policy = run.policy.without_adapters
+    policy = self.program.policy.without_adapters
     self._check_same_reference(params, is_fresh=is_fresh)
-    starts_as_reference = self._reference_init() == config.policy.init
-    if is_fresh and starts_as_reference:
+    if is_fresh and run.starts_as_reference:
       start_lib.check_adapters(state.policy_params)
     by_store: dict[str, np.ndarray] = {}
 
@@ -296,14 +270,14 @@ class _Loop:
       if key not in by_store:
         whole = self._every_group(loader)
         logps = self._cached_logps(folder, key, params, whole)
-        if is_fresh and starts_as_reference:
+        if is_fresh and run.starts_as_reference:
           self._check_cache(folder, key, logps, whole, state, params)
         by_store[key] = logps
       return dataclasses.replace(loader, ref_logps=by_store[key])
 
     if not is_online:
       self.train_loader = attach(self.train_loader)
-    elif is_fresh and starts_as_reference:
+    elif is_fresh and run.starts_as_reference:
       self._check_in_float32(self._every_group(run.data.train), state, params)
     if self.eval_loader is not None:
       self.eval_loader = attach(self.eval_loader)
@@ -315,12 +289,10 @@ class _Loop:
       self.config,
       run.workdir,
       run.data.train,
-      objective=run.objective,
-      policy=run.policy,
-      ref_params=self._load(self._reference_init()),
+      program=self.program,
+      ref_params=self._load(run.reference_init),
       tokenizer=run.data.tokenizer,
       judge=run.online_judge,
-      placement=run.placement,
     )
 
   def _check_same_reference(self, params: Any, *, is_fresh: bool) -> None:
@@ -334,7 +306,7 @@ class _Loop:
     before = "" if is_fresh else self.run.workdir.read_digest(path)
     if before and before != digest:
       raise ValueError(
-        f"{self._reference_init()} holds other weights than when this run"
+        f"{self.run.reference_init} holds other weights than when this run"
         f" began: {path} says {before[:12]}, and they are {digest[:12]} now."
         " Bring the old ones back, or choose another workdir"
       )
@@ -350,7 +322,7 @@ class _Loop:
       indices,
       batch_size=size,
       row_tokens=self.config.data.row_tokens,
-      row_multiple=self.run.placement.num_row_shards,
+      row_multiple=self.placement.num_row_shards,
       layout=self.config.data.layout,
       max_shapes=self.config.data.max_shapes,
     )
@@ -365,9 +337,8 @@ class _Loop:
     )
 
   def _scoring_layout(self, whole: loader_lib.Loader) -> dict[str, Any]:
-    run = self.run
     return reference.scoring_layout(
-      whole, run.policy, run.placement, self.config.logps_chunk
+      whole, self.program.policy, self.placement, self.config.logps_chunk
     )
 
   def _cached_logps(self, folder, key, params, whole) -> np.ndarray:
@@ -375,10 +346,10 @@ class _Loop:
     if logps is not None:
       return logps
     logps = reference.compute_logps(
-      self._logps_step,
+      self.program.logps_step,
       params,
       whole,
-      self.run.placement,
+      self.placement,
       progress=self.config.log.progress and self.run.is_writer,
     )
     if not np.isfinite(logps).all():
@@ -401,71 +372,55 @@ class _Loop:
       self._check_in_float32(whole, state, ref_params)
       return
     start_lib.check_in_its_layout(
-      self._logps_step,
+      self.program.logps_step,
       lora.without_adapters(state.policy_params),
       whole,
       logps,
-      self.run.placement,
+      self.placement,
     )
 
   def _check_in_float32(self, whole, state, ref_params) -> None:
     start_lib.check_in_float32(
-      self.run.policy.without_adapters,
+      self.program.policy.without_adapters,
       lora.without_adapters(state.policy_params),
       ref_params,
       whole,
-      self.run.placement,
+      self.placement,
       self.config.logps_chunk,
-    )
-
-  def _build_eval(self) -> None:
-    run = self.run
-    others = run.eval_objectives
-    step = step_lib.make_eval_step(
-      run.policy,
-      chunk_size=self.config.logps_chunk,
-      needs=run.objective.needs.union(*(other.needs for other in others)),
-    )
-    self.measure = step_lib.make_measure(run.objective, others)
-    self.eval_step = self.on_mesh(
-      jax.jit(step, out_shardings=run.placement.replicated)
     )
 
   def _check_step_zero(self, state: TrainState) -> None:
     """Stops a run whose policy should start as its reference and does not."""
-    run, config = self.run, self.config
-    starts_as_reference = self._reference_init() == config.policy.init
-    if not (run.objective.needs_reference and starts_as_reference):
+    program = self.program
+    needs_reference = program.objective.needs_reference
+    if not (needs_reference and self.run.starts_as_reference):
       return
-    batch = run.placement.place_rows(self.train_loader.batch(0))
+    batch = self.placement.place_rows(self.train_loader.batch(0))
     sequences = jax.tree.map(
       to_host,
-      self.eval_step(state.policy_params, state.reference_params, batch),
+      program.eval_step(state.policy_params, state.reference_params, batch),
     )
     loss_state = jax.tree.map(to_host, state.loss_state)
-    per_group, _, is_valid = self.measure(sequences, loss_state)
+    per_group, _, is_valid = program.measure(sequences, loss_state)
     start_lib.check_first_batch(
       sequences,
       float(per_group.sum() / max(is_valid.sum(), 1)),
-      dtype=run.policy.config.compute_dtype,
-      is_live=run.has_live_reference,
+      dtype=program.policy.config.compute_dtype,
+      is_live=program.has_live_reference,
     )
 
-  def _train(self, shardings: Any, start: int) -> None:
-    run, config = self.run, self.config
-    placement = run.placement
-    limit = len(self.train_loader.plan.shapes)
-    chex.clear_trace_counter()
-    compiled = placement.compile_step(
-      chex.assert_max_traces(run.make_train_step(), n=limit), shardings
+  def _train(self, start: int) -> None:
+    run, config, placement = self.run, self.config, self.placement
+    compiled = self.program.train_step(
+      max_traces=len(self.train_loader.plan.shapes)
     )
     if config.parallelism == "jit":
-      compiled = self.on_mesh(compiled)
+      compiled = mesh.on_mesh(placement.mesh)(compiled)
     bar = ProgressBar(
       config.total_steps,
       start,
       is_shown=config.log.progress and run.is_writer,
-      name=run.objective.name,
+      name=self.program.objective.name,
     )
     clock = _Clock()
     pending = None
@@ -516,7 +471,7 @@ class _Loop:
 
   def _begin_batches(self, step: int) -> int:
     """Where the batches end that do not depend on what is learned till then."""
-    params = self.run.placement.gather_state(self.state).policy_params
+    params = self.placement.gather_state(self.state).policy_params
     stop, figures = self.train_loader.begin(
       step, params, oldest=min(self.checkpoints.steps, default=0)
     )
@@ -537,14 +492,14 @@ class _Loop:
         1.0 - num_tokens / (batch.tokens.size * loader.process_count)
       ),
     }
-    return self.run.placement.place_training_batch(batch), counts
+    return self.placement.place_training_batch(batch), counts
 
   def _look_at(self, pending: Any, bar: ProgressBar, clock: "_Clock") -> None:
     """Fetches a step's metrics; stops on what is not finite; logs."""
     if pending is None:
       return
     step, metrics, counts = pending
-    metrics = self.run.placement.fetch(metrics)
+    metrics = self.placement.fetch(metrics)
     clock.count(counts)
     for name in ("loss", "grad_norm"):
       if not np.isfinite(metrics[name]):
@@ -572,13 +527,11 @@ class _Loop:
     figures: dict[str, float] = {}
     if self.eval_loader is not None:
       figures, records = evaluate_lib.evaluate(
-        self.eval_step,
-        self.measure,
+        self.program,
         state.policy_params,
         state.reference_params,
         state.loss_state,
         self.eval_loader,
-        self.run.placement,
       )
       if self.config.eval.save_logps and self.run.is_writer:
         evaluate_lib.write_records(self.run.workdir, step, records)
@@ -588,11 +541,11 @@ class _Loop:
       settings = self.config.eval
       if (settings.temperature, settings.top_k, settings.top_p) == (1, 0, 1):
         figures |= evaluate_lib.sampled_kl(
-          self._logps_step,
+          self.program.logps_step,
           state.policy_params,
           self._reference_params(state),
           samples,
-          self.run.placement,
+          self.placement,
           batch_size=settings.batch_size,
         )
       self._write_samples(step, samples)
@@ -607,18 +560,18 @@ class _Loop:
       loader.store,
       loader.indices,
       settings.num_samples,
-      max_tokens=self.run.policy.config.max_positions
+      max_tokens=self.program.policy.config.max_positions
       - settings.max_response_tokens,
     )
     return evaluate_lib.draw_samples(
-      self.run.policy,
+      self.program.policy,
       params,
       prompts,
       self.run.data.tokenizer,
       self.run.judge,
       seed=self.config.seed,
       config=settings,
-      placement=self.run.placement,
+      placement=self.placement,
     )
 
   def _write_samples(self, step: int, samples: evaluate_lib.Samples) -> None:

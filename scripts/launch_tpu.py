@@ -31,6 +31,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dpo_jax.command_line import EXIT_PREEMPTED  # noqa: E402
 from dpo_jax.topology import Topology, parse_topology  # noqa: E402
 
 # The images that Google names for JAX: docs.cloud.google.com/tpu/docs/runtimes.
@@ -41,8 +42,6 @@ _IMAGES = {
   "v6e": "v2-alpha-tpuv6e",
 }
 _ARCHIVE = "/tmp/dpo_jax.tar.gz"
-# The run's exit code when it was told to stop and has saved.
-_EXIT_PREEMPTED = 75
 # Failures in a row, of creating, installing or starting, that end a watch; and
 # starts again of a run whose process was lost.
 _MOST_FAILURES = 3
@@ -207,7 +206,7 @@ def train(options: argparse.Namespace) -> Commands:
   """Starts the run on all workers, detached; again after exit code 75."""
   workdir(options)
   run = shlex.join(["python", "-m", "dpo_jax.train", *options.flags])
-  supervisor = _SUPERVISOR.format(run=run, preempted=_EXIT_PREEMPTED)
+  supervisor = _SUPERVISOR.format(run=run, preempted=EXIT_PREEMPTED)
   text = _START.replace("{supervisor}", shlex.quote(supervisor))
   return on_workers(options, text)
 
@@ -468,7 +467,7 @@ class Watch:
     run_all(logs(self._options), timeout_s=self._options.timeout_s)
     say(f"the run has ended with exit code {code}")
     options = self._options
-    if options.delete and code != _EXIT_PREEMPTED:
+    if options.delete and code != EXIT_PREEMPTED:
       run_all(delete(options), timeout_s=options.work_timeout_s)
       return code
     where = f"--name={options.name} --zone={options.zone}"

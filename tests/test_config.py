@@ -9,21 +9,30 @@ import ml_collections
 import pytest
 
 from dpo_jax import config as config_lib
-from dpo_jax.config import check_config, default_config, settle_config
+from dpo_jax import mesh
+from dpo_jax.config import (
+  VALUES,
+  check_keys,
+  default_config,
+  resolve,
+  with_values,
+)
+from dpo_jax.data import dialogues, packing
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
+from dpo_jax.models import config as model_config
 from dpo_jax.workdir import Workdir
 from tests import faults, tiny
 
 
 def test_the_default_config_is_complete():
-  check_config(default_config())
+  check_keys(default_config())
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name():
   config = default_config()
   config.optimizer.lerning_rate = 1e-3
   with pytest.raises(ValueError) as error:
-    check_config(config)
+    check_keys(config)
   assert "config.optimizer.lerning_rate is unknown" in str(error.value)
   assert "Did you mean 'optimizer.learning_rate'?" in str(error.value)
 
@@ -34,7 +43,7 @@ def test_every_unknown_and_missing_key_is_named_at_once():
   del config["seed"]
   config.data.sauce = "x"
   with pytest.raises(ValueError) as error:
-    check_config(config)
+    check_keys(config)
   message = str(error.value)
   assert "config.eval.judge is missing" in message
   assert "config.seed is missing" in message
@@ -57,21 +66,111 @@ def test_every_unknown_and_missing_key_is_named_at_once():
     ("eval.top_p", 0.0),
     ("eval.top_p", 1.5),
     ("eval.max_response_tokens", 0),
+    ("optimizer.max_grad_norm", 0.0),
+    ("optimizer.max_grad_norm", float("nan")),
+    ("optimizer.weight_decay", -0.1),
+    ("optimizer.b2", 1.0),
+    ("optimizer.learning_rate", -1e-3),
+    ("optimizer.learning_rate", float("nan")),
+    ("optimizer.learning_rate", float("inf")),
+    ("optimizer.warmup_steps", -1),
+    ("data.max_prompt_tokens", 0),
   ],
 )
 def test_a_value_out_of_range_is_refused_by_its_name(key, value):
   config = default_config()
   config.update_from_flattened_dict({key: value})
-  with pytest.raises(ValueError, match=f"config.{key}={value} must be"):
-    check_config(config)
+  with pytest.raises(ValueError, match=f"{key}={value} is outside"):
+    resolve(config)
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    (
+      {"optimizer.schedule": "cosin"},
+      "must be one of constant, cosine, linear",
+    ),
+    ({"optimizer.name": "adam"}, "must be one of adamw, rmsprop, adafactor,"),
+    (
+      {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 1000},
+      "warmup_steps=1000 must be below total_steps=1000",
+    ),
+    ({"data.max_prompt_tokens": 512}, "must be below data.max_tokens=512"),
+    ({"profile.steps": "3:3"}, "must be FIRST:LAST"),
+    ({"batch_size": True}, "batch_size=True must be a whole number"),
+  ],
+)
+def test_values_that_do_not_fit_are_refused(overrides, message):
+  config = default_config()
+  with config.ignore_type():
+    config.update_from_flattened_dict(overrides)
+  with pytest.raises(ValueError, match=message):
+    resolve(config)
+
+
+def test_choices_are_those_that_the_modules_offer():
+  offered = {
+    "parallelism": mesh.PARALLELISMS,
+    "policy.param_dtype": model_config.DTYPES,
+    "policy.compute_dtype": model_config.DTYPES,
+    "policy.remat": model_config.REMAT_POLICIES,
+    "policy.attention": model_config.ATTENTION_BACKENDS,
+    "data.layout": packing.LAYOUTS,
+    "data.scored_turns": dialogues.SCORED_TURNS,
+  }
+  for key, names in offered.items():
+    assert set(VALUES[key].choices) == set(names), key
+
+
+def test_a_resolved_config_is_read_only_and_stays_as_it_is():
+  given = default_config()
+  resolved = resolve(given)
+  assert given.loss.beta is None and resolved.loss.beta == 0.1
+  assert resolved.reference.kind == "cached"
+  with pytest.raises(AttributeError):
+    resolved.seed = 1
+  assert resolve(resolved).to_dict() == resolved.to_dict()
+  pinned = with_values(resolved, {"policy.init": "run:x"})
+  assert (pinned.policy.init, resolved.policy.init) == ("run:x", "random")
+
+
+def test_losses_of_a_list_are_resolved_and_read_only():
+  config = default_config()
+  losses = ({"name": "ipo", "weight": 1.0}, {"name": "sft", "weight": 0.5})
+  with config.ignore_type():
+    config.loss = losses
+  resolved = resolve(config)
+  assert [loss["weight"] for loss in resolved.loss] == [1.0, 0.5]
+  assert (
+    resolved.loss[0]["tau"] == build_objective({"name": "ipo"}).knobs["tau"]
+  )
+  with pytest.raises(TypeError):
+    resolved.loss[0]["weight"] = 2.0
+
+
+@pytest.mark.parametrize(
+  ("overrides", "wanted"),
+  [
+    ({}, ("eval/reward/accuracy", False)),
+    ({"loss.name": "sft"}, ("eval/loss", True)),
+    ({"checkpoint.best_metric": "eval/ipo/loss"}, ("eval/ipo/loss", True)),
+    ({"checkpoint.best_metric": ""}, ("", False)),
+  ],
+)
+def test_the_best_metric_follows_from_the_loss(overrides, wanted):
+  config = default_config()
+  config.update_from_flattened_dict(overrides)
+  checkpoint = resolve(config).checkpoint
+  assert (checkpoint.best_metric, checkpoint.best_is_lower) == wanted
 
 
 def test_one_checkpoint_is_not_enough():
   # The one before stays until the latest is known to be whole.
   config = default_config()
   config.checkpoint.keep = 1
-  with pytest.raises(ValueError, match=r"checkpoint.keep=1 must be at least 2"):
-    check_config(config)
+  with pytest.raises(ValueError, match=r"checkpoint.keep=1 is outside \[2,"):
+    resolve(config)
 
 
 def test_every_knob_of_a_loss_waits_to_be_set():
@@ -107,7 +206,7 @@ def test_flatten_gives_every_leaf_its_dotted_name():
 
 
 def settle(config, workdir, is_writer=True):
-  settle_config(config, Workdir.at(workdir), is_writer=is_writer)
+  config_lib.settle(resolve(config), Workdir.at(workdir), is_writer=is_writer)
 
 
 def test_the_same_config_goes_on(tmp_path):
@@ -206,7 +305,7 @@ def type_in(*flags):
     ("--config.loss.name=ip", "Did you mean 'ipo'?"),
     ("--config.loss.tau=0.2", "loss 'sft' does not read it"),
     ("--config.batch_size=many", "invalid literal for int()"),
-    ("--config.batch_size=0", "config.batch_size=0 must be at least 1"),
+    ("--config.batch_size=0", "batch_size=0 is outside [1, inf)"),
     ("--nonsense=1", "Unknown command line flag 'nonsense'"),
   ],
 )

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dpo_jax import distributed
+from dpo_jax.command_line import EXIT_PREEMPTED
 from dpo_jax.metrics import read_metrics
-from dpo_jax.train import EXIT_PREEMPTED
 from tests import faults
 
 _CONFIG = """

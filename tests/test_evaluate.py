@@ -3,17 +3,15 @@
 import dataclasses
 import types
 
-import jax
 import numpy as np
 import pytest
 
 from dpo_jax import evaluate as evaluate_lib
 from dpo_jax import judges, reference
-from dpo_jax import step as step_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import mismatched, tokenizers
 from dpo_jax.evaluate import Samples, compare_samples, wilson_interval
-from dpo_jax.losses import CATALOGUE, build_objective
+from dpo_jax.losses import CATALOGUE
 from dpo_jax.models import generate
 from tests import tiny
 
@@ -86,12 +84,9 @@ def models():
 
 def evaluate(models, batch_size, *, loss="dpo", sizes=None, is_frozen=False):
   placement = tiny.make_placement(sizes)
-  is_name = isinstance(loss, str)
-  objective = build_objective({"name": loss} if is_name else loss)
+  program = tiny.make_program(models.policy, loss, placement)
+  objective = program.objective
   is_cached = objective.needs_reference and not is_frozen
-  step = step_lib.make_eval_step(
-    models.policy, chunk_size=16, needs=objective.needs
-  )
   loader = tiny.make_loader(
     [group[: 1 + objective.num_slots] for group in models.groups],
     batch_size,
@@ -99,13 +94,11 @@ def evaluate(models, batch_size, *, loss="dpo", sizes=None, is_frozen=False):
     ref_logps=models.ref_logps.astype(np.float32) if is_cached else None,
   )
   return evaluate_lib.evaluate(
-    jax.jit(step, out_shardings=placement.replicated),
-    step_lib.make_measure(objective),
+    program,
     models.params,
     models.ref_params if is_frozen else None,
     objective.init(),
     loader,
-    placement,
   )[0]
 
 
@@ -353,19 +346,8 @@ def test_a_mean_over_tokens_counts_scored_ones(models):
   loader = dataclasses.replace(
     loader, store=dataclasses.replace(loader.store, scored=scored)
   )
-  objective = build_objective({"name": "sft"})
-  step = step_lib.make_eval_step(
-    models.policy, chunk_size=16, needs=objective.needs
-  )
-  got, records = evaluate_lib.evaluate(
-    jax.jit(step),
-    step_lib.make_measure(objective),
-    models.params,
-    None,
-    (),
-    loader,
-    tiny.make_placement(),
-  )
+  program = tiny.make_program(models.policy, "sft", tiny.make_placement())
+  got, records = evaluate_lib.evaluate(program, models.params, None, (), loader)
   num_tokens = sum(group[0].sum() for group in masks)
   np.testing.assert_array_equal(records["num_tokens"][:, 0].sum(), num_tokens)
   assert got["loss"] == pytest.approx(
@@ -400,8 +382,7 @@ def unpaired(models, has_mismatched):
     ref_logps = np.concatenate([ref_logps, np.roll(ref_logps, 3)], 1)
 
   def evaluate_batches(name, batch_size):
-    objective = build_objective({"name": name})
-    placement = tiny.make_placement()
+    program = tiny.make_program(models.policy, name, tiny.make_placement())
     indices = np.arange(len(store))
     plan = loader_lib.make_plan(
       store,
@@ -414,17 +395,8 @@ def unpaired(models, has_mismatched):
     loader = loader_lib.Loader(
       store, indices, plan, batch_size, seed=0, ref_logps=ref_logps
     )
-    step = step_lib.make_eval_step(
-      models.policy, chunk_size=16, needs=objective.needs
-    )
     return evaluate_lib.evaluate(
-      jax.jit(step),
-      step_lib.make_measure(objective),
-      models.params,
-      None,
-      objective.init(),
-      loader,
-      placement,
+      program, models.params, None, program.objective.init(), loader
     )[0]
 
   return types.SimpleNamespace(logps=ref_logps, evaluate=evaluate_batches)

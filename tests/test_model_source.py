@@ -214,12 +214,12 @@ def test_the_readmes_config_reads_with_the_models_tokenizer(
 def test_an_old_workdir_without_a_tokenizers_name_goes_on(tmp_path):
   config = tiny.make_config()
   config.data.tokenizer = ""
-  config_lib.settle_config(config, Workdir.at(tmp_path), is_writer=True)
+  config_lib.settle(config, Workdir.at(tmp_path), is_writer=True)
   config.data.tokenizer = "bytes"
-  config_lib.settle_config(config, Workdir.at(tmp_path), is_writer=True)
+  config_lib.settle(config, Workdir.at(tmp_path), is_writer=True)
   config.data.tokenizer = "letters:4"
   with pytest.raises(ValueError, match="'bytes' there, 'letters:4' now"):
-    config_lib.settle_config(config, Workdir.at(tmp_path), is_writer=True)
+    config_lib.settle(config, Workdir.at(tmp_path), is_writer=True)
 
 
 @pytest.mark.slow

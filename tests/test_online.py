@@ -10,8 +10,8 @@ import pytest
 from dpo_jax import online
 from dpo_jax import step as step_lib
 from dpo_jax.classifier import Classifier
+from dpo_jax.config import resolve
 from dpo_jax.data import tokenizers
-from dpo_jax.losses import build_objective
 from dpo_jax.metrics import read_metrics
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.train import train
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("unoptimized")
 
 def settle(loss="dpo", **overrides):
   config = tiny.make_config(**{f"online__{k}": v for k, v in overrides.items()})
-  online.resolve(config, build_objective({"name": loss}))
-  return config.online
+  config.loss.name = loss
+  return resolve(config).online
 
 
 def test_a_kind_fills_in_the_knobs_it_reads():
@@ -58,7 +58,7 @@ def test_a_kind_fills_in_the_knobs_it_reads():
       "set it to 2",
     ),
     ("dpo", dict(kind="pairs", judge="x", num_samples=1), "must be at least 2"),
-    ("dpo", dict(kind="pairs", judge="x", flips=0.7), "at most 0.5"),
+    ("dpo", dict(kind="pairs", judge="x", flips=0.7), r"outside \[0, 0.5\]"),
     (
       "dpo",
       dict(kind="pairs", judge="x", label="me"),

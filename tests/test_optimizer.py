@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax.config import default_config
-from dpo_jax.optimizer import OPTIMIZERS, build_optimizer, build_schedule
+from dpo_jax.config import VALUES, default_config
+from dpo_jax.optimizer import build_optimizer, build_schedule
 
 
 def make_config(**fields) -> ml_collections.ConfigDict:
@@ -58,19 +58,6 @@ def test_a_decay_starts_after_the_warm_up(schedule):
     [0, 1, 2, 6, 10], schedule=schedule, warmup_steps=2, learning_rate=0.4
   )
   np.testing.assert_allclose(got, [0.2, 0.4, 0.4, 0.2, 0], atol=1e-6)
-
-
-@pytest.mark.parametrize(
-  ("fields", "message"),
-  [
-    ({"schedule": "cosin"}, "must be one of constant, cosine, linear"),
-    ({"schedule": "linear", "warmup_steps": 10}, "below total_steps=10"),
-    ({"warmup_steps": -1}, "must be at least 0"),
-  ],
-)
-def test_impossible_schedules_are_refused(fields, message):
-  with pytest.raises(ValueError, match=message):
-    rates([0], **fields)
 
 
 def test_a_constant_schedule_may_warm_up_for_longer_than_the_run():
@@ -204,7 +191,7 @@ def test_adafactor_decays_by_the_learning_rate():
   assert_same(got, wanted, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", VALUES["optimizer.name"].choices)
 def test_no_gradient_and_no_decay_move_nothing(name):
   config = make_config(name=name)
   assert_same(train(config, 2, grads_scale=0.0), make_tree(0), tolerance=0)
@@ -250,25 +237,3 @@ def test_the_rate_of_the_schedule_is_the_rate_of_the_step():
     moved.append(float(updates["head"][0]))
   # Lion moves by exactly the learning rate.
   np.testing.assert_allclose(moved, [-0.5, -1.0, -1.0, -0.5], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-  ("fields", "message"),
-  [
-    ({"name": "adam"}, "must be one of adamw, rmsprop, adafactor, lion"),
-    ({"max_grad_norm": 0.0}, "must be above 0; inf clips nothing"),
-    ({"max_grad_norm": math.nan}, "must be above 0"),
-    ({"weight_decay": -0.1}, "optimizer.weight_decay=-0.1 must be at least 0"),
-    ({"b2": 1.0}, r"optimizer.b2=1.0 must be in \[0, 1\)"),
-  ],
-)
-def test_impossible_optimizers_are_refused(fields, message):
-  config = make_config(**fields)
-  with pytest.raises(ValueError, match=message):
-    build_optimizer(config, optax.constant_schedule(1.0))
-
-
-def test_a_learning_rate_must_be_a_number_that_is_not_negative():
-  for rate in (-1e-3, math.nan, math.inf):
-    with pytest.raises(ValueError, match=r"optimizer.learning_rate="):
-      build_schedule(make_config(learning_rate=rate), 10)

@@ -18,6 +18,8 @@ from dpo_jax.models import logps as logps_lib
 from dpo_jax.models import presets
 from dpo_jax.models.config import REMAT_POLICIES
 from dpo_jax.models.decoder import Readout
+from dpo_jax.run import build_run
+from dpo_jax.workdir import Workdir
 from tests import faults, tiny
 
 
@@ -94,15 +96,13 @@ def test_matrices_and_the_rest_are_all_parameters():
 
 def test_the_state_of_a_device_is_counted_shard_by_shard(on_cpu):
   request = make_request()
-  run = ahead_of_time.build(request)
-  state, shardings = run.abstract_state()
-  memory = ahead_of_time.known_memory(
-    run, state, ahead_of_time.abstract_batch(run, request)
-  )
+  subject = ahead_of_time.build(request)
+  _, shardings = subject.program.abstract_state()
+  memory = ahead_of_time.known_memory(subject)
   device = jax.devices()[0]
   params = jax.tree.map(
     lambda x, sharding: jax.device_put(np.zeros(x.shape, x.dtype), sharding),
-    run.policy.abstract_params(),
+    subject.program.policy.abstract_params(),
     shardings.params,
   )
   held = sum(
@@ -121,9 +121,10 @@ def test_the_plan_has_the_shapes_of_the_runs_own_batch(on_cpu):
     make_request(), rows=0, row_tokens=0, vocab_size=0
   )
   request.config.data.source = "synthetic:review_pairs:80"
-  run = ahead_of_time.build(request)
-  batch = ahead_of_time.abstract_batch(run, request)
-  real = run.placement.place_rows(run.data.train.batch(0))
+  subject = ahead_of_time.build(request)
+  batch, placement = subject.batch, subject.program.placement
+  run = build_run(request.config, Workdir.at("x"), on=placement.mesh)
+  real = placement.place_rows(run.data.train.batch(0))
   for name in ("tokens", "targets", "valid"):
     planned, placed = getattr(batch, name), getattr(real, name)
     assert (planned.shape, planned.dtype) == (placed.shape, placed.dtype)
@@ -168,17 +169,16 @@ def test_bfloat16_is_offered_for_what_is_not_trained(libtpu):
   """It frees half of the frozen parameters, and is refused for the others."""
   request = make_request()
   request.config.policy.frozen = "^embedding"
-  run = ahead_of_time.build(request)
-  batch = ahead_of_time.abstract_batch(run, request)
-  memory = ahead_of_time.known_memory(run, run.abstract_state()[0], batch)
+  subject = ahead_of_time.build(request)
+  memory = ahead_of_time.known_memory(subject)
   made = types.SimpleNamespace(
-    run=run, memory=memory, peak=sum(memory.values()), batch=batch
+    subject=subject, memory=memory, peak=sum(memory.values())
   )
   freed = {row["what to change"]: row for row in plan.remedies(made)}
   share = freed["policy.param_dtype=bfloat16"]["frees about, GiB"]
   request.config.policy.param_dtype = "bfloat16"
   less = ahead_of_time.build(request)
-  other = ahead_of_time.known_memory(less, less.abstract_state()[0], batch)
+  other = ahead_of_time.known_memory(less)
   saved = (memory["parameters"] - other["parameters"]) / 2**30
   # Norms are not sharded as the embedding is.
   assert share == pytest.approx(saved, rel=0.05)
@@ -238,7 +238,7 @@ def test_bounds_by_hand():
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(on_cpu):
   with pytest.raises(ValueError, match="--rows=6 must be a multiple of 4"):
     request = make_request(rows=6)
-    ahead_of_time.abstract_batch(ahead_of_time.build(request), request)
+    ahead_of_time.build(request)
 
 
 @pytest.mark.slow
@@ -247,19 +247,19 @@ def test_a_sweep_ranks_the_meshes_that_divide_the_work(on_cpu):
   request = make_request()
   tried, received = [], []
   for sizes in plan.candidates(request, 100):
-    run = ahead_of_time.build(request, sizes)
+    program = ahead_of_time.build(request, sizes).program
     tried.append(sizes)
     work = roofline.count_work(
-      run.policy.config,
-      run.policy.abstract_params(),
+      program.policy.config,
+      program.policy.abstract_params(),
       num_rows=8,
       row_tokens=128,
       scored_tokens=128,
-      has_live_reference=run.has_live_reference,
+      has_live_reference=program.has_live_reference,
     )
     received.append(
       roofline.collective_bytes(
-        work, run.policy.config, sizes, num_rows=8, row_tokens=128
+        work, program.policy.config, sizes, num_rows=8, row_tokens=128
       )
     )
   assert len({tuple(sizes.items()) for sizes in tried}) == len(tried) > 3
@@ -330,12 +330,12 @@ def test_a_block_of_the_vocabulary_is_cut_before_it_is_gathered(libtpu):
   """A TPU's compiler would gather the whole head for each of 16 blocks."""
   request = make_request("v5e-4", rows=4, row_tokens=2048, vocab_size=32768)
   request.config.mesh = {"data": 1, "fsdp": -1, "tensor": 1, "context": 1}
-  run = ahead_of_time.build(request)
-  made = ahead_of_time.make_plan(run, request)
+  subject = ahead_of_time.build(request)
+  made = ahead_of_time.make_plan(subject, request)
   received = sum(
     c.num_bytes * c.trips for c in made.collectives if c.kind == "all-gather"
   )
-  params = run.policy.abstract_params()
+  params = subject.program.policy.abstract_params()
   whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
   # At most forward, recomputed, and backward.
   assert 0 < received < 3 * whole
@@ -350,10 +350,10 @@ def test_a_kernel_is_gathered_once_a_pass(libtpu, monkeypatch):
   request = make_request("v5e-8", row_tokens=1024)
   request.config.mesh = {"data": 1, "fsdp": -1}
   request.config.policy.compute_dtype = "bfloat16"
-  run = ahead_of_time.build(request)
-  made = ahead_of_time.make_plan(run, request)
+  subject = ahead_of_time.build(request)
+  made = ahead_of_time.make_plan(subject, request)
   received = sum(c.num_bytes * c.trips for c in made.collectives)
-  params = run.policy.abstract_params()
+  params = subject.program.policy.abstract_params()
   whole = 2 * sum(x.size for x in jax.tree.leaves(params))
   # Forward, backward, and the gradient, which a ring of products sums in
   # twice its bytes.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dpo_jax import profile
+from dpo_jax.config import parse_steps
 from dpo_jax.workdir import Workdir
 
 
@@ -12,13 +13,13 @@ from dpo_jax.workdir import Workdir
   ("text", "steps"), [("", []), ("10:13", [10, 11, 12]), ("0:1", [0])]
 )
 def test_windows_are_half_open(text, steps):
-  assert list(profile.parse_steps(text)) == steps
+  assert list(parse_steps(text)) == steps
 
 
 @pytest.mark.parametrize("text", ["10", "3:3", "5:2", "a:b", "-1:2"])
 def test_a_window_that_is_none_is_refused(text):
   with pytest.raises(ValueError, match="must be FIRST:LAST"):
-    profile.parse_steps(text)
+    parse_steps(text)
 
 
 def test_only_the_steps_of_the_window_are_traced(tmp_path, monkeypatch):

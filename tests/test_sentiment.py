@@ -9,7 +9,7 @@ import pytest
 
 from dpo_jax import evaluate
 from dpo_jax.classifier import Classifier
-from dpo_jax.config import check_config
+from dpo_jax.config import resolve
 from dpo_jax.data import sources, store, tokenizers
 from dpo_jax.losses import CATALOGUE, build_objective
 from experiments import harness, imdb_sentiment, loss_ablation
@@ -33,7 +33,7 @@ def test_every_run_of_every_experiment_has_a_config_that_holds(name, scale):
   trained = [run for run in runs if run.config is not None]
   assert len(trained) > 5
   for run in trained:
-    check_config(run.config)
+    resolve(run.config)
     build_objective(run.config.loss)
     assert json.dumps(run.spec())
 

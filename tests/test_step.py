@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from dpo_jax import config as config_lib
 from dpo_jax import mesh as mesh_lib
 from dpo_jax import reference
 from dpo_jax import step as step_lib
@@ -229,11 +230,10 @@ def test_pmap_refuses_them_by_name(name):
 
 
 def resolve(loss="dpo", **settings):
-  config = default_config().reference
-  for key, value in settings.items():
-    config[key] = value
-  reference.resolve(config, build_objective({"name": loss}))
-  return config
+  config = default_config()
+  config.loss.name = loss
+  config.reference.update(settings)
+  return config_lib.resolve(config).reference
 
 
 def test_the_reference_follows_softly_or_hard():
@@ -274,8 +274,8 @@ def test_the_kind_of_reference_follows_from_the_loss(loss, settings, kind):
     ("tdpo", {"kind": "cached"}, "reads kl, and a cache holds"),
     ("dpo", {"kind": "cached", "alpha": 0.5}, "only reference.kind='ema'"),
     ("dpo", {"every_steps": 5}, "only reference.kind='ema'"),
-    ("dpo", {"kind": "ema", "alpha": 0.0}, r"must be in \(0, 1\]"),
-    ("dpo", {"kind": "ema", "every_steps": 0}, "at least 1"),
+    ("dpo", {"kind": "ema", "alpha": 0.0}, r"alpha=0.0 is outside \(0, 1\]"),
+    ("dpo", {"kind": "ema", "every_steps": 0}, r"outside \[1, inf"),
   ],
   ids=str,
 )

@@ -17,12 +17,13 @@ import pytest
 from dpo_jax import evaluate as evaluate_lib
 from dpo_jax import judges, model_source, reference, start
 from dpo_jax import train as train_lib
+from dpo_jax.cache import use_compilation_cache
 from dpo_jax.data.loader import Loader
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
 from dpo_jax.metrics import read_metrics
 from dpo_jax.model_source import ModelSource
 from dpo_jax.models import hf
-from dpo_jax.run import build_run, use_compilation_cache
+from dpo_jax.run import build_run
 from dpo_jax.train import NonFiniteError, Preempted, train
 from dpo_jax.workdir import Workdir
 from tests import faults, tiny
@@ -513,7 +514,7 @@ def test_a_frozen_reference_stays_what_it_was(tmp_path):
   assert not any("ref_params" in name for name in changed)
   run = build_run(config, Workdir.at(tmp_path))
   start = model_source.parse("random").load(
-    run.policy, run.placement.mesh, seed=config.seed
+    run.program.policy, run.program.placement.mesh, seed=config.seed
   )
   for path, leaf in jax.tree_util.tree_leaves_with_path(start):
     name = f"['rest']['ref_params']{jax.tree_util.keystr(path)}"
@@ -601,7 +602,7 @@ def sft_run(tmp_path_factory):
 def loaded_params(init):
   run = build_run(make_config(policy__init=init), Workdir.at(init))
   source = model_source.parse(init)
-  params = source.load(run.policy, run.placement.mesh, seed=0)
+  params = source.load(run.program.policy, run.program.placement.mesh, seed=0)
   return {
     f"['params']{jax.tree_util.keystr(path)}": np.asarray(leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -843,21 +844,21 @@ def refuse(config, message, error=ValueError):
       {"data__max_tokens": 600},
       "data.max_tokens=600 exceeds the model's max_positions=512",
     ),
-    ({"data__max_prompt_tokens": 160}, "must be above 0 and below"),
+    ({"data__max_prompt_tokens": 160}, "must be below data.max_tokens=160"),
     ({"data__layout": "ragged"}, "must be one of shared, packed, padded"),
-    ({"data__eval_fraction": 1.5}, "data.eval_fraction=1.5 must be in [0, 1)"),
+    ({"data__eval_fraction": 1.5}, "data.eval_fraction=1.5 is outside [0, 1)"),
     ({"data__source": "synthetic:reviews"}, "review_pairs"),
     ({"reference__kind": "none"}, "loss 'dpo' compares with a reference"),
     ({"reference__kind": "frosen"}, "reference.kind='frosen' must be one of"),
     ({"policy__preset": "2m"}, "policy.preset='2m' must be one of"),
-    ({"policy__remat": "some"}, "remat='some' is unknown"),
+    ({"policy__remat": "some"}, "policy.remat='some' must be one of none"),
     ({"eval__judge": "me"}, "eval.judge='me' must be '' or one of sentiment"),
     ({"parallelism": "gspmd"}, "parallelism='gspmd' must be one of jit, pmap"),
     ({"mesh__tensor": 8}, "layers/query/kernel has a dimension of 4"),
     ({"mesh__data": 4}, "takes 4 devices, and there are 8"),
     ({"loss__name": "dpoo"}, "Did you mean 'dpo'?"),
     ({"optimizer__name": "adam"}, "optimizer.name='adam' must be one of"),
-    ({"total_steps": 0}, "config.total_steps=0 must be at least 1"),
+    ({"total_steps": 0}, "total_steps=0 is outside [1, inf)"),
   ],
   ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from dpo_jax import mesh as mesh_lib
 from dpo_jax.config import default_config
@@ -12,9 +13,11 @@ from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.data.packing import RowShape
 from dpo_jax.data.store import Store
+from dpo_jax.losses import build_objective
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.presets import PRESETS
+from dpo_jax.program import Program
 from dpo_jax.types import Batch
 
 
@@ -160,6 +163,23 @@ def make_placement(sizes: dict[str, int] | None = None) -> mesh_lib.Placement:
   sizes = sizes or {"data": 1, "fsdp": 1, "tensor": 1}
   devices = jax.devices()[: int(np.prod(list(sizes.values())))]
   return mesh_lib.Placement(mesh_lib.make_mesh(sizes, devices), "jit")
+
+
+def make_program(
+  policy: Policy, loss, placement: mesh_lib.Placement, **fields
+) -> Program:
+  """A program whose optimizer changes nothing."""
+  return Program(
+    policy=policy,
+    objective=build_objective(
+      {"name": loss} if isinstance(loss, str) else loss
+    ),
+    optimizer=optax.set_to_zero(),
+    schedule=optax.constant_schedule(0.0),
+    placement=placement,
+    chunk_size=16,
+    **fields,
+  )
 
 
 def naive_logps(

@@ -1,6 +1,7 @@
 """What is optimised: pure functions of arrays."""
 
-from dpo_jax.losses.catalogue import CATALOGUE, KNOBS, Knob, Loss
+from dpo_jax.losses.catalogue import CATALOGUE, Loss
+from dpo_jax.losses.knobs import KNOBS, Knob
 from dpo_jax.losses.objective import (
   Objective,
   WeightedSum,

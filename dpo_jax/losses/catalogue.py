@@ -9,117 +9,14 @@ docs/losses.md read this table, so the row is all that it takes.
 from collections.abc import Callable, Mapping
 import dataclasses
 import inspect
-import math
 from typing import Any
 
 from dpo_jax.losses import regularizers
+from dpo_jax.losses.knobs import Knob
 from dpo_jax.losses.links import LINKS, Link
-from dpo_jax.losses.rewards import DIVERGENCES, REWARDS, Reward
+from dpo_jax.losses.rewards import REWARDS, Reward
 
 GROUPS = ("first", "single", "pair", "ranking", "samples")
-
-
-@dataclasses.dataclass(frozen=True)
-class Knob:
-  """A hyper-parameter: its type, range and unit.
-
-  Attributes:
-    type: bool, float or str.
-    doc: meaning and unit.
-    low: smallest value; exclusive if `above`.
-    high: largest value; exclusive if `below`.
-    above: whether `low` itself is refused.
-    below: whether `high` itself is refused.
-    choices: the values that a str may have.
-  """
-
-  type: type
-  doc: str
-  low: float | None = None
-  high: float | None = None
-  above: bool = False
-  below: bool = False
-  choices: tuple[str, ...] = ()
-
-  def check(self, name: str, value: Any) -> None:
-    """Raises ValueError if `value` is of another type or out of range."""
-    if self.type is float:
-      is_right = isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-      is_right = isinstance(value, self.type)
-    if not is_right:
-      raise ValueError(
-        f"loss.{name}={value!r} must be a {self.type.__name__}: {self.doc}"
-      )
-    if self.choices and value not in self.choices:
-      raise ValueError(
-        f"loss.{name}={value!r} must be one of {', '.join(self.choices)}"
-      )
-    if self.type is float:
-      self._check_range(name, value)
-
-  def _check_range(self, name: str, value: float) -> None:
-    too_low = self.low is not None and (
-      value <= self.low if self.above else value < self.low
-    )
-    too_high = self.high is not None and (
-      value >= self.high if self.below else value > self.high
-    )
-    if too_low or too_high or not math.isfinite(value):
-      opening = "(" if self.above or self.low is None else "["
-      closing = ")" if self.below or self.high is None else "]"
-      low = "-inf" if self.low is None else f"{self.low:g}"
-      high = "inf" if self.high is None else f"{self.high:g}"
-      raise ValueError(
-        f"loss.{name}={value} is outside {opening}{low}, {high}{closing}:"
-        f" {self.doc}"
-      )
-
-
-KNOBS: dict[str, Knob] = {
-  "beta": Knob(
-    float,
-    "strength of the tie to the reference, or scale of the reward, 1/nats",
-    low=0,
-    above=True,
-  ),
-  "tau": Knob(
-    float, "regularisation (ipo, 1/nats) or temperature", low=0, above=True
-  ),
-  "label_smoothing": Knob(
-    float, "probability that a label is flipped", low=0, high=0.5, below=True
-  ),
-  "length_normalize": Knob(
-    bool, "divide a log-ratio by the response's number of tokens"
-  ),
-  "delta": Knob(float, "margin asked for, nats", low=0),
-  "sft_weight": Knob(float, "weight of the chosen response's NLL", low=0),
-  "sft_per_token": Knob(
-    bool, "that NLL's mean over the batch's chosen tokens, not its sum"
-  ),
-  "gamma_over_beta": Knob(float, "target margin over beta, nats", low=0),
-  "alpha": Knob(float, "see the loss's formula"),
-  "odds_ratio_weight": Knob(float, "weight of the odds-ratio term", low=0),
-  "penalty_weight": Knob(
-    float, "weight of the penalty on a falling chosen log-ratio", low=0
-  ),
-  "shift": Knob(float, "weight of the rejected reward", low=0, high=1),
-  "clip": Knob(
-    float,
-    "bound R of the clipped margin (chi_po), or of a ratio's distance from 1",
-    low=0,
-    above=True,
-  ),
-  "value_clip": Knob(
-    float, "how far a value may move from its old one", low=0, above=True
-  ),
-  "value_weight": Knob(float, "weight of the value head's error", low=0),
-  "divergence": Knob(str, "the f-divergence", choices=DIVERGENCES),
-  "token_level": Knob(bool, "unlikelihood by tokens, not by sequences"),
-  "desirable_weight": Knob(float, "weight of desirable responses", low=0),
-  "undesirable_weight": Knob(float, "weight of undesirable ones", low=0),
-  "per_sequence": Knob(bool, "mean over sequences of their token means"),
-}
 
 
 @dataclasses.dataclass(frozen=True)

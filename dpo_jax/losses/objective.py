@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.losses.catalogue import CATALOGUE, KNOBS, Loss, knobs_of
+from dpo_jax.losses.catalogue import CATALOGUE, Loss, knobs_of
+from dpo_jax.losses.knobs import KNOBS
 from dpo_jax.losses.links import LINKS
 from dpo_jax.losses.rewards import REWARDS
 from dpo_jax.types import Sequences
@@ -504,9 +505,9 @@ def _build_one(config: Mapping[str, Any]) -> Objective:
         f"loss.{key}={value} is set, but loss {name!r} does not read it."
         f" It reads: {_listed(loss.knobs)}"
       )
-    KNOBS[key].check(key, value)
+    KNOBS[key].check(f"loss.{key}", value)
     if key in loss.ranges:
-      loss.ranges[key].check(key, value)
+      loss.ranges[key].check(f"loss.{key}", value)
   knobs = {k: v for k, v in loss.defaults.items() if k in loss.knobs} | given
   unset = [key for key in loss.knobs if key not in knobs]
   if unset:

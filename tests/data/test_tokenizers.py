@@ -596,7 +596,7 @@ def stories_run(real_data, tmp_path, tokenizer):
 def test_a_vocabulary_that_the_embedding_pads_works(real_data, tmp_path):
   """Fewer ids than rows, as checkpoints round their embeddings up."""
   run = stories_run(real_data, tmp_path, write_folder(tmp_path / "tokenizer"))
-  vocab_size = run.policy.config.vocab_size
+  vocab_size = run.program.policy.config.vocab_size
   assert run.data.tokenizer.vocab_size < 340 < vocab_size == 512
   assert run.data.train.batch(0).tokens.max() < 340
 

@@ -1,18 +1,16 @@
-"""Every key of a config, its default and its unit; and the checks of one.
+"""Every key of a config, with its default and its unit.
 
-`configs/*.py` start from `default_config()` and set what they change.
+`configs/*.py` start from `default_config()` and set what they change. A
+placeholder is filled in by `resolve`.
 """
 
 from collections.abc import Iterator, Mapping
-import json
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
 from dpo_jax.losses import KNOBS
-from dpo_jax.losses.objective import did_you_mean
-from dpo_jax.workdir import Workdir
 
 
 def loss_config(name: str) -> ml_collections.ConfigDict:
@@ -161,8 +159,10 @@ def default_config() -> ml_collections.ConfigDict:
   # Latest ones, and the best besides. At least 2: the one before stays until
   # the latest has its manifest.
   config.checkpoint.keep = 2
-  config.checkpoint.best_metric = "eval/reward/accuracy"
-  config.checkpoint.best_is_lower = False  # True for a loss
+  # Metric of the best checkpoint. Unset: "eval/reward/accuracy"; of SFT the
+  # lowest "eval/loss"; of PPO and RLOO "eval/sample/reward". "": the latest.
+  config.checkpoint.best_metric = config_dict.placeholder(str)
+  config.checkpoint.best_is_lower = config_dict.placeholder(bool)
 
   config.log = ml_collections.ConfigDict()
   config.log.every_steps = 10
@@ -174,128 +174,10 @@ def default_config() -> ml_collections.ConfigDict:
   return config
 
 
-_INF = float("inf")
-# Least and largest value of the keys that no other module checks.
-_RANGES = {
-  "total_steps": (1, _INF),
-  "batch_size": (1, _INF),
-  "accumulation_steps": (1, _INF),
-  "logps_chunk": (0, _INF),
-  "data.max_shapes": (1, _INF),
-  "eval.every_steps": (0, _INF),
-  "eval.batch_size": (1, _INF),
-  "eval.max_groups": (0, _INF),
-  "eval.num_samples": (0, _INF),
-  "eval.max_response_tokens": (1, _INF),
-  "eval.temperature": (0, _INF),
-  "eval.top_k": (0, _INF),
-  "eval.top_p": (0, 1),
-  "checkpoint.every_steps": (0, _INF),
-  "checkpoint.keep": (2, _INF),
-  "log.every_steps": (1, _INF),
-  "lora.rank": (0, _INF),
-}
-# Keys, or their beginnings, that do not decide what a run learns.
-_PLACES = (
-  "log.",
-  "mesh.",
-  "parallelism",
-  "logps_chunk",
-  "policy.remat",
-  "data.max_shapes",
-  "profile.",
-  "compilation_cache_dir",
-)
-
-
-def decides_result(key: str) -> bool:
-  """Whether a key decides what a run learns, but for rounding."""
-  return not key.startswith(_PLACES) and not key.endswith(".cache_dir")
-
-
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple]:
-  """('loss.beta', 0.1) for every leaf."""
+  """Yields ('loss.beta', 0.1) for every leaf."""
   for key, value in config.items():
     if isinstance(value, Mapping | ml_collections.ConfigDict):
       yield from flatten(value, f"{prefix}{key}.")
     else:
       yield f"{prefix}{key}", value
-
-
-def check_config(config: ml_collections.ConfigDict) -> None:
-  """Raises ValueError unless the config has exactly the keys there are.
-
-  All missing and unknown keys are named at once, unknown ones with the
-  nearest that exists. Values are checked where they are used.
-  """
-  with config.ignore_type():
-    if config.get("lora", {}) is None:
-      config.lora = default_config().lora
-  # A loss, or a list of them, is checked by `build_objective`.
-  wanted, found = (
-    {k: v for k, v in flatten(c) if k.partition(".")[0] != "loss"}
-    for c in (default_config(), config)
-  )
-  if "loss" not in config:
-    raise ValueError("config.loss is missing")
-  faults = [
-    f"config.{key} is unknown.{did_you_mean(key, wanted)}"
-    for key in found
-    if key not in wanted
-  ]
-  # An axis that a config does not name is 1.
-  faults += [
-    f"config.{key} is missing"
-    for key in wanted
-    if key not in found and not key.startswith("mesh.")
-  ]
-  if faults:
-    raise ValueError("\n".join(faults))
-  for key, (low, high) in _RANGES.items():
-    if not low <= found[key] <= high:  # NaN included
-      wanted = f"at least {low}" + (f", at most {high}" if high < _INF else "")
-      raise ValueError(f"config.{key}={found[key]} must be {wanted}")
-  if not found["eval.top_p"]:
-    raise ValueError(
-      f"config.eval.top_p={found['eval.top_p']} must be above 0; 1 leaves"
-      " nothing out"
-    )
-
-
-def settle_config(
-  config: ml_collections.ConfigDict, workdir: Workdir, *, is_writer: bool
-) -> None:
-  """Writes the resolved config to a workdir, or compares it with the one there.
-
-  Args:
-    config: complete, the loss's defaults filled in.
-    workdir: of the run.
-    is_writer: whether this process writes.
-
-  Raises:
-    ValueError: the workdir belongs to a run with another config; shows the
-      difference.
-  """
-  resolved = json.loads(json.dumps(config.to_dict(), default=str))
-  if workdir.config.exists():
-    before = dict(flatten(workdir.read_config()))
-    now = dict(flatten(resolved))
-    # Runs once recorded "" for the tokenizer of policy.init.
-    before["data.tokenizer"] = before.get("data.tokenizer") or now.get(
-      "data.tokenizer"
-    )
-    changed = [
-      f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
-      for key in sorted(before.keys() | now.keys())
-      if before.get(key) != now.get(key)
-      and decides_result(key)
-      and key != "total_steps"  # a run may take more steps
-    ]
-    if changed:
-      raise ValueError(
-        f"{workdir} holds a run with another config:\n"
-        + "\n".join(changed)
-        + "\nChoose another workdir, or go on with the config that is there"
-      )
-  if is_writer:
-    workdir.write_config(resolved)

@@ -1,0 +1,278 @@
+"""resolve(config): defaults filled in, ranges and combinations checked, once.
+
+All that can be known of a config without its data, model or devices.
+"""
+
+from collections.abc import Mapping
+import types
+from typing import Any
+
+import ml_collections
+
+from dpo_jax.config.keys import default_config, flatten
+from dpo_jax.config.values import VALUES, parse_steps
+from dpo_jax.losses import Objective, WeightedSum, build_objective
+from dpo_jax.losses.objective import did_you_mean
+from dpo_jax.types import fields_of
+
+_EMA = dict(alpha=0.6, every_steps=512)  # arXiv:2404.09656
+_SHARED = dict(
+  judge="",
+  every_steps=1,
+  epochs=1,
+  num_samples=2,
+  max_response_tokens=128,
+  max_kl=200.0,
+)
+_ONLINE: dict[str, dict[str, Any]] = {
+  "none": {},
+  "pairs": _SHARED | dict(temperature=1.0, label="argmax", flips=0.0),
+  "rollouts": _SHARED | dict(kl_weight=0.05, kl_target=0.0, kl_gain=0.1),
+}
+_GAE = dict(discount=1.0, gae_lambda=0.95)  # arXiv:1707.06347, sec. 5
+
+
+def resolve(
+  config: ml_collections.ConfigDict,
+) -> ml_collections.FrozenConfigDict:
+  """Fills in what a config leaves open, and checks it.
+
+  Args:
+    config: complete; not changed.
+
+  Returns:
+    A copy that cannot be changed, with a value for every knob that the run
+    reads. Resolving it again gives the same.
+
+  Raises:
+    ValueError: unknown or missing keys, values out of range, knobs that are
+      set and not read, or keys that do not go together.
+  """
+  check_keys(config)
+  found = dict(flatten(config))
+  _check_values(found)
+  objective = build_objective(config.loss)
+  loss = objective.to_dict()
+  if isinstance(loss, dict):
+    loss = {**config.loss.to_dict(), **loss}
+  settings = config.copy_and_resolve_references().to_dict() | {
+    "loss": loss if isinstance(loss, dict) else tuple(loss)
+  }
+  if settings["lora"] is None:
+    settings["lora"] = default_config().lora.to_dict()
+  _resolve_reference(settings, objective)
+  _resolve_online(settings, objective)
+  _resolve_best(settings, objective)
+  _check_values(dict(flatten(settings)))
+  _check_lengths(settings)
+  parse_steps(settings["profile"]["steps"])
+  return _freeze(settings)
+
+
+def with_values(
+  config: ml_collections.FrozenConfigDict, values: Mapping[str, Any]
+) -> ml_collections.FrozenConfigDict:
+  """Returns a copy of a resolved config with some values.
+
+  Args:
+    config: resolved.
+    values: by path, such as "policy.init".
+  """
+  settings = config.to_dict()
+  for path, value in values.items():
+    *outer, last = path.split(".")
+    node = settings
+    for key in outer:
+      node = node[key]
+    node[last] = value
+  return _freeze(settings)
+
+
+def _freeze(settings: dict[str, Any]) -> ml_collections.FrozenConfigDict:
+  """Makes settings read-only, dicts in a list (losses) included."""
+
+  def freeze(value):
+    if isinstance(value, dict):
+      return {key: freeze(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+      return tuple(
+        types.MappingProxyType(dict(item))
+        if isinstance(item, Mapping)
+        else item
+        for item in value
+      )
+    return value
+
+  return ml_collections.FrozenConfigDict(freeze(settings))
+
+
+def check_keys(config: ml_collections.ConfigDict) -> None:
+  """Checks that a config has exactly the keys there are.
+
+  Raises:
+    ValueError: names all missing and unknown keys at once, unknown ones with
+      the nearest that exists.
+  """
+  # A loss, or a list of them, is checked by `build_objective`.
+  wanted, found = (
+    {k: v for k, v in flatten(c) if k.partition(".")[0] != "loss"}
+    for c in (default_config(), config)
+  )
+  if "loss" not in config:
+    raise ValueError("config.loss is missing")
+  if config.get("lora", {}) is None:
+    found |= {key: None for key in wanted if key.startswith("lora.")}
+    del found["lora"]
+  faults = [
+    f"config.{key} is unknown.{did_you_mean(key, wanted)}"
+    for key in found
+    if key not in wanted
+  ]
+  # An axis that a config does not name is 1.
+  faults += [
+    f"config.{key} is missing"
+    for key in wanted
+    if key not in found and not key.startswith("mesh.")
+  ]
+  if faults:
+    raise ValueError("\n".join(faults))
+
+
+def _check_values(found: Mapping[str, Any]) -> None:
+  for key, knob in VALUES.items():
+    if found.get(key) is not None:
+      knob.check(key, found[key])
+
+
+def _check_lengths(settings: Mapping[str, Any]) -> None:
+  """Checks lengths that go together."""
+  data, optimizer = settings["data"], settings["optimizer"]
+  if data["max_prompt_tokens"] >= data["max_tokens"]:
+    raise ValueError(
+      f"data.max_prompt_tokens={data['max_prompt_tokens']} must be below"
+      f" data.max_tokens={data['max_tokens']}"
+    )
+  total_steps, warmup = settings["total_steps"], optimizer["warmup_steps"]
+  if optimizer["schedule"] != "constant" and warmup >= total_steps:
+    raise ValueError(
+      f"optimizer.warmup_steps={warmup} must be below"
+      f" total_steps={total_steps}, or the schedule never decays"
+    )
+
+
+def _resolve_reference(
+  settings: dict[str, Any], objective: Objective | WeightedSum
+) -> None:
+  """Settles the kind of the reference, and the knobs of TR-DPO."""
+  reference = settings["reference"]
+  has_adapters = settings["lora"]["rank"] > 0
+  live = sorted(objective.needs & fields_of("live_reference"))
+  if reference["kind"] == "auto":
+    if not objective.needs_reference:
+      reference["kind"] = "none"
+    else:
+      off = (
+        "adapter_off" if has_adapters and not reference["init"] else "frozen"
+      )
+      reference["kind"] = off if live else "cached"
+  kind = reference["kind"]
+  if objective.needs_reference and kind == "none":
+    raise ValueError(
+      f"loss {objective.name!r} compares with a reference: set reference.kind"
+      " to 'cached' or 'frozen', or loss.reward to one without a reference"
+    )
+  if kind == "adapter_off" and (reference["init"] or not has_adapters):
+    raise ValueError(
+      "reference.kind='adapter_off' is the policy without its adapters: set"
+      " lora.rank above 0 and leave reference.init empty"
+    )
+  if live and kind == "cached":
+    raise ValueError(
+      f"loss {objective.name!r} reads {', '.join(live)}, and a cache holds"
+      " summed log-probs only: set reference.kind='frozen'"
+    )
+  for knob, default in _EMA.items():
+    value = reference[knob]
+    if kind != "ema" and value is not None:
+      raise ValueError(
+        f"reference.{knob}={value} is set, and only reference.kind='ema' reads"
+        f" it; the kind is {kind!r}"
+      )
+    if kind == "ema" and value is None:
+      reference[knob] = default
+
+
+def _resolve_online(
+  settings: dict[str, Any], objective: Objective | WeightedSum
+) -> None:
+  """Fills in the knobs of on-policy batches; checks that they fit the loss."""
+  online, group = settings["online"], objective.group
+  kind = online["kind"]
+  if (group == "samples") != (kind == "rollouts"):
+    raise ValueError(
+      f"loss {objective.name!r} with online.kind={kind!r}: the losses that"
+      " learn from rewarded samples, such as ppo and reinforce, require"
+      " online.kind='rollouts', and it requires one of them"
+    )
+  if kind == "pairs" and group not in ("pair", "ranking", "first"):
+    raise ValueError(
+      f"loss {objective.name!r} reads groups of the kind {group!r}, and"
+      " online.kind='pairs' gives a chosen and a rejected response"
+    )
+  knobs = dict(_ONLINE[kind])
+  if "advantages" in objective.needs:
+    knobs |= _GAE
+  for name, value in online.items():
+    if name != "kind" and value is not None and name not in knobs:
+      raise ValueError(
+        f"online.{name}={value} is set, and online.kind={kind!r} with loss"
+        f" {objective.name!r} does not read it. It reads:"
+        f" {', '.join(sorted(knobs)) or 'nothing'}"
+      )
+  for name, value in knobs.items():
+    if online[name] is None:
+      online[name] = value
+  if kind != "none":
+    _check_online(online, settings["batch_size"])
+
+
+def _check_online(online: Mapping[str, Any], batch_size: int) -> None:
+  if not online["judge"]:
+    raise ValueError(
+      "online.judge is not set: name the judge that rewards responses, such as"
+      " reward:WORKDIR"
+    )
+  if online["kind"] == "pairs" and online["num_samples"] < 2:
+    raise ValueError(
+      f"online.num_samples={online['num_samples']} must be at least 2 for"
+      " online.kind='pairs'"
+    )
+  if online["label"] == "bradley_terry" and online["num_samples"] != 2:
+    raise ValueError(
+      "online.label='bradley_terry' draws a label for a pair, and"
+      f" online.num_samples={online['num_samples']}: set it to 2"
+    )
+  num_groups = online["every_steps"] * batch_size
+  if num_groups % online["epochs"]:
+    raise ValueError(
+      f"online.epochs={online['epochs']} must divide online.every_steps *"
+      f" batch_size = {num_groups}"
+    )
+
+
+def _resolve_best(
+  settings: dict[str, Any], objective: Objective | WeightedSum
+) -> None:
+  """Fills in the metric of the best checkpoint; "" is the latest one."""
+  checkpoint = settings["checkpoint"]
+  if checkpoint["best_metric"] is None:
+    if objective.group in ("single", "pair", "ranking"):
+      metric = "eval/reward/accuracy"
+    elif objective.group == "first":
+      metric = "eval/loss"
+    else:
+      is_judged = settings["eval"]["num_samples"] and settings["eval"]["judge"]
+      metric = "eval/sample/reward" if is_judged else ""
+    checkpoint["best_metric"] = metric
+  if checkpoint["best_is_lower"] is None:
+    checkpoint["best_is_lower"] = checkpoint["best_metric"].endswith("loss")

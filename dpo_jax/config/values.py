@@ -1,0 +1,108 @@
+"""Values that each key may have: one table of types, ranges and choices.
+
+Modules below offer what the choices name; a test compares them.
+"""
+
+import re
+
+from dpo_jax.losses import Knob
+
+# References that run in every step.
+LIVE_REFERENCES = ("frozen", "adapter_off", "ema")
+
+
+def _count(doc: str, low: int = 0) -> Knob:
+  return Knob(int, doc, low=low)
+
+
+def _choice(*choices: str) -> Knob:
+  return Knob(str, choices=choices)
+
+
+# A key that is absent may have any value of its default's type, or is checked
+# by the module that reads it. Placeholders that are not set are not checked.
+VALUES: dict[str, Knob] = {
+  "seed": _count("seed"),
+  "total_steps": _count("optimizer steps", 1),
+  "batch_size": _count("groups a step", 1),
+  "accumulation_steps": _count("parts of a batch", 1),
+  "parallelism": _choice("jit", "pmap"),
+  "logps_chunk": _count("scored tokens; 0 is as suits the device"),
+  "policy.param_dtype": _choice("float32", "bfloat16"),
+  "policy.compute_dtype": _choice("float32", "bfloat16"),
+  "policy.remat": _choice("none", "attention", "dots", "full"),
+  "policy.attention": _choice("auto", "xla", "splash", "cudnn", "dense"),
+  "lora.rank": _count("rank of the adapters; 0 for none"),
+  "lora.alpha": Knob(float, "scale is alpha / rank", low=0, above=True),
+  "data.eval_fraction": Knob(
+    float, "part of the prompts to hold out", low=0, high=1, below=True
+  ),
+  "data.scored_turns": _choice("last", "all"),
+  "data.max_tokens": _count("tokens of a prompt and its response", 2),
+  "data.max_prompt_tokens": _count("tokens", 1),
+  "data.row_tokens": _count("tokens of a row; 0 is one row a device"),
+  "data.max_shapes": _count("shapes of batches", 1),
+  "data.layout": _choice("shared", "packed", "padded"),
+  "online.kind": _choice("none", "pairs", "rollouts"),
+  "online.every_steps": _count("steps between samplings", 1),
+  "online.epochs": _count("passes over what was sampled", 1),
+  "online.num_samples": _count("responses to a prompt", 1),
+  "online.max_response_tokens": _count("tokens, EOS included", 1),
+  "online.max_kl": Knob(float, "nats a response", low=0, finite=False),
+  "online.temperature": Knob(float, "0 is greedy", low=0),
+  "online.label": _choice("argmax", "bradley_terry"),
+  "online.flips": Knob(float, "part of the labels", low=0, high=0.5),
+  "online.kl_weight": Knob(float, "reward for a nat", low=0),
+  "online.kl_target": Knob(float, "nats a response; 0 is none", low=0),
+  "online.kl_gain": Knob(float, "gain of the KL controller", low=0, high=5),
+  "online.discount": Knob(float, "of GAE", low=0, high=1),
+  "online.gae_lambda": Knob(float, "of GAE", low=0, high=1),
+  "reference.kind": _choice("auto", "cached", *LIVE_REFERENCES, "none"),
+  "reference.alpha": Knob(
+    float, "part of the policy in an update", low=0, high=1, above=True
+  ),
+  "reference.every_steps": _count("steps between updates", 1),
+  "optimizer.name": _choice("adamw", "rmsprop", "adafactor", "lion"),
+  "optimizer.learning_rate": Knob(float, "peak", low=0),
+  "optimizer.schedule": _choice("constant", "cosine", "linear"),
+  "optimizer.warmup_steps": _count("steps"),
+  "optimizer.max_grad_norm": Knob(
+    float, "global norm; inf clips nothing", low=0, above=True, finite=False
+  ),
+  "optimizer.weight_decay": Knob(float, low=0),
+  "optimizer.b1": Knob(float, low=0, high=1, below=True),
+  "optimizer.b2": Knob(float, low=0, high=1, below=True),
+  "optimizer.epsilon": Knob(float, low=0),
+  "eval.every_steps": _count("steps; 0 is at the start and the end"),
+  "eval.batch_size": _count("groups", 1),
+  "eval.max_groups": _count("held-out groups; 0 is all"),
+  "eval.num_samples": _count("responses"),
+  "eval.max_response_tokens": _count("tokens, EOS included", 1),
+  "eval.temperature": Knob(float, "0 is greedy", low=0),
+  "eval.top_k": _count("tokens; 0 is all"),
+  "eval.top_p": Knob(
+    float, "nucleus mass; 1 leaves nothing out", low=0, high=1, above=True
+  ),
+  "checkpoint.every_steps": _count("steps; 0 is at the end"),
+  "checkpoint.keep": _count(
+    "the one before stays until the latest is whole", 2
+  ),
+  "log.every_steps": _count("steps", 1),
+}
+
+
+def parse_steps(text: str) -> range:
+  """Reads `profile.steps`: '10:13' is steps 10, 11 and 12, '' is none.
+
+  Raises:
+    ValueError: not FIRST:LAST with FIRST below LAST.
+  """
+  if not text:
+    return range(0)
+  found = re.fullmatch(r"(\d+):(\d+)", text)
+  if not found or int(found[1]) >= int(found[2]):
+    raise ValueError(
+      f"profile.steps={text!r} must be FIRST:LAST with FIRST < LAST, such as"
+      " 10:13 for steps 10, 11 and 12"
+    )
+  return range(int(found[1]), int(found[2]))
