@@ -108,6 +108,10 @@ def build(request: Request, sizes: Mapping[str, int] | None = None) -> Subject:
   )
   if request.is_stand_in:
     config = config_lib.resolve(request.config)
+    if config.total_steps is None:
+      raise ValueError(
+        f"epochs={config.epochs} of data that are not read: set total_steps"
+      )
     source = model_source.parse(config.policy.init)
     program = plan_program(
       config, source, vocab_size=request.vocab_size or 128_256, on=grid

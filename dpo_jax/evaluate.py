@@ -11,6 +11,7 @@ from etils import epath
 import jax
 import numpy as np
 
+from dpo_jax import config as config_lib
 from dpo_jax import judges
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.loader import Loader
@@ -178,9 +179,14 @@ def check_metric(
 ) -> None:
   """Raises ValueError unless `checkpoint.best_metric` will be measured."""
   wanted = config.checkpoint.best_metric
-  known = [f"eval/{name}" for name in metric_names(objective, others)]
+  prefixes = [
+    config_lib.metric_prefix(n) for n in config_lib.eval_sets(config.data)
+  ]
+  names = metric_names(objective, others)
+  known = [f"{prefix}{name}" for prefix in prefixes for name in names]
   if config.eval.num_samples:
-    known += [f"eval/{name}" for name in SAMPLE_METRICS]
+    # The first set's prompts are sampled from.
+    known += [f"{prefixes[0]}{name}" for name in SAMPLE_METRICS]
   if wanted and wanted not in known:
     raise ValueError(
       f"checkpoint.best_metric={wanted!r} is not measured."
@@ -221,20 +227,34 @@ def displacement(
   return figures | {"length_margin_correlation": float(correlation)}
 
 
-def write_records(workdir: Workdir, step: int, records: Records) -> None:
-  """Writes WORKDIR/eval_logps/STEP.npz, for `experiments.replay`."""
+def write_records(
+  workdir: Workdir, step: int, records: Records, name: str = ""
+) -> None:
+  """Writes WORKDIR/eval_logps/[NAME/]STEP.npz, for `experiments.replay`.
+
+  Args:
+    workdir: run directory.
+    step: optimizer steps taken.
+    records: from `evaluate`.
+    name: name of the held-out set.
+  """
   buffer = io.BytesIO()
   np.savez(buffer, **records)
-  write_atomically(workdir.eval_logps / f"{step}.npz", buffer.getvalue())
+  path = workdir.eval_logps / name / f"{step}.npz"
+  write_atomically(path, buffer.getvalue())
 
 
-def read_records(workdir: epath.PathLike) -> dict[int, Records]:
-  """What `write_records` wrote, by step.
+def read_records(workdir: epath.PathLike, name: str = "") -> dict[int, Records]:
+  """Reads what `write_records` wrote, by step.
+
+  Args:
+    workdir: run directory.
+    name: name of the held-out set.
 
   Raises:
     FileNotFoundError: nothing there.
   """
-  folder = Workdir.at(workdir).eval_logps
+  folder = Workdir.at(workdir).eval_logps / name
   paths = sorted(folder.glob("*.npz")) if folder.exists() else []
   if not paths:
     raise FileNotFoundError(

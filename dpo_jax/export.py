@@ -24,7 +24,7 @@ import jax
 from dpo_jax import command_line, mesh
 from dpo_jax import config as config_lib
 from dpo_jax.data import tokenizer_files, tokenizers
-from dpo_jax.metrics import read_metrics
+from dpo_jax.metrics import read_last_evaluation
 from dpo_jax.model_source import HuggingFaceModel, TrainedRun
 from dpo_jax.models import hf, peft
 from dpo_jax.models.config import DTYPES
@@ -166,12 +166,9 @@ def model_card(run: TrainedRun, *, base: str, is_adapter: bool) -> str:
     if isinstance(loss, Mapping)
     else "+".join(term["name"] for term in loss)
   )
-  rows = read_metrics(workdir, "eval")
-  figures = {
-    key: value
-    for key, value in (rows[-1] if rows else {}).items()
-    if key not in ("step", "split") and isinstance(value, float)
-  }
+  figures = read_last_evaluation(workdir, config["data"])
+  mixture = config["data"].get("sources") or [config["data"]]
+  sources = ", ".join(f"`{entry['source']}`" for entry in mixture)
   revision = "unknown"
   if workdir.git.exists():
     revision = workdir.git.read_text().strip()
@@ -191,7 +188,7 @@ def model_card(run: TrainedRun, *, base: str, is_adapter: bool) -> str:
     *opening,
     f"# {name} with dpo_jax",
     "",
-    f"Trained from `{base}` on `{config['data']['source']}` for"
+    f"Trained from `{base}` on {sources} for"
     f" {config['total_steps']} steps of {config['batch_size']} groups.",
     "",
     "```python",

@@ -1,5 +1,6 @@
 """Where figures go: metrics.jsonl always, TensorBoard if asked, a bar."""
 
+from collections.abc import Mapping
 import json
 import math
 import time
@@ -9,6 +10,7 @@ from etils import epath
 import numpy as np
 from tqdm import tqdm
 
+from dpo_jax.config import eval_sets, metric_prefix, split_name
 from dpo_jax.workdir import Workdir
 
 
@@ -118,6 +120,29 @@ def read_metrics(
     if row["split"] == split:
       by_step[row["step"]] = row
   return [by_step[step] for step in sorted(by_step)]
+
+
+def read_last_evaluation(
+  workdir: epath.PathLike | Workdir, data: Mapping[str, Any]
+) -> dict[str, float]:
+  """Reads the metrics of the last evaluation of each held-out set.
+
+  Args:
+    workdir: run directory.
+    data: `config.data` of the run.
+
+  Returns:
+    Metrics named as `checkpoint.best_metric` names them; NaN where a set has
+    none. Empty without an evaluation.
+  """
+  found = {}
+  for name in eval_sets({"eval_sources": "", "eval_source": "", **data}):
+    rows = read_metrics(workdir, split_name(name))
+    for metric, value in (rows[-1] if rows else {}).items():
+      if metric not in ("step", "split"):
+        key = f"{metric_prefix(name)}{metric}"
+        found[key] = math.nan if value is None else value
+  return found
 
 
 class ProgressBar:

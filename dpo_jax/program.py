@@ -19,6 +19,8 @@ from dpo_jax.losses import Objective, WeightedSum, build_objective
 from dpo_jax.models.decoder import Policy
 from dpo_jax.types import FIELDS, TrainState, fields_of
 
+_MANY_STEPS = 10**9
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -173,7 +175,10 @@ def build_program(
   step.check_coupling(objective, placement.axis_name)
   mesh.param_shardings(policy.abstract_params(), placement.mesh)
   _check_frozen(config, policy)
-  schedule = optimizer.build_schedule(config.optimizer, config.total_steps)
+  # The steps of `epochs` are known once the data are read.
+  schedule = optimizer.build_schedule(
+    config.optimizer, config.total_steps or _MANY_STEPS
+  )
   return Program(
     policy=policy,
     objective=objective,

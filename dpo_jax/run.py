@@ -145,6 +145,12 @@ def build_run(config: Any, workdir: Workdir, *, on: Mesh | None = None) -> Run:
     program.policy.config.vocab_size,
     program.placement,
   ).build()
+  if config.epochs is not None:
+    num_groups = config.epochs * len(data.train.indices)
+    total_steps = max(round(num_groups / config.batch_size), 1)
+    config = config_lib.with_values(config, {"total_steps": total_steps})
+    config_lib.check_schedule(config)
+    program = build_program(config, program.policy, program.placement)
   return Run(config, workdir, program, data, judge, online_judge)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 import dataclasses
 import json
 import logging
-import math
 import os
 import signal
 import subprocess
@@ -56,7 +55,7 @@ from dpo_jax.metrics import (
   GrowingFile,
   MetricsWriter,
   ProgressBar,
-  read_metrics,
+  read_last_evaluation,
 )
 from dpo_jax.models import lora
 from dpo_jax.profile import ProfileWindow
@@ -191,7 +190,7 @@ class _Loop:
     start = int(state.step)
     if start >= config.total_steps:
       _LOG.info("%s is finished: %d steps", run.workdir, start)
-      return _last_figures(run.workdir)
+      return read_last_evaluation(run.workdir, config.data)
     if run.is_writer:  # of a run that is to take more steps
       run.workdir.finished.unlink(missing_ok=True)
     self._attach_reference(state, is_fresh=start == 0)
@@ -199,7 +198,7 @@ class _Loop:
     if start == 0:
       self._begin_batches(0)
       self._check_step_zero(state)
-    if run.data.eval is not None and config.eval.num_samples:
+    if run.data.eval and config.eval.num_samples:
       # Sampled even on a resume: the policy is compared with these.
       self.ref_samples = self._sample(self._reference_params(state))
     if start == 0:
@@ -248,7 +247,7 @@ class _Loop:
     """Gives the loaders cached log-probs, computing them where needed."""
     run, config = self.run, self.config
     self.train_loader = run.data.train
-    self.eval_loader = run.data.eval if run.data.is_measured else None
+    self.eval_loaders = dict(run.data.eval) if run.data.is_measured else {}
     is_online = config.online.kind != "none"
     if is_online:
       self.train_loader = self._on_policy()
@@ -279,8 +278,7 @@ class _Loop:
       self.train_loader = attach(self.train_loader)
     elif is_fresh and run.starts_as_reference:
       self._check_in_float32(self._every_group(run.data.train), state, params)
-    if self.eval_loader is not None:
-      self.eval_loader = attach(self.eval_loader)
+    self.eval_loaders = {n: attach(x) for n, x in self.eval_loaders.items()}
 
   def _on_policy(self) -> online.OnPolicy:
     """A loader of what the policy says."""
@@ -523,39 +521,48 @@ class _Loop:
       )
 
   def _evaluate(self, step: int, state: TrainState, *, is_edge: bool) -> None:
-    """Held-out figures; samples too at the start and the end."""
-    figures: dict[str, float] = {}
-    if self.eval_loader is not None:
-      figures, records = evaluate_lib.evaluate(
+    """Measures the held-out sets; samples too at the start and the end."""
+    found: dict[str, dict[str, float]] = {}
+    for name, loader in self.eval_loaders.items():
+      found[name], records = evaluate_lib.evaluate(
         self.program,
         state.policy_params,
         state.reference_params,
         state.loss_state,
-        self.eval_loader,
+        loader,
       )
       if self.config.eval.save_logps and self.run.is_writer:
-        evaluate_lib.write_records(self.run.workdir, step, records)
+        evaluate_lib.write_records(self.run.workdir, step, records, name)
     if is_edge and self.ref_samples is not None:
-      samples = self._sample(state.policy_params)
-      figures |= evaluate_lib.compare_samples(samples, self.ref_samples)
-      settings = self.config.eval
-      if (settings.temperature, settings.top_k, settings.top_p) == (1, 0, 1):
-        figures |= evaluate_lib.sampled_kl(
-          self.program.logps_step,
-          state.policy_params,
-          self._reference_params(state),
-          samples,
-          self.placement,
-          batch_size=settings.batch_size,
-        )
-      self._write_samples(step, samples)
-    if not figures:
+      first = next(iter(self.run.data.eval))
+      found[first] = found.get(first, {}) | self._measure_samples(step, state)
+    if not found:
       return
-    self.writer.write(step, "eval", figures)
-    self.figures = {f"eval/{name}": v for name, v in figures.items()}
+    self.figures = {}
+    for name, metrics in found.items():
+      self.writer.write(step, config_lib.split_name(name), metrics)
+      prefix = config_lib.metric_prefix(name)
+      self.figures |= {f"{prefix}{k}": v for k, v in metrics.items()}
+
+  def _measure_samples(self, step: int, state: TrainState) -> dict[str, float]:
+    """Samples from the policy, and compares with the reference's samples."""
+    samples = self._sample(state.policy_params)
+    metrics = evaluate_lib.compare_samples(samples, self.ref_samples)
+    settings = self.config.eval
+    if (settings.temperature, settings.top_k, settings.top_p) == (1, 0, 1):
+      metrics |= evaluate_lib.sampled_kl(
+        self.program.logps_step,
+        state.policy_params,
+        self._reference_params(state),
+        samples,
+        self.placement,
+        batch_size=settings.batch_size,
+      )
+    self._write_samples(step, samples)
+    return metrics
 
   def _sample(self, params: Any) -> evaluate_lib.Samples:
-    settings, loader = self.config.eval, self.run.data.eval
+    settings, loader = self.config.eval, self.run.data.first_eval
     prompts = evaluate_lib.held_out_prompts(
       loader.store,
       loader.indices,
@@ -586,18 +593,6 @@ class _Loop:
         row["reward"] = float(samples.rewards[i])
       file.append(json.dumps(row) + "\n")
     file.close()
-
-
-def _last_figures(workdir: Workdir) -> dict[str, float]:
-  """What `train` returned when the run ended."""
-  rows = read_metrics(workdir, "eval")
-  if not rows:
-    return {}
-  return {
-    f"eval/{name}": math.nan if figure is None else figure
-    for name, figure in rows[-1].items()
-    if name not in ("step", "split")
-  }
 
 
 def _is_due(step: int, every: int) -> bool:

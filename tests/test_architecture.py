@@ -87,6 +87,7 @@ _FOLDERS = {
     "store",
     "mismatched",
     "packing",
+    "mixture",
     "loader",
     "pipeline",
   ],

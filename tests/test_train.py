@@ -974,7 +974,7 @@ def test_groups_that_teach_the_loss_nothing_are_dropped_and_counted(
   )
   with caplog.at_level(logging.WARNING):
     run = build_run(config, Workdir.at(tmp_path))
-  for loader in (run.data.train, run.data.eval):
+  for loader in (run.data.train, run.data.first_eval):
     assert loader.indices.tolist() == list(range(32, 40))
   assert "32 of 40 groups, which are dropped" in caplog.text
   assert "30 too_few_responses, 2 tied_scores" in caplog.text
@@ -985,6 +985,101 @@ def test_groups_that_teach_the_loss_nothing_are_dropped_and_counted(
   # The loss of unpaired responses takes the demonstrations, not the ties.
   config = make_config(data__source=source, loss__name="kto")
   assert len(build_run(config, Workdir.at(tmp_path)).data.train.indices) > 30
+
+
+def write_pairs(path, num, tag):
+  records = [
+    {"prompt": f"{tag} {i}", "chosen": f" good {i}", "rejected": " bad"}
+    for i in range(num)
+  ]
+  return write_lines(path, records)
+
+
+def test_a_mixture_with_two_held_out_sets_resumes_exactly(
+  tmp_path, monkeypatch
+):
+  one, two = (
+    write_pairs(tmp_path / f"{tag}.jsonl", num, tag)
+    for tag, num in (("one", 6), ("two", 30))
+  )
+  config = make_config(
+    data__source="",
+    data__sources=(
+      {"source": one, "weight": 1.0},
+      {"source": two, "weight": 3.0},
+    ),
+    data__eval_sources=f"small={one},large={two}",
+    checkpoint__best_metric="large:loss",
+    total_steps=4,
+    eval__every_steps=2,
+  )
+  check_resume(monkeypatch, tmp_path, config, 3)
+  whole = tmp_path / "whole"
+  assert curve(tmp_path / "parts", "eval/large") == curve(whole, "eval/large")
+  assert [row["num_groups"] for row in curve(whole, "eval/small")] == [6] * 3
+  figures = train(config, whole)  # finished: what the last evaluation gave
+  last = curve(whole, "eval/large")[-1]
+  assert figures["large:loss"] == last["loss"] != figures["small:loss"]
+  assert (whole / "eval_logps" / "large" / "4.npz").exists()
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    ({"data__source": "jsonl:x"}, "exclude each other"),
+    ({"weight": 0.0}, "is outside (0, inf)"),
+    ({"weight": "1"}, "must be a number"),
+    (
+      {"data__eval_source": "jsonl:x", "data__eval_sources": "a=jsonl:x"},
+      "excl",
+    ),
+    ({"data__eval_sources": "a=jsonl:x,a=jsonl:y"}, "each name once"),
+    ({"data__eval_sources": "jsonl:x"}, "must be NAME=VALUE"),
+    ({"checkpoint__best_metric": "a:loss"}, "is not measured"),
+    ({"total_steps": 5, "epochs": 1.0}, "both say how long"),
+    ({"kinds": True}, "reads groups of 2 responses"),
+  ],
+)
+def test_mixtures_that_cannot_be_are_refused(tmp_path, overrides, message):
+  given = dict(overrides)
+  other = write_pairs(tmp_path / "two.jsonl", 4, "two")
+  if given.pop("kinds", False):
+    records = [
+      {"prompt": "a", "responses": ["x", "y", "z"], "scores": [3, 2, 1]}
+    ]
+    other = write_lines(tmp_path / "two.jsonl", records)
+  source = write_pairs(tmp_path / "one.jsonl", 4, "one")
+  entries = (
+    {"source": source, "weight": given.pop("weight", 1.0)},
+    {"source": other, "weight": 1.0},
+  )
+  given = {"data__source": "", "data__sources": entries} | given
+  refuse(make_config(**given), message)
+
+
+def test_epochs_count_the_groups_of_all_sources(tmp_path):
+  one, two = (
+    write_pairs(tmp_path / f"{tag}.jsonl", num, tag)
+    for tag, num in (("one", 6), ("two", 30))
+  )
+  config = make_config(
+    data__source="",
+    data__sources=(
+      {"source": one, "weight": 1.0},
+      {"source": two, "weight": 1.0},
+    ),
+    data__eval_fraction=0.0,
+    total_steps=0,
+    epochs=2.0,
+    optimizer__schedule="linear",
+  )
+  run = build_run(config, Workdir.at(tmp_path))
+  assert run.config.total_steps == 2 * 36 // config.batch_size
+  assert float(run.program.schedule(run.config.total_steps)) == 0.0
+  assert float(run.program.schedule(run.config.total_steps - 1)) > 0.0
+  config.optimizer.warmup_steps = 100
+  with pytest.raises(ValueError, match="warmup_steps=100 must be below total"):
+    build_run(config, Workdir.at(tmp_path))
 
 
 def test_data_that_teach_the_loss_nothing_stop_the_run(tmp_path):

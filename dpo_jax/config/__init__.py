@@ -5,19 +5,37 @@ A config is resolved once, by `resolve`, and read-only from there on.
 
 from dpo_jax.config.keys import default_config, flatten, loss_config
 from dpo_jax.config.record import decides_result, settle
-from dpo_jax.config.resolve import check_keys, resolve, with_values
-from dpo_jax.config.values import LIVE_REFERENCES, VALUES, parse_steps
+from dpo_jax.config.resolve import (
+  check_keys,
+  check_schedule,
+  eval_sets,
+  metric_prefix,
+  resolve,
+  split_name,
+  with_values,
+)
+from dpo_jax.config.values import (
+  LIVE_REFERENCES,
+  VALUES,
+  parse_pairs,
+  parse_steps,
+)
 
 __all__ = [
   "LIVE_REFERENCES",
   "VALUES",
   "check_keys",
+  "check_schedule",
   "decides_result",
   "default_config",
+  "eval_sets",
   "flatten",
   "loss_config",
+  "metric_prefix",
+  "parse_pairs",
   "parse_steps",
   "resolve",
   "settle",
+  "split_name",
   "with_values",
 ]

@@ -28,7 +28,10 @@ def default_config() -> ml_collections.ConfigDict:
   """The complete config."""
   config = ml_collections.ConfigDict()
   config.seed = 0  # of initial weights, data order and sampling
-  config.total_steps = 1000  # optimizer steps
+  # Optimizer steps, or passes over the training groups: one of the two may be
+  # set. Neither: 1,000 steps.
+  config.total_steps = config_dict.placeholder(int)
+  config.epochs = config_dict.placeholder(float)
   config.batch_size = 64  # groups a step, over all devices (2305.18290 app. B)
   config.accumulation_steps = 1  # parts of a batch, one after the other
   config.parallelism = "jit"  # or "pmap": the same step, parameters replicated
@@ -68,9 +71,15 @@ def default_config() -> ml_collections.ConfigDict:
   config.lora.rank_stabilized = False  # alpha / sqrt(rank): arXiv:2312.03732
 
   config.data = ml_collections.ConfigDict()
-  config.data.source = "synthetic:review_pairs"  # data/sources.py lists kinds
-  config.data.eval_source = ""  # "": hold out a part of source
-  config.data.eval_fraction = 0.05  # of prompts, where eval_source is ""
+  # data/sources.py lists kinds. Unset, without sources: synthetic:review_pairs.
+  config.data.source = config_dict.placeholder(str)
+  # A mixture: ({"source": "jsonl:a.jsonl", "weight": 3.0}, ...). Weights are
+  # shares of the groups of a batch.
+  config.data.sources = ()
+  config.data.eval_source = ""  # "": hold out a part of the training data
+  # Several held-out sets by name: "helpful=jsonl:a.jsonl,other=jsonl:b.jsonl"
+  config.data.eval_sources = ""
+  config.data.eval_fraction = 0.05  # of prompts, where no held-out set is named
   # "": the tokenizer of policy.init, with its template, EOS and date; bytes
   # for random weights. Or "bytes", the folder of a tokenizer.json, "letters:N".
   config.data.tokenizer = ""
@@ -159,8 +168,9 @@ def default_config() -> ml_collections.ConfigDict:
   # Latest ones, and the best besides. At least 2: the one before stays until
   # the latest has its manifest.
   config.checkpoint.keep = 2
-  # Metric of the best checkpoint. Unset: "eval/reward/accuracy"; of SFT the
-  # lowest "eval/loss"; of PPO and RLOO "eval/sample/reward". "": the latest.
+  # Metric of the best checkpoint: "eval/loss", or "NAME:loss" of a held-out set
+  # with a name. Unset: the accuracy on the first set; of SFT the lowest loss;
+  # of PPO and RLOO "eval/sample/reward". "": the latest checkpoint.
   config.checkpoint.best_metric = config_dict.placeholder(str)
   config.checkpoint.best_is_lower = config_dict.placeholder(bool)
 

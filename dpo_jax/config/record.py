@@ -55,7 +55,7 @@ def settle(
       for key in sorted(before.keys() | now.keys())
       if before.get(key) != now.get(key)
       and decides_result(key)
-      and key != "total_steps"  # a run may take more steps
+      and key not in ("total_steps", "epochs")  # a run may take more steps
     ]
     if changed:
       raise ValueError(

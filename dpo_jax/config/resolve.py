@@ -4,17 +4,19 @@ All that can be known of a config without its data, model or devices.
 """
 
 from collections.abc import Mapping
+import re
 import types
 from typing import Any
 
 import ml_collections
 
 from dpo_jax.config.keys import default_config, flatten
-from dpo_jax.config.values import VALUES, parse_steps
-from dpo_jax.losses import Objective, WeightedSum, build_objective
+from dpo_jax.config.values import VALUES, parse_pairs, parse_steps
+from dpo_jax.losses import Knob, Objective, WeightedSum, build_objective
 from dpo_jax.losses.objective import did_you_mean
 from dpo_jax.types import fields_of
 
+_DEFAULT_STEPS = 1000
 _EMA = dict(alpha=0.6, every_steps=512)  # arXiv:2404.09656
 _SHARED = dict(
   judge="",
@@ -49,22 +51,22 @@ def resolve(
       set and not read, or keys that do not go together.
   """
   check_keys(config)
-  found = dict(flatten(config))
-  _check_values(found)
-  objective = build_objective(config.loss)
-  loss = objective.to_dict()
-  if isinstance(loss, dict):
-    loss = {**config.loss.to_dict(), **loss}
-  settings = config.copy_and_resolve_references().to_dict() | {
-    "loss": loss if isinstance(loss, dict) else tuple(loss)
-  }
+  settings = config.copy_and_resolve_references().to_dict()
   if settings["lora"] is None:
     settings["lora"] = default_config().lora.to_dict()
+  _resolve_length(settings)
+  _check_values(settings)
+  objective = build_objective(config.loss)
+  loss = objective.to_dict()
+  is_one = isinstance(loss, dict)
+  settings["loss"] = {**settings["loss"], **loss} if is_one else loss
+  _resolve_data(settings["data"])
   _resolve_reference(settings, objective)
   _resolve_online(settings, objective)
   _resolve_best(settings, objective)
-  _check_values(dict(flatten(settings)))
-  _check_lengths(settings)
+  _check_values(settings)
+  if settings["total_steps"] is not None:
+    check_schedule(settings)
   parse_steps(settings["profile"]["steps"])
   return _freeze(settings)
 
@@ -138,26 +140,104 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
     raise ValueError("\n".join(faults))
 
 
-def _check_values(found: Mapping[str, Any]) -> None:
+def _check_values(settings: Mapping[str, Any]) -> None:
+  found = dict(flatten(settings))
   for key, knob in VALUES.items():
     if found.get(key) is not None:
       knob.check(key, found[key])
-
-
-def _check_lengths(settings: Mapping[str, Any]) -> None:
-  """Checks lengths that go together."""
-  data, optimizer = settings["data"], settings["optimizer"]
+  data = settings["data"]
   if data["max_prompt_tokens"] >= data["max_tokens"]:
     raise ValueError(
       f"data.max_prompt_tokens={data['max_prompt_tokens']} must be below"
       f" data.max_tokens={data['max_tokens']}"
     )
-  total_steps, warmup = settings["total_steps"], optimizer["warmup_steps"]
-  if optimizer["schedule"] != "constant" and warmup >= total_steps:
+
+
+def check_schedule(config: Mapping[str, Any]) -> None:
+  """Raises ValueError where warm-up takes all steps of a decaying schedule."""
+  schedule, warmup = (
+    config["optimizer"][key] for key in ("schedule", "warmup_steps")
+  )
+  if schedule != "constant" and warmup >= config["total_steps"]:
     raise ValueError(
       f"optimizer.warmup_steps={warmup} must be below"
-      f" total_steps={total_steps}, or the schedule never decays"
+      f" total_steps={config['total_steps']}, or the schedule never decays"
     )
+
+
+def _resolve_length(settings: dict[str, Any]) -> None:
+  """Checks how long the run is; steps of epochs are known with the data."""
+  total_steps, epochs = settings["total_steps"], settings["epochs"]
+  if total_steps and epochs:
+    raise ValueError(
+      f"total_steps={total_steps} and epochs={epochs} both say how long the run"
+      " is: set the other to 0"
+    )
+  # 0 stands for one that is not set, where a config file sets it.
+  if epochs == 0:
+    settings["epochs"] = None
+  elif epochs:
+    settings["total_steps"] = None
+  if total_steps is None and not epochs:
+    settings["total_steps"] = _DEFAULT_STEPS
+
+
+def _resolve_data(data: dict[str, Any]) -> None:
+  """Checks which sources are read, and fills in the default."""
+  if data["source"] and data["sources"]:
+    raise ValueError(
+      f"data.source={data['source']!r} and data.sources exclude each other:"
+      " put the first into data.sources, with a weight"
+    )
+  if not data["sources"]:
+    data["source"] = data["source"] or "synthetic:review_pairs"
+  for entry in data["sources"]:
+    if not isinstance(entry, Mapping) or set(entry) != {"source", "weight"}:
+      raise ValueError(
+        f"data.sources: {entry!r} must have 'source' and 'weight'"
+      )
+    Knob(float, "share of a batch", low=0, above=True).check(
+      f"data.sources: weight of {entry['source']!r}", entry["weight"]
+    )
+  names = [entry["source"] for entry in data["sources"]]
+  if len(set(names)) != len(names):
+    raise ValueError(f"data.sources names a source twice: {', '.join(names)}")
+  if data["eval_source"] and data["eval_sources"]:
+    raise ValueError(
+      "data.eval_source and data.eval_sources exclude each other: give the"
+      " first a name in data.eval_sources"
+    )
+  for name in eval_sets(data):
+    if not re.fullmatch(r"[\w-]*", name) or name == "eval":
+      raise ValueError(
+        f"data.eval_sources: the name {name!r} must be letters, digits, '_' or"
+        " '-', and not 'eval'"
+      )
+
+
+def eval_sets(data: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the source of each held-out set by name.
+
+  Args:
+    data: `config.data`.
+
+  Returns:
+    Sources by name, in their order. The one set without a name is "", with
+    the source "" where it is a part of the training data.
+  """
+  if data["eval_sources"]:
+    return parse_pairs(data["eval_sources"], "data.eval_sources")
+  return {"": data["eval_source"]}
+
+
+def split_name(name: str) -> str:
+  """Returns the split of a held-out set in metrics.jsonl."""
+  return f"eval/{name}" if name else "eval"
+
+
+def metric_prefix(name: str) -> str:
+  """Returns the prefix of a held-out set's metrics: 'eval/' or 'NAME:'."""
+  return f"{name}:" if name else "eval/"
 
 
 def _resolve_reference(
@@ -266,13 +346,14 @@ def _resolve_best(
   """Fills in the metric of the best checkpoint; "" is the latest one."""
   checkpoint = settings["checkpoint"]
   if checkpoint["best_metric"] is None:
+    prefix = metric_prefix(next(iter(eval_sets(settings["data"]))))
     if objective.group in ("single", "pair", "ranking"):
-      metric = "eval/reward/accuracy"
+      metric = f"{prefix}reward/accuracy"
     elif objective.group == "first":
-      metric = "eval/loss"
+      metric = f"{prefix}loss"
     else:
       is_judged = settings["eval"]["num_samples"] and settings["eval"]["judge"]
-      metric = "eval/sample/reward" if is_judged else ""
+      metric = f"{prefix}sample/reward" if is_judged else ""
     checkpoint["best_metric"] = metric
   if checkpoint["best_is_lower"] is None:
     checkpoint["best_is_lower"] = checkpoint["best_metric"].endswith("loss")

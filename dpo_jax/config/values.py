@@ -24,6 +24,7 @@ def _choice(*choices: str) -> Knob:
 VALUES: dict[str, Knob] = {
   "seed": _count("seed"),
   "total_steps": _count("optimizer steps", 1),
+  "epochs": Knob(float, "passes over the data", low=0, above=True),
   "batch_size": _count("groups a step", 1),
   "accumulation_steps": _count("parts of a batch", 1),
   "parallelism": _choice("jit", "pmap"),
@@ -89,6 +90,29 @@ VALUES: dict[str, Knob] = {
   ),
   "log.every_steps": _count("steps", 1),
 }
+
+
+def parse_pairs(text: str, key: str) -> dict[str, str]:
+  """Reads 'name=value,name=value'.
+
+  Args:
+    text: pairs; "" for none.
+    key: path in the config, for errors.
+
+  Returns:
+    Values by name, in their order.
+
+  Raises:
+    ValueError: another spelling, or a name twice.
+  """
+  pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+  found = {name.strip(): value.strip() for name, _, value in pairs}
+  is_whole = all(sign and name.strip() for name, sign, _ in pairs)
+  if not is_whole or len(found) != len(pairs):
+    raise ValueError(
+      f"{key}={text!r} must be NAME=VALUE,NAME=VALUE with each name once"
+    )
+  return found
 
 
 def parse_steps(text: str) -> range:

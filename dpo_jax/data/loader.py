@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.data import packing
+from dpo_jax.data.mixture import Mixture, permutation
 from dpo_jax.data.packing import RowShape
 from dpo_jax.data.store import Store
 from dpo_jax.types import Batch
@@ -86,6 +87,7 @@ def make_plan(
   row_multiple: int,
   layout: str,
   max_shapes: int = 4,
+  epoch_size: int = 0,
 ) -> Plan:
   """Chooses shapes from the lengths of the data.
 
@@ -100,6 +102,8 @@ def make_plan(
       (devices that split rows, times accumulation steps).
     layout: one of packing.LAYOUTS.
     max_shapes: that there may be; each is compiled, and fewer pad more.
+    epoch_size: groups of the smallest source, before one comes again; 0 where
+      there is one source.
 
   Returns:
     The plan; the same on every process.
@@ -142,8 +146,15 @@ def make_plan(
     num_rows = row_multiple
     if layout == "padded":  # a group a row
       num_rows = _round_up(batch_size, row_multiple)
+    # Where an epoch ends within a batch, its groups may come again.
+    copies = 1 + -(-batch_size // (epoch_size or len(indices)))
     shapes = _flat_rows(
-      batches, num_tokens, num_scored, num_rows, store.num_slots, max_shapes
+      batches,
+      num_tokens.repeat(copies),
+      num_scored.repeat(copies),
+      num_rows,
+      store.num_slots,
+      max_shapes,
     )
   return Plan(shapes, layout, is_flat=not row_tokens)
 
@@ -182,11 +193,8 @@ def _flat_rows(
     ]
   )
 
-  # Where an epoch ends within a batch, its groups may come again.
-  copies = 1 + -(-batch_size // len(num_tokens))
-
   def most(counts):
-    return int(np.sort(counts.repeat(copies))[-num_groups:].sum())
+    return int(np.sort(counts)[-num_groups:].sum())
 
   worst = (most(num_tokens), most(num_scored))
   grain = 64 if worst[0] >= 512 else 16
@@ -292,6 +300,7 @@ class Loader:
     process_index: this host.
     process_count: hosts; each fills its own block of rows.
     token_masks: names of those to fill, see Batch.
+    mixture: shares of several sources in training batches; None for one.
   """
 
   store: Store
@@ -303,6 +312,7 @@ class Loader:
   process_index: int = 0
   process_count: int = 1
   token_masks: frozenset[str] = frozenset()
+  mixture: Mixture | None = None
 
   def __post_init__(self):
     if not len(self.indices):
@@ -324,17 +334,14 @@ class Loader:
     """Groups of a training step: i64 [batch_size], indices into the store.
 
     Epochs follow each other without a gap, each a permutation of its own, so
-    every step has exactly `batch_size` groups.
+    every step has exactly `batch_size` groups. Sources of a mixture have
+    epochs of their own.
     """
     start = step * self.batch_size
-    places = np.arange(start, start + self.batch_size)
-    epochs, within = np.divmod(places, len(self.indices))
-    chosen = np.empty(self.batch_size, np.int64)
-    for epoch in np.unique(epochs):
-      permutation = _permutation(self.seed, int(epoch), len(self.indices))
-      mask = epochs == epoch
-      chosen[mask] = self.indices[permutation[within[mask]]]
-    return chosen
+    positions = np.arange(start, start + self.batch_size)
+    if self.mixture is not None:
+      return self.mixture.draw(positions, self.seed)
+    return self.indices[permutation((self.seed,), positions, len(self.indices))]
 
   def batch(self, step: int) -> Batch:
     """The training batch of a step: this process's rows, numpy."""
@@ -397,11 +404,6 @@ class Loader:
         else [self.store.masks(i) for i in ids]
       ),
     )
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-  return np.random.default_rng((seed, epoch)).permutation(size)
 
 
 def prefetch(

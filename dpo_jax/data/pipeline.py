@@ -1,15 +1,17 @@
 """Data of a run: stores of tokens, seen as the loss reads them; loaders."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import logging
 from typing import Any
 
 import numpy as np
 
+from dpo_jax import config as config_lib
 from dpo_jax.cache import default_cache_dir
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import mismatched, sources, store
+from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.tokenizers import Tokenizer
 from dpo_jax.losses import Objective, WeightedSum
 from dpo_jax.mesh import Placement
@@ -25,19 +27,27 @@ class Data:
   Attributes:
     tokenizer: tokenizer of both.
     train: groups; for on-policy training, their prompts.
-    eval: held-out groups.
+    eval: held-out groups by the name of their set; "" for the one without a
+      name. Empty where nothing is held out.
     is_measured: whether the loss can be measured on the held-out groups, or
       only their prompts are used.
   """
 
   tokenizer: Tokenizer
   train: loader_lib.Loader
-  eval: loader_lib.Loader | None
+  eval: Mapping[str, loader_lib.Loader]
   is_measured: bool = True
+
+  @property
+  def first_eval(self) -> loader_lib.Loader | None:
+    """Held-out set whose prompts are sampled from; None without one."""
+    return next(iter(self.eval.values()), None)
 
   def identity(self) -> dict[str, Any]:
     """Returns what all hosts, and all starts of a run, must have in common."""
-    loaders = {"train": self.train, "eval": self.eval}
+    loaders = {"train": self.train} | {
+      config_lib.split_name(name): loader for name, loader in self.eval.items()
+    }
     splits = {
       name: {
         "content": loader.store.report["content"],
@@ -45,9 +55,23 @@ class Data:
         "groups": len(loader.indices),
       }
       for name, loader in loaders.items()
-      if loader is not None
     }
     return {**splits, "tokenizer": dict(self.tokenizer.parts)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+  """Groups of one or several sources, as the loss reads them.
+
+  Attributes:
+    store: groups.
+    is_usable: bool [N], from which of them the loss learns.
+    source: i64 [N], index of the source of each.
+  """
+
+  store: store.Store
+  is_usable: np.ndarray
+  source: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,46 +107,81 @@ class Pipeline:
       FileNotFoundError: a file that does not exist.
     """
     settings = self.config.data
-    groups, is_usable = self.open_groups(settings.source)
-    if settings.eval_source:
-      eval_groups, is_usable_eval = self.open_groups(settings.eval_source)
-      train, held_out = np.arange(len(groups)), np.arange(len(eval_groups))
+    entries = settings.sources or ({"source": settings.source},)
+    groups = self.open_groups([entry["source"] for entry in entries])
+    sets = config_lib.eval_sets(settings)
+    if any(sets.values()):
+      train = np.arange(len(groups.store))
+      held_out = {name: self.open_groups([spec]) for name, spec in sets.items()}
+      indices = {n: np.arange(len(g.store)) for n, g in held_out.items()}
     else:
-      eval_groups, is_usable_eval = groups, is_usable
-      train, held_out = groups.split(settings.eval_fraction)
+      train, rest = groups.store.split(settings.eval_fraction)
+      held_out, indices = {"": groups}, {"": rest}
     is_measured = self.is_offline or (
-      self.objective.group != "samples" and groups.num_slots == 2
+      self.objective.group != "samples" and groups.store.num_slots == 2
     )
     if self.is_offline:
-      train = train[is_usable[train]]
-    if is_measured:
-      held_out = held_out[is_usable_eval[held_out]]
+      train = train[groups.is_usable[train]]
     if not len(train):
       raise ValueError(
         f"data.eval_fraction={settings.eval_fraction} holds out all of the"
-        f" {len(groups)} groups that loss {self.objective.name!r} can use"
+        f" {len(groups.store)} groups that loss {self.objective.name!r} can use"
       )
-    if self.config.eval.max_groups:
-      held_out = held_out[: self.config.eval.max_groups]
+    loaders = {}
+    for name, its_groups in held_out.items():
+      chosen = indices[name]
+      if is_measured:
+        chosen = chosen[its_groups.is_usable[chosen]]
+      if self.config.eval.max_groups:
+        chosen = chosen[: self.config.eval.max_groups]
+      if len(chosen):
+        loaders[name] = self.make_loader(
+          its_groups.store, chosen, self.config.eval.batch_size
+        )
     train_loader = self.make_loader(
-      groups, train, self.config.batch_size, self.config.accumulation_steps
+      groups.store,
+      train,
+      self.config.batch_size,
+      microbatches=self.config.accumulation_steps,
+      mixture=self._mix(groups, train) if settings.sources else None,
     )
-    eval_loader = None
-    if len(held_out):
-      eval_loader = self.make_loader(
-        eval_groups, held_out, self.config.eval.batch_size
-      )
-    return Data(self.tokenizer, train_loader, eval_loader, is_measured)
+    return Data(self.tokenizer, train_loader, loaders, is_measured)
 
-  def open_groups(self, spec: str) -> tuple[store.Store, np.ndarray]:
-    """Opens a source as the loss reads it.
+  def _mix(self, groups: Groups, train: np.ndarray) -> Mixture:
+    """Shares the training groups out by their sources."""
+    entries = self.config.data.sources
+    weights = tuple(float(entry["weight"]) for entry in entries)
+    parts = tuple(
+      train[groups.source[train] == source] for source in range(len(weights))
+    )
+    for entry, part in zip(entries, parts, strict=True):
+      if not len(part):
+        raise ValueError(
+          f"data.sources: no group of {entry['source']!r} is left to train on"
+        )
+    return Mixture(parts, weights)
+
+  def open_groups(self, specs: Sequence[str]) -> Groups:
+    """Opens sources as the loss reads them, one after the other.
 
     Args:
-      spec: see `sources`.
-
-    Returns:
-      The groups, and bool [N], from which of them the loss learns.
+      specs: see `sources`.
     """
+    opened = [self._open(spec) for spec in specs]
+    stores = [one for one, _ in opened]
+    joined = stores[0] if len(stores) == 1 else store.Store.join(stores)
+    if "mismatched_logps" in self.objective.needs:
+      joined = mismatched.add_slot(
+        joined, seed=self.config.seed, max_tokens=self.config.data.max_tokens
+      )
+    return Groups(
+      joined,
+      np.concatenate([is_usable for _, is_usable in opened]),
+      np.repeat(np.arange(len(stores)), [len(one) for one in stores]),
+    )
+
+  def _open(self, spec: str) -> tuple[store.Store, np.ndarray]:
+    """Returns a source's groups, and bool [N], which of them teach the loss."""
     config, objective = self.config, self.objective
     opened = store.build_store(
       sources.open_source(spec),
@@ -142,19 +201,18 @@ class Pipeline:
       objective.check_group_size(opened.num_slots)
     reasons |= objective.unusable(opened.score, opened.lengths[:, 1:] > 0)
     is_usable = self._drop_unusable(reasons, spec)
-    opened = opened.first_slots(objective.num_slots or opened.num_slots)
-    if "mismatched_logps" in objective.needs:
-      opened = mismatched.add_slot(
-        opened, seed=config.seed, max_tokens=config.data.max_tokens
-      )
-    return opened, is_usable
+    return opened.first_slots(
+      objective.num_slots or opened.num_slots
+    ), is_usable
 
   def make_loader(
     self,
     groups: store.Store,
     indices: np.ndarray,
     batch_size: int,
+    *,
     microbatches: int = 1,
+    mixture: Mixture | None = None,
   ) -> loader_lib.Loader:
     """Plans batches of some groups.
 
@@ -163,6 +221,7 @@ class Pipeline:
       indices: groups to load.
       batch_size: groups a batch.
       microbatches: parts that the rows of a batch are split into.
+      mixture: shares of several sources, for training.
     """
     settings = self.config.data
     plan = loader_lib.make_plan(
@@ -173,6 +232,7 @@ class Pipeline:
       row_multiple=self.placement.num_row_shards * microbatches,
       layout=settings.layout,
       max_shapes=settings.max_shapes,
+      epoch_size=min(map(len, mixture.indices)) if mixture else 0,
     )
     for shape in plan.shapes:
       self.placement.check_row_tokens(shape.row.num_tokens)
@@ -186,6 +246,7 @@ class Pipeline:
       process_index=process_index,
       process_count=process_count,
       token_masks=token_masks(self.needs),
+      mixture=mixture,
     )
 
   def _drop_unusable(

@@ -53,6 +53,28 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Chain:
+  """Arrays one after the other, sliced without being copied together.
+
+  Attributes:
+    parts: [n_i] each.
+    ends: i64 [S], where each of them ends. No slice crosses one.
+  """
+
+  parts: tuple[np.ndarray, ...]
+  ends: np.ndarray
+
+  def __len__(self) -> int:
+    return int(self.ends[-1])
+
+  def __getitem__(self, wanted: slice) -> np.ndarray:
+    part = int(np.searchsorted(self.ends, wanted.start, "right"))
+    part = min(part, len(self.parts) - 1)  # an empty slice at the very end
+    start = int(self.ends[part]) - len(self.parts[part])
+    return self.parts[part][wanted.start - start : wanted.stop - start]
+
+
+@dataclasses.dataclass(frozen=True)
 class Store:
   """Token ids of N groups of up to K responses.
 
@@ -104,6 +126,51 @@ class Store:
       score=np.asarray(score, np.float32),
       digest=digest,
       report={},
+    )
+
+  @classmethod
+  def join(cls, stores: Sequence["Store"]) -> "Store":
+    """Puts stores one after the other, without reading their tokens.
+
+    Args:
+      stores: S of them; groups with fewer slots get empty ones.
+
+    Returns:
+      A store of all groups. Its report has those of its parts in "sources".
+    """
+    num_slots = max(store.num_slots for store in stores)
+    ends = np.cumsum([len(store.tokens) for store in stores])
+    offsets = ends - [len(store.tokens) for store in stores]
+
+    def fill(x: np.ndarray, width: int) -> np.ndarray:
+      return np.pad(x, ((0, 0), (0, width - x.shape[1])))
+
+    starts = [
+      fill(s.starts + offset, 1 + num_slots)
+      for s, offset in zip(stores, offsets, strict=True)
+    ]
+    scored = None
+    if any(store.scored is not None for store in stores):
+      scored = np.concatenate(
+        [
+          np.ones(len(s.tokens), bool) if s.scored is None else s.scored
+          for s in stores
+        ]
+      )
+    digests = "/".join(store.digest for store in stores)
+    contents = "/".join(store.report["content"] for store in stores)
+    return cls(
+      tokens=_Chain(tuple(store.tokens for store in stores), ends),
+      starts=np.concatenate(starts),
+      lengths=np.concatenate([fill(s.lengths, 1 + num_slots) for s in stores]),
+      score=np.concatenate([fill(s.score, num_slots) for s in stores]),
+      digest=hashlib.sha256(digests.encode()).hexdigest()[:32],
+      report={
+        "content": hashlib.sha256(contents.encode()).hexdigest(),
+        "sources": [store.report for store in stores],
+      },
+      prompt_hashes=np.concatenate([s.prompt_hashes for s in stores]),
+      scored=scored,
     )
 
   def __len__(self) -> int:

@@ -1,0 +1,109 @@
+"""Order of training: shuffled epochs, and mixtures of several sources.
+
+Every draw is a function of its position alone, so a resumed run has no state
+to restore.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+# Positions after which the shares of the sources are exact.
+_CYCLE = 10_000
+
+
+def permutation(
+  seed: tuple[int, ...], positions: np.ndarray, size: int
+) -> np.ndarray:
+  """Draws from epochs that follow each other, each shuffled on its own.
+
+  Args:
+    seed: seed of the order.
+    positions: i64 [n], counted from the first draw of a run.
+    size: items of an epoch.
+
+  Returns:
+    i64 [n], in [0, size).
+  """
+  epochs, within = np.divmod(positions, size)
+  drawn = np.empty(len(positions), np.int64)
+  for epoch in np.unique(epochs):
+    mask = epochs == epoch
+    drawn[mask] = _shuffled((*seed, int(epoch)), size)[within[mask]]
+  return drawn
+
+
+@functools.lru_cache(maxsize=8)
+def _shuffled(seed: tuple[int, ...], size: int) -> np.ndarray:
+  return np.random.default_rng(seed).permutation(size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Several sources, each with a share of the draws.
+
+  Attributes:
+    indices: for each source, i64 [N_s], its groups.
+    weights: for each source, its share; need not sum to 1.
+  """
+
+  indices: tuple[np.ndarray, ...]
+  weights: tuple[float, ...]
+
+  def __post_init__(self):
+    if not self.counts.all():
+      raise ValueError(
+        f"data.sources: a weight among {self.weights} is a share of less than"
+        f" one in {_CYCLE:,} groups: leave that source out, or raise it"
+      )
+
+  @functools.cached_property
+  def counts(self) -> np.ndarray:
+    """i64 [S], draws of each source in a cycle, by largest remainder."""
+    shares = np.array(self.weights) / sum(self.weights) * _CYCLE
+    counts = np.floor(shares).astype(np.int64)
+    rest = np.argsort(counts - shares, kind="stable")
+    counts[rest[: _CYCLE - counts.sum()]] += 1
+    return counts
+
+  def draw(self, positions: np.ndarray, seed: int) -> np.ndarray:
+    """Draws groups.
+
+    Args:
+      positions: i64 [n], counted from the first draw of a run.
+      seed: seed of the order.
+
+    Returns:
+      i64 [n], groups. Within a cycle of 10,000 draws each source has its
+      share; each source goes through its groups in shuffled epochs.
+    """
+    cycles, within = np.divmod(positions, _CYCLE)
+    drawn = np.empty(len(positions), np.int64)
+    for cycle in np.unique(cycles):
+      mask = cycles == cycle
+      sources, ranks = self._cycle(seed, int(cycle))
+      sources, ranks = sources[within[mask]], ranks[within[mask]]
+      # Draws of its own source before each position.
+      ranks = ranks + cycle * self.counts[sources]
+      drawn[mask] = self._look_up(sources, ranks, seed)
+    return drawn
+
+  def _cycle(self, seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+    """Source of each position of a cycle, and its rank among that source."""
+    in_order = np.repeat(np.arange(len(self.counts)), self.counts)
+    sources = in_order[_shuffled((seed, cycle, 0), _CYCLE)]
+    ranks = np.empty(_CYCLE, np.int64)
+    for source, count in enumerate(self.counts):
+      ranks[sources == source] = np.arange(count)
+    return sources, ranks
+
+  def _look_up(
+    self, sources: np.ndarray, ranks: np.ndarray, seed: int
+  ) -> np.ndarray:
+    groups = np.empty(len(ranks), np.int64)
+    for source in np.unique(sources):
+      mask, own = sources == source, self.indices[source]
+      order = permutation((seed, 1, int(source)), ranks[mask], len(own))
+      groups[mask] = own[order]
+    return groups
