@@ -24,7 +24,7 @@ _SHOWN = 5  # names that an error lists
 
 
 def cache_dir() -> str:
-  """Returns the folder of copies: $XDG_CACHE_HOME/dpo_jax or ~/.cache/..."""
+  """Returns $XDG_CACHE_HOME/dpo_jax, or ~/.cache/dpo_jax without it."""
   base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   return os.path.join(base, "dpo_jax")
 

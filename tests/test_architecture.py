@@ -77,6 +77,7 @@ _FOLDERS = {
     "examples",
     "synthetic",
     "tfds_builders",
+    "hub",
     "sources",
     "templates",
     "tokenizers",
