@@ -231,7 +231,7 @@ def main() -> None:
     only_adapter=flags.FLAGS.adapter,
   )
   for path in files.tree(out):
-    print(f"{path.stat().length:>14,}  {path}")
+    print(f"{files.size(path):>14,}  {path}")
 
 
 if __name__ == "__main__":

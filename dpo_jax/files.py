@@ -106,6 +106,12 @@ def tree(folder: epath.PathLike) -> list[epath.Path]:
   return sorted(found)
 
 
+def size(path: epath.Path) -> int:
+  """Returns the bytes of a file."""
+  # epath's own looks up the owner, whom a container may not know.
+  return path.stat().length if is_remote(path) else os.path.getsize(path)
+
+
 def local(path: epath.PathLike) -> str:
   """Returns a path on this machine with the same content.
 
@@ -138,20 +144,20 @@ def local(path: epath.PathLike) -> str:
   return folder if is_folder else os.path.join(folder, path.name)
 
 
-def _copy(source: epath.Path, target: str, size: int) -> None:
+def _copy(source: epath.Path, target: str, num_bytes: int) -> None:
   if os.path.exists(target):
     return
-  _LOG.info("copying %s, %.1f MB, to %s", source, size / 1e6, target)
+  _LOG.info("copying %s, %.1f MB, to %s", source, num_bytes / 1e6, target)
   os.makedirs(os.path.dirname(target), exist_ok=True)
   part = f"{target}.part"
   with source.open("rb") as remote, open(part, "ab") as out:
     remote.seek(out.tell())
     shutil.copyfileobj(remote, out, _CHUNK)
   copied = os.path.getsize(part)
-  if copied != size:
+  if copied != num_bytes:
     os.remove(part)
     raise OSError(
-      f"{source} has {size} bytes, and {copied} were read: it changed"
+      f"{source} has {num_bytes} bytes, and {copied} were read: it changed"
       " meanwhile; start again"
     )
   os.replace(part, target)

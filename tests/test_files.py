@@ -70,14 +70,13 @@ def test_a_remote_folder_is_copied_with_its_subfolders(remote):
   folder, _ = remote
   (folder / "x" / "y").mkdir(parents=True)
   (folder / "x" / "a").write_bytes(b"a")
-  (folder / "x" / "y" / "b").write_bytes(b"b")
+  (folder / "x" / "y" / "b").write_bytes(b"bb")
   copy = files.local("gs://b/x")
   assert read(os.path.join(copy, "a")) == b"a"
-  assert read(os.path.join(copy, "y", "b")) == b"b"
-  assert [str(p) for p in files.tree("gs://b")] == [
-    "gs://b/x/a",
-    "gs://b/x/y/b",
-  ]
+  assert read(os.path.join(copy, "y", "b")) == b"bb"
+  for root in ("gs://b", str(folder)):
+    sizes = [(str(path), files.size(path)) for path in files.tree(root)]
+    assert sizes == [(f"{root}/x/a", 1), (f"{root}/x/y/b", 2)]
 
 
 def test_patterns_find_remote_files(remote):
