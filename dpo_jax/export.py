@@ -14,14 +14,13 @@ from collections.abc import Mapping
 import dataclasses
 import json
 import logging
-import pathlib
 from typing import Any
 
 from absl import flags
 from etils import epath
 import jax
 
-from dpo_jax import command_line, mesh
+from dpo_jax import command_line, files, mesh
 from dpo_jax import config as config_lib
 from dpo_jax.data import tokenizer_files, tokenizers
 from dpo_jax.metrics import read_last_evaluation
@@ -228,9 +227,8 @@ def main() -> None:
     dtype=flags.FLAGS.dtype,
     only_adapter=flags.FLAGS.adapter,
   )
-  for path in sorted(pathlib.Path(out).rglob("*")):
-    if path.is_file():
-      print(f"{path.stat().st_size:>14,}  {path}")
+  for path in files.tree(out):
+    print(f"{files.size(path):>14,}  {path}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ import functools
 import json
 from typing import Any
 
-from etils import epath
 import jax
 import ml_collections
 import numpy as np
 
+from dpo_jax import files
 from dpo_jax.classifier import Classifier
 from dpo_jax.data import packing, synthetic
 from dpo_jax.mesh import Placement, make_mesh, on_mesh
@@ -132,7 +132,7 @@ def read_table(path: str) -> Judge:
     ValueError: a line that is no such object.
   """
   table: dict[tuple[str, str], float] = {}
-  with epath.Path(path).open("r") as file:
+  with files.existing(path).open("r") as file:
     for number, line in enumerate(file, 1):
       try:
         row = json.loads(line)

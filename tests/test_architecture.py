@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "dpo_jax"
 # each other's rank within a folder but what `_FOLDERS` says.
 ORDER = [
   "types",
+  "files",
   "workdir",
   "cache",
   "losses",
@@ -80,6 +81,7 @@ _FOLDERS = {
     "examples",
     "synthetic",
     "tfds_builders",
+    "hub",
     "sources",
     "templates",
     "tokenizers",

@@ -1,26 +1,44 @@
 """Where records come from: `kind:what` -> records with their addresses.
 
-jsonl:PATH                   a file or a glob, .jsonl or .jsonl.gz
+jsonl:PATH                   a file or a glob, .jsonl, .jsonl.gz or .jsonl.zst;
+                             also .json, an array of objects
 parquet:PATH                 a file or a glob
-tfds:NAME[/CONFIG][:SPLIT]   a TFDS data set, `train` unless told
+hub:ORG/NAME[/CONFIG]@REVISION[:SPLIT]  a data set of the Hub, see hub.py
+tfds:NAME[/CONFIG][:SPLIT]   a TFDS data set
 synthetic:TASK[:NUM[:SEED]]  a built-in task, see synthetic.py
+
+A path may be gs://. A split is `train` unless told.
 """
 
-from collections.abc import Iterator
+import codecs
+from collections.abc import Iterator, Sequence
 import dataclasses
-import glob
 import gzip
 import hashlib
 import inspect
+import io
 import json
 import os
 from typing import Any
 import zlib
 
-from dpo_jax.data import synthetic
+from dpo_jax import files
+from dpo_jax.data import hub, synthetic
+from dpo_jax.data.dialogues import RecordError
 
-KINDS = ("jsonl", "parquet", "tfds", "synthetic")
+_SPELLINGS = (
+  "jsonl:PATH",
+  "parquet:PATH",
+  "hub:ORG/NAME[/CONFIG]@REVISION[:SPLIT]",
+  "tfds:NAME[/CONFIG][:SPLIT]",
+  "synthetic:TASK[:NUM[:SEED]]",
+)
+KINDS = tuple(spelling.partition(":")[0] for spelling in _SPELLINGS)
 Record = tuple[str, dict[str, Any]]
+# Name and local path of files.
+_Files = Sequence[tuple[str, str]]
+# Bytes of a file that is one JSON array, which is read as a whole.
+MAX_ARRAY_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +46,22 @@ class Source:
   """Records of a data set.
 
   Attributes:
-    spec: `kind:what`.
+    spec: `kind:what`; of the Hub with config, commit and split.
     digest: of the content, not of the path.
   """
 
   spec: str
   digest: str
 
-  def __iter__(self) -> Iterator[Record]:
-    """Yields (address, record) in a fixed order."""
+  def __iter__(self) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
+    """Yields (address, record) in a fixed order.
+
+    A record that cannot be read is a RecordError, which names its address, and
+    the next one follows it.
+
+    Raises:
+      ValueError: a file that breaks off or is damaged.
+    """
     kind, what = self.spec.split(":", 1)
     return _READERS[kind](what)
 
@@ -52,17 +77,19 @@ def open_source(spec: str) -> Source:
 
   Raises:
     ValueError: an unknown kind or task.
-    FileNotFoundError: no such file.
+    FileNotFoundError: no such file, or data set of the Hub.
   """
   kind, _, what = spec.partition(":")
   if kind not in KINDS or not what:
     raise ValueError(
-      f"data source {spec!r} must be one of jsonl:PATH, parquet:PATH,"
-      " tfds:NAME[/CONFIG][:SPLIT], synthetic:TASK[:NUM[:SEED]]"
+      f"data source {spec!r} must be one of {', '.join(_SPELLINGS)}"
     )
   digest = hashlib.sha256()
+  if kind == "hub":
+    split = hub.open_split(what)
+    return Source(f"hub:{split.spec}", split.digest)
   if kind in ("jsonl", "parquet"):
-    for path in _paths(what):
+    for _, path in _local_files(what):
       with open(path, "rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
   elif kind == "tfds":
@@ -74,51 +101,126 @@ def open_source(spec: str) -> Source:
   return Source(spec, digest.hexdigest())
 
 
-def _paths(pattern: str) -> list[str]:
-  # A name may hold brackets without being a pattern.
-  paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-  if not paths:
-    raise FileNotFoundError(f"no file matches {pattern!r}")
-  return paths
+def _local_files(pattern: str) -> _Files:
+  return [(str(path), files.local(path)) for path in files.find(pattern)]
 
 
-def _read_jsonl(pattern: str) -> Iterator[Record]:
-  for path in _paths(pattern):
-    opener = gzip.open if path.endswith(".gz") else open
+def _read_jsonl(paths: _Files) -> Iterator[Record]:
+  for shown, path in paths:
     number = 0
-    with opener(path, "rb") as file:
-      try:
+    try:
+      with _open_lines(path) as file:
+        start = file.peek(4)
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+          raise ValueError(f"{shown} is in UTF-16: save it as UTF-8")
+        start = start.removeprefix(codecs.BOM_UTF8)
+        if start.lstrip().startswith(b"["):
+          yield from _read_array(shown, file)
+          continue
         for number, line in enumerate(file, 1):
-          if not line.strip():
-            continue
-          try:
-            record = json.loads(line.decode("utf-8"))
-          except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-              f"{path}:{number}: not a line of JSON in UTF-8: {error}"
-            ) from error
-          if not isinstance(record, dict):
-            raise ValueError(
-              f"{path}:{number}: a record must be an object, not"
-              f" {type(record).__name__}"
-            )
-          yield f"{path}:{number}", record
-      except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(
-          f"{path}: the compressed file breaks off or is damaged after line"
-          f" {number}: {error}"
-        ) from error
+          if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+          if line.strip():
+            address = f"{shown}:{number}"
+            yield address, _read_line(address, line)
+    except (EOFError, gzip.BadGzipFile, zlib.error, _ZstdError) as error:
+      raise ValueError(
+        f"{shown}: the compressed file breaks off or is damaged after line"
+        f" {number}: {error}"
+      ) from error
 
 
-def _read_parquet(pattern: str) -> Iterator[Record]:
-  import pyarrow.parquet as pq  # slow to import, and few runs need it
+class _ZstdError(Exception):
+  """A .zst file that breaks off or is damaged."""
 
-  for path in _paths(pattern):
+
+class _ZstdReader(io.RawIOBase):
+  """Bytes of a .zst file."""
+
+  def __init__(self, path: str):
+    import pyarrow as pa  # slow to import, and few runs need it
+
+    self._stream = pa.input_stream(path, compression="zstd")
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    try:
+      return self._stream.readinto(buffer)
+    except OSError as error:
+      raise _ZstdError(str(error)) from error
+
+
+def _open_lines(path: str) -> io.BufferedReader:
+  if path.endswith(".zst"):
+    return io.BufferedReader(_ZstdReader(path))
+  return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+
+
+def _read_line(address: str, line: bytes) -> dict[str, Any] | RecordError:
+  try:
+    record = json.loads(line.decode("utf-8"))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    line = line.strip()
+    is_begun = line.startswith(b"{") and not line.endswith(b"}")
+    hint = (
+      ". An object over several lines? One object a line is wanted:"
+      " jq -c . FILE > LINES.jsonl"
+    )
+    return RecordError(
+      f"{address}: not a line of JSON in UTF-8: {error}{hint * is_begun}"
+    )
+  return _check_object(address, record)
+
+
+def _check_object(address: str, record: Any) -> dict[str, Any] | RecordError:
+  if isinstance(record, dict):
+    return record
+  return RecordError(
+    f"{address}: a record must be an object, not {type(record).__name__}"
+  )
+
+
+def _read_array(shown: str, file: Any) -> Iterator[Record]:
+  content = file.read(MAX_ARRAY_BYTES + 1)
+  if len(content) > MAX_ARRAY_BYTES:
+    raise ValueError(
+      f"{shown}: a JSON array is read as a whole, up to {MAX_ARRAY_BYTES:,}"
+      f" bytes; write one object a line: jq -c '.[]' {shown} > LINES.jsonl"
+    )
+  try:
+    records = json.loads(content.decode("utf-8-sig"))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(
+      f"{shown} begins with '[', so it must be one JSON array in UTF-8: {error}"
+    ) from error
+  for index, record in enumerate(records):
+    address = f"{shown}[{index}]"
+    yield address, _check_object(address, record)
+
+
+def _read_parquet(paths: _Files) -> Iterator[Record]:
+  import pyarrow as pa  # slow to import, and few runs need it
+  import pyarrow.parquet as pq
+
+  for shown, path in paths:
     row = 0
-    for batch in pq.ParquetFile(path).iter_batches():
-      for record in batch.to_pylist():
-        row += 1
-        yield f"{path} row {row}", record
+    try:
+      for batch in pq.ParquetFile(path).iter_batches():
+        for record in batch.to_pylist():
+          row += 1
+          yield f"{shown} row {row}", record
+    except (pa.ArrowException, OSError) as error:
+      raise ValueError(
+        f"{shown}: no Parquet file, or damaged after row {row}: {error}"
+      ) from error
+
+
+def _read_hub(what: str) -> Iterator[Record]:
+  for shown, path in hub.open_split(what).download():
+    read = _read_parquet if path.endswith(".parquet") else _read_jsonl
+    yield from read([(shown, path)])
 
 
 def _tfds_builder(name: str) -> Any:
@@ -134,6 +236,8 @@ def _tfds_builder(name: str) -> Any:
     file_format="array_record",
   )
   builder.download_and_prepare(file_format="array_record")
+  if files.is_remote(builder.data_path):  # array_record reads local files only
+    return tfds.builder_from_directory(files.local(builder.data_path))
   return builder
 
 
@@ -204,8 +308,9 @@ def _read_synthetic(what: str) -> Iterator[Record]:
 
 
 _READERS = {
-  "jsonl": _read_jsonl,
-  "parquet": _read_parquet,
+  "jsonl": lambda what: _read_jsonl(_local_files(what)),
+  "parquet": lambda what: _read_parquet(_local_files(what)),
+  "hub": _read_hub,
   "tfds": _read_tfds,
   "synthetic": _read_synthetic,
 }

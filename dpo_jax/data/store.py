@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dpo_jax.data.dialogues import SCORED_TURNS, Example, Unusable
+from dpo_jax import files
+from dpo_jax.data.dialogues import SCORED_TURNS, Example, RecordError, Unusable
 from dpo_jax.data.examples import parse_records
 from dpo_jax.data.sources import Record, Source
 from dpo_jax.data.tokenizers import Tokenizer
@@ -284,6 +285,11 @@ def build_store(
       f"data.scored_turns={scored_turns!r} must be one of"
       f" {', '.join(SCORED_TURNS)}"
     )
+  if files.is_remote(cache_dir):
+    raise ValueError(
+      f"data.cache_dir={cache_dir!r} must be a folder of this machine: stores"
+      " are mapped into memory"
+    )
   key = [FORMAT, source.digest, tokenizer.digest, dataclasses.astuple(limits)]
   key += [scored_turns]
   digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
@@ -370,7 +376,7 @@ def _tokenize(
   render = tokenizer.render_batch if tokenizer.has_chat_template else None
   # One iterator, made once: a new one over the bar would end the data early.
   records = iter(
-    tqdm(iter(source), desc="tokenize", unit=" records", leave=False)
+    tqdm(_unbroken(source), desc="tokenize", unit=" records", leave=False)
   )
   for chunk in _chunks(records):
     counts["records"] += len(chunk)
@@ -418,6 +424,13 @@ def _tokenize(
 
 def _hash(prompt: str) -> int:
   return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "big")
+
+
+def _unbroken(source: Source) -> Iterator[Record]:
+  for where, record in source:
+    if isinstance(record, RecordError):
+      raise record
+    yield where, record
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:

@@ -64,7 +64,7 @@ class HhRlhf(tfds.core.GeneratorBasedBuilder):
     return {split: self._generate_examples(p) for split, p in found.items()}
 
   def _generate_examples(self, path: Any) -> Iterator[tuple[int, dict]]:
-    with gzip.open(path, "rb") as file:
+    with path.open("rb") as whole, gzip.open(whole) as file:
       for index, line in enumerate(file):
         try:
           record = json.loads(line)

@@ -16,6 +16,7 @@ from etils import epath
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from dpo_jax import files
 from dpo_jax.data.dialogues import Message, RecordError, Request
 from dpo_jax.data.templates import ChatTemplate
 
@@ -526,7 +527,7 @@ def _find_template(
   root: epath.Path, config: Mapping[str, Any], override: str
 ) -> str | None:
   if override:
-    return epath.Path(override).read_text()
+    return files.existing(override).read_text()
   if (root / "chat_template.jinja").exists():
     return (root / "chat_template.jinja").read_text()
   template = config.get("chat_template")

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from dpo_jax import files
 from dpo_jax.models import families
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
@@ -225,8 +226,9 @@ def _open_files(
   """Tensor names -> open files."""
   where: dict[str, Any] = {}
   for path in _weight_files(root):
+    local = files.local(path)
     try:
-      file = safetensors.safe_open(str(path), framework="numpy")
+      file = safetensors.safe_open(local, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
       raise ValueError(
         f"{path} is cut short or damaged ({error}): fetch it again"
@@ -354,7 +356,8 @@ def save_params(
     }
     weight_map |= dict.fromkeys(tensors, file)
     total += sum(x.nbytes for x in tensors.values())
-    save_file(tensors, root / file, metadata={"format": "pt"})
+    with files.writing(root / file) as path:
+      save_file(tensors, path, metadata={"format": "pt"})
   if len(shards) > 1:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (root / _INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -12,6 +12,7 @@ from etils import epath
 import numpy as np
 from safetensors.numpy import save_file
 
+from dpo_jax import files
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.tensor_map import Tensor, layer_prefix, tensor_map
 
@@ -59,9 +60,8 @@ def save_adapter(
       tensors[f"{theirs}.lora_B.weight"] = high
   root = epath.Path(folder)
   root.mkdir(parents=True, exist_ok=True)
-  save_file(
-    tensors, root / "adapter_model.safetensors", metadata={"format": "pt"}
-  )
+  with files.writing(root / "adapter_model.safetensors") as path:
+    save_file(tensors, path, metadata={"format": "pt"})
   described = _describe(config, ranks) | {
     "base_model_name_or_path": base,
     "revision": revision,

@@ -1,7 +1,9 @@
 """Records from files and tasks: none lost, none taken for the end."""
 
 import gzip
+import io
 import json
+import re
 import shutil
 
 import pyarrow as pa
@@ -9,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_jax.data import sources, synthetic
-from tests import faults
+from dpo_jax.data.dialogues import RecordError
+from tests import bucket, faults
 
 RECORDS = [{"prompt": f"question {i} \u00e9", "n": i} for i in range(5)]
 
@@ -17,9 +20,11 @@ RECORDS = [{"prompt": f"question {i} \u00e9", "n": i} for i in range(5)]
 def write_jsonl(path, records=RECORDS):
   text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
   content = text.encode()
-  path.write_bytes(
-    gzip.compress(content, mtime=0) if path.suffix == ".gz" else content
-  )
+  if path.suffix == ".gz":
+    content = gzip.compress(content, mtime=0)
+  elif path.suffix == ".zst":
+    content = pa.Codec("zstd").compress(content, asbytes=True)
+  path.write_bytes(content)
   return f"jsonl:{path}"
 
 
@@ -27,7 +32,9 @@ def read(spec):
   return [record for _, record in sources.open_source(spec)]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a[1].jsonl"])
+@pytest.mark.parametrize(
+  "name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a[1].jsonl"]
+)
 def test_lines_of_json_are_read_in_order_with_their_addresses(tmp_path, name):
   spec = write_jsonl(tmp_path / name)
   assert list(sources.open_source(spec)) == [
@@ -42,6 +49,53 @@ def test_empty_lines_are_passed_over_and_counted(tmp_path):
     (f"{path}:1", {"n": 1}),
     (f"{path}:4", {"n": 2}),
   ]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_files_of_other_programs_are_read(tmp_path, end, mark, indent):
+  """A mark of the byte order, ends of lines, an array instead of lines."""
+  lines = mark + end.join(json.dumps(r) for r in RECORDS) + end
+  array = mark + " " + json.dumps(RECORDS, indent=indent).replace("\n", end)
+  for text in (lines, array):
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode())
+    assert read(f"jsonl:{path}") == RECORDS
+
+
+def test_elements_of_an_array_are_addressed(tmp_path):
+  path = tmp_path / "a.json"
+  path.write_text('[{"n": 1}, 3, {"n": 2}]')
+  one, broken, two = sources.open_source(f"jsonl:{path}")
+  assert (one, two) == ((f"{path}[0]", {"n": 1}), (f"{path}[2]", {"n": 2}))
+  message = f"{path}[1]: a record must be an object, not int"
+  assert str(broken[1]) == message
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b'[{"n": 1},', r"a.json begins with '\[', so it must be one JSON array"),
+    (b'[{"n": 1}] ' + b" " * 90, r"a.json: a JSON array .* jq -c '\.\[\]'"),
+    ('{"n": 1}'.encode("utf-16"), "a.json is in UTF-16: save it as UTF-8"),
+  ],
+)
+def test_a_file_of_another_kind_is_named(
+  tmp_path, monkeypatch, content, message
+):
+  monkeypatch.setattr(sources, "MAX_ARRAY_BYTES", 100)
+  path = tmp_path / "a.json"
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=message):
+    read(f"jsonl:{path}")
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+  path = tmp_path / "a.parquet"
+  path.write_text("no table")
+  with pytest.raises(ValueError, match=f"^{path}: no Parquet file, or damaged"):
+    read(f"parquet:{path}")
 
 
 def test_a_glob_reads_its_files_in_the_order_of_their_names(tmp_path):
@@ -63,6 +117,21 @@ def test_parquet_is_read_with_lists_and_addresses(tmp_path):
   ]
 
 
+def test_files_of_a_bucket_are_read_as_local_ones(tmp_path, monkeypatch):
+  bucket.stand_in(tmp_path, monkeypatch)
+  (tmp_path / "b").mkdir()
+  for name, part in (("b", RECORDS[2:]), ("a", RECORDS[:2])):
+    write_jsonl(tmp_path / "b" / f"part_{name}.jsonl.gz", part)
+  table = pa.Table.from_pylist(RECORDS)
+  pq.write_table(table, tmp_path / "b" / "all.parquet")
+  for spec in ("jsonl:{}/b/part_*.gz", "parquet:{}/b/all.parquet"):
+    remote = sources.open_source(spec.format("gs:/"))
+    assert [record for _, record in remote] == RECORDS
+    assert remote.digest == sources.open_source(spec.format(tmp_path)).digest
+  address, _ = next(iter(remote))
+  assert address == "gs://b/all.parquet row 1"
+
+
 def test_a_source_may_be_read_twice(tmp_path):
   source = sources.open_source(write_jsonl(tmp_path / "a.jsonl"))
   assert list(source) == list(source)
@@ -78,20 +147,22 @@ def test_a_source_may_be_read_twice(tmp_path):
     (b'{"prompt": "cut', "not a line of JSON in UTF-8"),
     (b"not json", "not a line of JSON in UTF-8"),
     (b'{"prompt": "\xff\xfe"}', "not a line of JSON in UTF-8"),
+    (b"{", "not a line of JSON in UTF-8: .* One object a line is wanted"),
     (b'["a", "b"]', "a record must be an object, not list"),
     (b"3", "a record must be an object, not int"),
     (b"null", "a record must be an object, not NoneType"),
   ],
 )
-def test_a_broken_line_is_named(tmp_path, name, line, message):
+def test_a_broken_line_is_named_and_ends_nothing(tmp_path, name, line, message):
   path = tmp_path / name
   content = b'{"n": 1}\n{"n": 2}\n' + line + b'\n{"n": 4}\n'
   path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-  source = iter(sources.open_source(f"jsonl:{path}"))
-  assert [next(source)[1] for _ in range(2)] == [{"n": 1}, {"n": 2}]
-  with pytest.raises(ValueError) as caught:
-    next(source)
-  assert str(caught.value).startswith(f"{path}:3: {message}")
+  one, two, broken, four = sources.open_source(f"jsonl:{path}")
+  assert (one[1], two[1]) == ({"n": 1}, {"n": 2})
+  assert four == (f"{path}:4", {"n": 4})
+  assert broken[0] == f"{path}:3"
+  assert isinstance(broken[1], RecordError)
+  assert re.match(re.escape(f"{path}:3: ") + message, str(broken[1]))
 
 
 def large_gz(path):
@@ -100,8 +171,9 @@ def large_gz(path):
   return write_jsonl(path, records)
 
 
-def test_a_cut_gzip_is_an_error_and_not_the_end(tmp_path):
-  path = tmp_path / "a.jsonl.gz"
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_cut_archive_is_an_error_and_not_the_end(tmp_path, name):
+  path = tmp_path / name
   spec = large_gz(path)
   faults.truncate(path)
   with pytest.raises(ValueError, match="breaks off or is damaged after line"):
@@ -124,25 +196,27 @@ def test_a_gzip_with_a_wrong_byte_is_an_error_that_names_it(tmp_path):
 def test_an_io_error_in_the_middle_is_not_the_end(tmp_path, monkeypatch):
   spec = write_jsonl(tmp_path / "a.jsonl")
 
-  class Failing:
+  class Failing(io.RawIOBase):
     """A disk that goes away after two lines."""
 
     def __init__(self, path, mode):
       with open(path, mode) as file:
         self.lines = file.readlines()[:2]
 
-    def __enter__(self):
-      return self
+    def readable(self):
+      return True
 
-    def __exit__(self, *unused):
-      pass
-
-    def __iter__(self):
-      yield from self.lines
-      raise OSError("Input/output error")
+    def readinto(self, buffer):
+      if not self.lines:
+        raise OSError("Input/output error")
+      line = self.lines.pop(0)
+      buffer[: len(line)] = line
+      return len(line)
 
   source = iter(sources.open_source(spec))
-  monkeypatch.setattr(sources, "open", Failing, raising=False)
+  monkeypatch.setattr(
+    sources, "open", lambda *a: io.BufferedReader(Failing(*a)), raising=False
+  )
   assert [next(source)[1] for _ in range(2)] == RECORDS[:2]
   with pytest.raises(OSError, match="Input/output error"):
     next(source)
@@ -152,10 +226,21 @@ def test_an_io_error_in_the_middle_is_not_the_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-@pytest.mark.parametrize("name", ["gone.jsonl", "gone_*.jsonl"])
-def test_a_file_that_is_not_there_is_named(tmp_path, kind, name):
-  with pytest.raises(FileNotFoundError, match="gone"):
-    sources.open_source(f"{kind}:{tmp_path}/{name}")
+@pytest.mark.parametrize(
+  ("name", "there"),
+  [
+    ("parts_0.jsonl", "the folder '.*' holds pairs_0.jsonl$"),
+    ("part_*.jsonl", "the folder '.*' holds pairs_0.jsonl$"),
+    ("gone/a.jsonl", "the folder '.*/gone' does not exist"),
+    ("", "is a folder, and a file is wanted; it holds other, pairs_0.jsonl$"),
+  ],
+)
+def test_a_missing_file_is_told_with_what_is_there(tmp_path, kind, name, there):
+  for near in ("pairs_0.jsonl", "other"):
+    (tmp_path / near).touch()
+  with pytest.raises(FileNotFoundError, match=there) as caught:
+    sources.open_source(f"{kind}:{tmp_path / name}")
+  assert str(tmp_path / name) in str(caught.value)
 
 
 @pytest.mark.parametrize(

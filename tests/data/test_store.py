@@ -340,6 +340,20 @@ def test_an_io_error_in_the_middle_leaves_no_store(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_a_line_that_is_not_json_stops_the_run_and_is_named(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prom')
+  source = sources.open_source(f"jsonl:{path}")
+  with pytest.raises(RecordError, match=f"^{path}:2: not a line of JSON"):
+    build_store(source, BYTES, Limits(20, 10), str(tmp_path))
+
+
+def test_a_cache_in_a_bucket_is_refused():
+  source = sources.open_source("synthetic:review_pairs:3")
+  with pytest.raises(ValueError, match="must be a folder of this machine"):
+    build_store(source, BYTES, Limits(20, 10), "gs://b")
+
+
 def test_a_broken_record_stops_the_run_and_is_named(tmp_path):
   with pytest.raises(RecordError, match=r"^listed:records:2: found the colum"):
     build([pair("p", "x"), {"promt": "p"}], tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from dpo_jax.data import sources, tfds_builders
 from dpo_jax.data.store import Limits, build_store
 from dpo_jax.data.tokenizers import ByteTokenizer
-from tests import faults
+from tests import bucket, faults
 
 
 def transcripts(num):
@@ -68,6 +68,17 @@ def test_the_data_set_is_prepared_where_the_variable_points(data_dir):
   write_release(data_dir, train=transcripts(3))
   sources.open_source("tfds:hh_rlhf/harmless_base")
   assert (data_dir / "hh_rlhf" / "harmless_base" / "1.0.0").is_dir()
+
+
+def test_a_data_set_of_a_bucket_is_read(data_dir, tmp_path, monkeypatch):
+  write_release(data_dir, train=transcripts(3))
+  spec = "tfds:hh_rlhf/harmless_base"
+  local = sources.open_source(spec)
+  records = list(local)
+  bucket.stand_in(tmp_path, monkeypatch)
+  monkeypatch.setenv("TFDS_DATA_DIR", f"gs://{data_dir.name}")
+  remote = sources.open_source(spec)
+  assert list(remote) == records and remote.digest == local.digest
 
 
 def test_a_release_gives_the_records_of_its_files(data_dir):

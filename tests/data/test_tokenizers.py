@@ -16,6 +16,7 @@ from dpo_jax.data.tokenizers import (
 )
 from dpo_jax.run import build_run
 from dpo_jax.workdir import Workdir
+from tests import bucket
 from tests.data import folders
 from tests.data.folders import BOS, CHAT_TEMPLATE, EOS, write_folder
 
@@ -309,6 +310,19 @@ def test_the_folder_may_hold_its_template_in_any_of_its_places(tmp_path):
   own.write_text("{{ 'own' }}")
   tokenizer = load_tokenizer(folder, chat_template=str(own))
   assert tokenizer.render([], False) == "own"
+
+
+def test_a_tokenizer_of_a_bucket_is_the_same(tmp_path, monkeypatch):
+  bucket.stand_in(tmp_path, monkeypatch)
+  folder = write_folder(tmp_path / "b")
+  (tmp_path / "b" / "own.jinja").write_text("{{ 'own' }}")
+  digests = {
+    load_tokenizer(where, chat_template=f"{where}/own.jinja").digest
+    for where in (folder, "gs://b")
+  }
+  assert len(digests) == 1
+  with pytest.raises(FileNotFoundError, match=r"'gs://b' holds .*own\.jinja"):
+    load_tokenizer("gs://b", chat_template="gs://b/own.jinj")
 
 
 def test_a_folder_without_template_has_none(tmp_path):

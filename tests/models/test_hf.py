@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from dpo_jax import mesh as mesh_lib
 from dpo_jax.models import generate, hf, tensor_map
 from dpo_jax.models.decoder import Policy
+from tests import bucket
 
 
 def load(folder, **overrides):
@@ -98,6 +99,16 @@ def test_kernels_are_the_checkpoint_transposed(folder):
     weight = tensors[f"model.layers.{layer}.mlp.down_proj.weight"]
     kernel = params["layers"]["down"]["kernel"][layer]
     np.testing.assert_array_equal(kernel, weight.T)
+
+
+def test_a_model_of_a_bucket_is_read_and_written(folder, monkeypatch):
+  bucket.stand_in(folder.parent, monkeypatch)
+  policy, params = load(f"gs://{folder.name}")
+  jax.tree.map(np.testing.assert_array_equal, params, load(folder)[1])
+  out = f"gs://{folder.name}/out"
+  hf.save_params(out, policy, params, dtype="float32", max_shard_bytes=4000)
+  assert len(list((folder / "out").glob("*.safetensors"))) > 1
+  jax.tree.map(np.testing.assert_array_equal, params, load(out)[1])
 
 
 def test_a_mesh_holds_the_same_numbers(folder):

@@ -1,0 +1,96 @@
+"""Paths that are not of this machine, on a stand-in for gs://."""
+
+import os
+
+from etils import epath
+import pytest
+
+from dpo_jax import files
+from tests import bucket
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+  """Content of gs://b as a folder, and the file system of gs://."""
+  folder = tmp_path / "buckets" / "b"
+  folder.mkdir(parents=True)
+  return folder, bucket.stand_in(tmp_path / "buckets", monkeypatch)
+
+
+def read(path):
+  with open(path, "rb") as file:
+    return file.read()
+
+
+def test_local_paths_are_not_copied(tmp_path):
+  assert files.local(tmp_path / "a") == str(tmp_path / "a")
+  with files.writing(tmp_path / "a") as path:
+    assert path == str(tmp_path / "a")
+
+
+def test_a_remote_file_is_copied_once_and_again_when_it_changes(remote):
+  folder, buckets = remote
+  (folder / "a.txt").write_bytes(b"one")
+  paths = [files.local("gs://b/a.txt") for _ in range(2)]
+  assert read(paths[0]) == b"one" and paths[0] == paths[1]
+  assert buckets.opened == ["a.txt"]
+  (folder / "a.txt").write_bytes(b"other")
+  assert read(files.local("gs://b/a.txt")) == b"other"
+
+
+def test_a_copy_resumes_where_it_broke_off(remote, monkeypatch):
+  folder, _ = remote
+  (folder / "a.txt").write_bytes(b"0123456789")
+  copied = []
+
+  def copy(source, target, size):
+    copied.append(source.read(4) if not copied else source.read())
+    target.write(copied[-1])
+    if len(copied) == 1:
+      raise OSError("connection lost")
+
+  monkeypatch.setattr(files.shutil, "copyfileobj", copy)
+  with pytest.raises(OSError, match="connection lost"):
+    files.local("gs://b/a.txt")
+  assert read(files.local("gs://b/a.txt")) == b"0123456789"
+  assert copied == [b"0123", b"456789"]
+
+
+def test_a_file_that_changes_while_it_is_copied_is_refused(remote, monkeypatch):
+  folder, _ = remote
+  (folder / "a.txt").write_bytes(b"0123456789")
+  with monkeypatch.context() as patch:
+    patch.setattr(files.shutil, "copyfileobj", lambda s, t, size: t.write(b"0"))
+    with pytest.raises(OSError, match="has 10 bytes, and 1 were read"):
+      files.local("gs://b/a.txt")
+  assert read(files.local("gs://b/a.txt")) == b"0123456789"
+
+
+def test_a_remote_folder_is_copied_with_its_subfolders(remote):
+  folder, _ = remote
+  (folder / "x" / "y").mkdir(parents=True)
+  (folder / "x" / "a").write_bytes(b"a")
+  (folder / "x" / "y" / "b").write_bytes(b"bb")
+  copy = files.local("gs://b/x")
+  assert read(os.path.join(copy, "a")) == b"a"
+  assert read(os.path.join(copy, "y", "b")) == b"bb"
+  for root in ("gs://b", str(folder)):
+    sizes = [(str(path), files.size(path)) for path in files.tree(root)]
+    assert sizes == [(f"{root}/x/a", 1), (f"{root}/x/y/b", 2)]
+
+
+def test_patterns_find_remote_files(remote):
+  folder, _ = remote
+  for name in ("b_1", "a_2", "a_1"):
+    (folder / name).touch()
+  found = files.find("gs://b/a_*")
+  assert found == [epath.Path("gs://b/a_1"), epath.Path("gs://b/a_2")]
+  with pytest.raises(FileNotFoundError, match="'gs://b' holds a_1, a_2, b_1"):
+    files.find("gs://b/c_*")
+
+
+def test_a_library_writes_to_a_remote_path(remote):
+  folder, _ = remote
+  with files.writing("gs://b/a.txt") as path, open(path, "w") as file:
+    file.write("one")
+  assert read(folder / "a.txt") == b"one"
