@@ -99,7 +99,7 @@ def read_request(options: argparse.Namespace) -> Request:
 
 
 def parse_time(text: str) -> datetime.datetime:
-  """Parses an RFC 3339 time; ValueError if it is none, or has no zone."""
+  """Parses an RFC 3339 time; ValueError unless it is one with a zone."""
   # Google gives nanoseconds, which are more than datetime takes.
   text = re.sub(r"(\.\d{6})\d+", r"\1", text)
   time_ = datetime.datetime.fromisoformat(text)

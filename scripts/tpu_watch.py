@@ -73,7 +73,7 @@ class Watch:
         )
         return None  # until Google says that nothing is left
       tpu_state.say(
-        f"{self._mark} is older than these machines: the run goes on"
+        f"{self._mark} is older than these machines: the run continues"
       )
     if request.state == "FAILED":
       tpu_state.say(
@@ -89,8 +89,7 @@ class Watch:
     return self._tend() if request.state == "ACTIVE" else None
 
   def _finished_at(self) -> datetime.datetime | None:
-    """When the run wrote that it is finished; None: it has not, as far as is
-    known."""
+    """Reads when the run finished; None where it has not, or is unknown."""
     command = ["gcloud", "storage", "cat", self._mark]
     answer = tpu_state.ask(command, self._options.timeout_s)
     if answer.code == 0:
@@ -166,7 +165,7 @@ class Watch:
     return self._try(commands, "be made to start the run")
 
   def _end(self, code: int) -> int:
-    """Ends the watch over a run that will not go on by itself."""
+    """Ends the watch over a run that will not continue by itself."""
     tpu_state.show_logs(self._options)
     tpu_state.say(f"the run has ended with exit code {code}")
     options = self._options
