@@ -1,15 +1,11 @@
-"""Folders that runs of this machine share: token stores, compiled programs."""
+"""Cache of compiled programs, which runs of this machine share."""
 
 import os
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-
-def default_cache_dir() -> str:
-  """Returns ~/.cache/dpo_jax, or its place under XDG_CACHE_HOME."""
-  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return os.path.join(base, "dpo_jax")
+from dpo_jax import files
 
 
 def use_compilation_cache(directory: str) -> None:
@@ -21,7 +17,7 @@ def use_compilation_cache(directory: str) -> None:
   """
   if directory == "off" or jax.config.jax_compilation_cache_dir:
     return
-  directory = directory or os.path.join(default_cache_dir(), "compiled")
+  directory = directory or os.path.join(files.cache_dir(), "compiled")
   jax.config.update("jax_compilation_cache_dir", directory)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -3,12 +3,13 @@
   python gcloud.py FOLDER ARGUMENTS...
 
 Requests are files; workers are homes below FOLDER/workers, where the commands
-of ssh run; gs://NAME is FOLDER/buckets/NAME. FOLDER/events.json says what goes
-wrong: a list for each of describe, ssh, scp, cat, create and delete, whose
-first entry is taken at each call. "ok" does what was asked, "drop" loses the
-connection before, "drop_after" after it, "slow" does not answer in time; of
-describe another word is the state that is reported, "FAILED: reason" with a
-reason. An empty list, or none, is ok. Calls are added to FOLDER/calls.
+of ssh run and files of scp arrive; gs://NAME is FOLDER/buckets/NAME, also for
+workers. FOLDER/events.json says what goes wrong: a list for each of describe,
+ssh, scp, cp, cat, create and delete, whose first entry is taken at each call.
+"ok" does what was asked, "drop" loses the connection before, "drop_after" after
+it, "slow" does not answer in time; of describe another word is the state that
+is reported, "FAILED: reason" with a reason. An empty list, or none, is ok.
+Calls are added to FOLDER/calls.
 """
 
 import datetime
@@ -25,7 +26,7 @@ _DROPPED = 255
 def main(folder: pathlib.Path, arguments: list[str]) -> int:
   kind = next(
     name
-    for name in ("describe", "ssh", "scp", "cat", "create", "delete")
+    for name in ("describe", "ssh", "scp", "cp", "cat", "create", "delete")
     if name in arguments
   )
   with (folder / "calls").open("a") as file:
@@ -78,7 +79,33 @@ def delete(folder: pathlib.Path, arguments: list[str], event: str) -> int:
 
 
 def scp(folder: pathlib.Path, arguments: list[str], event: str) -> int:
+  position = arguments.index("scp")
+  source = pathlib.Path(arguments[position + 1])
+  target = arguments[position + 2].partition(":")[2]
+  if target.startswith("/"):  # all workers are on this machine
+    return 0
+  if source.is_dir() and "--recurse" not in arguments:
+    print(f"{source}: not a regular file", file=sys.stderr)
+    return 1
+  for home in (folder / "workers").iterdir():
+    copy(source, home / target)
   return 0
+
+
+def cp(folder: pathlib.Path, arguments: list[str], event: str) -> int:
+  *_, source, target = arguments
+  copy(folder / "buckets" / source.removeprefix("gs://"), pathlib.Path(target))
+  return 0
+
+
+def copy(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies into a folder that is there, as scp does, or to a new name."""
+  if target.is_dir():
+    target = target / source.name
+  if source.is_dir():
+    shutil.copytree(source, target, dirs_exist_ok=True)
+  else:
+    shutil.copy(source, target)
 
 
 def ssh(folder: pathlib.Path, arguments: list[str], event: str) -> int:
@@ -87,8 +114,10 @@ def ssh(folder: pathlib.Path, arguments: list[str], event: str) -> int:
   if "-m uv" in command:  # what install does is not for here
     return 0
   worst = 0
-  for home in sorted((folder / "workers").iterdir()):
-    environment = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
+  is_all = "--worker=all" in arguments
+  for home in sorted((folder / "workers").iterdir())[: None if is_all else 1]:
+    path = f"{folder / 'bin'}:/usr/bin:/bin"
+    environment = {"HOME": str(home), "PATH": path}
     done = subprocess.run(["sh", "-c", command], env=environment, check=False)
     worst = max(worst, done.returncode)
   return worst
@@ -102,7 +131,8 @@ def cat(folder: pathlib.Path, arguments: list[str], event: str) -> int:
       "ERROR: The following URLs matched no objects or files", file=sys.stderr
     )
     return 1
-  print(path.read_text())
+  size = next((a[9:] for a in arguments if a.startswith("--range=-")), "0")
+  print(path.read_text()[-int(size) :], end="")
   return 0
 
 

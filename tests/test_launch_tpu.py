@@ -2,10 +2,12 @@
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,8 @@ import time
 
 import pytest
 
-_PATH = pathlib.Path(__file__).parents[1] / "scripts" / "launch_tpu.py"
+_ROOT = pathlib.Path(__file__).parents[1]
+_PATH = _ROOT / "scripts" / "launch_tpu.py"
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +110,29 @@ mkdir -p $BUCKET/b/run
 exit 0
 """
 _WAITS_THEN_FINISHES = "sleep 1\n" + _FINISHES
+_TRAIN = ("--", "--config=c.py:a b", "--workdir=gs://b/run")
+
+
+def _make_checkout(folder):
+  """A git repository with the launcher in its last commit."""
+  (folder / "dpo_jax").mkdir(parents=True)
+  shutil.copytree(
+    _ROOT / "scripts",
+    folder / "scripts",
+    ignore=shutil.ignore_patterns("__pycache__"),
+  )
+  for name in (".gitignore", "dpo_jax/__init__.py", "dpo_jax/topology.py"):
+    shutil.copy(_ROOT / name, folder / name)
+  for command in (
+    "init --quiet",
+    "add .",
+    "-c user.name=t -c user.email=t@t commit --quiet -m first",
+  ):
+    subprocess.run(["git", "-C", folder, *command.split()], check=True)
 
 
 class Cloud:
-  """The stand-in for gcloud in a folder, and a watch over it."""
+  """The stand-in for gcloud in a folder, a checkout, and its launcher."""
 
   def __init__(self, folder, run):
     self.folder = folder
@@ -131,33 +153,36 @@ class Cloud:
       f'#!/bin/sh\nexec {sys.executable} {stand_in} {folder} "$@"\n'
     )
     command.chmod(0o755)
+    self.checkout = folder / "checkout"
+    _make_checkout(self.checkout)
 
-  def watch(self, *options, **events):
-    """Watches: the exit code, and what was printed."""
-    (self.folder / "events.json").write_text(json.dumps(events))
+  def stage(self, name, *options, events=None):
+    """Runs a stage of the launcher: the finished process."""
+    (self.folder / "events.json").write_text(json.dumps(events or {}))
     environment = os.environ | {
       "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"
     }
-    done = subprocess.run(
+    return subprocess.run(
       [
         sys.executable,
-        _PATH,
-        "watch",
+        self.checkout / "scripts" / "launch_tpu.py",
+        name,
         "--name=dpo",
         "--zone=z",
-        "--poll_s=0.2",
-        "--timeout_s=8",
         *options,
-        "--",
-        "--config=c.py:a b",
-        "--workdir=gs://b/run",
       ],
+      cwd=self.checkout,
       env=environment,
       capture_output=True,
       text=True,
       timeout=120,
       check=False,
     )
+
+  def watch(self, *options, **events):
+    """Watches: the exit code, and what was printed."""
+    waits = ("--poll_s=0.2", "--timeout_s=8")
+    done = self.stage("watch", *waits, *options, *_TRAIN, events=events)
     return done.returncode, done.stdout + done.stderr
 
   @property
@@ -253,11 +278,15 @@ def test_machines_that_cannot_be_installed_stay(cloud, options):
 
 @pytest.mark.slow
 def test_a_spot_machine_that_was_taken_away_is_created_again(cloud):
+  """Its data are brought there again too."""
   found = cloud(
-    "[ $(grep -c create $BUCKET/../calls) = 2 ] || sleep 5\n" + _FINISHES
+    "[ $(grep -c create $BUCKET/../calls) = 2 ] || sleep 5\n"
+    "[ -e local/pairs.jsonl ] || exit 9\n" + _FINISHES
   )
+  write(found.checkout / "local" / "pairs.jsonl", "{}")
   code, text = found.watch(
     "--spot",
+    "--file=local/pairs.jsonl",
     describe=["ok", "SUSPENDED", "ACTIVE", "SUSPENDED", "drop", "SUSPENDED"],
   )
   assert code == 0, text
@@ -297,9 +326,7 @@ def test_a_mark_older_than_the_machines_deletes_nothing(cloud):
   mark.parent.mkdir(parents=True)
   mark.write_text('{"total_steps": 2, "finished_at": "2020-01-01T00:00:00Z"}')
   found.watch()  # creates nothing
-  subprocess.run(
-    [found.folder / "bin" / "gcloud", "queued-resources", "create"], check=True
-  )
+  found.stage("create")
   code, text = found.watch()
   assert code == 3 and found.is_there
   assert "older than these machines" in text
@@ -309,22 +336,11 @@ def test_a_mark_older_than_the_machines_deletes_nothing(cloud):
 def test_a_run_outlives_the_connection_and_starts_again_when_it_is_lost(cloud):
   """Its supervisor is killed; a watch finds that, and starts it once more."""
   found = cloud("[ $(wc -l <$HOME/calls) = 1 ] && sleep 60\n" + _FINISHES)
-  (found.folder / "events.json").write_text("{}")
-  environment = os.environ | {
-    "PATH": f"{found.folder / 'bin'}:{os.environ['PATH']}"
-  }
-
-  def stage(name, *flags):
-    command = [sys.executable, _PATH, name, "--name=dpo", "--zone=z", *flags]
-    return subprocess.run(
-      command, env=environment, capture_output=True, text=True, check=False
-    )
-
-  flags = ("--", "--config=c.py:a b", "--workdir=gs://b/run")
+  stage = found.stage
   assert stage("create").returncode == 0
-  assert stage("train", *flags).returncode == 0
+  assert stage("train", *_TRAIN).returncode == 0
   assert stage("status").stdout.count(" running") == 2
-  again = stage("train", *flags)
+  again = stage("train", *_TRAIN)
   assert again.returncode and "a run is on this worker already" in again.stderr
   worker = found.folder / "workers" / "1"
   os.kill(int((worker / "run.pid").read_text()), signal.SIGKILL)
@@ -346,7 +362,6 @@ def test_the_run_is_started_again_after_a_preemption_only(cloud):
 def test_a_run_that_was_told_to_stop_is_left_stopped(cloud):
   """`stop` sends SIGTERM; the run exits with 75, and nothing is deleted."""
   found = cloud("trap 'exit 75' TERM\nsleep 60 & wait $!\n")
-  (found.folder / "events.json").write_text("{}")
   watching = threading.Thread(
     target=lambda: found.__dict__.update(result=found.watch("--delete"))
   )
@@ -355,18 +370,160 @@ def test_a_run_that_was_told_to_stop_is_left_stopped(cloud):
     if len(list((found.folder / "workers").glob("*/run.child"))) == 2:
       break
     time.sleep(0.1)
-  environment = os.environ | {
-    "PATH": f"{found.folder / 'bin'}:{os.environ['PATH']}"
-  }
-  subprocess.run(
-    [sys.executable, _PATH, "stop", "--name=dpo", "--zone=z"],
-    env=environment,
-    check=True,
-    capture_output=True,
-  )
+  assert found.stage("stop").returncode == 0
   watching.join()
   assert found.result[0] == 75, found.result[1]
   assert found.is_there and len(found.runs()) == 1, found.result[1]
+
+
+def write(path, text):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text)
+
+
+def files_below(folder):
+  paths = [path for path in folder.rglob("*") if path.is_file()]
+  return {str(p.relative_to(folder)): p.read_text() for p in paths}
+
+
+def test_ship_makes_the_same_files_on_every_worker(cloud):
+  found = cloud(_FINISHES)
+  found.stage("create")
+  model = found.checkout / "local" / "a model"
+  write(model / "config.json", "1")
+  write(model / "old.safetensors", "2")
+  write(found.folder / "buckets" / "b" / "data" / "pairs.jsonl", "3")
+  files = ("--file=local/a model/", "--file=gs://b/data/pairs.jsonl")
+  assert found.stage("ship", *files).returncode == 0
+  (model / "old.safetensors").unlink()
+  write(model / "part" / "new.safetensors", "4")
+  assert found.stage("ship", *files).returncode == 0
+  for worker in ("0", "1"):
+    assert files_below(found.folder / "workers" / worker / "dpo_jax") == {
+      "local/a model/config.json": "1",
+      "local/a model/part/new.safetensors": "4",
+      "local/pairs.jsonl": "3",
+    }
+
+
+def test_ship_fails_when_a_copy_fails(cloud):
+  found = cloud(_FINISHES)
+  found.stage("create")
+  write(found.checkout / "local" / "pairs.jsonl", "{}")
+  done = found.stage(
+    "ship", "--file=local/pairs.jsonl", events={"scp": ["drop"]}
+  )
+  assert done.returncode == 255
+
+
+@pytest.mark.parametrize(
+  ("files", "message"),
+  [
+    ([], "name what to copy"),
+    (["/etc/hosts"], "must be below"),
+    (["."], "must be below"),
+    (["local/nothing"], "does not exist"),
+    (["gs://bucket/"], "must name a path in the bucket"),
+    (["gs://a/model", "gs://b/model/"], "two of --file would be local/model"),
+  ],
+)
+def test_ship_refuses_what_workers_could_not_find(
+  launch, capsys, monkeypatch, files, message
+):
+  monkeypatch.chdir(_ROOT)
+  with pytest.raises(SystemExit, match=message):
+    printed(launch, capsys, "ship", *(f"--file={file}" for file in files))
+
+
+def test_install_stops_where_files_would_stay_behind(cloud):
+  found = cloud(_FINISHES)
+  found.stage("create")
+  assert found.stage("install").returncode == 0
+  write(found.checkout / "dpo_jax" / "__init__.py", "# changed")
+  write(found.checkout / "configs" / "mine.py", "")
+  write(found.checkout / "local" / "pairs.jsonl", "")  # ignored by git
+  copies = found.count("scp")
+  listed = "   M dpo_jax/__init__.py\n  ?? configs/\n"
+  for stage in ("install", "watch"):
+    done = found.stage(stage, *(_TRAIN if stage == "watch" else ()))
+    assert done.returncode == 1 and listed in done.stderr
+    assert found.count("scp") == copies
+  done = found.stage("install", "--allow_dirty")
+  assert done.returncode == 0 and listed in done.stderr
+  assert found.count("scp") == copies + 1
+
+
+def test_status_tells_the_step_and_how_each_host_does(cloud):
+  found = cloud(
+    "printf 'dpo:   1%%\\rdpo:  50%%'\n"
+    "[ $WORKER = 0 ] && sleep 60\n"
+    "printf '\\nerror: no such file\\n(--debug shows where)\\n'; exit 3\n"
+  )
+  found.stage("create")
+  assert found.stage("status").stdout.count(" none") == 2
+  found.stage("train", *_TRAIN)
+  exit_code = found.folder / "workers" / "1" / "run.exit"
+  wait_for(exit_code.exists)
+  lines = found.stage("status").stdout.splitlines()
+  assert lines[:2] == [
+    "dpo: ACTIVE",
+    "no step yet: gs://b/run/metrics.jsonl does not exist",
+  ]
+  hosts = [line.split(maxsplit=1)[1] for line in lines[2:]]
+  assert hosts == ["running    dpo:  50%", "ended 3    error: no such file"]
+  rows = [
+    {"step": step, "split": "train", "loss": 0.693, "pad": "x" * 5000}
+    for step in (1, 2)
+  ]
+  metrics = "".join(json.dumps(row) + "\n" for row in rows)
+  write(found.folder / "buckets" / "b" / "run" / "metrics.jsonl", metrics)
+  assert "train step 2, loss 0.693" in found.stage("status").stdout
+
+
+def wait_for(is_true):
+  for _ in range(200):
+    if is_true():
+      return
+    time.sleep(0.1)
+  raise AssertionError("it did not happen")
+
+
+def test_logs_show_the_last_state_of_a_bar_and_no_carriage_returns(cloud):
+  found = cloud(_FINISHES)
+  found.stage("create")
+  bar = "".join(f"\rdpo: {i}%" for i in range(300)) + "\n"
+  text = "reading\n" * 200 + bar + "\nlast\r\n\rsft: 1%\rsft: 2%"
+  with (found.folder / "workers" / "0" / "run.log").open("w", newline="") as f:
+    f.write(text)
+  shown = found.stage("logs").stdout.splitlines()[1:]
+  assert shown[-4:] == ["reading", "dpo: 299%", "last", "sft: 2%"]
+  assert len(shown) == 100
+
+
+def test_a_followed_bar_is_a_line_each_period(launch, monkeypatch):
+  clock = iter(range(100))
+  monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+  pieces = io.StringIO("a\n\r1%\r2%\r3%\r4%\r5%\nb", newline="")
+  lines = list(launch.tpu_state.readable_lines(pieces, 4.0))
+  assert lines == ["a", "3%", "5%", "b"]
+
+
+@pytest.mark.parametrize(
+  "argv",
+  [
+    ("train", "--file=local/model", *_TRAIN),
+    ("create", "--follow"),
+    ("status", "--delete"),
+    ("install", "--spot"),
+    ("ship", "--allow_dirty"),
+    ("logs", "--", "--config=c.py"),
+  ],
+  ids=" ".join,
+)
+def test_options_that_a_stage_does_not_read_are_refused(launch, capsys, argv):
+  with pytest.raises(SystemExit):
+    printed(launch, capsys, *argv)
+  assert f"not by {argv[0]}" in capsys.readouterr().err
 
 
 def test_a_workdir_on_one_workers_disk_is_refused(launch, capsys):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax import config as config_lib
-from dpo_jax.cache import default_cache_dir
+from dpo_jax import files
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import mismatched, sources, store
 from dpo_jax.data.mixture import Mixture
@@ -187,7 +187,7 @@ class Pipeline:
       sources.open_source(spec),
       self.tokenizer,
       store.Limits(config.data.max_tokens, config.data.max_prompt_tokens),
-      config.data.cache_dir or default_cache_dir(),
+      config.data.cache_dir or files.cache_dir(),
       config.data.scored_turns,
     )
     self._check_ids(opened)

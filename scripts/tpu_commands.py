@@ -1,0 +1,354 @@
+"""The gcloud commands of the launcher's stages, and what workers run.
+
+A stage is a function of the options that returns commands, each a list of
+words, to be run one after the other. Nothing here runs one.
+"""
+
+import argparse
+import os
+import pathlib
+import posixpath
+import shlex
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dpo_jax.command_line import EXIT_PREEMPTED  # noqa: E402
+from dpo_jax.topology import Topology, parse_topology  # noqa: E402
+
+# The images that Google names for JAX: docs.cloud.google.com/tpu/docs/runtimes.
+_IMAGES = {
+  "v4": "tpu-ubuntu2204-base",
+  "v5e": "v2-alpha-tpuv5-lite",
+  "v5p": "v2-alpha-tpuv5",
+  "v6e": "v2-alpha-tpuv6e",
+}
+_ARCHIVE = "/tmp/dpo_jax.tar.gz"
+
+# On a worker: the supervisor, which starts the training again after a
+# preemption and records its exit code; and what tells whether it runs.
+_SUPERVISOR = """\
+cd ~/dpo_jax && . ~/venv/bin/activate
+code={preempted}
+while [ $code -eq {preempted} ] && [ ! -e ~/run.stop ]; do
+  {run} >>~/run.log 2>&1 & echo $! >~/run.child
+  wait $!; code=$?
+done
+echo $code >~/run.exit.tmp; mv ~/run.exit.tmp ~/run.exit
+"""
+_IS_RUNNING = (
+  "{ [ -e ~/run.pid ] && grep -q run.sh /proc/$(cat ~/run.pid)/cmdline"
+  " 2>/dev/null; }"
+)
+_START = f"""\
+if {_IS_RUNNING}; then
+  echo "a run is on this worker already: stop it first" >&2; exit 1
+fi
+rm -f ~/run.stop ~/run.exit ~/run.child
+printf %s {{supervisor}} >~/run.sh
+printf %s {{workdir}} >~/run.workdir
+nohup setsid bash ~/run.sh </dev/null >>~/run.log 2>&1 &
+echo $! >~/run.pid
+"""
+# The first word of a worker's answer, which ssh's own words stand beside.
+REPORT_MARK = "dpo_jax-run"
+# Whether it runs first: it records its exit code before it is gone. The last
+# line leaves out the hint that every error of a command ends with.
+_REPORT = f"""\
+if {_IS_RUNNING}; then state=running
+elif [ -e ~/run.exit ]; then state="ended $(cat ~/run.exit)"
+elif [ -e ~/run.pid ]; then state=lost
+else state=none; fi
+last=$(tail -c 4000 ~/run.log 2>/dev/null | tr '\\r\\t' '\\n ' \
+  | grep '[^ ]' | grep -vF '(--debug shows where)' | tail -n 1)
+printf '{REPORT_MARK}\\t%s\\t%s\\t%s\\t%s\\n' "$(hostname)" "$state" \
+  "$(cat ~/run.workdir 2>/dev/null)" "$last"
+"""
+# The mark keeps the supervisor from starting the run again.
+_STOP = "touch ~/run.stop; kill -TERM $(cat ~/run.child)"
+_KILL = (
+  "touch ~/run.stop; kill -KILL $(cat ~/run.pid) $(cat ~/run.child)"
+  " 2>/dev/null; rm -f ~/run.pid ~/run.exit; true"
+)
+# The images' Python is older than ours: uv brings one.
+_INSTALL = (
+  f"set -e; mkdir -p ~/dpo_jax && tar xzf {_ARCHIVE} -C ~/dpo_jax;"
+  " python3 -m pip install --user --quiet uv;"
+  " python3 -m uv venv --quiet --allow-existing --python 3.12 ~/venv;"
+  " python3 -m uv pip install --quiet --python ~/venv/bin/python"
+  " -r ~/dpo_jax/requirements-tpu.txt"
+)
+
+Commands = list[list[str]]
+
+
+def accelerator_type(topology: Topology) -> str:
+  """Spells a topology as gcloud does: v5litepod-16, v5p-128."""
+  if topology.kind not in _IMAGES:
+    raise SystemExit(
+      f"{topology.kind} is rented through Google Kubernetes Engine only, which"
+      " this script does not speak"
+    )
+  count = topology.name.rpartition("-")[2]
+  kind = "v5litepod" if topology.kind == "v5e" else topology.kind
+  return f"{kind}-{count}"
+
+
+def nodes(options: argparse.Namespace) -> list[str]:
+  """Names the machines, one for each slice."""
+  count = parse_topology(options.topology).num_slices
+  if count == 1:
+    return [options.name]
+  return [f"{options.name}-{i}" for i in range(count)]
+
+
+def gcloud(options: argparse.Namespace, *arguments: str) -> list[str]:
+  where = [f"--zone={options.zone}"]
+  if options.project:
+    where.append(f"--project={options.project}")
+  return ["gcloud", "compute", "tpus", *arguments, *where]
+
+
+def create(options: argparse.Namespace) -> Commands:
+  """Asks for the machines: a queued request, which waits for its turn."""
+  topology = parse_topology(options.topology)
+  command = gcloud(
+    options,
+    "queued-resources",
+    "create",
+    options.name,
+    f"--accelerator-type={accelerator_type(topology)}",
+    f"--runtime-version={options.image or _IMAGES[topology.kind]}",
+  )
+  if topology.num_slices == 1:
+    command.append(f"--node-id={options.name}")
+  else:
+    command += [
+      f"--node-count={topology.num_slices}",
+      f"--node-prefix={options.name}",
+    ]
+  if options.spot:
+    command.append("--spot")
+  if options.service_account:
+    command.append(f"--service-account={options.service_account}")
+  return [command]
+
+
+def on_workers(
+  options: argparse.Namespace, text: str, worker: str = "all"
+) -> Commands:
+  """Runs a script on the workers of every slice."""
+  return [
+    gcloud(
+      options,
+      "tpu-vm",
+      "ssh",
+      node,
+      f"--worker={worker}",
+      "--quiet",
+      f"--command=bash -c {shlex.quote(text)}",
+    )
+    for node in nodes(options)
+  ]
+
+
+def to_workers(
+  options: argparse.Namespace, source: str, target: str, *flags: str
+) -> Commands:
+  """Copies a file of this machine to the workers of every slice."""
+  return [
+    gcloud(
+      options,
+      "tpu-vm",
+      "scp",
+      source,
+      f"{node}:{target}",
+      "--worker=all",
+      "--quiet",
+      *flags,
+    )
+    for node in nodes(options)
+  ]
+
+
+def uncommitted() -> list[str]:
+  """Lists files that differ from the last commit, as `git status` does.
+
+  Raises:
+    SystemExit: the checkout is not a git repository.
+  """
+  done = subprocess.run(
+    ["git", "-C", str(ROOT), "status", "--porcelain"],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  if done.returncode:
+    raise SystemExit(
+      f"install: workers get a git commit, and {ROOT} has none:"
+      f" {done.stderr.strip()}"
+    )
+  return done.stdout.splitlines()
+
+
+def check_committed(options: argparse.Namespace) -> None:
+  """Prints what stays behind.
+
+  Raises:
+    SystemExit: something does, without --allow_dirty.
+  """
+  files = uncommitted()
+  if not files:
+    return
+  listed = "\n".join(f"  {line}" for line in files)
+  if options.allow_dirty or options.dry_run:
+    notice = "These files stay behind, since workers get the last commit:"
+    print(f"{notice}\n{listed}", file=sys.stderr)
+    return
+  raise SystemExit(
+    f"{options.stage}: workers get the last commit, without these files:\n"
+    f"{listed}\nCommit them, or pass --allow_dirty to leave them behind. Models"
+    " and data belong in local/, which git ignores and `ship` copies"
+  )
+
+
+def install(options: argparse.Namespace) -> Commands:
+  """Copies the last commit to all workers and gives them their own Python."""
+  pack = ["git", "-C", str(ROOT), "archive", "--format=tar.gz", "-o", _ARCHIVE]
+  return [
+    [*pack, "HEAD"],
+    *to_workers(options, _ARCHIVE, _ARCHIVE),
+    *on_workers(options, _INSTALL),
+  ]
+
+
+def ship(options: argparse.Namespace) -> Commands:
+  """Brings models and data to all workers, below ~/dpo_jax.
+
+  A local path is uploaded from here to each worker, and keeps its path below
+  the checkout. A gs:// path is downloaded by each worker, to ~/dpo_jax/local.
+  """
+  commands: Commands = []
+  for file, target in zip(options.file, _targets(options), strict=True):
+    parent = f"dpo_jax/{posixpath.dirname(target)}"
+    # What an earlier copy left would be mixed with this one.
+    text = (
+      f"set -e; cd ~; mkdir -p {shlex.quote(parent)};"
+      f" rm -rf {shlex.quote(f'dpo_jax/{target}')}"
+    )
+    if file.startswith("gs://"):
+      words = [file.rstrip("/"), f"{parent}/"]
+      text += f"; gcloud storage cp --recursive {shlex.join(words)}"
+      commands += on_workers(options, text)
+    else:
+      commands += on_workers(options, text)
+      commands += to_workers(
+        options, str(ROOT / target), f"{parent}/", "--recurse"
+      )
+  return commands
+
+
+def _targets(options: argparse.Namespace) -> list[str]:
+  """Paths below ~/dpo_jax at which workers find each --file.
+
+  Raises:
+    SystemExit: a file that cannot be shipped, or two with the same path.
+  """
+  if options.stage == "ship" and not options.file:
+    raise SystemExit("ship: name what to copy: --file=PATH or --file=gs://PATH")
+  targets: list[str] = []
+  for file in options.file:
+    target = _target_of_bucket(file) or _target_of_path(file)
+    if target in targets:
+      raise SystemExit(f"two of --file would be {target} on the workers")
+    targets.append(target)
+  return targets
+
+
+def _target_of_bucket(file: str) -> str:
+  if not file.startswith("gs://"):
+    return ""
+  path = file.removeprefix("gs://").strip("/").partition("/")[2]
+  if not path:
+    raise SystemExit(f"--file={file} must name a path in the bucket")
+  return f"local/{posixpath.basename(path)}"
+
+
+def _target_of_path(file: str) -> str:
+  # Links stay links: what they point to may be anywhere.
+  path = pathlib.Path(os.path.abspath(file))
+  if not path.is_relative_to(ROOT) or path == ROOT:
+    raise SystemExit(
+      f"--file={file} must be below {ROOT}, since workers find it at the same"
+      f" path: move it to {ROOT / 'local'}, or link it there"
+    )
+  if not path.exists():
+    raise SystemExit(f"--file={file} does not exist")
+  return path.relative_to(ROOT).as_posix()
+
+
+def workdir(options: argparse.Namespace) -> str:
+  """Finds the run's workdir, which all workers and this machine can read."""
+  found = [""]
+  for flag, following in zip(
+    options.flags, [*options.flags[1:], ""], strict=True
+  ):
+    name, is_set, value = flag.lstrip("-").partition("=")
+    if name == "workdir":
+      found.append(value if is_set else following)
+  if not found[-1].startswith("gs://"):
+    raise SystemExit(
+      f"{options.stage}: all workers write one workdir: --workdir=gs://BUCKET/"
+      f"RUN must be among the flags after --, and they are {options.flags}"
+    )
+  return found[-1].rstrip("/")
+
+
+def train(options: argparse.Namespace) -> Commands:
+  """Starts the run on all workers, detached; again after exit code 75."""
+  run = shlex.join(["python", "-m", "dpo_jax.train", *options.flags])
+  supervisor = _SUPERVISOR.format(run=run, preempted=EXIT_PREEMPTED)
+  text = _START.replace("{workdir}", shlex.quote(workdir(options)))
+  return on_workers(
+    options, text.replace("{supervisor}", shlex.quote(supervisor))
+  )
+
+
+def describe(options: argparse.Namespace) -> Commands:
+  found = gcloud(options, "queued-resources", "describe", options.name)
+  return [[*found, "--format=json"]]
+
+
+def report(options: argparse.Namespace) -> Commands:
+  """Asks every worker how its run does."""
+  return on_workers(options, _REPORT)
+
+
+def last_metrics(workdir: str) -> list[str]:
+  """Reads the end of a run's metrics, which has at least one whole line."""
+  file = f"{workdir}/metrics.jsonl"
+  return ["gcloud", "storage", "cat", "--range=-8000", file]
+
+
+def logs(options: argparse.Namespace) -> Commands:
+  """Reads the end of the first worker's log; --follow stays with it."""
+  how = "-c 10000 -F" if options.follow else "-c 200000"
+  return on_workers(options, f"tail {how} ~/run.log", worker="0")[:1]
+
+
+def stop(options: argparse.Namespace) -> Commands:
+  """Sends SIGTERM: the run saves, and the machines stay."""
+  return on_workers(options, _STOP)
+
+
+def kill(options: argparse.Namespace) -> Commands:
+  """Ends what is left of a run on any worker, so that all can start again."""
+  return on_workers(options, _KILL)
+
+
+def delete(options: argparse.Namespace) -> Commands:
+  """Deletes the machines and the request, so that nothing more is paid."""
+  remove = gcloud(options, "queued-resources", "delete", options.name)
+  return [[*remove, "--force", "--quiet"]]

@@ -1,0 +1,397 @@
+"""Commands and code of the documents: what they print can be typed.
+
+A command stands in a block marked bash, sh, console or yaml (a SkyPilot task),
+or between backticks in the text. Names in capitals, such as FOLDER, are to be
+replaced. Blocks under `<!-- run -->` are run as they are, on tiny inputs.
+"""
+
+import argparse
+import functools
+import gzip
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from typing import NamedTuple
+
+from absl import app, flags
+import jax
+import pytest
+import yaml
+
+from dpo_jax import ahead_of_time, topology
+from dpo_jax import config as config_lib
+from dpo_jax.losses import catalogue, links
+from dpo_jax.models import hf
+from tests import tiny
+from tests.data.folders import write_folder
+
+# Of runpy, about modules that others have imported: each is run for itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCUMENTS = sorted(
+  path.relative_to(ROOT).as_posix()
+  for folder in (".", "docs", "experiments", "benchmarks")
+  for path in (ROOT / folder).glob("*.md")
+)
+_SHELLS = ("bash", "sh", "console")
+# What stands between commands in a line of a shell.
+_OPERATORS = {"&&", "||", "|", ";", "&", "(", ")"}
+_FILE = re.compile(r"requirements[\w-]*\.txt|(configs|scripts)/\w+\.py")
+# Makes a training small; a later flag replaces an earlier one.
+_TINY = (
+  "--config.total_steps=1",
+  "--config.batch_size=4",
+  "--config.data.max_tokens=64",
+  "--config.data.max_prompt_tokens=32",
+  "--config.data.max_shapes=1",
+  "--config.eval.batch_size=4",
+  "--config.eval.max_groups=4",
+  "--config.eval.num_samples=0",
+)
+
+
+class Block(NamedTuple):
+  """A fenced block.
+
+  Attributes:
+    where: document and line.
+    language: word of the opening fence.
+    is_run: whether `<!-- run -->` stands above.
+    text: lines between the fences.
+  """
+
+  where: str
+  language: str
+  is_run: bool
+  text: str
+
+
+def blocks_of(document, text):
+  found, lines = [], text.splitlines()
+  fences = iter(i for i, line in enumerate(lines) if line.startswith("```"))
+  for first, last in zip(fences, fences, strict=True):
+    found.append(
+      Block(
+        f"{document}:{first + 1}",
+        lines[first].removeprefix("```").strip(),
+        first > 0 and lines[first - 1] == "<!-- run -->",
+        "\n".join(lines[first + 1 : last]),
+      )
+    )
+  return found
+
+
+def spans_of(document, text):
+  """Finds what stands between backticks in the text: (where, span)."""
+  text = re.sub(
+    r"^```.*?^```", lambda m: "\n" * m[0].count("\n"), text, flags=re.M | re.S
+  )
+  return [
+    (f"{document}:{text[: m.start()].count(chr(10)) + 1}", m[1])
+    for m in re.finditer(r"`([^`]+)`", text)
+  ]
+
+
+def shell_of(block):
+  """Lines of a block that a shell runs."""
+  if block.language == "console":
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return "\n".join(x.removeprefix("$ ") for x in lines if x.startswith("$ "))
+  if block.language == "yaml":
+    task = yaml.safe_load(block.text)
+    return "\n".join(task.get(key, "") for key in ("setup", "run"))
+  return block.text if block.language in _SHELLS else ""
+
+
+def commands_of(text):
+  """Splits lines of a shell into commands, each a list of words."""
+  commands = []
+  for line in text.replace("\\\n", " ").splitlines():
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    words = []
+    for word in [*lexer, ";"]:
+      if word not in _OPERATORS:
+        words.append(word)
+      elif words:
+        commands.append(words)
+        words = []
+  return commands
+
+
+class Command(NamedTuple):
+  """A command: where it stands, its words, and whether in the text."""
+
+  where: str
+  words: list[str]
+  is_span: bool
+
+
+_TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
+_BLOCKS = [b for name, text in _TEXTS.items() for b in blocks_of(name, text)]
+_SPANS = [s for name, text in _TEXTS.items() for s in spans_of(name, text)]
+_COMMANDS = [
+  Command(block.where, words, False)
+  for block in _BLOCKS
+  for words in commands_of(shell_of(block))
+] + [
+  Command(where, words, True)
+  for where, span in _SPANS
+  if re.match(r"(\w+=\S+ )*python\s", span)
+  for words in commands_of(" ".join(span.split()))
+]
+
+
+class Parsed(BaseException):
+  """A command's own parser has read its flags.
+
+  Attributes:
+    values: of all flags that it defines, by name; None of argparse.
+    error: what the parser raised, or None.
+  """
+
+  def __init__(self, values, error=None):
+    super().__init__()
+    self.values, self.error = values, error
+
+
+def _parse_absl(main):
+  """Stands in for `absl.app.run`."""
+  try:
+    flags.FLAGS(sys.argv)
+  except Exception as error:  # of absl, ml_collections or the config's file
+    raise Parsed(dict.fromkeys(flags.FLAGS), error) from None
+  raise Parsed({name: flags.FLAGS[name].value for name in flags.FLAGS})
+
+
+def _parse_argparse(parser, argv=None, namespace=None):
+  """Stands in for `ArgumentParser.parse_args`."""
+  options = [name for a in parser._actions for name in a.option_strings]
+  error = None
+  try:
+    _, unknown = parser.parse_known_args(argv, namespace)
+    error = ValueError(f"unknown flags: {unknown}") if unknown else None
+  except SystemExit:
+    error = ValueError("refused by argparse, which printed why")
+  raise Parsed(dict.fromkeys(x.lstrip("-") for x in options), error)
+
+
+@functools.cache
+def parse(module, *arguments):
+  """Runs a module as a command, up to and with the parsing of its flags."""
+  known, was_parsed = set(flags.FLAGS), flags.FLAGS.is_parsed()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(ROOT)
+    patch.setattr(sys, "argv", [module, *arguments])
+    patch.setattr(app, "run", _parse_absl)
+    patch.setattr(argparse.ArgumentParser, "parse_args", _parse_argparse)
+    patch.setenv("JAX_PLATFORMS", "cpu")  # which some commands set for good
+    try:
+      runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except Parsed as parsed:
+      return parsed
+    finally:
+      for name in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, name)
+      if not was_parsed:
+        flags.FLAGS.unparse_flags()
+  raise AssertionError(f"{module} parses no flags: it is not a command")
+
+
+@functools.cache
+def launcher():
+  path = ROOT / "scripts" / "launch_tpu.py"
+  spec = importlib.util.spec_from_file_location("launch_tpu", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def is_name(text):
+  """Whether it is a name itself: experiments.NAME is to be replaced."""
+  return not re.search(r"\b[A-Z]", text)
+
+
+def module_of(words):
+  """Module of this project that a command runs, or ""."""
+  at = words.index("python") if "python" in words else len(words)
+  module = words[at + 2] if words[at + 1 : at + 2] == ["-m"] else ""
+  packages = ("dpo_jax", "experiments", "benchmarks")
+  is_ours = module.partition(".")[0] in packages
+  return module if is_ours and is_name(module) else ""
+
+
+def check(words, *, is_span=False):
+  """Raises unless a command can be typed.
+
+  Args:
+    words: the command; one that is not of this project passes.
+    is_span: whether it stands in the text, where a module alone is a name.
+  """
+  for word in words:
+    if _FILE.fullmatch(word):
+      assert (ROOT / word).is_file(), f"{word} does not exist"
+  if "scripts/launch_tpu.py" in words:
+    at = words.index("scripts/launch_tpu.py")
+    options = launcher().parse(words[at + 1 :])
+    if options.flags:
+      check(["python", "-m", "dpo_jax.train", *options.flags])
+  module = module_of(words)
+  if module:
+    assert importlib.util.find_spec(module), f"{module} does not exist"
+    arguments = words[words.index(module) + 1 :]
+    if arguments or not is_span:
+      parsed = parse(module, *arguments)
+      if parsed.error:
+        raise parsed.error
+      if parsed.values.get("config"):
+        check_config(parsed.values["config"])
+
+
+def check_config(config):
+  config_lib.resolve(config)
+
+
+@pytest.mark.parametrize(
+  "command", _COMMANDS, ids=lambda c: f"{c.where} {shlex.join(c.words)[:60]}"
+)
+def test_a_command_has_the_flags_keys_and_files_that_it_names(command):
+  check(command.words, is_span=command.is_span)
+
+
+def test_commands_stand_in_marked_blocks():
+  """Unmarked ones would not be checked."""
+  unmarked = [
+    block.where
+    for block in _BLOCKS
+    if block.language not in (*_SHELLS, "yaml", "python")
+    and re.search(r"^\W*(python|pip|pytest|gcloud|sky) ", block.text, re.M)
+  ]
+  assert not unmarked
+
+
+def test_flags_in_the_text_exist():
+  """Keys of the config are held to their types too."""
+  with pytest.raises(Parsed) as status, pytest.MonkeyPatch.context() as patch:
+    patch.setattr(argparse.ArgumentParser, "parse_args", _parse_argparse)
+    launcher().parse(["status", "--name=dpo", "--zone=z"])
+  known = set(status.value.values)
+  for module in {module_of(command.words) for command in _COMMANDS} - {""}:
+    known |= parse(module).values.keys()
+  known |= {f"config.{k}" for k, _ in config_lib.flatten(_default_config())}
+  for where, span in _SPANS:
+    if not span.startswith("--"):
+      continue
+    for word in shlex.split(span):
+      name, _, value = word.removeprefix("--").partition("=")
+      if word.startswith("--") and is_name(name):
+        assert name in known, f"{where}: {word}"
+        if name.startswith("config.") and value:
+          parsed = parse("dpo_jax.train", *_TRAIN, word)
+          assert not parsed.error, f"{where}: {word}: {parsed.error}"
+
+
+_TRAIN = ("--config=configs/hh.py:dpo", "--workdir=runs/dpo")
+
+
+def _default_config():
+  return parse("dpo_jax.train", *_TRAIN).values["config"]
+
+
+@pytest.mark.parametrize(
+  "command",
+  [c for c in _COMMANDS if c.words[1:3] == ["-m", "dpo_jax.plan"]],
+  ids=lambda c: c.where,
+)
+def test_a_plan_needs_no_file_that_the_project_does_not_have(
+  command, monkeypatch
+):
+  """On devices of this machine: only libtpu's part is left out."""
+  if command.is_span and not command.words[3:]:
+    return  # the command's name
+  values = parse("dpo_jax.plan", *command.words[3:]).values
+  names = ("rows", "row_tokens", "scored_tokens", "vocab_size")
+  request = ahead_of_time.Request(
+    values["config"],
+    topology.parse_topology(values["topology"]),
+    **{name: values[name] for name in names},
+  )
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setattr(topology.Topology, "devices", lambda _: jax.devices())
+  run = ahead_of_time.build(request)
+  assert ahead_of_time.abstract_batch(run, request).tokens.size > 0
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_blocks_run(document, tmp_path, monkeypatch):
+  """One after the other; a new loss in the modules that it is for."""
+  monkeypatch.chdir(tmp_path)
+  names = vars(links) | vars(catalogue)
+  for block in _BLOCKS:
+    if block.where.startswith(f"{document}:") and block.language == "python":
+      exec(compile(block.text, block.where, "exec"), names)
+  if "get_config" in names:
+    check_config(names["get_config"]())
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+  """A folder in which commands of this project are tiny, and their PATH."""
+  for name in ("configs", "dpo_jax", "experiments"):
+    (tmp_path / name).symlink_to(ROOT / name)
+  python = tmp_path / "bin" / "python"
+  python.parent.mkdir()
+  tiny_flags = shlex.join(_TINY)
+  python.write_text(
+    "#!/bin/bash\n"
+    f'[ $2 = dpo_jax.train ] && exec {sys.executable} "$@" {tiny_flags}\n'
+    f'exec {sys.executable} "$@"\n'
+  )
+  python.chmod(0o755)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("PATH", f"{python.parent}:{os.environ['PATH']}")
+  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+  monkeypatch.setenv(
+    "XLA_FLAGS", os.environ["XLA_FLAGS"].replace("count=8", "count=1")
+  )
+
+
+def write_inputs(text):
+  """Writes the models and data that commands name."""
+  policy = tiny.make_policy(vocab_size=384)
+  for folder in set(re.findall(r"=hf:(\S+)", text)):
+    params = policy.init(jax.random.key(1))
+    hf.save_params(folder, policy, params, dtype="float32")
+    write_folder(pathlib.Path(folder))
+  rows = [
+    {"prompt": f"question {i}", "chosen": f" yes {i}", "rejected": " no"}
+    for i in range(60)
+  ]
+  for file in set(re.findall(r"=jsonl:(\S+)", text)):
+    opener = gzip.open if file.endswith(".gz") else open
+    with opener(file, "wt") as output:
+      output.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "block", [b for b in _BLOCKS if b.is_run], ids=lambda b: b.where
+)
+def test_a_block_marked_to_run_runs_as_it_is_printed(block, project):
+  write_inputs(block.text)
+  done = subprocess.run(
+    ["bash", "-e", "-c", block.text],
+    check=False,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stdout
