@@ -31,6 +31,7 @@ from dpo_jax import (
 )
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import mismatched, sources, store, tokenizers
+from dpo_jax.data import reading as reading_lib
 from dpo_jax.losses import Objective, WeightedSum, build_objective
 from dpo_jax.models.decoder import Policy
 from dpo_jax.types import FIELDS, TrainState, fields_of, token_masks
@@ -383,7 +384,14 @@ def _build_data(
       tokenizer,
       store.Limits(config.data.max_tokens, config.data.max_prompt_tokens),
       config.data.cache_dir or default_cache_dir(),
-      config.data.scored_turns,
+      reading_lib.Reading(
+        format=config.data.format,
+        columns=config.data.columns,
+        roles=config.data.roles,
+        scored_turns=config.data.scored_turns,
+        special_tokens=config.data.special_tokens,
+        max_broken_records=config.data.max_broken_records,
+      ),
     )
     _check_ids(opened, policy.config.vocab_size)
     _log_report(opened.report)

@@ -33,7 +33,8 @@ import jinja2
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dpo_jax.data.dialogues import RecordError, Request
+from dpo_jax.data.dialogues import Request
+from dpo_jax.data.messages import RecordError
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _LENGTH = struct.Struct(">Q")

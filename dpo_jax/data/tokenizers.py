@@ -16,7 +16,8 @@ from etils import epath
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from dpo_jax.data.dialogues import Message, RecordError, Request
+from dpo_jax.data.dialogues import Request
+from dpo_jax.data.messages import Message, RecordError
 from dpo_jax.data.templates import ChatTemplate
 
 _LOG = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from dpo_jax.data.dialogues import RecordError, Request
+from dpo_jax.data.dialogues import Request
+from dpo_jax.data.messages import RecordError
 from dpo_jax.data.templates import Caps, ChatTemplate
 from dpo_jax.data.tokenizers import HFTokenizer
 from tests.data import folders

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import loader, mismatched, store
-from dpo_jax.data.dialogues import RecordError
-from dpo_jax.data.examples import parse_records
+from dpo_jax.data.examples import RecordError, parse_record
+from dpo_jax.data.reading import Reading
 from dpo_jax.data.tokenizers import HFTokenizer
 from tests.data.folders import CHATML, write_folder
 from tests.data.test_store import Listed
@@ -44,7 +44,7 @@ def build(records, tmp_path, tokenizer, scored_turns, limits=(200, 100)):
     tokenizer,
     store.Limits(*limits),
     str(tmp_path / "stores"),
-    scored_turns,
+    Reading(scored_turns=scored_turns),
   )
 
 
@@ -232,7 +232,8 @@ def test_an_unknown_choice_of_turns_is_refused(tmp_path, tokenizer):
 def parse(record, tmp_path, template, scored_turns="all"):
   folder = write_folder(tmp_path / "tokenizer", chat_template=template)
   render = HFTokenizer(folder).render_batch
-  return parse_records([("data.jsonl:7", record)], render, scored_turns)[0]
+  reading = Reading(scored_turns=scored_turns)
+  return parse_record(record, "data.jsonl:7", render, reading)
 
 
 # Earlier thoughts are left out, as Qwen3 and others do it.
