@@ -73,6 +73,7 @@ _FOLDERS = {
   ],
   "data": [
     "messages",
+    "spellings",
     "formats",
     "reading",
     "dialogues",
@@ -82,6 +83,8 @@ _FOLDERS = {
     "tfds_builders",
     "sources",
     "templates",
+    "tokenizer_json",
+    "alphabets",
     "tokenizers",
     "tokenizer_files",
     "repeats",

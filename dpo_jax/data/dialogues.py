@@ -42,7 +42,8 @@ class Example:
     score: K figures, higher is better; a pair without scores of its own has
       (1, 0), unpaired feedback 1 or 0.
     is_rendered: whether a chat template made the text, so that special tokens
-      are written in it. Elsewhere such a spelling is plain text.
+      are written in it; those that messages spell are hidden, see `Spellings`.
+      Elsewhere such a spelling is plain text.
     scored: ranges of characters of each response that are scored, ascending;
       what is between them, a user's turn or a tool's output, is only read.
       None where every response is scored as a whole.
@@ -76,6 +77,15 @@ class Dialogue:
       scored = [turns[i] for i in self._scored(turns)]
       if not any(has_content(message) for message in scored):
         raise Unusable("empty_response")
+
+  def hidden(self, hide: Callable[[Any, str], Any]) -> "Dialogue":
+    """Returns the same, with what its messages spell hidden."""
+    return dataclasses.replace(
+      self,
+      prompt=hide(self.prompt, self.where),
+      responses=hide(self.responses, self.where),
+      extras=hide(self.extras, self.where),
+    )
 
   def _scored(self, turns: Sequence[Message]) -> list[int]:
     """Indices of the turns that are scored."""

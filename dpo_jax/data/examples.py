@@ -1,7 +1,7 @@
 """One record of any known format -> Example(prompt, responses, score)."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import itertools
 import math
 from typing import Any
@@ -55,6 +55,7 @@ def parse_records(
   render: Render | None,
   scored_turns: str,
   counts: Counter[str],
+  hide: Callable[[Any, str], Any] | None = None,
 ) -> list[Example | Unusable | RecordError]:
   """Reads records, rendering their conversations all at once.
 
@@ -83,6 +84,7 @@ def parse_records(
       their responses again; `messages_cut`, prompts and responses that were
       cut to MAX_CHARS; `chosen_scores_lower`, pairs whose chosen response has
       the lower score.
+    hide: hides what messages spell, see `Spellings.hide`; None hides nothing.
 
   Returns:
     Examples, responses best first, or what is wrong with a record.
@@ -92,6 +94,8 @@ def parse_records(
     try:
       if isinstance(record, Shaped):
         record = _parse(record, render is not None, scored_turns, counts)
+      if isinstance(record, Dialogue) and hide:
+        record = record.hidden(hide)
       parsed.append(record)
     except (Unusable, RecordError) as fault:
       parsed.append(fault)

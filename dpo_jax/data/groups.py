@@ -2,7 +2,7 @@
 
 import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 import dataclasses
 import hashlib
 import itertools
@@ -76,12 +76,15 @@ def tokenize(
 ) -> Groups:
   """Reads a source whole.
 
-  The report counts `records` and `groups`; `dropped` by reason; `broken`
-  records; `prompts_cut`, `responses_cut` to fit the limits; `messages_cut`
-  before that; `prompts_repeated` in their responses; `special_tokens`, groups
-  that spell one; `duplicates` and `contradictions`, see `Repeats`; `ties`,
-  groups whose responses all score the same; `chosen_scores_lower`. `shapes`
-  counts records by their shape, and `unread` lists columns.
+  The report says of the source:
+
+  * records, and how many have each of `shapes`; `unread` columns; `groups`;
+  * dropped: records that teach nothing, by reason; broken: those left out;
+  * prompts_cut, responses_cut: to fit the limits; messages_cut: before that;
+  * prompts_repeated: records whose responses held the prompt again;
+  * special_tokens: groups with a special token that is spelled, as letters;
+  * duplicates, contradictions: see `Repeats`;
+  * ties: groups whose responses score the same; chosen_scores_lower: pairs.
 
   Args:
     source: records.
@@ -99,6 +102,12 @@ def tokenize(
   tokens, scored = array.array("i"), bytearray()
   lengths, scores, hashes = [], [], []
   render = tokenizer.render_batch if tokenizer.has_chat_template else None
+  reads_tokens = reading.special_tokens == "read"
+  if reads_tokens and not tokenizer.spellings.tokens:
+    raise ValueError(
+      "data.special_tokens='read': this tokenizer has no special tokens"
+    )
+  hide = None if reads_tokens else tokenizer.spellings.hide
   # One iterator, made once: a new one over the bar would end the data early.
   records = iter(
     tqdm(iter(source), desc="tokenize", unit=" records", leave=False)
@@ -106,7 +115,9 @@ def tokenize(
   shaped = shape_records(records, reading, seen)
   for chunk in _chunks(shaped):
     examples = []
-    for example in parse_records(chunk, render, reading.scored_turns, counts):
+    for example in parse_records(
+      chunk, render, reading.scored_turns, counts, hide
+    ):
       if isinstance(example, RecordError):
         counts["broken"] += 1
         if counts["broken"] > reading.max_broken_records:
@@ -119,7 +130,7 @@ def tokenize(
       else:
         examples.append(example)
     for example, (prompt, responses) in zip(
-      examples, _encode(examples, tokenizer), strict=True
+      examples, _encode(examples, tokenizer, reads_tokens), strict=True
     ):
       try:
         prompt, responses = _fit(prompt, responses, limits, counts, tokenizer)
@@ -127,6 +138,10 @@ def tokenize(
         dropped[unusable.reason] += 1
         continue
       repeats.add(example)
+      counts["special_tokens"] += not reads_tokens and any(
+        tokenizer.spellings.is_spelled_in(t, is_rendered=example.is_rendered)
+        for t in (example.prompt, *example.responses)
+      )
       counts["ties"] += len(set(example.score)) < min(len(example.score), 2)
       tokens.extend(prompt)
       scored += bytes(len(prompt))
@@ -177,41 +192,43 @@ class _Response(NamedTuple):
 
 
 def _encode(
-  examples: list[Example], tokenizer: Tokenizer
+  examples: list[Example], tokenizer: Tokenizer, reads_tokens: bool
 ) -> list[tuple[list[int], list[_Response]]]:
-  """Ids of the prompt, BOS included, and of the responses, EOS included
-  unless they are truncated.
+  """Encodes prompts, with their BOS, and responses, with their EOS.
 
-  A response of several turns is encoded turn by turn, as its turns would be
-  sampled: no token straddles a border there either.
+  A response that is truncated gets no EOS. A response of several turns is
+  encoded turn by turn, as its turns would be sampled: no token straddles a
+  border there either.
+
+  Args:
+    examples: texts.
+    tokenizer: ids.
+    reads_tokens: whether special tokens that plain text spells are meant.
   """
   encoded: list[Any] = [None] * len(examples)
   for is_rendered in (False, True):
     chosen = [i for i, e in enumerate(examples) if e.is_rendered == is_rendered]
+    has_tokens = is_rendered or reads_tokens
     prompts = tokenizer.encode(
       [examples[i].prompt for i in chosen],
-      is_rendered=is_rendered,
+      is_rendered=has_tokens,
       is_continuation=False,
     )
     pieces = [_pieces(examples[i]) for i in chosen]
     ids = iter(
       tokenizer.encode(
         [text for group in pieces for parts in group for text, _ in parts],
-        is_rendered=is_rendered,
+        is_rendered=has_tokens,
         is_continuation=True,
       )
     )
-    ends = tokenizer.stop_ids if is_rendered else (tokenizer.eos_id,)
     for i, prompt, group in zip(chosen, prompts, pieces, strict=True):
       truncated = examples[i].truncated or [False] * len(group)
-      whole = [not cut for cut in truncated]
-      encoded[i] = (
-        _with_bos(prompt, tokenizer),
-        [
-          _join([(next(ids), flag) for _, flag in parts], ends, is_whole)
-          for parts, is_whole in zip(group, whole, strict=True)
-        ],
-      )
+      responses = []
+      for parts, is_cut in zip(group, truncated, strict=True):
+        found = [(next(ids), flag) for _, flag in parts]
+        responses.append(_join(found, tokenizer, has_tokens, not is_cut))
+      encoded[i] = _with_bos(prompt, tokenizer), responses
   return encoded
 
 
@@ -230,24 +247,28 @@ def _pieces(example: Example) -> list[list[tuple[str, bool]]]:
 
 
 def _join(
-  parts: list[tuple[list[int], bool]], ends: Sequence[int], is_whole: bool
+  parts: list[tuple[list[int], bool]],
+  tokenizer: Tokenizer,
+  has_tokens: bool,
+  is_whole: bool,
 ) -> _Response:
-  """A response of pieces, each ended once, by the first of its `ends`.
+  """Joins a response of pieces, each ended once.
 
   A chat template may have ended a turn already, and put a line break behind,
-  which nobody will ever sample. In plain text no such id can occur.
+  which nobody will ever sample.
 
   Args:
     parts: ids of the pieces, and whether they are scored.
-    ends: ids that end a turn; the first is put where none does.
+    tokenizer: whose EOS ends a piece that has no end.
+    has_tokens: whether the ids may hold special tokens.
     is_whole: whether the last piece ends, or its sampler cut it off.
   """
   ids, scored = [], b""
   for j, (piece, is_scored) in enumerate(parts):
     is_last = j + 1 == len(parts)
-    end = min((piece.index(i) + 1 for i in ends if i in piece), default=None)
+    end = _find_end(piece, tokenizer) if has_tokens else None
     if is_last and is_whole:
-      piece = [*piece, ends[0]] if end is None else piece[:end]
+      piece = [*piece, tokenizer.eos_id] if end is None else piece[:end]
     elif is_last and end is not None:  # by a template that ends every turn
       piece = piece[: end - 1]
     length = len(piece) if end is None or is_last else end
@@ -255,6 +276,18 @@ def _join(
     scored += bytes([is_scored]) * length
     scored += bytes(len(piece) - length)
   return _Response(ids, scored)
+
+
+def _find_end(ids: list[int], tokenizer: Tokenizer) -> int | None:
+  """Finds where a turn ends: a stop id that no text follows.
+
+  Returns:
+    How many ids there are, with the stop id; None where no stop id ends it.
+  """
+  for i, token in enumerate(ids):
+    if token in tokenizer.stop_ids and not tokenizer.decode(ids[i:]).strip():
+      return i + 1
+  return None
 
 
 def _with_bos(prompt: list[int], tokenizer: Tokenizer) -> list[int]:

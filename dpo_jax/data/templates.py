@@ -53,7 +53,7 @@ class Caps:
     mebibytes: of memory, the child's own 40 or so included.
   """
 
-  chars: int = 2_000_000
+  chars: int = 4_500_000  # a prompt and a response of `messages.MAX_CHARS`
   seconds: int = 10
   mebibytes: int = 512
 

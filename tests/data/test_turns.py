@@ -57,7 +57,7 @@ def spell(opened, index, tokenizer):
     text, before = "", False
     for i, flag in zip(part.tolist(), mask.tolist(), strict=True):
       text += "[" * (flag and not before) + "]" * (before and not flag)
-      text += tokenizer._with_specials.decode([i], False)
+      text += tokenizer._plain.decode([i], False)
       before = flag
     spelled.append(text + "]" * bool(before))
   return spelled
