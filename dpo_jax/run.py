@@ -29,6 +29,7 @@ from dpo_jax import (
   reference,
   step,
 )
+from dpo_jax.data import groups as groups_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import mismatched, sources, store, tokenizers
 from dpo_jax.data import reading as reading_lib
@@ -578,4 +579,12 @@ def _log_report(report: Mapping[str, Any]) -> None:
     dropped or "none",
     report["prompts_cut"],
     report["responses_cut"],
+  )
+  _LOG.info(
+    "%s: records by shape: %s; columns that are not read: %s; counted: %s",
+    report["source"],
+    ", ".join(f"{v} {k}" for k, v in report["shapes"].items()),
+    ", ".join(report["unread"]) or "none",
+    ", ".join(f"{report[k]} {k}" for k in groups_lib.COUNTS if report[k])
+    or "none",
   )

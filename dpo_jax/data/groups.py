@@ -21,9 +21,11 @@ from dpo_jax.data.tokenizers import Tokenizer
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1000
-_COUNTS = (
+# Counts of a report that are above 0 where something is amiss.
+COUNTS = (
   *("broken", "prompts_cut", "responses_cut", "messages_cut"),
-  *("prompts_repeated", "special_tokens", "ties", "chosen_scores_lower"),
+  *("prompts_repeated", "special_tokens", "duplicates", "contradictions"),
+  *("ties", "chosen_scores_lower"),
 )
 
 
@@ -151,13 +153,13 @@ def tokenize(
       lengths.append([len(prompt), *(len(r.ids) for r in responses)])
       scores.append(example.score)
       hashes.append(_hash(example.prompt))
+  counts.update(repeats.count())
   report = {
     "source": source.spec,
     "records": seen.records,
     "groups": len(lengths),
     "dropped": dict(sorted(dropped.items())),
-    **{name: counts[name] for name in _COUNTS},
-    **repeats.count(),
+    **{name: counts[name] for name in COUNTS},
     "shapes": dict(sorted(seen.shapes.items())),
     "unread": sorted(seen.unread),
   }

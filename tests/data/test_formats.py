@@ -2,7 +2,10 @@
 
 from collections import Counter
 import json
+import sys
 
+from absl import flags
+from ml_collections import config_flags
 import pytest
 
 from dpo_jax.data import formats
@@ -10,6 +13,9 @@ from dpo_jax.data.examples import Example, parse_record, parse_records
 from dpo_jax.data.messages import RecordError, Unusable
 from dpo_jax.data.reading import Reading, Seen, shape_records
 from dpo_jax.data.tokenizers import HFTokenizer
+from dpo_jax.run import build_run
+from dpo_jax.workdir import Workdir
+from tests import tiny
 from tests.data import folders
 
 ASK = "Name a colour."
@@ -157,9 +163,10 @@ PUBLISHED = {
 }
 
 
-@pytest.fixture
-def render(tmp_path):
-  return HFTokenizer(folders.write_folder(tmp_path / "tokenizer")).render_batch
+@pytest.fixture(scope="module")
+def render(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tokenizer")
+  return HFTokenizer(folders.write_folder(folder)).render_batch
 
 
 def parse(record, render=None, **reading):
@@ -544,3 +551,25 @@ def test_a_message_with_nothing_but_a_weight_is_refused(render):
   record["rejected"] = [{"role": "assistant", "content": None, "weight": 1}]
   with pytest.raises(RecordError, match="must have 'role' and 'content'"):
     parse(record, render)
+
+
+# The config.
+
+
+def test_the_config_decides_how_records_are_read(tmp_path, monkeypatch):
+  rows = [{"ask": f"Name {i}.", **SIDES} for i in range(40)]
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps(r) + "\n" for r in [*rows, SIDES]))
+  argv = [
+    "train",
+    f"--config.data.source=jsonl:{path}",
+    "--config.data.columns=prompt=ask,system=",
+    "--config.data.max_broken_records=1",
+  ]
+  monkeypatch.setattr(sys, "argv", argv)
+  config, values = tiny.make_config(), flags.FlagValues()
+  config_flags.DEFINE_config_dict("config", config, flag_values=values)
+  values(argv)
+  run = build_run(config, Workdir.at(tmp_path / "run"))
+  report = run.data.train.store.report
+  assert (report["groups"], report["broken"]) == (40, 1)
