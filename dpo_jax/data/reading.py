@@ -190,6 +190,8 @@ def _end_group(
     yield _shape(where, name, record, roles, seen)
   except (RecordError, Unusable) as fault:
     yield fault
+  except RecursionError:
+    yield RecordError(f"{where}: the record is nested too deeply")
 
 
 def _rename(

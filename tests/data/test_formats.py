@@ -546,6 +546,22 @@ def test_nulls_that_a_table_fills_in_are_dropped_at_every_depth(tmp_path):
   assert parse(text, render).responses == clean.responses
 
 
+def test_a_record_that_is_nested_too_deeply_is_named(render):
+  value = []
+  for _ in range(900):
+    value = [value]
+  call = {"role": "assistant", "content": None, "tool_calls": value}
+  with pytest.raises(RecordError, match=r"^data.jsonl:7: .*nested too deeply"):
+    parse({"prompt": [QUESTION], "completion": [call]}, render)
+
+
+@pytest.mark.parametrize("name", ["hh-rlhf (transcripts)", "tulu-3 (pair)"])
+def test_a_null_prompt_is_none(name, render):
+  """As a table fills it in where the prompt is in both transcripts."""
+  record, expected = PUBLISHED[name]
+  assert parse({**record, "prompt": None, "input": None}, render) == expected
+
+
 def test_a_message_with_nothing_but_a_weight_is_refused(render):
   record = {"prompt": [QUESTION], **SIDES}
   record["rejected"] = [{"role": "assistant", "content": None, "weight": 1}]
