@@ -179,7 +179,7 @@ def _extract(
   if kind == "demonstration":
     return columns["prompt"], [columns["completion"]], [1.0]
   messages = columns["messages"]
-  # Nothing behind the last answer is ever scored.
+  # Nothing after the last answer is ever scored.
   last = max((i for i, m in enumerate(messages) if is_answer(m)), default=-1)
   if last < 0:
     raise Unusable("empty_response")

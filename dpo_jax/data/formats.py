@@ -43,8 +43,8 @@ class Shape:
 
   Attributes:
     needs: columns that identify it.
-    reads: further columns that it reads where they are there, besides those
-      of OPTIONAL.
+    reads: further columns that it reads where they are there. Those of
+      OPTIONAL are always read.
     rewrite: the columns -> those of a format. Its errors lack the address.
     is_chat: whether a text prompt is a user's turn, so that it becomes a
       message where the tokenizer has a chat template.
@@ -86,7 +86,7 @@ def _list(value: Any, name: str) -> list[Any]:
     try:
       value = json.loads(value)
     except json.JSONDecodeError as error:
-      raise RecordError(f"{name} is no JSON: {error}") from error
+      raise RecordError(f"{name} is not JSON: {error}") from error
   if not is_messages(value):
     raise RecordError(f"{name} must be a list, and is {type(value).__name__}")
   return list(value)
@@ -186,10 +186,7 @@ def _helpsteer3(record: Record) -> Record:
 def _shp(record: Record) -> Record:
   winner = _choose(record, "labels", {1: 0, 0: 1})
   answers = record["human_ref_A"], record["human_ref_B"]
-  return {
-    "prompt": record["history"],
-    **_pair(*answers, winner),
-  }
+  return {"prompt": record["history"], **_pair(*answers, winner)}
 
 
 _WINNERS = {
@@ -206,16 +203,13 @@ def _arena(record: Record) -> Record:
     _list(record[name], name) for name in ("conversation_a", "conversation_b")
   ]
   winner = _choose(record, "winner", _WINNERS)
-  return {**_pair(*both, winner)}
+  return _pair(*both, winner)
 
 
 def _arena_text(record: Record) -> Record:
   winner = _choose(record, "winner", _WINNERS)
   answers = record["response_a"], record["response_b"]
-  return {
-    "prompt": record["prompt"],
-    **_pair(*answers, winner),
-  }
+  return {"prompt": record["prompt"], **_pair(*answers, winner)}
 
 
 def _arena_turns(record: Record) -> Record:

@@ -256,8 +256,8 @@ def _join(
 ) -> _Response:
   """Joins a response of pieces, each ended once.
 
-  A chat template may have ended a turn already, and put a line break behind,
-  which nobody will ever sample.
+  A chat template may have ended a turn already, and put a line break after it,
+  which no policy samples.
 
   Args:
     parts: ids of the pieces, and whether they are scored.
@@ -320,7 +320,7 @@ def _fit(
   room = limits.max_tokens - len(prompt)
   counts["responses_cut"] += sum(len(r.ids) > room for r in responses)
   responses = [response.first(room) for response in responses]
-  # Of several turns, those that are scored may all stand behind the cut.
+  # Of several turns, the scored ones may all come after the cut.
   if not all(any(response.scored) for response in responses):
     raise Unusable("no_scored_turn_fits")
   if len(responses) > 1 and all(r == responses[0] for r in responses):

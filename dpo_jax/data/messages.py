@@ -108,7 +108,7 @@ def read_json(text: str, name: str, where: str, kind: type) -> Any:
   try:
     value = json.loads(text)
   except json.JSONDecodeError as error:
-    raise RecordError(f"{where}: {name} is no JSON: {error}") from error
+    raise RecordError(f"{where}: {name} is not JSON: {error}") from error
   if not isinstance(value, kind):
     raise RecordError(
       f"{where}: {name} must be a {kind.__name__}, and is"

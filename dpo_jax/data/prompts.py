@@ -27,7 +27,7 @@ def settle_prompt(
   scored_turns: str,
   counts: Counter[str],
 ) -> tuple[Any, list[Any]]:
-  """Finds where the responses start, if the prompt stands in them too.
+  """Finds where the responses start, if they repeat the prompt.
 
   Returns:
     Text and texts, or messages and what `as_turns` takes.
@@ -77,7 +77,7 @@ def _is_conversation(turns: Sequence[Message]) -> bool:
 def _split_conversations(
   conversations: Sequence[Sequence[Message]], scored_turns: str
 ) -> tuple[list[Message], list[list[Message]]]:
-  """Splits whole conversations behind the prompt that they share."""
+  """Splits whole conversations after the prompt that they share."""
   if not all(conversations):
     raise Unusable("empty_response")
   ends = [len(c) - 1 for c in conversations]
@@ -113,10 +113,9 @@ def split_transcripts(
     )
   if _HUMAN not in both[0] or _ASSISTANT not in both[0]:
     raise RecordError(
-      f"{record.where}: there is no prompt column{record.hint}, and chosen is"
-      " no transcript with '\\n\\nHuman:' and '\\n\\nAssistant:' turns to split"
-      " at. A shared opening is not taken for the prompt: give the prompt a"
-      " column"
+      f"{record.where}: the prompt column is missing{record.hint}, and chosen"
+      " has no '\\n\\nHuman:' and '\\n\\nAssistant:' turns to split at. A"
+      " shared opening is not taken for the prompt: give the prompt a column"
     )
   sides = [text.rpartition(_ASSISTANT) for text in both]
   if sides[0][0] != sides[1][0]:

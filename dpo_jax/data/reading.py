@@ -22,7 +22,7 @@ SPECIAL_TOKENS = ("letters", "read")
 # Columns of messages, where they are lists.
 _MESSAGES = ("prompt", "chosen", "rejected", "completion", "messages")
 # Columns that carry input. Those that a shape does not read are refused,
-# unless they are empty or their text stands in the prompt.
+# unless they are empty or the prompt holds their text.
 _INPUTS = frozenset(
   {
     *("system_prompt", "history", "context", "input", "instruction"),
@@ -120,8 +120,8 @@ class Shaped:
     kind: one of FORMATS.
     columns: those of the format; their messages are clean.
     is_chat: see `Shape`.
-    inputs: columns that carry input and are not read, as text. It must stand
-      in the prompt.
+    inputs: columns that carry input and are not read, as text, which the
+      prompt must hold.
     hint: nearest names for columns that may be misspelt, or "".
   """
 

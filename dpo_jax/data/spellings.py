@@ -1,4 +1,4 @@
-"""Special tokens that messages spell: letters, whatever a template does.
+"""Special tokens that messages spell are letters under any chat template.
 
 A chat template writes special tokens by their spelling, and puts messages
 between them. In its text a message's "</s>" looks like the template's own. So

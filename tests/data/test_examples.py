@@ -250,7 +250,10 @@ def test_a_record_without_columns_says_so():
   ("record", "message"),
   [
     ({"prompt": 3, "chosen": "c", "rejected": "r"}, "prompt .* is int"),
-    ({"prompt": None, "chosen": "c", "rejected": "r"}, "is no prompt column"),
+    (
+      {"prompt": None, "chosen": "c", "rejected": "r"},
+      "prompt column is missing",
+    ),
     ({"prompt": "p", "chosen": None, "rejected": "r"}, "one is NoneType"),
     ({"prompt": "p", "chosen": "c", "rejected": [NO]}, "one is str"),
     ({"prompt": [USER], "chosen": [YES], "rejected": 5}, "one is int"),

@@ -283,7 +283,7 @@ def test_turns_without_a_chat_template_are_plain_text():
     ),
     (
       {**PUBLISHED["arena 55k (arena_turns)"][0], "prompt": "[broken"},
-      "prompt is no JSON",
+      "prompt is not JSON",
     ),
     (
       {**PUBLISHED["summarize_from_feedback (summaries)"][0], "info": {}},
@@ -548,7 +548,7 @@ def test_nulls_that_a_table_fills_in_are_dropped_at_every_depth(tmp_path):
 
 def test_a_record_that_is_nested_too_deeply_is_named(render):
   value = []
-  for _ in range(900):
+  for _ in range(5000):
     value = [value]
   call = {"role": "assistant", "content": None, "tool_calls": value}
   with pytest.raises(RecordError, match=r"^data.jsonl:7: .*nested too deeply"):

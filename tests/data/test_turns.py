@@ -302,7 +302,7 @@ def test_tools_reach_the_template(tmp_path):
 @pytest.mark.parametrize(
   ("column", "message"),
   [
-    ({"tools": "[{"}, "tools is no JSON"),
+    ({"tools": "[{"}, "tools is not JSON"),
     ({"tools": {"name": "search"}}, "tools must be a list, and is dict"),
     ({"chat_template_kwargs": [1]}, "kwargs must be a dict, and is list"),
     (
