@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from dpo_jax import config as config_lib
 from dpo_jax import evaluate, judges, mesh, model_source
+from dpo_jax.data import sources
 from dpo_jax.data.pipeline import Data, Pipeline
 from dpo_jax.losses import build_objective
 from dpo_jax.program import Program, build_program, needs_value_head
@@ -72,11 +73,27 @@ def resolve(config: Any) -> tuple[Any, model_source.ModelSource]:
   source = model_source.parse(config.policy.init)
   settings = source.tokenizer_settings(config.data)
   pinned = {f"data.{key}": value for key, value in settings.items()}
+  pinned |= _pin_data(config.data)
   pinned["policy.init"] = source.init
   if config.reference.init:
     theirs = model_source.parse(config.reference.init, "reference.init")
     pinned["reference.init"] = theirs.init
   return config_lib.with_values(config, pinned), source
+
+
+def _pin_data(data: Any) -> dict[str, Any]:
+  """Returns the sources of a config with commits of the Hub, by key."""
+  named = config_lib.eval_sets(data)
+  named = {name: sources.pin(spec) for name, spec in named.items() if name}
+  mixture = [
+    {**entry, "source": sources.pin(entry["source"])} for entry in data.sources
+  ]
+  return {
+    "data.source": sources.pin(data.source or ""),
+    "data.sources": tuple(mixture),
+    "data.eval_source": sources.pin(data.eval_source),
+    "data.eval_sources": ",".join(f"{n}={spec}" for n, spec in named.items()),
+  }
 
 
 def plan_program(

@@ -17,7 +17,7 @@ from dpo_jax.config import (
   resolve,
   with_values,
 )
-from dpo_jax.data import dialogues, packing
+from dpo_jax.data import packing, reading
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
 from dpo_jax.models import config as model_config
 from dpo_jax.workdir import Workdir
@@ -117,7 +117,8 @@ def test_choices_are_those_that_the_modules_offer():
     "policy.remat": model_config.REMAT_POLICIES,
     "policy.attention": model_config.ATTENTION_BACKENDS,
     "data.layout": packing.LAYOUTS,
-    "data.scored_turns": dialogues.SCORED_TURNS,
+    "data.scored_turns": reading.SCORED_TURNS,
+    "data.special_tokens": reading.SPECIAL_TOKENS,
   }
   for key, names in offered.items():
     assert set(VALUES[key].choices) == set(names), key

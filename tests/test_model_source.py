@@ -8,6 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import tokenizers as hf_tokenizers
 
 from dpo_jax import config as config_lib
 from dpo_jax import judges, mesh
@@ -144,7 +145,7 @@ def test_a_tokenizer_with_other_ids_is_warned_of(tmp_path, caplog):
   write_folder(tmp_path / "copy")
   write_folder(
     tmp_path / "swapped",
-    tokenizers.tokenizers.Tokenizer.from_str(json.dumps(vocabulary)),
+    hf_tokenizers.Tokenizer.from_str(json.dumps(vocabulary)),
   )
   for name, is_warned in (("copy", False), ("swapped", True)):
     caplog.clear()

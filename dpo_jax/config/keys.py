@@ -90,6 +90,15 @@ def default_config() -> ml_collections.ConfigDict:
   # Of messages: the "last" assistant turn of a response, or "all" of them, and
   # of a demonstration all of the conversation's: data/examples.py.
   config.data.scored_turns = "last"
+  # Shape of the records, one of data/formats.py; "": by their columns.
+  config.data.format = ""
+  # Names of columns, ours=theirs: "prompt=question,system=instructions".
+  # "history=" leaves the column history out.
+  config.data.columns = ""
+  config.data.roles = ""  # of messages, theirs=ours: "human=user,bot=assistant"
+  # Special tokens spelled in the data: "letters", or "read" as the tokens.
+  config.data.special_tokens = "letters"
+  config.data.max_broken_records = 0  # left out and logged; one more stops
   config.data.max_tokens = 512  # prompt + response (2305.18290's repository)
   config.data.max_prompt_tokens = 256  # kept of a prompt that is too long
   # Pairs become two responses with a label each, for a loss that reads those.

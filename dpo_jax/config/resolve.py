@@ -226,7 +226,11 @@ def eval_sets(data: Mapping[str, Any]) -> dict[str, str]:
     the source "" where it is a part of the training data.
   """
   if data["eval_sources"]:
-    return parse_pairs(data["eval_sources"], "data.eval_sources")
+    return parse_pairs(
+      data["eval_sources"],
+      "data.eval_sources",
+      "helpful=jsonl:a.jsonl,harmless=jsonl:b.jsonl",
+    )
   return {"": data["eval_source"]}
 
 

@@ -39,6 +39,8 @@ VALUES: dict[str, Knob] = {
     float, "part of the prompts to hold out", low=0, high=1, below=True
   ),
   "data.scored_turns": _choice("last", "all"),
+  "data.special_tokens": _choice("letters", "read"),
+  "data.max_broken_records": _count("broken records to leave out"),
   "data.max_tokens": _count("tokens of a prompt and its response", 2),
   "data.max_prompt_tokens": _count("tokens", 1),
   "data.row_tokens": _count("tokens of a row; 0 is one row a device"),
@@ -92,12 +94,13 @@ VALUES: dict[str, Knob] = {
 }
 
 
-def parse_pairs(text: str, key: str) -> dict[str, str]:
+def parse_pairs(text: str, key: str, example: str) -> dict[str, str]:
   """Reads 'name=value,name=value'.
 
   Args:
     text: pairs; "" for none.
     key: path in the config, for errors.
+    example: such a text, for errors.
 
   Returns:
     Values by name, in their order.
@@ -105,13 +108,15 @@ def parse_pairs(text: str, key: str) -> dict[str, str]:
   Raises:
     ValueError: another spelling, or a name twice.
   """
-  pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-  found = {name.strip(): value.strip() for name, _, value in pairs}
-  is_whole = all(sign and name.strip() for name, sign, _ in pairs)
-  if not is_whole or len(found) != len(pairs):
-    raise ValueError(
-      f"{key}={text!r} must be NAME=VALUE,NAME=VALUE with each name once"
-    )
+  found = {}
+  for item in filter(None, text.split(",")):
+    name, equals, value = (part.strip() for part in item.partition("="))
+    if not equals or not name or name in found:
+      raise ValueError(
+        f"{key}={text!r} must be NAME=VALUE, separated by commas, each name"
+        f" once: {example!r}"
+      )
+    found[name] = value
   return found
 
 

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import json
 from typing import Any, NamedTuple
 
-Message = Mapping[str, Any]
-# What of a conversation is scored.
-SCORED_TURNS = ("last", "all")
+from dpo_jax.data.messages import (
+  Message,
+  RecordError,
+  Unusable,
+  check_unicode,
+  has_content,
+  is_answer,
+)
 
 
 class Request(NamedTuple):
@@ -24,18 +28,6 @@ class Request(NamedTuple):
   extras: Mapping[str, Any]
 
 
-class RecordError(ValueError):
-  """A record that is broken: stops the run, naming file and line."""
-
-
-class Unusable(Exception):
-  """A record that is well formed but teaches nothing; dropped and counted."""
-
-  def __init__(self, reason: str):
-    super().__init__(reason)
-    self.reason = reason
-
-
 # Renders conversations, with an error in the place of those that fail.
 Render = Callable[[Sequence[Request]], list[str | RecordError]]
 
@@ -50,7 +42,8 @@ class Example:
     score: K figures, higher is better; a pair without scores of its own has
       (1, 0), unpaired feedback 1 or 0.
     is_rendered: whether a chat template made the text, so that special tokens
-      are written in it. Elsewhere such a spelling is plain text.
+      are written in it; those that messages spell are hidden, see `Spellings`.
+      Elsewhere such a spelling is plain text.
     scored: ranges of characters of each response that are scored, ascending;
       what is between them, a user's turn or a tool's output, is only read.
       None where every response is scored as a whole.
@@ -82,8 +75,17 @@ class Dialogue:
     # Rendered, an empty answer is not empty: the template ends its turn.
     for turns in self.responses:
       scored = [turns[i] for i in self._scored(turns)]
-      if not any(_has_content(message) for message in scored):
+      if not any(has_content(message) for message in scored):
         raise Unusable("empty_response")
+
+  def hidden(self, hide: Callable[[Any, str], Any]) -> "Dialogue":
+    """Returns the same, with what its messages spell hidden."""
+    return dataclasses.replace(
+      self,
+      prompt=hide(self.prompt, self.where),
+      responses=hide(self.responses, self.where),
+      extras=hide(self.extras, self.where),
+    )
 
   def _scored(self, turns: Sequence[Message]) -> list[int]:
     """Indices of the turns that are scored."""
@@ -173,110 +175,3 @@ def _show_parting(alone: str, whole: str) -> str:
     f"  alone: {'...' * (start > 0)}{alone[start : at + 60]!r}\n"
     f"  with what follows: {'...' * (start > 0)}{whole[start : at + 60]!r}"
   )
-
-
-def read_turns(response: Any, where: str) -> list[Message]:
-  turns = as_turns(response)
-  if not is_messages(turns):
-    raise RecordError(
-      f"{where}: a response must be text or a list of messages, and one is"
-      f" {type(response).__name__}"
-    )
-  turns = clean_messages(turns, where)
-  if len(turns) > 1 and not is_answer(turns[-1]):
-    raise RecordError(
-      f"{where}: the last message of a response has the role"
-      f" {turns[-1]['role']!r}, and what is scored last is the assistant's:"
-      " end the response there"
-    )
-  return turns
-
-
-def read_extras(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """What else a template reads: TRL's columns tools, chat_template_kwargs."""
-  found: dict[str, Any] = {}
-  for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
-    value = record.get(name)
-    if isinstance(value, str):  # tables without nested columns
-      try:
-        value = json.loads(value) if value else None
-      except json.JSONDecodeError as error:
-        raise RecordError(f"{where}: {name} is no JSON: {error}") from error
-    if not value:
-      continue
-    if not isinstance(value, kind):
-      raise RecordError(
-        f"{where}: {name} must be a {kind.__name__}, and is"
-        f" {type(value).__name__}"
-      )
-    found |= {"tools": value} if name == "tools" else value
-  ours = sorted(found.keys() & {"messages", "add_generation_prompt"})
-  if ours:
-    raise RecordError(
-      f"{where}: chat_template_kwargs may not set {', '.join(ours)}"
-    )
-  return found
-
-
-def clean_messages(messages: Sequence[Any], where: str) -> list[Message]:
-  """Messages without the keys that tables fill with null.
-
-  Args:
-    messages: of one conversation. Content may be null or absent where another
-      key, such as `tool_calls`, says what the turn is.
-    where: file and line, for errors.
-
-  Raises:
-    RecordError: a message without a role, or with neither content nor another
-      key.
-  """
-  clean = []
-  for message in messages:
-    is_whole = isinstance(message, Mapping) and "role" in message
-    if is_whole and message.get("content") is None:
-      is_whole = any(
-        value for key, value in message.items() if key not in ("role", "name")
-      )
-    if not is_whole:
-      raise RecordError(
-        f"{where}: a message must have 'role' and 'content', or 'tool_calls'"
-        f" where the content is null, and one is {message!r:.80}"
-      )
-    clean.append(
-      {
-        key: value
-        for key, value in message.items()
-        if key == "content" or value is not None
-      }
-    )
-  return clean
-
-
-def as_turns(response: Any) -> Any:
-  if isinstance(response, str):
-    return [{"role": "assistant", "content": response}]
-  return response
-
-
-def is_answer(message: Any) -> bool:
-  return isinstance(message, Mapping) and message.get("role") == "assistant"
-
-
-def is_messages(value: Any) -> bool:
-  return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _has_content(message: Message) -> bool:
-  values = [value for key, value in message.items() if key != "role"]
-  return any(v.strip() if isinstance(v, str) else v for v in values)
-
-
-def check_unicode(texts: Sequence[str], where: str) -> None:
-  """JSON can spell half of a surrogate pair, which no tokenizer takes."""
-  for text in texts:
-    try:
-      text.encode("utf-8")
-    except UnicodeEncodeError as error:
-      raise RecordError(
-        f"{where}: text that is not Unicode: {error}"
-      ) from error

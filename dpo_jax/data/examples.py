@@ -1,52 +1,38 @@
 """One record of any known format -> Example(prompt, responses, score)."""
 
-from collections.abc import Iterable, Mapping, Sequence
-import difflib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import itertools
 import math
 from typing import Any
 
-from dpo_jax.data.dialogues import (
-  Dialogue,
-  Example,
+from dpo_jax.data import messages as messages_lib
+from dpo_jax.data import prompts
+from dpo_jax.data.dialogues import Dialogue, Example, Render
+from dpo_jax.data.messages import (
+  Message,
   RecordError,
-  Render,
   Unusable,
   as_turns,
-  check_unicode,
-  clean_messages,
   is_answer,
   is_messages,
-  read_extras,
-  read_turns,
 )
-
-# The formats, by the columns that they need. Field names are TRL's.
-FORMATS: dict[str, frozenset[str]] = {
-  "pair": frozenset({"prompt", "chosen", "rejected"}),
-  "pair with the prompt implicit": frozenset({"chosen", "rejected"}),
-  "unpaired": frozenset({"prompt", "completion", "label"}),
-  "ranking": frozenset({"prompt", "responses", "scores"}),
-  "demonstration": frozenset({"prompt", "completion"}),
-  "conversation": frozenset({"messages"}),
-}
-_ASSISTANT = "\n\nAssistant:"
-_HUMAN = "\n\nHuman:"
+from dpo_jax.data.reading import Reading, Seen, Shaped, shape_records
 
 
 def parse_record(
   record: Mapping[str, Any],
   where: str,
   render: Render | None,
-  scored_turns: str = "last",
+  reading: Reading | None = None,
 ) -> Example:
-  """Reads one record, whichever of `FORMATS` it has.
+  """Reads one record of any of `formats.SHAPES`.
 
   Args:
     record: columns by name.
     where: file and line, for errors.
     render: the tokenizer's chat template, or None if it has none.
-    scored_turns: see `parse_records`.
+    reading: how; the defaults unless given.
 
   Returns:
     The example, its responses best first.
@@ -56,17 +42,21 @@ def parse_record(
       that fails.
     Unusable: no prompt that both responses share, or an empty answer.
   """
-  [example] = parse_records([(where, record)], render, scored_turns)
-  if isinstance(example, Unusable):
+  reading = reading or Reading()
+  shaped = shape_records([(where, record)], reading, Seen())
+  [example] = parse_records(shaped, render, reading.scored_turns, Counter())
+  if not isinstance(example, Example):
     raise example
   return example
 
 
 def parse_records(
-  records: Iterable[tuple[str, Mapping[str, Any]]],
+  records: Iterable[Shaped | Unusable | RecordError],
   render: Render | None,
-  scored_turns: str = "last",
-) -> list[Example | Unusable]:
+  scored_turns: str,
+  counts: Counter[str],
+  hide: Callable[[Any, str], Any] | None = None,
+) -> list[Example | Unusable | RecordError]:
   """Reads records, rendering their conversations all at once.
 
   Which of the assistant's turns are scored is `scored_turns`:
@@ -87,80 +77,66 @@ def parse_records(
   that its sampler cut off gets no EOS, which would teach to stop there.
 
   Args:
-    records: file and line, for errors, and columns by name.
+    records: what `shape_records` yields.
     render: the tokenizer's chat template, or None if it has none.
     scored_turns: one of SCORED_TURNS.
+    counts: is increased: `prompts_repeated`, records whose prompt stood in
+      their responses again; `messages_cut`, prompts and responses that were
+      cut to MAX_CHARS; `chosen_scores_lower`, pairs whose chosen response has
+      the lower score.
+    hide: hides what messages spell, see `Spellings.hide`; None hides nothing.
 
   Returns:
-    Examples, responses best first; where a record teaches nothing, why.
-
-  Raises:
-    RecordError: a broken record, or a chat template that fails on it.
+    Examples, responses best first, or what is wrong with a record.
   """
-  parsed: list[Example | Unusable | Dialogue] = []
-  for where, record in records:
+  parsed: list[Example | Unusable | RecordError | Dialogue] = []
+  for record in records:
     try:
-      parsed.append(_parse(record, where, render is not None, scored_turns))
-    except Unusable as unusable:
-      parsed.append(unusable)
+      if isinstance(record, Shaped):
+        record = _parse(record, render is not None, scored_turns, counts)
+      if isinstance(record, Dialogue) and hide:
+        record = record.hidden(hide)
+      parsed.append(record)
+    except (Unusable, RecordError) as fault:
+      parsed.append(fault)
   dialogues = [one for one in parsed if isinstance(one, Dialogue)]
   requests = [one.requests() for one in dialogues]
   texts = iter(render(list(itertools.chain(*requests))) if dialogues else [])
   for i, one in enumerate(parsed):
     if isinstance(one, Dialogue):
-      mine = itertools.islice(texts, len(one.requests()))
-      parsed[i] = one.finish(list(mine))
+      mine = list(itertools.islice(texts, len(one.requests())))
+      try:
+        parsed[i] = one.finish(mine)
+      except RecordError as error:
+        parsed[i] = error
   return parsed
 
 
 def _parse(
-  record: Mapping[str, Any], where: str, has_template: bool, scored_turns: str
-) -> "Example | Dialogue":
-  columns = record.keys()
-  kind = next((k for k, need in FORMATS.items() if need <= columns), None)
-  if kind is None:
-    raise RecordError(_explain_columns(set(columns), where))
-  score, order = [1.0], None
-  if kind == "pair":
-    prompt = record["prompt"]
-    responses = [record["chosen"], record["rejected"]]
-    score = _pair_score(record, where)
-  elif kind == "pair with the prompt implicit":
-    prompt, responses = _split_prompt(
-      record["chosen"], record["rejected"], where, scored_turns
-    )
-    score = _pair_score(record, where)
-  elif kind == "unpaired":
-    prompt, responses = record["prompt"], [record["completion"]]
-    label = record["label"]
-    if not isinstance(label, bool | int) or label not in (0, 1):
-      raise RecordError(f"{where}: label={label!r} must be true or false")
-    score = [float(label)]
-  elif kind == "ranking":
-    prompt, responses = record["prompt"], record["responses"]
-    score = _scores(responses, record["scores"], where)
-    # Stable, so that ties keep the order of the file.
-    order = sorted(range(len(score)), key=lambda k: -score[k])
-    responses, score = [responses[k] for k in order], [score[k] for k in order]
-  else:
-    prompt, responses = _demonstration(record, where, scored_turns)
-  truncated = _truncated(record, len(responses), where)
-  if truncated and order:
+  record: Shaped, has_template: bool, scored_turns: str, counts: Counter[str]
+) -> Example | Dialogue:
+  where, columns = record.where, record.columns
+  prompt, responses, score = _extract(record, scored_turns)
+  if score[1:] and record.kind != "ranking" and score[0] < score[1]:
+    counts["chosen_scores_lower"] += 1
+  order = sorted(range(len(score)), key=lambda k: -score[k])
+  if record.kind != "ranking":
+    order = list(range(len(score)))
+  # Stable, so that ties keep the order of the file.
+  responses, score = [responses[k] for k in order], [score[k] for k in order]
+  truncated = _truncated(columns, len(responses), where)
+  if truncated:
     truncated = tuple(truncated[k] for k in order)
+  prompt, responses = prompts.settle_prompt(
+    prompt, responses, where, scored_turns, counts
+  )
+  if record.kind in ("demonstration", "conversation"):
+    prompt, responses = prompts.score_whole(prompt, responses, scored_turns)
+  prompts.check_inputs(record, prompt)
+  prompt = prompts.with_system(prompt, record, has_template)
   if isinstance(prompt, str):
-    for response in responses:
-      if not isinstance(response, str):
-        raise RecordError(
-          f"{where}: the prompt is text, so every response must be, and one is"
-          f" {type(response).__name__}"
-        )
-    check_unicode([prompt, *responses], where)
+    messages_lib.check_unicode([prompt, *responses], where)
     return Example(prompt, tuple(responses), tuple(score), truncated=truncated)
-  if not is_messages(prompt):
-    raise RecordError(
-      f"{where}: prompt must be text or a list of messages, and is"
-      f" {type(prompt).__name__}"
-    )
   if not has_template:
     raise RecordError(
       f"{where}: the record holds messages, and this tokenizer has no chat"
@@ -168,31 +144,46 @@ def _parse(
     )
   if not prompt:
     raise Unusable("empty_prompt")
+  turns = [_read_turns(response, where) for response in responses]
+  prompt, *turns = _cut(prompt, turns, counts)
   return Dialogue(
-    clean_messages(prompt, where),
-    [read_turns(response, where) for response in responses],
+    prompt,
+    turns,
     tuple(score),
     where,
-    read_extras(record, where),
+    messages_lib.read_extras(columns, where),
     scored_turns,
     truncated,
   )
 
 
-def _explain_columns(found: set[str], where: str) -> str:
-  wanted = set().union(*FORMATS.values())
-  hints = []
-  for name in sorted(found - wanted):
-    near = difflib.get_close_matches(name, wanted - found, n=1)
-    hints += [f"{name!r} may be meant for {near[0]!r}"] if near else []
-  expected = "; ".join(
-    f"{kind}: {', '.join(sorted(need))}" for kind, need in FORMATS.items()
-  )
-  hint = f" ({'; '.join(hints)})" if hints else ""
-  return (
-    f"{where}: found the columns {', '.join(sorted(found)) or 'none'}{hint}."
-    f" Expected one of: {expected}"
-  )
+def _extract(
+  record: Shaped, scored_turns: str
+) -> tuple[Any, list[Any], list[float]]:
+  """Returns prompt, responses and scores as the columns hold them."""
+  where, columns, kind = record.where, record.columns, record.kind
+  if kind == "pair":
+    responses = [columns["chosen"], columns["rejected"]]
+    return columns["prompt"], responses, _pair_score(columns, where)
+  if kind == "transcripts":
+    prompt, responses = prompts.split_transcripts(record, scored_turns)
+    return prompt, responses, _pair_score(columns, where)
+  if kind == "unpaired":
+    label = columns["label"]
+    if not isinstance(label, bool | int) or label not in (0, 1):
+      raise RecordError(f"{where}: label={label!r} must be true or false")
+    return columns["prompt"], [columns["completion"]], [float(label)]
+  if kind == "ranking":
+    score = _scores(columns["responses"], columns["scores"], where)
+    return columns["prompt"], list(columns["responses"]), score
+  if kind == "demonstration":
+    return columns["prompt"], [columns["completion"]], [1.0]
+  messages = columns["messages"]
+  # Nothing after the last answer is ever scored.
+  last = max((i for i, m in enumerate(messages) if is_answer(m)), default=-1)
+  if last < 0:
+    raise Unusable("empty_response")
+  return messages[:last], [[messages[last]]], [1.0]
 
 
 def _number(value: Any, name: str, where: str) -> float:
@@ -246,69 +237,28 @@ def _truncated(
   return tuple(flags) if any(flags) else None
 
 
-def _demonstration(
-  record: Mapping[str, Any], where: str, scored_turns: str
-) -> tuple[Any, list[Any]]:
-  """The prompt of a demonstration, and its one response."""
-  if "completion" not in record:
-    messages = record["messages"]
-    if not is_messages(messages):
-      raise RecordError(
-        f"{where}: messages must be a list, and is {type(messages).__name__}"
-      )
-    # Nothing behind the last answer is ever scored.
-    last = max((i for i, m in enumerate(messages) if is_answer(m)), default=-1)
-    if last < 0:
-      raise Unusable("empty_response")
-    prompt, completion = list(messages[:last]), [messages[last]]
-  else:
-    prompt, completion = record["prompt"], record["completion"]
-  if scored_turns == "all" and is_messages(prompt) and prompt:
-    first = next((i for i, m in enumerate(prompt) if is_answer(m)), None)
-    if first is not None:
-      answer = as_turns(completion)
-      whole = [*prompt, *answer] if is_messages(answer) else answer
-      prompt, completion = prompt[:first], whole[first:]
-  return prompt, [completion]
+def _read_turns(response: Any, where: str) -> list[Message]:
+  turns = as_turns(response)
+  if not is_messages(turns):
+    raise RecordError(
+      f"{where}: a response must be text or a list of messages, and one is"
+      f" {type(response).__name__}"
+    )
+  if len(turns) > 1 and not is_answer(turns[-1]):
+    raise RecordError(
+      f"{where}: the last message of a response has the role"
+      f" {turns[-1]['role']!r}, and what is scored last is the assistant's:"
+      " end the response there"
+    )
+  return list(turns)
 
 
-def _split_prompt(
-  chosen: Any, rejected: Any, where: str, scored_turns: str
-) -> tuple[Any, list[Any]]:
-  """Finds the prompt that two transcripts share: see `parse_records`."""
-  if is_messages(chosen) and is_messages(rejected):
-    if not chosen or not rejected:
-      raise Unusable("empty_response")
-    at = (len(chosen) - 1, len(rejected) - 1)
-    if scored_turns == "all":
-      shared = next(
-        (
-          i
-          for i, (a, b) in enumerate(zip(chosen, rejected, strict=False))
-          if a != b
-        ),
-        min(at),
-      )
-      if is_answer(chosen[shared]) and is_answer(rejected[shared]):
-        at = (shared, shared)
-    if list(chosen[: at[0]]) != list(rejected[: at[1]]):
-      raise Unusable("prompts_differ")
-    if not at[0]:
-      raise Unusable("empty_prompt")
-    return chosen[: at[0]], [chosen[at[0] :], rejected[at[1] :]]
-  if not isinstance(chosen, str) or not isinstance(rejected, str):
-    raise RecordError(
-      f"{where}: chosen and rejected must both be text, or both be lists of"
-      f" messages, and are {type(chosen).__name__} and"
-      f" {type(rejected).__name__}"
-    )
-  if _HUMAN not in chosen or _ASSISTANT not in chosen:
-    raise RecordError(
-      f"{where}: there is no prompt column, and chosen is no transcript with"
-      " '\\n\\nHuman:' and '\\n\\nAssistant:' turns to split at. A shared"
-      " opening is not taken for the prompt: give the prompt a column"
-    )
-  sides = [text.rpartition(_ASSISTANT) for text in (chosen, rejected)]
-  if sides[0][0] != sides[1][0]:
-    raise Unusable("prompts_differ")
-  return sides[0][0] + _ASSISTANT, [sides[0][2], sides[1][2]]
+def _cut(
+  prompt: list[Message], responses: list[list[Message]], counts: Counter[str]
+) -> list[list[Message]]:
+  """Cuts what is too long to render; the cut to tokens would cut more."""
+  whole = [prompt, *responses]
+  cut = [messages_lib.cut_start(prompt)]
+  cut += [messages_lib.cut_end(turns) for turns in responses]
+  counts["messages_cut"] += sum(a != b for a, b in zip(whole, cut, strict=True))
+  return cut

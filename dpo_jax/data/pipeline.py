@@ -9,9 +9,11 @@ import numpy as np
 
 from dpo_jax import config as config_lib
 from dpo_jax import files
+from dpo_jax.data import groups as groups_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import mismatched, sources, store
 from dpo_jax.data.mixture import Mixture
+from dpo_jax.data.reading import Reading
 from dpo_jax.data.tokenizers import Tokenizer
 from dpo_jax.losses import Objective, WeightedSum
 from dpo_jax.mesh import Placement
@@ -186,9 +188,16 @@ class Pipeline:
     opened = store.build_store(
       sources.open_source(spec),
       self.tokenizer,
-      store.Limits(config.data.max_tokens, config.data.max_prompt_tokens),
+      groups_lib.Limits(config.data.max_tokens, config.data.max_prompt_tokens),
       config.data.cache_dir or files.cache_dir(),
-      config.data.scored_turns,
+      Reading(
+        format=config.data.format,
+        columns=config.data.columns,
+        roles=config.data.roles,
+        scored_turns=config.data.scored_turns,
+        special_tokens=config.data.special_tokens,
+        max_broken_records=config.data.max_broken_records,
+      ),
     )
     self._check_ids(opened)
     _log_report(opened.report)
@@ -304,4 +313,12 @@ def _log_report(report: Mapping[str, Any]) -> None:
     dropped or "none",
     report["prompts_cut"],
     report["responses_cut"],
+  )
+  counted = (f"{report[k]} {k}" for k in groups_lib.COUNTS if report[k])
+  _LOG.info(
+    "%s: records by shape: %s; columns that are not read: %s; counted: %s",
+    report["source"],
+    ", ".join(f"{v} {k}" for k, v in report["shapes"].items()),
+    ", ".join(report["unread"]) or "none",
+    ", ".join(counted) or "none",
   )

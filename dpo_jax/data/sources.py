@@ -24,7 +24,7 @@ import zlib
 
 from dpo_jax import files
 from dpo_jax.data import hub, synthetic
-from dpo_jax.data.dialogues import RecordError
+from dpo_jax.data.messages import RecordError
 
 _SPELLINGS = (
   "jsonl:PATH",
@@ -99,6 +99,12 @@ def open_source(spec: str) -> Source:
     _synthetic_task(what)
     digest.update(inspect.getsource(synthetic).encode() + what.encode())
   return Source(spec, digest.hexdigest())
+
+
+def pin(spec: str) -> str:
+  """Returns a source's spelling with its branch of the Hub as a commit."""
+  kind, _, what = spec.partition(":")
+  return f"hub:{hub.open_split(what).spec}" if kind == "hub" else spec
 
 
 def _local_files(pattern: str) -> _Files:

@@ -33,7 +33,8 @@ import jinja2
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dpo_jax.data.dialogues import RecordError, Request
+from dpo_jax.data.dialogues import Request
+from dpo_jax.data.messages import RecordError
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _LENGTH = struct.Struct(">Q")
@@ -52,7 +53,7 @@ class Caps:
     mebibytes: of memory, the child's own 40 or so included.
   """
 
-  chars: int = 2_000_000
+  chars: int = 4_500_000  # a prompt and a response of `messages.MAX_CHARS`
   seconds: int = 10
   mebibytes: int = 512
 

@@ -13,11 +13,13 @@ import logging
 from typing import Any, Protocol
 
 from etils import epath
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
 
 from dpo_jax import files
-from dpo_jax.data.dialogues import Message, RecordError, Request
+from dpo_jax.data import tokenizer_json
+from dpo_jax.data.alphabets import ByteTokenizer, LetterTokenizer
+from dpo_jax.data.dialogues import Request
+from dpo_jax.data.messages import Message, RecordError
+from dpo_jax.data.spellings import Spellings
 from dpo_jax.data.templates import ChatTemplate
 
 _LOG = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class Tokenizer(Protocol):
     digest: of everything that decides the ids.
     parts: the same by part, digests by name: `vocabulary`, `chat_template`.
     has_chat_template: whether `render` works.
+    spellings: its special tokens.
   """
 
   vocab_size: int
@@ -54,6 +57,7 @@ class Tokenizer(Protocol):
   digest: str
   parts: Mapping[str, str]
   has_chat_template: bool
+  spellings: Spellings
 
   def encode(
     self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
@@ -62,8 +66,9 @@ class Tokenizer(Protocol):
 
     Args:
       texts: what to encode.
-      is_rendered: whether special tokens spelled in the text are meant. In
-        plain text they are letters: a user cannot write an EOS.
+      is_rendered: whether special tokens spelled in the text are meant,
+        except those that `spellings` hid. In plain text they are letters: a
+        user cannot write an EOS.
       is_continuation: whether the text follows a prompt, so that a tokenizer
         that marks the beginning of a text must not mark it.
     """
@@ -83,95 +88,6 @@ class Tokenizer(Protocol):
     self, requests: Sequence[Request]
   ) -> list[str | RecordError]:
     """The same for many at once, with the error where one fails."""
-
-
-class _WithoutTemplate:
-  """Refuses messages."""
-
-  has_chat_template = False
-
-  @property
-  def parts(self) -> dict[str, str]:
-    """See `Tokenizer.parts`."""
-    return {"vocabulary": self.digest}
-
-  def render(
-    self,
-    messages: Sequence[Message],
-    header: bool,
-    extras: Mapping[str, Any] | None = None,
-  ) -> str:
-    raise self._refusal()
-
-  def render_batch(
-    self, requests: Sequence[Request]
-  ) -> list[str | RecordError]:
-    return [self._refusal()] * len(requests)
-
-  def _refusal(self) -> RecordError:
-    return RecordError(f"the tokenizer {self.digest!r} has no chat template")
-
-
-class ByteTokenizer(_WithoutTemplate):
-  """UTF-8 bytes are ids 0 to 255; 256 is BOS, 257 EOS."""
-
-  vocab_size = 258
-  bos_id = 256
-  eos_id = 257
-  pad_id = None
-  stop_ids = (257,)
-  digest = "bytes-1"
-
-  def encode(
-    self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
-  ) -> list[list[int]]:
-    del is_rendered, is_continuation
-    return [list(text.encode("utf-8")) for text in texts]
-
-  def decode(self, ids: Sequence[int]) -> str:
-    return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
-
-
-class LetterTokenizer(_WithoutTemplate):
-  """The first letters of the alphabet, for tasks that can be enumerated.
-
-  All texts of such a task have one length, so that no response needs an end:
-  EOS is an id that the model's vocabulary does not have, and data.max_tokens
-  cuts it off. So probabilities of all texts of that length sum to 1.
-  """
-
-  bos_id = None
-  pad_id = None
-
-  def __init__(self, num_letters: int):
-    """Letters "a", "b", ... are ids 0, 1, ...
-
-    Args:
-      num_letters: of them, up to 26.
-
-    Raises:
-      ValueError: more letters than there are.
-    """
-    if not 1 < num_letters <= 26:
-      raise ValueError(f"letters:{num_letters} must have 2 to 26 letters")
-    self.vocab_size = self.eos_id = num_letters
-    self.stop_ids = (self.eos_id,)
-    self.digest = f"letters-{num_letters}"
-
-  def encode(
-    self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
-  ) -> list[list[int]]:
-    del is_rendered, is_continuation
-    ids = [[ord(letter) - ord("a") for letter in text] for text in texts]
-    for text, found in zip(texts, ids, strict=True):
-      if not all(0 <= i < self.vocab_size for i in found):
-        raise RecordError(
-          f"{text!r} holds more than the first {self.vocab_size} letters"
-        )
-    return ids
-
-  def decode(self, ids: Sequence[int]) -> str:
-    return "".join(chr(i + ord("a")) for i in ids if i < self.vocab_size)
 
 
 class HFTokenizer:
@@ -205,7 +121,7 @@ class HFTokenizer:
     """
     root = epath.Path(folder)
     config, names, model, generation = (
-      _read_json(root / f"{name}.json")
+      tokenizer_json.read_json(root / f"{name}.json")
       for name in (
         "tokenizer_config",
         "special_tokens_map",
@@ -213,18 +129,13 @@ class HFTokenizer:
         "generation_config",
       )
     )
-    self.json = text = _read_tokenizer(root, config)
-    self._with_specials, self._plain = _read_tokenizers(text)
-    continuing = _without_beginnings(text)
-    self._continuing = (
-      (self._with_specials, self._plain)
-      if continuing is None
-      else _read_tokenizers(continuing)
-    )
+    self.json = text = tokenizer_json.read_tokenizer(root, config)
+    self._encoder = tokenizer_json.Encoder(text)
+    self._plain = self._encoder.plain
     # Not the number of tokens: a vocabulary may have holes.
     self.vocab_size = 1 + max(self._plain.get_vocab().values())
     self._special = {
-      key: _token_text(config.get(key) or names[key])
+      key: tokenizer_json.token_text(config.get(key) or names[key])
       for key in _SPECIAL_TOKENS
       if config.get(key) or names.get(key)
     }
@@ -236,6 +147,11 @@ class HFTokenizer:
       # Whose own class knows it without being told.
       self._special["eos_token"] = "<|endoftext|>"
     self.eos_id = self._find_eos(folder)
+    continuing = tokenizer_json.without_beginnings(text)
+    self._continuing = continuing and tokenizer_json.Encoder(continuing)
+    for encoder in filter(None, (self._encoder, self._continuing)):
+      encoder.name_special(self._special.values())
+    self.spellings = self._encoder.spellings
     pad = self._special.get("pad_token")
     self.pad_id = self._plain.token_to_id(pad) if pad else None
     self._generation_stops = _ids(generation.get("eos_token_id"))
@@ -338,15 +254,9 @@ class HFTokenizer:
   def encode(
     self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
   ) -> list[list[int]]:
-    with_specials, plain = (
-      self._continuing
-      if is_continuation
-      else (self._with_specials, self._plain)
-    )
-    encodings = (with_specials if is_rendered else plain).encode_batch(
-      list(texts), add_special_tokens=False
-    )
-    return [encoding.ids for encoding in encodings]
+    is_middle = is_continuation and self._continuing is not None
+    encoder = self._continuing if is_middle else self._encoder
+    return encoder.encode(texts, is_rendered=is_rendered)
 
   def decode(self, ids: Sequence[int]) -> str:
     return self._plain.decode(list(ids), skip_special_tokens=True)
@@ -371,16 +281,37 @@ class HFTokenizer:
   def render_batch(
     self, requests: Sequence[Request]
   ) -> list[str | RecordError]:
+    if self._needs_parts:
+      requests = [
+        request._replace(messages=[_in_parts(m) for m in request.messages])
+        for request in requests
+      ]
     return self._template.render(requests)
+
+  @functools.cached_property
+  def _needs_parts(self) -> bool:
+    """Whether the template writes no content that is text, only parts."""
+    message = {"role": "user", "content": "probe"}
+    is_written = []
+    for one in (message, _in_parts(message)):
+      [reply] = self._template.render([Request([one], False, {})])
+      is_written.append(isinstance(reply, str) and "probe" in reply)
+      if is_written[0]:
+        return False
+    return is_written[1]
+
+
+def _in_parts(message: Message) -> Message:
+  """A message whose content is a list of one part, if it is text."""
+  content = message.get("content")
+  if not isinstance(content, str):
+    return message
+  return {**message, "content": [{"type": "text", "text": content}]}
 
 
 def _digest(value: Any) -> str:
   text = json.dumps(value, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-  return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _ids(value: Any) -> list[int]:
@@ -397,130 +328,6 @@ def _parse_date(date: str) -> datetime.date:
     raise ValueError(
       f"data.template_date={date!r} must be a day as YYYY-MM-DD"
     ) from error
-
-
-def _read_tokenizer(root: epath.Path, config: Mapping[str, Any]) -> str:
-  """The tokenizer.json of a folder, added tokens of other files included."""
-  path = root / "tokenizer.json"
-  is_pair = not path.exists()
-  if not is_pair:
-    text = path.read_text()
-  elif (root / "vocab.json").exists() and (root / "merges.txt").exists():
-    text = _byte_level(root, config).to_str()
-  else:
-    raise FileNotFoundError(
-      f"{path} does not exist; a tokenizer is a folder with tokenizer.json, or"
-      " with vocab.json and merges.txt, or 'bytes'"
-    )
-  added = {
-    int(i): tokenizers.AddedToken(
-      **{k: v for k, v in token.items() if k != "__type"}
-    )
-    for i, token in config.get("added_tokens_decoder", {}).items()
-  }
-  for token, i in _read_json(root / "added_tokens.json").items():
-    added.setdefault(i, tokenizers.AddedToken(token, special=True))
-  whole = tokenizers.Tokenizer.from_str(text)
-  missing = [
-    i for i in sorted(added) if whole.token_to_id(added[i].content) is None
-  ]
-  for i in missing:
-    whole.add_tokens([added[i]])
-    if whole.token_to_id(added[i].content) != i:
-      raise ValueError(
-        f"{root}: the added token {added[i].content!r} has the id {i} in its"
-        f" files, and the next free one is"
-        f" {whole.token_to_id(added[i].content)}"
-      )
-  if is_pair and config.get("add_bos_token"):
-    # Here the key counts: there is no tokenizer.json with steps of its own.
-    _put_bos(whole, _token_text(config.get("bos_token") or "<|endoftext|>"))
-    return whole.to_str()
-  return whole.to_str() if missing else text
-
-
-def _put_bos(tokenizer: tokenizers.Tokenizer, bos: str) -> None:
-  """Makes a BOS before every text one of a tokenizer's steps."""
-  bos_id = tokenizer.token_to_id(bos)
-  if bos_id is not None:
-    tokenizer.post_processor = processors.TemplateProcessing(
-      single=f"{bos} $A", special_tokens=[(bos, bos_id)]
-    )
-
-
-def _byte_level(
-  root: epath.Path, config: Mapping[str, Any]
-) -> tokenizers.Tokenizer:
-  """GPT-2's byte-level BPE, from its two files."""
-  vocab = _read_json(root / "vocab.json")
-  lines = (root / "merges.txt").read_text().split("\n")
-  merges = [
-    tuple(line.split(" "))
-    for line in lines
-    if line.strip() and not line.startswith("#version")
-  ]
-  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
-    add_prefix_space=bool(config.get("add_prefix_space"))
-  )
-  tokenizer.decoder = decoders.ByteLevel()
-  if "<|endoftext|>" in vocab:
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-  return tokenizer
-
-
-def _read_tokenizers(
-  text: str,
-) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
-  """Two of a tokenizer.json: special tokens are meant, or are letters."""
-  pair = (
-    tokenizers.Tokenizer.from_str(text),
-    tokenizers.Tokenizer.from_str(text),
-  )
-  pair[1].encode_special_tokens = True
-  for one in pair:
-    one.no_truncation()
-    one.no_padding()
-  return pair
-
-
-def _without_beginnings(text: str) -> str | None:
-  """The tokenizer.json for a text in the middle of a sequence.
-
-  Sentencepiece's kind, and GPT-2's where it is told to, put a space before a
-  text's first word that is not in the text.
-
-  Args:
-    text: a tokenizer.json.
-
-  Returns:
-    The same without that step, or None if it has none.
-  """
-
-  def strip(node: Any) -> Any:
-    if isinstance(node, list):
-      return [strip(n) for n in node if n.get("type") != "Prepend"]
-    if not isinstance(node, Mapping) or node.get("type") == "Prepend":
-      return None
-    node = dict(node)
-    if node["type"] == "Metaspace":
-      node.pop("add_prefix_space", None)  # what older files have instead
-      node["prepend_scheme"] = "never"
-    elif node["type"] == "ByteLevel":
-      node["add_prefix_space"] = False
-    elif node["type"] == "Sequence":
-      key = "normalizers" if "normalizers" in node else "pretokenizers"
-      node[key] = strip(node[key])
-    return node
-
-  whole = json.loads(text)
-  steps = {key: whole.get(key) for key in ("normalizer", "pre_tokenizer")}
-  stripped = {key: strip(step) for key, step in steps.items()}
-  return json.dumps(whole | stripped) if stripped != steps else None
-
-
-def _token_text(value: Any) -> str:
-  return value["content"] if isinstance(value, Mapping) else value
 
 
 def _find_template(

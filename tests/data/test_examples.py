@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from dpo_jax.data.examples import (
-  FORMATS,
   Example,
   RecordError,
   Unusable,
   parse_record,
 )
+from dpo_jax.data.formats import FORMATS
 from dpo_jax.data.tokenizers import HFTokenizer
 from tests.data import folders
 
@@ -39,7 +39,7 @@ RECORDS = {
     {"prompt": "p", "chosen": "c", "rejected": "r"},
     Example("p", ("c", "r"), (1.0, 0.0)),
   ),
-  "pair with the prompt implicit": (
+  "transcripts": (
     {
       "chosen": "\n\nHuman: p\n\nAssistant: c",
       "rejected": "\n\nHuman: p\n\nAssistant: r",
@@ -91,7 +91,7 @@ def test_a_label_is_a_score_of_one_or_zero(label, score):
   assert parse(record).score == (score,)
 
 
-@pytest.mark.parametrize("kind", ["pair", "pair with the prompt implicit"])
+@pytest.mark.parametrize("kind", ["pair", "transcripts"])
 def test_scores_of_a_pair_are_kept_and_its_order_too(kind):
   record, example = RECORDS[kind]
   scores = {"score_chosen": -0.5, "score_rejected": 3}
@@ -250,9 +250,12 @@ def test_a_record_without_columns_says_so():
   ("record", "message"),
   [
     ({"prompt": 3, "chosen": "c", "rejected": "r"}, "prompt .* is int"),
-    ({"prompt": None, "chosen": "c", "rejected": "r"}, "is NoneType"),
+    (
+      {"prompt": None, "chosen": "c", "rejected": "r"},
+      "prompt column is missing",
+    ),
     ({"prompt": "p", "chosen": None, "rejected": "r"}, "one is NoneType"),
-    ({"prompt": "p", "chosen": "c", "rejected": [NO]}, "one is list"),
+    ({"prompt": "p", "chosen": "c", "rejected": [NO]}, "one is str"),
     ({"prompt": [USER], "chosen": [YES], "rejected": 5}, "one is int"),
     ({"chosen": "c", "rejected": [USER, NO]}, "are str and list"),
     ({"chosen": 1.5, "rejected": 2.5}, "are float and float"),

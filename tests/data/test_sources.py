@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_jax.data import sources, synthetic
-from dpo_jax.data.dialogues import RecordError
+from dpo_jax.data.messages import RecordError
 from tests import bucket, faults
 
 RECORDS = [{"prompt": f"question {i} \u00e9", "n": i} for i in range(5)]

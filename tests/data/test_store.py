@@ -10,8 +10,16 @@ import os
 import numpy as np
 import pytest
 
-from dpo_jax.data import mismatched, sources, store, synthetic
+from dpo_jax.data import (
+  groups,
+  messages,
+  mismatched,
+  sources,
+  store,
+  synthetic,
+)
 from dpo_jax.data.examples import RecordError
+from dpo_jax.data.reading import Reading
 from dpo_jax.data.store import Limits, build_store
 from dpo_jax.data.tokenizers import ByteTokenizer, HFTokenizer
 from tests import tiny
@@ -142,7 +150,7 @@ def test_first_slots_keeps_the_best_responses(tmp_path):
 
 def test_every_record_of_a_large_source_arrives(tmp_path):
   """More than three chunks of the tokenizer, and in the order of the source."""
-  num = 3 * store._CHUNK + 501
+  num = 3 * groups._CHUNK + 501
   opened = build_store(
     sources.open_source(f"synthetic:review_pairs:{num}"),
     BYTES,
@@ -249,18 +257,17 @@ def test_what_is_dropped_is_counted_by_reason(tmp_path):
     pair("p", "good"),
   ]
   opened = build(records, tmp_path)
-  assert opened.report == {
-    "source": "listed:records",
-    "content": "of the content",
-    "records": 8,
-    "groups": 1,
-    "dropped": {
-      "empty_response": 3,
-      "identical_responses": 2,
-      "prompts_differ": 2,
-    },
-    "prompts_cut": 0,
-    "responses_cut": 0,
+  assert opened.report["records"] == 8
+  assert opened.report["groups"] == 1
+  assert opened.report["dropped"] == {
+    "empty_response": 3,
+    "identical_responses": 2,
+    "prompts_differ": 2,
+  }
+  assert opened.report["shapes"] == {
+    "demonstration": 1,
+    "pair": 4,
+    "transcripts": 3,
   }
   assert texts(opened, 0) == ["[p", "good]", "no]"]
 
@@ -331,7 +338,7 @@ def test_no_records_at_all_is_an_error(tmp_path):
 def test_an_io_error_in_the_middle_leaves_no_store(tmp_path):
   class Failing(Listed):
     def __iter__(self):
-      for i in range(store._CHUNK + 5):
+      for i in range(groups._CHUNK + 5):
         yield f"{i}", pair(f"p{i}", "x")
       raise OSError("Input/output error")
 
@@ -357,6 +364,70 @@ def test_a_cache_in_a_bucket_is_refused():
 def test_a_broken_record_stops_the_run_and_is_named(tmp_path):
   with pytest.raises(RecordError, match=r"^listed:records:2: found the colum"):
     build([pair("p", "x"), {"promt": "p"}], tmp_path)
+
+
+def test_as_many_broken_records_as_allowed_are_left_out(tmp_path, caplog):
+  broken = ValueError("listed:records:3: not a line of JSON")
+  records = [pair("p", "x"), {"promt": "p"}, broken, pair("q", "y")]
+
+  def build_with(most):
+    return build_store(
+      Listed(records),
+      BYTES,
+      LIMITS,
+      str(tmp_path),
+      Reading(max_broken_records=most),
+    )
+
+  opened = build_with(2)
+  assert (opened.report["broken"], opened.report["records"]) == (2, 4)
+  assert [texts(opened, i)[0] for i in range(2)] == ["[p", "[q"]
+  assert "left out: listed:records:2: found the columns promt" in caplog.text
+  assert "left out: listed:records:3: not a line of JSON" in caplog.text
+  with pytest.raises(RecordError, match=r"^listed:records:3: not a line"):
+    build_with(1)
+
+
+def test_groups_that_repeat_or_contradict_another_are_counted(tmp_path):
+  def fed_back(completion, label):
+    return {"prompt": "p", "completion": completion, "label": label}
+
+  records = [
+    *(pair("p", "a"), pair("p", "a"), pair("q", "a"), pair("p", "b")),
+    *(pair("p", "no", "b"), pair("p", "a", "b")),
+    *(fed_back("x", True), fed_back("x", False), fed_back("y", True)),
+    fed_back("y", True),
+    {**pair("p", "u", "v"), "score_chosen": 1, "score_rejected": 2},
+    {**pair("p", "v", "u"), "score_chosen": 2, "score_rejected": 2},
+  ]
+  report = build(records, tmp_path).report
+  assert report["duplicates"] == 2  # pairs 1 and 2, and y wanted twice
+  assert report["contradictions"] == 4  # pairs 4 and 5, and x of both labels
+  assert report["ties"] == 1
+  assert report["chosen_scores_lower"] == 1
+
+
+def test_messages_that_are_too_long_to_render_are_cut(tmp_path, monkeypatch):
+  """A prompt at its start, a response at its end, as tokens are cut."""
+  monkeypatch.setattr(messages, "MAX_CHARS", 12)
+  tokenizer = HFTokenizer(folders.write_folder(tmp_path / "tokenizer"))
+  turns = [
+    {"role": role, "content": content}
+    for role, content in (
+      ("system", "the dog ran"),
+      ("user", "what does the cat"),
+      ("assistant", "the cat sat on"),
+    )
+  ]
+  record = {"prompt": turns[:2], "chosen": turns[2:], "rejected": "no"}
+  opened = build([record], tmp_path, tokenizer=tokenizer)
+  prompt, chosen, _ = (
+    tokenizer._plain.decode(part.tolist(), skip_special_tokens=False)
+    for part in opened.group(0)
+  )
+  assert prompt == "<s><|system|><|user|>does the cat<|assistant|>"
+  assert chosen == "the cat sat </s>"
+  assert opened.report["messages_cut"] == 2
 
 
 def test_formats_may_be_mixed_in_one_source(tmp_path):
@@ -402,7 +473,7 @@ def test_a_store_is_tokenized_once(tmp_path):
   np.testing.assert_array_equal(again.prompt_hashes, first.prompt_hashes)
 
 
-def test_the_address_is_of_content_tokenizer_and_limits(tmp_path):
+def test_the_address_is_of_content_tokenizer_limits_and_reading(tmp_path):
   records = [pair("p", "x")]
   tokenizer = HFTokenizer(folders.write_folder(tmp_path / "tokenizer"))
   cache = str(tmp_path / "cache")
@@ -416,6 +487,15 @@ def test_the_address_is_of_content_tokenizer_and_limits(tmp_path):
       (Listed(records), BYTES, Limits(100, 51)),
     )
   ]
+  for reading in (
+    Reading(columns="system="),
+    Reading(roles="bot=user"),
+    Reading(format="pair"),
+    Reading(scored_turns="all"),
+    Reading(max_broken_records=1),
+  ):
+    opened = build_store(Listed(records), BYTES, LIMITS, cache, reading)
+    digests.append(opened.digest)
   assert len(set(digests)) == len(digests)
   assert sorted(os.listdir(cache)) == sorted(digests)
 

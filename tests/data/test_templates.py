@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from dpo_jax.data.dialogues import RecordError, Request
+from dpo_jax.data.dialogues import Request
+from dpo_jax.data.messages import RecordError
 from dpo_jax.data.templates import Caps, ChatTemplate
 from dpo_jax.data.tokenizers import HFTokenizer
 from tests.data import folders
@@ -229,11 +230,11 @@ def test_tools_are_null_where_there_are_none():
 @pytest.mark.parametrize(
   ("source", "message"),
   [
-    ("{{ 'x' * 3000000 }}", "wrote more than 2000000 characters"),
+    ("{{ 'x' * 5000000 }}", "wrote more than 4500000 characters"),
     (
       "{% for i in range(9000) %}{% for j in range(9000) %}{{ 'endless ' }}"
       "{% endfor %}{% endfor %}",
-      "wrote more than 2000000 characters",
+      "wrote more than 4500000 characters",
     ),
     ("{{ 'x' * 10**9 }}", "needed more memory than 512 MiB"),
     (

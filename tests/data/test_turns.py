@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import loader, mismatched, store
-from dpo_jax.data.dialogues import RecordError
-from dpo_jax.data.examples import parse_records
+from dpo_jax.data.examples import RecordError, parse_record
+from dpo_jax.data.reading import Reading
 from dpo_jax.data.tokenizers import HFTokenizer
 from tests.data.folders import CHATML, write_folder
 from tests.data.test_store import Listed
@@ -44,7 +44,7 @@ def build(records, tmp_path, tokenizer, scored_turns, limits=(200, 100)):
     tokenizer,
     store.Limits(*limits),
     str(tmp_path / "stores"),
-    scored_turns,
+    Reading(scored_turns=scored_turns),
   )
 
 
@@ -57,7 +57,7 @@ def spell(opened, index, tokenizer):
     text, before = "", False
     for i, flag in zip(part.tolist(), mask.tolist(), strict=True):
       text += "[" * (flag and not before) + "]" * (before and not flag)
-      text += tokenizer._with_specials.decode([i], False)
+      text += tokenizer._plain.decode([i], False)
       before = flag
     spelled.append(text + "]" * bool(before))
   return spelled
@@ -232,7 +232,8 @@ def test_an_unknown_choice_of_turns_is_refused(tmp_path, tokenizer):
 def parse(record, tmp_path, template, scored_turns="all"):
   folder = write_folder(tmp_path / "tokenizer", chat_template=template)
   render = HFTokenizer(folder).render_batch
-  return parse_records([("data.jsonl:7", record)], render, scored_turns)[0]
+  reading = Reading(scored_turns=scored_turns)
+  return parse_record(record, "data.jsonl:7", render, reading)
 
 
 # Earlier thoughts are left out, as Qwen3 and others do it.
@@ -301,7 +302,7 @@ def test_tools_reach_the_template(tmp_path):
 @pytest.mark.parametrize(
   ("column", "message"),
   [
-    ({"tools": "[{"}, "tools is no JSON"),
+    ({"tools": "[{"}, "tools is not JSON"),
     ({"tools": {"name": "search"}}, "tools must be a list, and is dict"),
     ({"chat_template_kwargs": [1]}, "kwargs must be a dict, and is list"),
     (

@@ -1,0 +1,98 @@
+"""Tokenizers without a vocabulary of their own: bytes, and a few letters."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_jax.data.dialogues import Request
+from dpo_jax.data.messages import Message, RecordError
+from dpo_jax.data.spellings import Spellings
+
+
+class _WithoutTemplate:
+  """Refuses messages."""
+
+  has_chat_template = False
+  spellings = Spellings(())
+
+  @property
+  def parts(self) -> dict[str, str]:
+    """See `Tokenizer.parts`."""
+    return {"vocabulary": self.digest}
+
+  def render(
+    self,
+    messages: Sequence[Message],
+    header: bool,
+    extras: Mapping[str, Any] | None = None,
+  ) -> str:
+    raise self._refusal()
+
+  def render_batch(
+    self, requests: Sequence[Request]
+  ) -> list[str | RecordError]:
+    return [self._refusal()] * len(requests)
+
+  def _refusal(self) -> RecordError:
+    return RecordError(f"the tokenizer {self.digest!r} has no chat template")
+
+
+class ByteTokenizer(_WithoutTemplate):
+  """UTF-8 bytes are ids 0 to 255; 256 is BOS, 257 EOS."""
+
+  vocab_size = 258
+  bos_id = 256
+  eos_id = 257
+  pad_id = None
+  stop_ids = (257,)
+  digest = "bytes-1"
+
+  def encode(
+    self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
+  ) -> list[list[int]]:
+    del is_rendered, is_continuation
+    return [list(text.encode("utf-8")) for text in texts]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+
+class LetterTokenizer(_WithoutTemplate):
+  """The first letters of the alphabet, for tasks that can be enumerated.
+
+  All texts of such a task have one length, so that no response needs an end:
+  EOS is an id that the model's vocabulary does not have, and data.max_tokens
+  cuts it off. So probabilities of all texts of that length sum to 1.
+  """
+
+  bos_id = None
+  pad_id = None
+
+  def __init__(self, num_letters: int):
+    """Letters "a", "b", ... are ids 0, 1, ...
+
+    Args:
+      num_letters: of them, up to 26.
+
+    Raises:
+      ValueError: more letters than there are.
+    """
+    if not 1 < num_letters <= 26:
+      raise ValueError(f"letters:{num_letters} must have 2 to 26 letters")
+    self.vocab_size = self.eos_id = num_letters
+    self.stop_ids = (self.eos_id,)
+    self.digest = f"letters-{num_letters}"
+
+  def encode(
+    self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
+  ) -> list[list[int]]:
+    del is_rendered, is_continuation
+    ids = [[ord(letter) - ord("a") for letter in text] for text in texts]
+    for text, found in zip(texts, ids, strict=True):
+      if not all(0 <= i < self.vocab_size for i in found):
+        raise RecordError(
+          f"{text!r} holds more than the first {self.vocab_size} letters"
+        )
+    return ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return "".join(chr(i + ord("a")) for i in ids if i < self.vocab_size)
