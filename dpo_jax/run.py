@@ -185,6 +185,7 @@ def check_same_data(identity: Mapping[str, Any], workdir: Workdir) -> None:
   if not workdir.data.exists():
     return
   before = read_json(workdir.data)
+  before = {k: v for k, v in before.items() if k not in ("reports", "checks")}
   if isinstance(before["train"], str):  # as older runs recorded a split
     identity = {
       name: f"{split['store']}, {split['groups']} groups"
@@ -206,7 +207,7 @@ def check_same_data(identity: Mapping[str, Any], workdir: Workdir) -> None:
     )
 
 
-def write_data(identity: Mapping[str, Any], workdir: Workdir) -> None:
+def write_data(data: Data, workdir: Workdir) -> None:
   """Records what a run reads, once."""
   if not workdir.data.exists():
-    write_json(workdir.data, identity)
+    write_json(workdir.data, data.description())

@@ -111,7 +111,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   check_same_data(identity, workdir)
   config_lib.settle(run.config, workdir, is_writer=run.is_writer)
   if run.is_writer:
-    write_data(identity, workdir)
+    write_data(run.data, workdir)
     write_json(workdir.model, dataclasses.asdict(run.program.policy.config))
     write_atomically(workdir.git, _git_hash() + "\n")
   checkpoints = open_checkpoints(workdir, run.config)

@@ -56,7 +56,7 @@ _FOLDERS = {
     "catalogue",
     "objective",
   ],
-  "config": ["keys", "values", "record", "resolve"],
+  "config": ["values", "keys", "record", "resolve"],
   "models": [
     "config",
     "presets",
@@ -100,6 +100,7 @@ _FOLDERS = {
     "packing",
     "mixture",
     "loader",
+    "checks",
     "pipeline",
   ],
 }

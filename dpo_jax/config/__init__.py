@@ -15,6 +15,7 @@ from dpo_jax.config.resolve import (
   with_values,
 )
 from dpo_jax.config.values import (
+  CHECKS,
   LIVE_REFERENCES,
   VALUES,
   parse_pairs,
@@ -22,6 +23,7 @@ from dpo_jax.config.values import (
 )
 
 __all__ = [
+  "CHECKS",
   "LIVE_REFERENCES",
   "VALUES",
   "check_keys",

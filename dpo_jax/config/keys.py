@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from dpo_jax.config.values import CHECKS
 from dpo_jax.losses import KNOBS
 
 
@@ -99,6 +100,8 @@ def default_config() -> ml_collections.ConfigDict:
   # Special tokens spelled in the data: "letters", or "read" as the tokens.
   config.data.special_tokens = "letters"
   config.data.max_broken_records = 0  # left out and logged; one more stops
+  # Checks before training, data/checks.py: "off", "warn" or "stop".
+  config.data.checks = dict.fromkeys(CHECKS, "warn")
   config.data.max_tokens = 512  # prompt + response (2305.18290's repository)
   config.data.max_prompt_tokens = 256  # kept of a prompt that is too long
   # Pairs become two responses with a label each, for a loss that reads those.

@@ -17,6 +17,7 @@ _PLACES = (
   "logps_chunk",
   "policy.remat",
   "data.max_shapes",
+  "data.checks.",
   "profile.",
   "compilation_cache_dir",
 )

@@ -11,6 +11,15 @@ from dpo_jax.losses import Knob
 LIVE_REFERENCES = ("frozen", "adapter_off", "ema")
 
 
+# Checks of the data: data/checks.py.
+CHECKS = (
+  *("broken", "identical", "empty", "prompts_cut", "responses_cut"),
+  *("special_tokens", "duplicates", "contradictions", "ties"),
+  *("chosen_scores_lower", "overlap", "length_bias", "few_held_out"),
+  "small_data",
+)
+
+
 def _count(doc: str, low: int = 0) -> Knob:
   return Knob(int, doc, low=low)
 
@@ -41,6 +50,7 @@ VALUES: dict[str, Knob] = {
   "data.scored_turns": _choice("last", "all"),
   "data.special_tokens": _choice("letters", "read"),
   "data.max_broken_records": _count("broken records to leave out"),
+  **{f"data.checks.{name}": _choice("off", "warn", "stop") for name in CHECKS},
   "data.max_tokens": _count("tokens of a prompt and its response", 2),
   "data.max_prompt_tokens": _count("tokens", 1),
   "data.row_tokens": _count("tokens of a row; 0 is one row a device"),

@@ -9,9 +9,9 @@ import numpy as np
 
 from dpo_jax import config as config_lib
 from dpo_jax import files
+from dpo_jax.data import checks, mismatched, sources, store
 from dpo_jax.data import groups as groups_lib
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import mismatched, sources, store
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.reading import Reading
 from dpo_jax.data.tokenizers import Tokenizer
@@ -33,17 +33,29 @@ class Data:
       name. Empty where nothing is held out.
     is_measured: whether the loss can be measured on the held-out groups, or
       only their prompts are used.
+    checks: results of the checks.
   """
 
   tokenizer: Tokenizer
   train: loader_lib.Loader
   eval: Mapping[str, loader_lib.Loader]
-  is_measured: bool = True
+  is_measured: bool
+  checks: list[checks.Result]
 
   @property
   def first_eval(self) -> loader_lib.Loader | None:
     """Held-out set whose prompts are sampled from; None without one."""
     return next(iter(self.eval.values()), None)
+
+  def description(self) -> dict[str, Any]:
+    """Returns what data.json holds: identity, reports and checks."""
+    loaders = [self.train, *self.eval.values()]
+    reports = {}
+    for loader in loaders:
+      report = loader.store.report
+      reports |= {r["source"]: r for r in report.get("sources", [report])}
+    results = [dataclasses.asdict(result) for result in self.checks]
+    return {**self.identity(), "reports": reports, "checks": results}
 
   def identity(self) -> dict[str, Any]:
     """Returns what all hosts, and all starts of a run, must have in common."""
@@ -67,11 +79,13 @@ class Groups:
 
   Attributes:
     store: groups.
+    reports: report of each source, see `groups.tokenize`.
     is_usable: bool [N], from which of them the loss learns.
     source: i64 [N], index of the source of each.
   """
 
   store: store.Store
+  reports: tuple[Mapping[str, Any], ...]
   is_usable: np.ndarray
   source: np.ndarray
 
@@ -147,7 +161,27 @@ class Pipeline:
       microbatches=self.config.accumulation_steps,
       mixture=self._mix(groups, train) if settings.sources else None,
     )
-    return Data(self.tokenizer, train_loader, loaders, is_measured)
+    opened = [groups, *(g for g in held_out.values() if g is not groups)]
+    by_split = {config_lib.split_name(n): x for n, x in loaders.items()}
+    results = checks.run_checks(
+      self._check_actions(),
+      [report for its_groups in opened for report in its_groups.reports],
+      {"train": train_loader, **by_split},
+    )
+    return Data(self.tokenizer, train_loader, loaders, is_measured, results)
+
+  def _check_actions(self) -> dict[str, str]:
+    """Returns the actions of the checks, without those that say nothing."""
+    config = self.config
+    actions = dict(config.data.checks)
+    if self.objective.group == "single":
+      actions["length_bias"] = "off"  # there are no pairs
+    is_wanted = config.data.eval_fraction or any(
+      config_lib.eval_sets(config.data).values()
+    )
+    if not is_wanted or 0 < config.eval.max_groups < 30:
+      actions["few_held_out"] = "off"
+    return actions
 
   def _mix(self, groups: Groups, train: np.ndarray) -> Mixture:
     """Shares the training groups out by their sources."""
@@ -178,6 +212,7 @@ class Pipeline:
       )
     return Groups(
       joined,
+      tuple(one.report for one, _ in opened),
       np.concatenate([is_usable for _, is_usable in opened]),
       np.repeat(np.arange(len(stores)), [len(one) for one in stores]),
     )

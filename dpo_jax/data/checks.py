@@ -1,0 +1,231 @@
+"""Checks of the data before training: one table.
+
+Each check has a measure, a limit and an action: nothing, a warning, or a stop.
+`data.checks.NAME` sets the action to "off", "warn" or "stop".
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import logging
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.loader import Loader
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """A check of the table.
+
+  Attributes:
+    measure: report of a source, or loaders by split -> value.
+    limit: value above which it acts.
+    message: what was found, with {value} as a number and {share} in per cent,
+      and how to mend it.
+  """
+
+  measure: Callable[[Any], float]
+  limit: float
+  message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a check found.
+
+  Attributes:
+    name: name of the check.
+    where: source, or "" for all data.
+    value: measure.
+    limit: value above which the check acts.
+    action: "off", "warn" or "stop".
+    message: what was found and how to mend it; "" within the limit.
+  """
+
+  name: str
+  where: str
+  value: float
+  limit: float
+  action: str
+  message: str
+
+
+def _share(key: str, of: str = "groups") -> Callable[[Mapping], float]:
+  return lambda report: report[key] / max(report[of], 1)
+
+
+def _dropped(reason: str) -> Callable[[Mapping], float]:
+  return lambda report: (
+    report["dropped"].get(reason, 0) / max(report["records"], 1)
+  )
+
+
+# Checks of a source's report.
+SOURCE_CHECKS: dict[str, Check] = {
+  "broken": Check(
+    _share("broken", "records"), 0.0, "{share} of the records are broken"
+  ),
+  "identical": Check(
+    _dropped("identical_responses"),
+    0.1,
+    "{share} of the records have twice the same response, and are dropped",
+  ),
+  "empty": Check(
+    _dropped("empty_response"),
+    0.1,
+    "{share} of the records have an empty response, and are dropped",
+  ),
+  "prompts_cut": Check(
+    _share("prompts_cut"),
+    0.1,
+    "{share} of the prompts lost their beginning: raise data.max_tokens, or"
+    " data.max_prompt_tokens",
+  ),
+  "responses_cut": Check(
+    _share("responses_cut"),
+    0.1,
+    "responses lost their end, {value:.2f} of them a group: raise"
+    " data.max_tokens",
+  ),
+  "special_tokens": Check(
+    _share("special_tokens"),
+    0.5,
+    "{share} of the groups spell special tokens, which are read as letters: if"
+    " a chat template wrote this text, set data.special_tokens=read",
+  ),
+  "duplicates": Check(
+    _share("duplicates"), 0.05, "{share} of the groups are there twice"
+  ),
+  "contradictions": Check(
+    _share("contradictions"),
+    0.01,
+    "{share} of the groups are contradicted by another with the same prompt"
+    " and responses",
+  ),
+  "ties": Check(
+    _share("ties"), 0.1, "{share} of the groups have responses of equal score"
+  ),
+  "chosen_scores_lower": Check(
+    _share("chosen_scores_lower"),
+    0.01,
+    "{share} of the pairs have a chosen response that scores below the"
+    " rejected one",
+  ),
+}
+
+
+def _overlap(loaders: Mapping[str, Loader]) -> float:
+  """Largest share of a held-out set whose prompts are trained on."""
+  hashes = {
+    split: loader.store.prompt_hashes[loader.indices]
+    for split, loader in loaders.items()
+  }
+  train = hashes.pop("train")
+  return max((np.isin(h, train).mean() for h in hashes.values()), default=0.0)
+
+
+def _length_bias(loaders: Mapping[str, Loader]) -> float:
+  """Distance from a half of the accuracy of choosing by length, for pairs."""
+  loader = loaders["train"]
+  lengths = loader.store.lengths[loader.indices, 1:]
+  if lengths.shape[1] != 2:
+    return 0.0
+  return abs(length_accuracy(lengths) - 0.5)
+
+
+def length_accuracy(lengths: np.ndarray) -> float:
+  """Accuracy of always choosing the longer response.
+
+  Args:
+    lengths: [N, 2], tokens of chosen and rejected; a tie counts a half.
+  """
+  longer = np.sign(lengths[:, 0].astype(np.int64) - lengths[:, 1])
+  return float(0.5 * (longer + 1).mean())
+
+
+def _missing_groups(loaders: Mapping[str, Loader]) -> float:
+  """Groups that the smallest held-out set lacks of 30; 30 without a set."""
+  sizes = [len(x.indices) for split, x in loaders.items() if split != "train"]
+  return 30 - min(sizes, default=0)
+
+
+def _repeats(loaders: Mapping[str, Loader]) -> float:
+  loader = loaders["train"]
+  return loader.batch_size / len(loader.indices)
+
+
+# Checks of all data: measures of the loaders by split, "train" among them.
+DATA_CHECKS: dict[str, Check] = {
+  "overlap": Check(
+    _overlap, 0.01, "{share} of the held-out prompts are trained on"
+  ),
+  "length_bias": Check(
+    _length_bias,
+    0.2,
+    "to choose by length alone is right or wrong far more often than chance:"
+    " {share} from a half",
+  ),
+  "few_held_out": Check(
+    _missing_groups,
+    0.0,
+    "fewer than 30 groups are held out ({value:.0f} are missing), so that"
+    " held-out metrics say little: raise data.eval_fraction, or name a"
+    " data.eval_source",
+  ),
+  "small_data": Check(
+    _repeats,
+    1.0,
+    "a batch has {value:.1f} times the groups there are, so it repeats them:"
+    " lower batch_size",
+  ),
+}
+
+
+def run_checks(
+  actions: Mapping[str, str],
+  reports: Iterable[Mapping[str, Any]],
+  loaders: Mapping[str, Loader],
+) -> list[Result]:
+  """Runs the table.
+
+  Args:
+    actions: `data.checks`: action by name of the check.
+    reports: reports of the sources, see `groups.tokenize`.
+    loaders: by split, "train" among them.
+
+  Returns:
+    A result for each check of each source, and of all data.
+
+  Raises:
+    ValueError: a check whose action is "stop" is above its limit; names all.
+  """
+  results = [
+    _run(name, check, report, report["source"], actions[name])
+    for report in reports
+    for name, check in SOURCE_CHECKS.items()
+  ]
+  results += [
+    _run(name, check, loaders, "", actions[name])
+    for name, check in DATA_CHECKS.items()
+  ]
+  found = [result for result in results if result.message]
+  for result in found:
+    if result.action == "warn":
+      _LOG.warning("%s", result.message)
+  stops = [result.message for result in found if result.action == "stop"]
+  if stops:
+    raise ValueError("\n".join(stops))
+  return results
+
+
+def _run(name: str, check: Check, facts: Any, where: str, action: str):
+  value = float(check.measure(facts))
+  message = ""
+  if value > check.limit:
+    text = check.message.format(value=value, share=f"{100 * value:.1f} %")
+    message = f"{where}: {text}" if where else text
+    message += f" (data.checks.{name}={action})"
+  return Result(name, where, value, check.limit, action, message)

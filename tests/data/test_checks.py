@@ -1,0 +1,122 @@
+"""Checks of the data: what each finds, and what it does then."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from dpo_jax.config import CHECKS
+from dpo_jax.data import checks
+from dpo_jax.data.groups import COUNTS
+from dpo_jax.run import build_run
+from dpo_jax.workdir import Workdir
+from tests import tiny
+
+
+def make_report(**found):
+  report = {"source": "jsonl:x", "records": 100, "groups": 80, "dropped": {}}
+  return report | dict.fromkeys(COUNTS, 0) | found
+
+
+def find(action="warn", **found):
+  actions = dict.fromkeys(CHECKS, action)
+  loader = tiny.make_loader(tiny.make_groups(40), 4)
+  object.__setattr__(
+    loader.store, "prompt_hashes", np.arange(40, dtype=np.uint32)
+  )
+  results = checks.run_checks(
+    actions, [make_report(**found)], {"train": loader}
+  )
+  return {r.name: r for r in results if r.message and r.where}
+
+
+def test_the_table_has_the_checks_of_the_config():
+  assert {*checks.SOURCE_CHECKS, *checks.DATA_CHECKS} == set(CHECKS)
+
+
+@pytest.mark.parametrize(
+  ("name", "below", "above", "message"),
+  [
+    ("broken", {}, {"broken": 1}, "1.0 % of the records are broken"),
+    ("prompts_cut", {"prompts_cut": 8}, {"prompts_cut": 9}, "11.2 % of the pr"),
+    ("responses_cut", {"responses_cut": 8}, {"responses_cut": 40}, "0.50 of"),
+    ("special_tokens", {"special_tokens": 40}, {"special_tokens": 41}, "=read"),
+    ("duplicates", {"duplicates": 4}, {"duplicates": 5}, "6.2 % of the groups"),
+    ("contradictions", {}, {"contradictions": 2}, "2.5 % of the groups"),
+    ("ties", {"ties": 8}, {"ties": 9}, "equal score"),
+    ("chosen_scores_lower", {}, {"chosen_scores_lower": 4}, "5.0 %"),
+    (
+      "identical",
+      {"dropped": {"identical_responses": 10}},
+      {"dropped": {"identical_responses": 11}},
+      "11.0 % of the records",
+    ),
+    (
+      "empty",
+      {"dropped": {"empty_response": 10}},
+      {"dropped": {"empty_response": 11}},
+      "11.0 % of the records",
+    ),
+  ],
+)
+def test_a_report_above_the_limit_is_told(name, below, above, message):
+  assert name not in find(**below)
+  [found] = find(**above).values()
+  assert found.name == name and message in found.message
+  assert f"data.checks.{name}=warn" in found.message
+
+
+def test_a_check_that_stops_names_all_that_it_found(caplog):
+  with pytest.raises(ValueError) as error:
+    find("stop", broken=1, ties=80)
+  assert "1.0 % of the records are broken" in str(error.value)
+  assert "100.0 % of the groups have responses of equal" in str(error.value)
+  with caplog.at_level(logging.WARNING, "dpo_jax"):
+    assert find("off", broken=1)["broken"].value == 0.01
+  assert not caplog.text
+
+
+def test_length_alone_chooses_as_often_as_it_does():
+  lengths = np.array([[5, 3], [2, 9], [4, 4], [8, 1]])
+  assert checks.length_accuracy(lengths) == (1 + 0 + 0.5 + 1) / 4
+
+
+def write(path, pairs):
+  lines = [
+    json.dumps({"prompt": p, "chosen": c, "rejected": r}) for p, c, r in pairs
+  ]
+  path.write_text("\n".join(lines))
+  return f"jsonl:{path}"
+
+
+def run_of(tmp_path, **overrides):
+  config = tiny.make_config(eval__max_groups=0, **overrides)
+  return build_run(config, Workdir.at(tmp_path / "run"))
+
+
+def test_what_a_small_data_set_cannot_say_is_told(
+  tmp_path, caplog, on_one_device
+):
+  pairs = [("same", f" long and good {i}", f" b{i}") for i in range(29)]
+  source = write(tmp_path / "one.jsonl", pairs)
+  other = write(tmp_path / "two.jsonl", pairs[:3])
+  settings = {"data__source": source, "batch_size": 64}
+  with caplog.at_level(logging.WARNING, "dpo_jax"):
+    run = run_of(tmp_path, **settings, data__eval_source=other)
+  assert "fewer than 30 groups are held out (27 are missing)" in caplog.text
+  assert "100.0 % of the held-out prompts are trained on" in caplog.text
+  assert "a batch has 2.2 times the groups there are" in caplog.text
+  assert (
+    "by length alone" in caplog.text and "50.0 % from a half" in caplog.text
+  )
+  found = {r["name"]: r for r in run.data.description()["checks"]}
+  assert found["overlap"]["value"] == 1.0
+  assert set(run.data.description()["reports"]) == {source, other}
+  caplog.clear()
+  with caplog.at_level(logging.WARNING, "dpo_jax"):
+    run_of(tmp_path, **settings, data__eval_fraction=0.0)
+  assert "held out" not in caplog.text  # as was asked for
+  settings |= {"data__eval_source": other, "data__checks__small_data": "stop"}
+  with pytest.raises(ValueError, match=r"2\.2 times .*small_data=stop"):
+    run_of(tmp_path, **settings)
