@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import hlo, mesh, roofline, topology
+from dpo_jax import compat, hlo, mesh, roofline, topology
 from dpo_jax.models import vocabulary
 from dpo_jax.run import Run, build_run, check_context, with_shardings
 from dpo_jax.types import Batch, token_masks
@@ -176,7 +176,7 @@ def make_plan(run: Run, request: Request) -> Plan:
   if compiled is None:
     peak, collectives = wanted, []
   else:
-    peak = float(compiled.memory_analysis().peak_memory_in_bytes)
+    peak = float(compat.program_memory(compiled).peak)
     devices = list(run.placement.mesh.devices.flat)
     collectives = hlo.collectives(
       compiled.as_text(),

@@ -35,6 +35,7 @@ import jax
 import pytest
 
 from dpo_jax import mesh as mesh_lib
+from dpo_jax import topology
 
 _make_mesh = mesh_lib.make_mesh
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -68,6 +69,15 @@ def golden() -> pathlib.Path:
   if not path.is_dir():
     pytest.skip("no golden figures: point DPO_JAX_GOLDEN at a folder of them")
   return path
+
+
+@pytest.fixture(scope="session")
+def libtpu() -> None:
+  """A libtpu of the version that jax pins, or a skip."""
+  try:
+    topology.check_libtpu()
+  except RuntimeError as error:
+    pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)

@@ -21,15 +21,6 @@ from dpo_jax.models.decoder import Readout
 from tests import faults, tiny
 
 
-@pytest.fixture(scope="module")
-def libtpu():
-  """A libtpu of the version that jax pins, or a skip."""
-  try:
-    topology.check_libtpu()
-  except RuntimeError as error:
-    pytest.skip(str(error))
-
-
 def make_request(name="v5e-8", **fields):
   config = tiny.make_config(
     mesh={"data": 2, "fsdp": -1, "tensor": 2}, policy__remat="full"
