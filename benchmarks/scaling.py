@@ -17,7 +17,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 
 from benchmarks import ours, results, workload
-from dpo_jax import compat, hlo, mesh
+from dpo_jax import ahead_of_time, compat, hlo, mesh
 
 
 def main() -> None:
@@ -37,7 +37,9 @@ def main() -> None:
         mesh.make_mesh(sizes, jax.devices()[:count]),
       )
       compiled = trainer.compile()
-      found = hlo.collectives(compiled.as_text(), count)
+      found = ahead_of_time.read_collectives(
+        compiled.as_text(), jax.devices()[:count]
+      )
       memory = compat.program_memory(compiled)
       rows.append(
         {

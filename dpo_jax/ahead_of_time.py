@@ -58,9 +58,12 @@ class Plan:
     run: what was compiled.
     batch: abstract.
     memory: bytes of a device by kind.
-    peak: bytes of a device, XLA's count; of what it wanted if it had no room.
+    peak: bytes of a device, XLA's count; of what it wanted if it had no room,
+      NaN if XLA's message does not say it in words that are known.
     fits: whether it has room.
-    collectives: of the compiled step; none if it had no room.
+    collectives: of the compiled step; None if it was not compiled for want of
+      room, or its text is unreadable.
+    unread: the words of XLA that were not read; "" if all were.
     work: by formula.
     bounds: seconds a step, see `roofline.lower_bounds`.
     compile_seconds: how long XLA took.
@@ -71,7 +74,8 @@ class Plan:
   memory: dict[str, float]
   peak: float
   fits: bool
-  collectives: list[hlo.Collective]
+  collectives: list[hlo.Collective] | None
+  unread: str
   work: roofline.Work
   bounds: dict[str, float]
   compile_seconds: float
@@ -171,18 +175,14 @@ def make_plan(run: Run, request: Request) -> Plan:
   scored_tokens = batch.targets.shape[1]
   memory = known_memory(run, state, batch)
   started = time.monotonic()
-  compiled, wanted = _compile(run, state, shardings, batch)
+  compiled, message = _compile(run, state, shardings, batch)
   seconds = time.monotonic() - started
   if compiled is None:
-    peak, collectives = wanted, []
+    peak, collectives = wanted_bytes(message, shard_bytes((state, batch))), None
+    unread = str(hlo.UnreadableError(message)) if math.isnan(peak) else ""
   else:
-    peak = float(compat.program_memory(compiled).peak)
     devices = list(run.placement.mesh.devices.flat)
-    collectives = hlo.collectives(
-      compiled.as_text(),
-      len(devices),
-      lambda i: getattr(devices[i], "slice_index", None) or 0,
-    )
+    peak, collectives, unread = _measure(compiled, devices)
   lengths = dict(
     num_rows=num_rows, row_tokens=row_tokens, scored_tokens=scored_tokens
   )
@@ -207,24 +207,55 @@ def make_plan(run: Run, request: Request) -> Plan:
     peak=peak,
     fits=compiled is not None and peak <= request.topology.hbm_per_device,
     collectives=collectives,
+    unread=unread,
     work=work,
     bounds=roofline.lower_bounds(work, moved, collectives, request.topology),
     compile_seconds=seconds,
   )
 
 
-def _compile(run, state, shardings, batch) -> tuple[Any, float]:
-  """The compiled step, or None and the bytes that it would have needed."""
+def _measure(
+  compiled: Any, devices: list[Any]
+) -> tuple[float, list[hlo.Collective] | None, str]:
+  """Reads a compiled step's peak bytes, its collectives or None, and why."""
+  peak = float(compat.program_memory(compiled).peak)
+  try:
+    return peak, read_collectives(compiled.as_text(), devices), ""
+  except hlo.UnreadableError as error:
+    return peak, None, str(error)
+
+
+def read_collectives(text: str, devices: list[Any]) -> list[hlo.Collective]:
+  """Reads the collectives of a compiled training step.
+
+  Args:
+    text: of the compiled step.
+    devices: of the mesh.
+
+  Raises:
+    hlo.UnreadableError: see `hlo.collectives`, and where devices or slices
+      seem not to communicate. Those of a training step do.
+  """
+  slices = [compat.slice_index(device) for device in devices]
+  found = hlo.collectives(text, len(devices), slices.__getitem__)
+  if len(devices) > 1 and not found:
+    raise hlo.UnreadableError(f"no collective of {len(devices)} devices")
+  if len(set(slices)) > 1 and not any(c.crosses for c in found):
+    raise hlo.UnreadableError(f"no collective of {len(set(slices))} slices")
+  return found
+
+
+def _compile(run, state, shardings, batch) -> tuple[Any, str]:
+  """The compiled step, or None and XLA's message that it has no room."""
   with jax.set_mesh(run.placement.mesh):
     step = run.placement.compile_step(run.make_train_step(), shardings)
     lowered = step.lower(state, batch)
     try:
-      return lowered.compile(), 0.0
+      return lowered.compile(), ""
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      wanted = wanted_bytes(str(error), shard_bytes((state, batch)))
-      return None, wanted
+      return None, str(error)
 
 
 def wanted_bytes(message: str, arguments: float) -> float:
