@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import interleave, workload
-from dpo_jax import mesh, optimizer, reference
+from dpo_jax import compat, mesh, optimizer, reference
 from dpo_jax.config import default_config
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
@@ -97,9 +97,9 @@ class Trainer:
     first["first_step_s"] = time.monotonic() - began
     first["reference_s"] = reference_s
     if options.memory:
-      memory = self.compile().memory_analysis()
-      first["step_temp_mb"] = memory.temp_size_in_bytes / 2**20
-      first["step_arguments_mb"] = memory.argument_size_in_bytes / 2**20
+      memory = compat.program_memory(self.compile())
+      first["step_temp_mb"] = memory.temporaries / 2**20
+      first["step_arguments_mb"] = memory.arguments / 2**20
     return first
 
   def compile(self) -> Any:

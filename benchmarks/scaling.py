@@ -17,7 +17,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 
 from benchmarks import ours, results, workload
-from dpo_jax import hlo, mesh
+from dpo_jax import ahead_of_time, compat, hlo, mesh
 
 
 def main() -> None:
@@ -37,14 +37,16 @@ def main() -> None:
         mesh.make_mesh(sizes, jax.devices()[:count]),
       )
       compiled = trainer.compile()
-      found = hlo.collectives(compiled.as_text(), count)
-      memory = compiled.memory_analysis()
+      found = ahead_of_time.read_collectives(
+        compiled.as_text(), jax.devices()[:count]
+      )
+      memory = compat.program_memory(compiled)
       rows.append(
         {
           "mesh": f"{axis} {count}",
           "step_flops_a_device": trainer.mean_work().shared_flops / count,
-          "temp_mb": memory.temp_size_in_bytes / 2**20,
-          "arguments_mb": memory.argument_size_in_bytes / 2**20,
+          "temp_mb": memory.temporaries / 2**20,
+          "arguments_mb": memory.arguments / 2**20,
           **{
             f"{kind} MB": sum(
               c.num_bytes * c.trips for c in found if c.kind == kind

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpo_jax import compat, hlo, mesh, model_source, roofline, topology
 from dpo_jax import config as config_lib
-from dpo_jax import hlo, mesh, model_source, roofline, topology
 from dpo_jax.data.loader import Loader
 from dpo_jax.models import vocabulary
 from dpo_jax.program import Program
@@ -75,9 +75,12 @@ class Plan:
   Attributes:
     subject: what was compiled.
     memory: bytes of a device by kind.
-    peak: bytes of a device, XLA's count; of what it wanted if it had no room.
+    peak: bytes of a device, XLA's count; of what it wanted if it had no room,
+      NaN if XLA's message does not say it in words that are known.
     fits: whether it has room.
-    collectives: of the compiled step; none if it had no room.
+    collectives: of the compiled step; None if it was not compiled for want of
+      room, or its text is unreadable.
+    unread: the words of XLA that were not read; "" if all were.
     work: by formula.
     bounds: seconds a step, see `roofline.lower_bounds`.
     compile_seconds: how long XLA took.
@@ -87,7 +90,8 @@ class Plan:
   memory: dict[str, float]
   peak: float
   fits: bool
-  collectives: list[hlo.Collective]
+  collectives: list[hlo.Collective] | None
+  unread: str
   work: roofline.Work
   bounds: dict[str, float]
   compile_seconds: float
@@ -184,21 +188,18 @@ def _stand_in(config: Any, program: Program, request: Request) -> Batch:
 def make_plan(subject: Subject, request: Request) -> Plan:
   """Compiles the step for the topology and measures what came out."""
   program, batch = subject.program, subject.batch
-  model, devices = program.policy.config, program.placement.mesh.devices
+  model = program.policy.config
   memory = known_memory(subject)
   started = time.monotonic()
-  compiled, wanted = _compile(subject)
+  compiled, message = _compile(subject)
   seconds = time.monotonic() - started
   if compiled is None:
-    peak, collectives = wanted, []
+    state, _ = program.abstract_state()
+    peak, collectives = wanted_bytes(message, shard_bytes((state, batch))), None
+    unread = str(hlo.UnreadableError(message)) if math.isnan(peak) else ""
   else:
-    peak = float(compiled.memory_analysis().peak_memory_in_bytes)
-    by_index = list(devices.flat)
-    collectives = hlo.collectives(
-      compiled.as_text(),
-      len(by_index),
-      lambda i: getattr(by_index[i], "slice_index", None) or 0,
-    )
+    devices = list(program.placement.mesh.devices.flat)
+    peak, collectives, unread = _measure(compiled, devices)
   lengths = dict(
     num_rows=batch.tokens.shape[0],
     row_tokens=batch.tokens.shape[1],
@@ -224,25 +225,56 @@ def make_plan(subject: Subject, request: Request) -> Plan:
     peak=peak,
     fits=compiled is not None and peak <= request.topology.hbm_per_device,
     collectives=collectives,
+    unread=unread,
     work=work,
     bounds=roofline.lower_bounds(work, moved, collectives, request.topology),
     compile_seconds=seconds,
   )
 
 
-def _compile(subject: Subject) -> tuple[Any, float]:
-  """Returns the compiled step, or None and the bytes that it wanted."""
+def _measure(
+  compiled: Any, devices: list[Any]
+) -> tuple[float, list[hlo.Collective] | None, str]:
+  """Reads a compiled step's peak bytes, its collectives or None, and why."""
+  peak = float(compat.program_memory(compiled).peak)
+  try:
+    return peak, read_collectives(compiled.as_text(), devices), ""
+  except hlo.UnreadableError as error:
+    return peak, None, str(error)
+
+
+def read_collectives(text: str, devices: list[Any]) -> list[hlo.Collective]:
+  """Reads the collectives of a compiled training step.
+
+  Args:
+    text: of the compiled step.
+    devices: of the mesh.
+
+  Raises:
+    hlo.UnreadableError: see `hlo.collectives`, and where devices or slices
+      seem not to communicate. Those of a training step do.
+  """
+  slices = [compat.slice_index(device) for device in devices]
+  found = hlo.collectives(text, len(devices), slices.__getitem__)
+  if len(devices) > 1 and not found:
+    raise hlo.UnreadableError(f"no collective of {len(devices)} devices")
+  if len(set(slices)) > 1 and not any(c.crosses for c in found):
+    raise hlo.UnreadableError(f"no collective of {len(set(slices))} slices")
+  return found
+
+
+def _compile(subject: Subject) -> tuple[Any, str]:
+  """Returns the compiled step, or None and XLA's message: it has no room."""
   program, batch = subject.program, subject.batch
   state, _ = program.abstract_state()
   with jax.set_mesh(program.placement.mesh):
     lowered = program.train_step().lower(state, batch)
     try:
-      return lowered.compile(), 0.0
+      return lowered.compile(), ""
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      wanted = wanted_bytes(str(error), shard_bytes((state, batch)))
-      return None, wanted
+      return None, str(error)
 
 
 def wanted_bytes(message: str, arguments: float) -> float:

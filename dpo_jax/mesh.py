@@ -20,6 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from dpo_jax import compat
 from dpo_jax.models.partition import ROW_AXES
 from dpo_jax.types import Batch
 
@@ -87,13 +88,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
   devices = list(jax.devices() if devices is None else devices)
   shape = settle_sizes(sizes, len(devices))
   if getattr(devices[0], "device_kind", "") == "TPU v4" and any(
-    d.core_on_chip for d in devices
+    compat.core_on_chip(d) for d in devices
   ):
     # Compiled ahead of time a v4 chip is two devices, which JAX's own
     # arrangement refuses; on a TPU VM it is one.
     arranged = np.array(devices).reshape(tuple(shape.values()))
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-  num_slices = len({getattr(d, "slice_index", None) for d in devices})
+  num_slices = len({compat.slice_index(d) for d in devices})
   if num_slices == 1 or devices[0].platform != "tpu":
     return jax.make_mesh(
       tuple(shape.values()),

@@ -46,9 +46,10 @@ class Report:
   Attributes:
     text: all tables.
     fits: whether it has room.
-    peak: bytes of a device.
-    received: bytes of a device in a step, over all networks.
-    seconds: a step, at the stated MFU.
+    peak: bytes of a device; NaN if it is unreadable.
+    received: bytes of a device in a step, over all networks; NaN if they are
+      unreadable, or the step was not compiled.
+    seconds: a step, at the stated MFU; NaN where `received` is.
     bound: what it waits for.
   """
 
@@ -61,7 +62,15 @@ class Report:
 
 
 # Last of all in a sweep.
-_NOT_COMPILED = Report("", False, math.nan, math.nan, math.inf, "")
+_NOT_COMPILED = Report("", False, math.nan, math.nan, math.nan, "")
+
+
+def _number(value: float) -> float | str:
+  return hlo.UNREADABLE if math.isnan(value) else value
+
+
+def _text(value: float) -> str:
+  return hlo.UNREADABLE if math.isnan(value) else f"{value:,.4g}"
 
 
 def memory_table(plan: Plan, hbm: float) -> str:
@@ -77,8 +86,8 @@ def memory_table(plan: Plan, hbm: float) -> str:
     [
       {
         "memory a device": name,
-        "GiB": size / _GIB,
-        "of HBM": f"{100 * size / hbm:.1f} %",
+        "GiB": _number(size / _GIB),
+        "of HBM": "" if math.isnan(size) else f"{100 * size / hbm:.1f} %",
       }
       for name, size in lines.items()
     ]
@@ -87,6 +96,8 @@ def memory_table(plan: Plan, hbm: float) -> str:
 
 def collective_table(plan: Plan) -> str:
   """Calls and bytes by kind and network."""
+  if plan.collectives is None:
+    return f"collectives: {hlo.UNREADABLE}"
   rows = []
   for kind in hlo.KINDS:
     for crosses in (False, True):
@@ -108,16 +119,24 @@ def collective_table(plan: Plan) -> str:
 
 
 def expected_seconds(plan: Plan, request: Request) -> float:
-  """At the stated MFU, and not faster than the roofline."""
+  """At the stated MFU, and not faster than the roofline; NaN if a bound is."""
   peak = request.topology.num_chips * request.topology.chip.flops
-  return max(
-    plan.work.model_flops / (peak * request.mfu), *plan.bounds.values()
+  seconds = (
+    plan.work.model_flops / (peak * request.mfu),
+    *plan.bounds.values(),
   )
+  return math.nan if any(map(math.isnan, seconds)) else max(seconds)
+
+
+def slowest(plan: Plan) -> str:
+  """Names what a step waits for, if all bounds are known."""
+  if any(map(math.isnan, plan.bounds.values())):
+    return f"what is {hlo.UNREADABLE}"
+  return max(plan.bounds, key=plan.bounds.get)
 
 
 def time_table(plan: Plan, request: Request) -> str:
   """The roofline, the bound, and what the run takes and costs."""
-  slowest = max(plan.bounds, key=plan.bounds.get)
   seconds = expected_seconds(plan, request)
   config, chips = plan.subject.config, request.topology.num_chips
   hours = seconds * config.total_steps / 3600
@@ -137,9 +156,9 @@ def time_table(plan: Plan, request: Request) -> str:
       (f"cost at {request.price:g} a chip-hour", hours * chips * request.price)
     )
   table = format_table(
-    [{"time": name, "value": f"{value:,.4g}"} for name, value in lines]
+    [{"time": name, "value": _text(value)} for name, value in lines]
   )
-  return f"{table}\nbound by {slowest}"
+  return f"{table}\nbound by {slowest(plan)}"
 
 
 def work_table(plan: Plan) -> str:
@@ -202,7 +221,7 @@ def remedies(plan: Plan) -> list[dict[str, Any]]:
     found.append((f"batch_size={config.batch_size // 2}", 0.5 * max(rest, 0.0)))
   found.append(("a topology of twice the chips", 0.5 * state))
   return [
-    {"what to change": change, "frees about, GiB": freed / _GIB}
+    {"what to change": change, "frees about, GiB": _number(freed / _GIB)}
     for change, freed in found
     if not freed <= 0
   ]
@@ -241,12 +260,16 @@ def describe(plan: Plan, request: Request) -> str:
       "HBM bytes: " + roofline.BYTES_FORMULA,
     ]
   else:
+    wanted = f"{plan.peak / _GIB:.2f} GiB wanted"
+    if math.isnan(plan.peak):
+      wanted = f"what it wanted is {hlo.UNREADABLE}"
     parts += [
-      f"It does not fit: {plan.peak / _GIB:.2f} GiB wanted, {hbm / _GIB:.2f}"
-      " there.",
+      f"It does not fit: {wanted}, {hbm / _GIB:.2f} there.",
       format_table(remedies(plan)),
       "What frees activations is a rule of thumb: plan again with the change.",
     ]
+  if plan.unread:
+    parts.append(plan.unread)
   return "\n\n".join(parts)
 
 
@@ -299,13 +322,16 @@ def report(request: Request, sizes: Mapping[str, int] | None = None) -> Report:
   absl_logging.set_verbosity(absl_logging.ERROR)
   logging.getLogger("jax").setLevel(logging.ERROR)
   plan = ahead_of_time.make_plan(ahead_of_time.build(request, sizes), request)
+  received = math.nan
+  if plan.collectives is not None:
+    received = sum(c.num_bytes * c.trips for c in plan.collectives)
   return Report(
     text=describe(plan, request),
     fits=plan.fits,
     peak=plan.peak,
-    received=sum(c.num_bytes * c.trips for c in plan.collectives),
+    received=received,
     seconds=expected_seconds(plan, request),
-    bound=max(plan.bounds, key=plan.bounds.get),
+    bound=slowest(plan),
   )
 
 
@@ -355,22 +381,26 @@ def sweep(
       f"no mesh of {request.topology.name} divides this model and batch:"
       " change batch_size, or --rows"
     )
-  # Meshes that wait for the same thing are told apart by what they receive.
-  ranked = sorted(
-    reports.items(),
-    key=lambda item: (not item[1].fits, item[1].seconds, item[1].received),
-  )
   return [
     {
       "mesh": name,
       "fits": "yes" if made.fits else "no" if made.text else "not compiled",
-      "peak, GiB": made.peak / _GIB,
-      "received, GiB": made.received / _GIB,
-      "step, s": made.seconds if made.fits else math.nan,
+      "peak, GiB": _number(made.peak / _GIB) if made.text else math.nan,
+      "received, GiB": _number(made.received / _GIB) if made.fits else math.nan,
+      "step, s": _number(made.seconds) if made.fits else math.nan,
       "bound": made.bound if made.fits else "",
     }
-    for name, made in ranked
+    for name, made in sorted(reports.items(), key=lambda item: _rank(item[1]))
   ]
+
+
+def _rank(made: Report) -> tuple[bool, bool, float, float]:
+  # Meshes that wait for the same thing are told apart by what they receive.
+  seconds, received = (
+    math.inf if math.isnan(value) else value
+    for value in (made.seconds, made.received)
+  )
+  return not made.fits, not made.text, seconds, received
 
 
 def main() -> None:

@@ -168,7 +168,7 @@ def collective_bytes(
 def lower_bounds(
   work: Work,
   num_hbm_bytes: float,
-  collectives: Iterable[Collective],
+  collectives: Iterable[Collective] | None,
   topology: Topology,
 ) -> dict[str, float]:
   """Seconds a step that each part of the machine needs at the least.
@@ -176,16 +176,17 @@ def lower_bounds(
   Args:
     work: of a step, all devices.
     num_hbm_bytes: of a device.
-    collectives: of a device.
+    collectives: of a device; None if they are not known.
     topology: the machine.
 
   Returns:
     "compute", "HBM", "ICI" (all links of a chip busy at once, one way) and
-    "DCN" (a chip's share of its host's).
+    "DCN" (a chip's share of its host's); NaN for networks that carry what is
+    not known.
   """
   chip = topology.chip
-  ici = dcn = 0.0
-  for collective in collectives:
+  ici = dcn = math.nan if collectives is None else 0.0
+  for collective in collectives or ():
     received = collective.num_bytes * collective.trips
     if collective.crosses:
       dcn += received

@@ -131,11 +131,10 @@ class Topology:
     for variable, value in quiet.items():
       os.environ.setdefault(variable, value)
     check_libtpu()
-    from jax.experimental import topologies
+    # Names alone, as scripts/launch_tpu.py reads them, take no JAX.
+    from dpo_jax import compat
 
-    return topologies.get_topology_desc(
-      platform="tpu", topology_name=self.jax_name, **settings
-    ).devices
+    return compat.topology_devices(self.jax_name, **settings)
 
 
 def known_names() -> str:

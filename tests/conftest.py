@@ -6,19 +6,24 @@ import os
 import shutil
 import tempfile
 
+from tests import xla_flags
+
 # XLA waits for all simulated devices in a rendezvous, and with fewer threads
 # than devices it waits for ever: NPROC sizes its pool. Both must be set before
 # jax is imported.
 os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most programs of a test run once, and take longer to compile than to run: a
-# third as long without XLA's new emitters of fusions. Children keep them.
-os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=8"
-  " --xla_backend_optimization_level=1"
-  " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-  " --xla_cpu_parallel_codegen_split_count=1"
-)
+# Workers inherit what the process that started them has tried.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  # Most programs of a test run once, and take longer to compile than to run: a
+  # third as long without the fusion emitters of jax 0.10; jax 0.12 has no such
+  # option, and ignores it. Children keep the emitters.
+  faster = xla_flags.known(
+    "--xla_backend_optimization_level=1"
+    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    " --xla_cpu_parallel_codegen_split_count=1"
+  )
+  os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {faster}"
 
 # What one test compiles, others, their children and the other workers, which
 # inherit these, need not.
@@ -35,6 +40,7 @@ import jax
 import pytest
 
 from dpo_jax import mesh as mesh_lib
+from dpo_jax import topology
 
 _make_mesh = mesh_lib.make_mesh
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -68,6 +74,15 @@ def golden() -> pathlib.Path:
   if not path.is_dir():
     pytest.skip("no golden figures: point DPO_JAX_GOLDEN at a folder of them")
   return path
+
+
+@pytest.fixture(scope="session")
+def libtpu() -> None:
+  """A libtpu of the version that jax pins, or a skip."""
+  try:
+    topology.check_libtpu()
+  except RuntimeError as error:
+    pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "dpo_jax"
 # From the top of the house to its door. Modules of one line know nothing of
 # each other's rank within a folder but what `_FOLDERS` says.
 ORDER = [
+  "compat",
   "types",
   "files",
   "workdir",
@@ -155,6 +156,24 @@ def test_imports_point_one_way(parts):
       assert order.index(target[1]) < order.index(parts[1]), (parts, target)
     else:
       assert ORDER.index(target[0]) < ORDER.index(parts[0]), (parts, target)
+
+
+def test_only_compat_reads_private_names_of_libraries():
+  for path in ROOT.rglob("*.py"):
+    if path.name == "compat.py":
+      continue
+    tree = ast.parse(path.read_text())
+    modules = {
+      alias.asname or alias.name.split(".")[0]
+      for node in ast.walk(tree)
+      if isinstance(node, ast.Import | ast.ImportFrom)
+      for alias in node.names
+    }
+    for node in ast.walk(tree):
+      is_private = isinstance(node, ast.Attribute) and node.attr[:1] == "_"
+      if is_private and not node.attr.startswith("__"):
+        name = getattr(node.value, "id", "")
+        assert name not in modules, f"{path.name}:{node.lineno} {node.attr}"
 
 
 def test_losses_import_only_jax_and_types():

@@ -123,12 +123,63 @@ def test_groups_that_cross_slices_are_told_apart():
     ("mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
     ("mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
     ("mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+    ("mesh[a=2,b=2] {b}", [[0, 1], [2, 3]]),
+    ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
+    ("mesh['a'=2,'b'=2], device_ids=(1,2,3,0) {'b'}", [[1, 2], [3, 0]]),
+    ("{{0,1,2,3}}", [[0, 1, 2, 3]]),
     ("{}", [[0, 1, 2, 3]]),
   ],
 )
 def test_every_spelling_of_groups_is_read(spelling, groups):
   line = f"%x = f32[4] all-reduce(%y), replica_groups={spelling}, to_apply=%a"
   np.testing.assert_array_equal(hlo._groups(line, 4), groups)
+
+
+def test_parts_of_an_axis_are_grouped_together():
+  """Of 8 devices, those that differ in the first and the last of three bits."""
+  line = "%x = f32[] all-reduce(%y), replica_groups=mesh['a'=8] {'a':(4)2,'a'"
+  groups = hlo._groups(line + ":(1)2}, to_apply=%a", 8)
+  assert sorted(map(sorted, groups.tolist())) == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+@pytest.mark.parametrize(
+  ("old", "new"),
+  [
+    ("ENTRY", "MAIN"),  # no entry
+    ("%inner_body (t:", "%inner_body [t:"),  # in no computation
+    (" = ", " := "),  # no instruction
+    (" fusion(", " fusion["),  # no opcode
+    ("f32[4]{0} all-reduce(", "f32[4]{0} all-reduce["),
+    ("  ROOT %alone =", "  ROOT <alone> ="),  # no name
+    (" all-gather-start(", " all-collect-start("),  # another opcode
+    (" collective-permute(", " collective-broadcast("),
+    ("body=%inner_body", "loop=%inner_body"),  # nothing calls it
+    ("s32[]{:T(128)} constant(5)", "s32[]{:T(128)} parameter(1)"),  # no trips
+    ("known_trip_count", "trip_count"),
+    ("bf16[16]{0:T(256)} all-reduce(", "f8e4m3fn[16] all-reduce("),
+    ("bf16[16]{0:T(256)} all-reduce(", "bf16<16> all-reduce("),
+    ("bf16[16]{0:T(256)} all-reduce(", "bf16[<=16] all-reduce("),
+    ("f32[4]{0} collective-permute(", "f32(4) collective-permute("),
+    ("[4,2]<=[2,4]T(1,0)", "[4,2]<=2x4"),
+    ("[4,2]<=[2,4]T(1,0)", "[4,2]<=[2,5]"),  # ten devices
+    ("{{0,1,2,3},{4,5,6,7}}", "{{0..3},{4..7}}"),
+    ("{{0,1,2,3},{4,5,6,7}}", "{{0,1,2,3},{4,5,6}}"),
+    ("{{0,4},{4,0}}", "{0->4,4->0}"),
+    ("mesh['x'=2,'y'=4] {'y'}", "mesh<'x'=2,'y'=4> {'y'}"),
+    ("mesh['x'=2,'y'=4] {'y'}", "mesh['x'=2,'y'=4] {'z'}"),
+    ("mesh['x'=2,'y'=4] {'y'}", "mesh['x'=2,'y'=4] {'y':2}"),
+    ("  %d = f32[8,4] fusion(", "  %d = (f32[8], token[]) recv(%t), x=("),
+  ],
+)
+def test_a_text_of_another_form_is_not_read_as_less(old, new):
+  assert old in _TEXT
+  with pytest.raises(hlo.UnreadableError, match="unreadable by this jax"):
+    hlo.collectives(_TEXT.replace(old, new), 8)
+
+
+def test_a_text_without_an_entry_is_unreadable():
+  with pytest.raises(hlo.UnreadableError, match="no entry computation"):
+    hlo.collectives("HloModule step\n", 8)
 
 
 def test_bytes_of_shapes():

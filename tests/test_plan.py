@@ -23,15 +23,6 @@ from dpo_jax.workdir import Workdir
 from tests import faults, tiny
 
 
-@pytest.fixture(scope="module")
-def libtpu():
-  """A libtpu of the version that jax pins, or a skip."""
-  try:
-    topology.check_libtpu()
-  except RuntimeError as error:
-    pytest.skip(str(error))
-
-
 def make_request(name="v5e-8", **fields):
   config = tiny.make_config(
     mesh={"data": 2, "fsdp": -1, "tensor": 2}, policy__remat="full"
@@ -132,20 +123,107 @@ def test_the_plan_has_the_shapes_of_the_runs_own_batch(on_cpu):
   assert batch.ref_logps.shape == batch.score.shape
 
 
-def test_what_does_not_fit_is_a_table_of_remedies(on_cpu, monkeypatch):
-  class Lowered:
-    def compile(self):
-      raise jax.errors.JaxRuntimeError(
-        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory"
-        " required for HLO temporaries (20.50G) exceeds available HBM (15.75G)."
-      )
+@dataclasses.dataclass
+class Step:
+  """A step in XLA's words.
 
-  class Step:
-    def lower(self, *arguments):
-      return Lowered()
+  Attributes:
+    text: of the compiled program.
+    error: message of a compilation that fails, if not "".
+    peak: bytes of a device.
+  """
 
+  text: str = ""
+  error: str = ""
+  peak: int = 2**30
+
+  def lower(self, *arguments):
+    return self
+
+  def compile(self):
+    if self.error:
+      raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {self.error}")
+    return self
+
+  def as_text(self):
+    return self.text
+
+  def memory_analysis(self):
+    return types.SimpleNamespace(
+      peak_memory_in_bytes=self.peak,
+      temp_size_in_bytes=0,
+      argument_size_in_bytes=0,
+    )
+
+
+def make_report(step, monkeypatch):
   monkeypatch.setattr(
-    mesh.Placement, "compile_step", lambda self, *arguments: Step()
+    mesh.Placement, "compile_step", lambda self, *arguments: step
+  )
+  return plan.report(dataclasses.replace(make_request(), price=1.0))
+
+
+_STEP = """
+ENTRY %main (p: f32[64]) -> f32[64] {
+  %p = f32[64] parameter(0)
+  ROOT %r = f32[64] all-reduce(%p), replica_groups={}, to_apply=%add
+}
+"""
+
+
+@pytest.mark.parametrize(
+  "text", [_STEP.replace("all-reduce", "all-add"), _STEP.replace(" = ", " := ")]
+)
+def test_an_unreadable_program_is_not_one_without_collectives(
+  on_cpu, monkeypatch, text
+):
+  made = make_report(Step(text), monkeypatch)
+  assert made.fits and math.isnan(made.received) and math.isnan(made.seconds)
+  assert f"collectives: {hlo.UNREADABLE}" in made.text
+  assert "no collectives" not in made.text and "nan" not in made.text
+  table = made.text.partition("MFU reached there")[0].splitlines()
+  for name in ("ICI at least", "DCN at least", "a step at MFU"):
+    (line,) = [line for line in table if line.startswith(name)]
+    assert line.endswith(hlo.UNREADABLE)
+  assert f"bound by what is {hlo.UNREADABLE}" in made.text
+  assert f"{hlo.UNREADABLE} ({jax.__version__}): " in made.text
+  readable = make_report(Step(_STEP), monkeypatch)
+  assert readable.received == 2 * 256 * 7 / 8
+  assert hlo.UNREADABLE not in readable.text
+
+
+def test_devices_or_slices_that_seem_not_to_communicate_are_unreadable():
+  """A training step's do: its gradient is of all rows."""
+  one_slice = jax.devices()[:4]
+  two_slices = [types.SimpleNamespace(slice_index=i // 2) for i in range(4)]
+  within = _STEP.replace("{}", "{{0,1},{2,3}}")
+  alone = _STEP.replace("all-reduce", "negate")
+  for text, devices in (
+    (alone, one_slice),
+    (alone, two_slices),
+    (within, two_slices),
+  ):
+    with pytest.raises(hlo.UnreadableError, match="no collective of"):
+      ahead_of_time.read_collectives(text, devices)
+  assert len(ahead_of_time.read_collectives(within, one_slice)) == 1
+  assert ahead_of_time.read_collectives(alone, one_slice[:1]) == []
+
+
+def test_an_unreadable_message_is_not_printed_as_a_number(on_cpu, monkeypatch):
+  made = make_report(Step(error="no room for it"), monkeypatch)
+  assert not made.fits and math.isnan(made.peak)
+  assert f"It does not fit: what it wanted is {hlo.UNREADABLE}" in made.text
+  assert made.text.endswith("RESOURCE_EXHAUSTED: no room for it")
+  assert "nan" not in made.text
+
+
+def test_what_does_not_fit_is_a_table_of_remedies(on_cpu, monkeypatch):
+  step = Step(
+    error="Ran out of memory on HBM, the total memory required for HLO"
+    " temporaries (20.50G) exceeds available HBM (15.75G)."
+  )
+  monkeypatch.setattr(
+    mesh.Placement, "compile_step", lambda self, *arguments: step
   )
   request = make_request()
   request.config.policy.remat = "none"
@@ -287,17 +365,18 @@ def test_a_mesh_that_does_not_compile_is_the_last_line_of_a_sweep(
   on_cpu, capsys
 ):
   """The others are ranked: what fits, then the fastest."""
-  seconds = iter([None, 3.0, 1.0, 2.0])
+  seconds = iter([None, 3.0, math.nan, 1.0, 2.0])
 
   def get_report(request, sizes):
     step = next(seconds)
     if step is None:
       raise RuntimeError("a failed check")
-    return plan.Report("tables", step < 3, 2.0**30, 0.0, step, "ICI")
+    return plan.Report("tables", step != 3, 2.0**30, step, step, "ICI")
 
-  rows = plan.sweep(make_request(), 4, get_report)
-  assert [row["fits"] for row in rows] == ["yes", "yes", "no", "not compiled"]
-  assert [row["step, s"] for row in rows[:2]] == [1.0, 2.0]
+  rows = plan.sweep(make_request(), 5, get_report)
+  assert [row["fits"] for row in rows] == ["yes"] * 3 + ["no", "not compiled"]
+  assert [row["step, s"] for row in rows[:3]] == [1.0, 2.0, hlo.UNREADABLE]
+  assert rows[2]["received, GiB"] == hlo.UNREADABLE
   assert f"{rows[-1]['mesh']}: a failed check" in capsys.readouterr().err
 
 

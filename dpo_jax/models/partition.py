@@ -5,6 +5,8 @@ import math
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
+from dpo_jax import compat
+
 # Rows of a batch are split over both of these.
 ROW_AXES = ("data", "fsdp")
 
@@ -20,9 +22,8 @@ def free_axes() -> dict[str, int]:
 
 
 def platform() -> str:
-  """What is compiled for, which need not be what this machine has."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device is not None else jax.default_backend()
+  """Names what is compiled for, which need not be what this machine has."""
+  return compat.mesh_platform() or jax.default_backend()
 
 
 def num_row_shards(num_rows: int) -> int:

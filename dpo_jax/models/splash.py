@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 import jax.numpy as jnp
 
+from dpo_jax import compat
 from dpo_jax.models.config import ATTENDED
 
 # Tokens of a block, of queries and of keys.
@@ -109,8 +110,8 @@ def _attend(queries, keys, values, infos, size, soft_cap, interpret):
   return _forward(queries, keys, values, infos, size, soft_cap, interpret)[0]
 
 
-def _block_sizes(size):
-  return kernel_lib.BlockSizes(
+def _settings(size, soft_cap, interpret):
+  block_sizes = kernel_lib.BlockSizes(
     block_q=size,
     block_kv=size,
     block_kv_compute=size,
@@ -120,30 +121,22 @@ def _block_sizes(size):
     block_q_dq=size,
     block_kv_dq=size,
   )
+  return dict(
+    block_sizes=block_sizes,
+    mask_value=_MASKED,
+    mask_function=_is_inside,
+    soft_cap=soft_cap,
+    interpret=interpret,
+  )
 
 
 def _forward(queries, keys, values, infos, size, soft_cap, interpret):
-  parts = [
-    kernel_lib._splash_attention_forward(
-      by_queries,
-      queries,
-      keys,
-      values,
-      None,
-      None,
-      mask_value=_MASKED,
-      is_mqa=False,
-      block_sizes=_block_sizes(size),
-      residual_checkpoint_name=None,
-      save_residuals=True,
-      mask_function=_is_inside,
-      attn_logits_soft_cap=soft_cap,
-      interpret=interpret,
-    )
+  settings = _settings(size, soft_cap, interpret)
+  (own, own_lse), (prompt, prompt_lse) = (
+    compat.splash_forward(by_queries, queries, keys, values, **settings)
     for by_queries, _ in infos
-  ]
+  )
   # A line that saw no key has a log-sum-exp of the mask, or of no block.
-  (own, (own_lse,)), (prompt, (prompt_lse,)) = parts
   has_prompt = prompt_lse > 0.5 * _MASKED
   prompt_lse = jnp.where(has_prompt, prompt_lse, _MASKED)
   lse = jnp.logaddexp(own_lse, prompt_lse)
@@ -161,22 +154,13 @@ def _attend_fwd(queries, keys, values, infos, size, soft_cap, interpret):
 
 def _attend_bwd(size, soft_cap, interpret, saved, pull):
   queries, keys, values, infos, out, lse = saved
-  gradients = [
-    kernel_lib._splash_attention_bwd(
-      False,
-      _MASKED,
-      False,
-      _block_sizes(size),
-      None,
-      _is_inside,
-      soft_cap,
-      interpret,
-      (queries, keys, values, None, None, out, lse, by_queries, by_keys),
-      pull,
-    )[3:6]
-    for by_queries, by_keys in infos
-  ]
-  own, prompt = gradients
+  settings = _settings(size, soft_cap, interpret)
+  own, prompt = (
+    compat.splash_backward(
+      interval, queries, keys, values, out, lse, pull, **settings
+    )
+    for interval in infos
+  )
   return *(a + b for a, b in zip(own, prompt, strict=True)), None
 
 

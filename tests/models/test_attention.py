@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import compat
 from dpo_jax import mesh as mesh_lib
 from dpo_jax.models import attention, blocked, logps, partition, splash
 from tests import tiny
@@ -171,7 +172,7 @@ def test_no_array_of_length_squared(backend):
     .compile()
   )
   assert f"{length},{length}" not in compiled.as_text()
-  used = compiled.memory_analysis().temp_size_in_bytes
+  used = compat.program_memory(compiled).temporaries
   assert used < length * length, "more than a byte for each pair of tokens"
 
 
@@ -381,15 +382,12 @@ def test_intervals_are_the_mask(seed):
 
 _TPU_PROGRAM = """
 import numpy as np, jax, jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from dpo_jax import compat
 from dpo_jax.models import attention
 
-topology = topologies.get_topology_desc(
-  platform="tpu", topology_name="v5e:2x4"
-)
 mesh = Mesh(
-  np.array(topology.devices).reshape(2, 1, 2, 2),
+  np.array(compat.topology_devices("v5e:2x4")).reshape(2, 1, 2, 2),
   ("data", "fsdp", "tensor", "context"),
   axis_types=(AxisType.Auto,) * 4,
 )

@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from dpo_jax import hlo
+from dpo_jax import compat, hlo
 from dpo_jax import mesh as mesh_lib
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.models import partition, vocabulary
@@ -255,7 +255,7 @@ def temporary_bytes(depth, length, vocab_size):
     .compile()
   )
   assert f"{length},1,{vocab_size}" not in compiled.as_text()
-  return compiled.memory_analysis().temp_size_in_bytes
+  return compat.program_memory(compiled).temporaries
 
 
 def test_no_buffer_of_positions_times_vocabulary():

@@ -1,0 +1,187 @@
+"""Names of JAX that its reference does not document, each in one function.
+
+Any release of JAX may change them, so that tests/test_compat.py has a test of
+each. Their docstrings compare jax 0.10.2 and 0.12.0.
+"""
+
+from collections.abc import Callable
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel as kernel_lib,
+)
+
+
+class ProgramMemory(NamedTuple):
+  """Bytes of a device that a compiled program takes.
+
+  Attributes:
+    peak: most bytes at any time; a CPU's leave temporaries out.
+    temporaries: bytes that are neither arguments nor results.
+    arguments: bytes of the arguments.
+  """
+
+  peak: int
+  temporaries: int
+  arguments: int
+
+
+def program_memory(compiled: Any) -> ProgramMemory:
+  """Reads `compiled.memory_analysis()`, whose structure JAX leaves open.
+
+  The three fields are the same in both versions; 0.12.0 adds others.
+  """
+  found = compiled.memory_analysis()
+  return ProgramMemory(
+    found.peak_memory_in_bytes,
+    found.temp_size_in_bytes,
+    found.argument_size_in_bytes,
+  )
+
+
+def mesh_platform() -> str | None:
+  """Reads the platform of the mesh in context; None outside a mesh.
+
+  `AbstractMesh.abstract_device` is the same in both versions; the reference
+  of `jax.sharding` has no AbstractMesh.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return None if device is None else device.platform
+
+
+def slice_index(device: Any) -> int:
+  """Reads which TPU slice a device belongs to.
+
+  In both versions CPU devices, and those compiled for a single slice, do not
+  have the attribute; they are in slice 0.
+  """
+  return getattr(device, "slice_index", 0)
+
+
+def core_on_chip(device: Any) -> int:
+  """Reads which core of its chip a TPU device is.
+
+  In both versions only TPU devices have the attribute; others are core 0.
+  """
+  return getattr(device, "core_on_chip", 0)
+
+
+def topology_devices(name: str, **settings: Any) -> list[Any]:
+  """Makes devices of a TPU that is not here, to compile for.
+
+  `jax.experimental.topologies` is not in the reference. The function is the
+  same in both versions; libtpu defines the names and settings.
+
+  Args:
+    name: libtpu's name of a slice, such as "v5e:2x4".
+    **settings: libtpu's options, such as num_slices.
+  """
+  return topologies.get_topology_desc(name, platform="tpu", **settings).devices
+
+
+def splash_forward(
+  mask_info: Any,
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  **settings: Any,
+) -> tuple[jax.Array, jax.Array]:
+  """Runs the splash kernel's forward pass.
+
+  The public maker of the kernel returns no log-sum-exps that a gradient could
+  be given. The private function has the same signature in both versions;
+  `sinks` entered it in 0.7.1 (jax#31050).
+
+  Args:
+    mask_info: the kernel's MaskInfo for a pass over queries.
+    queries: [H, T, D], scaled.
+    keys: [num_kv_heads, T, D].
+    values: [num_kv_heads, T, D].
+    **settings: see `_settings`.
+
+  Returns:
+    Output [H, T, D], and f32 [H, T] log-sum-exp of the scores.
+  """
+  out, (lse,) = kernel_lib._splash_attention_forward(
+    fwd_mask_info=mask_info,
+    q=queries,
+    k=keys,
+    v=values,
+    segment_ids=None,
+    sinks=None,
+    save_residuals=True,
+    **_settings(**settings),
+  )
+  return out, lse
+
+
+def splash_backward(
+  mask_infos: tuple[Any, Any],
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  out: jax.Array,
+  lse: jax.Array,
+  gradient: jax.Array,
+  **settings: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Runs the splash kernel's backward pass.
+
+  The private function has the same signature in both versions. It takes its
+  residuals as a tuple, and returns a cotangent for each argument of
+  `_splash_attention_fwd`.
+
+  Args:
+    mask_infos: the kernel's MaskInfos for passes over queries and over keys.
+    queries: as for `splash_forward`.
+    keys: as for `splash_forward`.
+    values: as for `splash_forward`.
+    out: [H, T, D], output of the attention.
+    lse: f32 [H, T], its log-sum-exp.
+    gradient: [H, T, D], of the output.
+    **settings: see `_settings`.
+
+  Returns:
+    Gradients of queries, keys and values.
+  """
+  by_queries, by_keys = mask_infos
+  cotangents = kernel_lib._splash_attention_bwd(
+    save_residuals=False,
+    res=(queries, keys, values, None, None, out, lse, by_queries, by_keys),
+    do=gradient,
+    **_settings(**settings),
+  )
+  primals = inspect.signature(kernel_lib._splash_attention_fwd).parameters
+  found = dict(zip(primals, cotangents, strict=False))
+  return found["q"], found["k"], found["v"]
+
+
+def _settings(
+  *,
+  block_sizes: Any,
+  mask_value: float,
+  mask_function: Callable[[jax.Array, jax.Array], jax.Array],
+  soft_cap: float | None,
+  interpret: bool,
+) -> dict[str, Any]:
+  """Names the settings that both passes share as the kernel does.
+
+  Args:
+    block_sizes: the kernel's BlockSizes.
+    mask_value: score of what is masked.
+    mask_function: (a query's integer, a key's position) -> whether it is seen.
+    soft_cap: see `attention.attend`.
+    interpret: whether to interpret the kernel, on a machine without a TPU.
+  """
+  return dict(
+    block_sizes=block_sizes,
+    mask_value=mask_value,
+    mask_function=mask_function,
+    attn_logits_soft_cap=soft_cap,
+    interpret=interpret,
+    is_mqa=False,
+    residual_checkpoint_name=None,
+  )
