@@ -56,6 +56,7 @@ from dpo_jax.metrics import (
   MetricsWriter,
   ProgressBar,
   read_last_evaluation,
+  read_metrics,
 )
 from dpo_jax.models import lora
 from dpo_jax.profile import ProfileWindow
@@ -203,6 +204,8 @@ class _Loop:
       self.ref_samples = self._sample(self._reference_params(state))
     if start == 0:
       self._evaluate(0, state, is_edge=True)
+    elif _is_due(start, config.eval.every_steps):
+      self._make_up_for_evaluation(start, state)
     self._train(start)
     return self.figures
 
@@ -543,6 +546,14 @@ class _Loop:
       self.writer.write(step, config_lib.split_name(name), metrics)
       prefix = config_lib.metric_prefix(name)
       self.figures |= {f"{prefix}{k}": v for k, v in metrics.items()}
+
+  def _make_up_for_evaluation(self, step: int, state: TrainState) -> None:
+    """Evaluates the step of a checkpoint that a SIGTERM left no time for."""
+    for name in self.eval_loaders:
+      rows = read_metrics(self.run.workdir, config_lib.split_name(name))
+      if step not in {row["step"] for row in rows}:
+        self._evaluate(step, state, is_edge=False)
+        return
 
   def _measure_samples(self, step: int, state: TrainState) -> dict[str, float]:
     """Samples from the policy, and compares with the reference's samples."""

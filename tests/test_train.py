@@ -1013,7 +1013,8 @@ def test_a_mixture_with_two_held_out_sets_resumes_exactly(
     total_steps=4,
     eval__every_steps=2,
   )
-  check_resume(monkeypatch, tmp_path, config, 3)
+  # Where an evaluation is due, which SIGTERM leaves no time for.
+  check_resume(monkeypatch, tmp_path, config, 2)
   whole = tmp_path / "whole"
   assert curve(tmp_path / "parts", "eval/large") == curve(whole, "eval/large")
   assert [row["num_groups"] for row in curve(whole, "eval/small")] == [6] * 3

@@ -22,9 +22,12 @@ import os
 from typing import Any
 import zlib
 
+from etils import epath
+
 from dpo_jax import files
 from dpo_jax.data import hub, synthetic
 from dpo_jax.data.messages import RecordError
+from dpo_jax.losses.objective import did_you_mean
 
 _SPELLINGS = (
   "jsonl:PATH",
@@ -236,12 +239,20 @@ def _tfds_builder(name: str) -> Any:
   from dpo_jax.data import tfds_builders  # noqa: F401
 
   # TFDS reads the variable when it is imported, which may be too early.
-  builder = tfds.builder(
-    name,
-    data_dir=os.environ.get("TFDS_DATA_DIR"),
-    file_format="array_record",
-  )
-  builder.download_and_prepare(file_format="array_record")
+  data_dir = os.environ.get("TFDS_DATA_DIR")
+  dataset = name.partition("/")[0]
+  known = tfds.list_builders(with_community_datasets=False)
+  is_prepared = data_dir and (epath.Path(data_dir) / dataset).exists()
+  if dataset not in known and not is_prepared:
+    raise ValueError(
+      f"tfds:{name}: TFDS does not have {dataset!r}."
+      f"{did_you_mean(dataset, known)}"
+    )
+  builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+  try:
+    builder.download_and_prepare(file_format="array_record")
+  except AssertionError as error:  # files that a user must put there
+    raise FileNotFoundError(f"tfds:{name}: {error}") from error
   if files.is_remote(builder.data_path):  # array_record reads local files only
     return tfds.builder_from_directory(files.local(builder.data_path))
   return builder

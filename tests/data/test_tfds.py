@@ -124,6 +124,18 @@ def test_an_unknown_split_is_told_the_known_ones(data_dir):
     sources.open_source("tfds:hh_rlhf/harmless_base:dev")
 
 
+def test_a_data_set_that_tfds_does_not_have_is_told_the_nearest(data_dir):
+  with pytest.raises(ValueError, match="Did you mean 'hh_rlhf'") as caught:
+    sources.open_source("tfds:hh_rlfh/harmless_base")
+  assert len(str(caught.value)) < 100
+
+
+def test_a_release_without_its_folder_is_told_where_it_goes(data_dir):
+  with pytest.raises(FileNotFoundError, match="MANUAL_DIR/hh_rlhf") as caught:
+    sources.open_source("tfds:hh_rlhf/harmless_base")
+  assert "tfds:hh_rlhf/harmless_base: Manual directory" in str(caught.value)
+
+
 def test_a_release_that_is_not_there_is_told_where_it_goes(data_dir):
   write_release(data_dir, other=transcripts(1))
   with pytest.raises(FileNotFoundError, match="harmless_base") as caught:
