@@ -132,7 +132,6 @@ class Pipeline:
       config.data.scored_turns,
     )
     self._check_ids(opened)
-    _log_report(opened.report)
     reasons = {}
     is_pair = opened.num_slots == 2
     if config.data.split_pairs and is_pair and objective.group == "single":
@@ -231,16 +230,3 @@ class Pipeline:
         f" {largest}, and the model's vocabulary has {self.vocab_size}: the"
         " tokenizer is not the model's"
       )
-
-
-def _log_report(report: Mapping[str, Any]) -> None:
-  dropped = ", ".join(f"{v} {k}" for k, v in report["dropped"].items())
-  _LOG.info(
-    "%s: %d groups of %d records (dropped: %s; cut: %d prompts, %d responses)",
-    report["source"],
-    report["groups"],
-    report["records"],
-    dropped or "none",
-    report["prompts_cut"],
-    report["responses_cut"],
-  )

@@ -18,8 +18,8 @@ import tempfile
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from dpo_jax import progress
 from dpo_jax.data.dialogues import SCORED_TURNS, Example, Unusable
 from dpo_jax.data.examples import parse_records
 from dpo_jax.data.sources import Record, Source
@@ -301,9 +301,9 @@ def _tokenize(
   tokens, scored = array.array("i"), bytearray()
   lengths, scores, hashes = [], [], []
   render = tokenizer.render_batch if tokenizer.has_chat_template else None
-  # One iterator, made once: a new one over the bar would end the data early.
-  records = iter(
-    tqdm(iter(source), desc="tokenize", unit=" records", leave=False)
+  # One iterator, made once: `_chunks` would start a list again.
+  records = progress.track(
+    iter(source), "tokenizing", total=None, unit="records"
   )
   for chunk in _chunks(records):
     counts["records"] += len(chunk)
