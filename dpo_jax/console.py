@@ -156,7 +156,7 @@ def format_history(
   steps = sorted(by_step)
   names = {steps[0]: f"step {steps[0]:,}"}
   if best in by_step:
-    names[best] = f"step {best:,} (best)"
+    names[best] = f"step {best:,} (best saved)"
   names.setdefault(steps[-1], f"step {steps[-1]:,}")
   shown = {step: main_metrics(by_step[step]) for step in sorted(names)}
   rows = [

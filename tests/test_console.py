@@ -162,7 +162,7 @@ def test_a_run_ends_with_its_first_its_best_and_its_last_evaluation(messages):
   before = len(messages())
   shown.end(50)
   assert messages()[before:] == [
-    "held out  step 0                  step 50 (best)          step 100",
+    "held out  step 0                  step 50 (best saved)    step 100",
     "--------  ----------------------  ----------------------"
     "  ----------------------",
     "loss      0.5123                  0.5123                  0.5123",

@@ -737,6 +737,8 @@ def test_a_workdir_and_a_pipe_tell_what_was_run(tmp_path, logs, capsys):
   command_line.show_logs()
   train(make_config(total_steps=1, log__progress=True), tmp_path)
   shown = capsys.readouterr().err
+  for name in ("scoring", "evaluation", "training"):
+    assert f"compiled    the {name} step in " in shown
   labels = ["model", "loss", "held out", "checkpoint", "best", "export"]
   found = [shown.index(f" {label} ") for label in labels]
   assert found == sorted(found)
