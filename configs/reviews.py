@@ -40,6 +40,7 @@ def get_config(stage: str = "dpo"):
   elif stage == "dpo":
     config.data.source = "synthetic:review_pairs:4000"
     config.total_steps = 100
+    config.log.every_steps = 5
     config.optimizer.learning_rate = 7e-5
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_steps = 10
