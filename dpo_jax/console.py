@@ -4,6 +4,7 @@ Lines are INFO logs of process 0; `config.log.progress` adds a bar, on a
 terminal. Every metric is in metrics.jsonl: the console shows the main ones.
 """
 
+import collections
 from collections.abc import Generator, Iterator, Mapping
 import contextlib
 import logging
@@ -178,6 +179,8 @@ class Console:
     self._start: int | None = None
     self._began, self._compiling = time.monotonic(), 0.0
     self._told: set[str] = set()
+    # Seconds of a program that is being traced, lowered and compiled.
+    self._spent: collections.Counter[str] = collections.Counter()
     self._heading, self._rows = "", 0
     # Held-out metrics: split -> step -> name -> value.
     self._history: dict[str, dict[int, dict[str, Any]]] = {}
@@ -362,6 +365,7 @@ class Console:
     work = _PROGRAMS.get(name)
     if work is None or not event.startswith("/jax/core/compile/"):
       return
+    self._spent[name] += seconds
     if name == "train_step":
       self._clock.leave_out(seconds)
       self._compiling += seconds
@@ -369,7 +373,7 @@ class Console:
       self._say("compiling", work)
     elif event == _COMPILED:
       other = " for another shape of batch" if name in self._told else ""
-      took = format_seconds(seconds)
+      took = format_seconds(self._spent.pop(name))
       self._say("compiled", f"{work}{other} in {took}")
       self._told.add(name)
       self._bar.unpause()

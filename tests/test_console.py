@@ -298,6 +298,24 @@ def test_a_compilation_is_told_and_left_out_of_the_rates(messages, now):
   assert left_out == shown._compiling > 0
 
 
+def test_the_time_of_a_compilation_has_all_its_parts(messages):
+  shown = make_console()
+  for part, seconds in (
+    ("jaxpr_trace", 1.0),
+    ("jaxpr_to_mlir_module", 2.0),
+    ("backend_compile", 3.5),
+  ):
+    jitted = "eval_step" if part == "jaxpr_trace" else "jit(eval_step)"
+    event = f"/jax/core/compile/{part}_duration"
+    shown._on_event(event, seconds, fun_name=jitted)
+    shown._on_event(event, seconds, fun_name="other")
+  assert messages() == [
+    "compiling   the evaluation step",
+    "compiled    the evaluation step in 6.5 s",
+  ]
+  assert shown._compiling == 0.0  # the clock of training stands meanwhile
+
+
 def train_five_steps(shown):
   for step, _ in enumerate(shown.watch((i for i in range(5)), 5), 5):
     metrics = {"loss": np.float32(0.6931), "reward/accuracy": np.float32(0.75)}
