@@ -80,7 +80,6 @@ class Trainer:
         self.params,
         self.loader,
         self.placement,
-        progress=False,
       )
       self.loader = dataclasses.replace(self.loader, ref_logps=ref_logps)
     reference_s = time.monotonic() - began

@@ -75,9 +75,7 @@ def measure(tokens: int, *, is_live: bool) -> np.ndarray:
     score = reference.make_logps_step(policy, placement, 0)
     training = dataclasses.replace(
       training,
-      ref_logps=reference.compute_logps(
-        score, params, scoring, placement, progress=False
-      ),
+      ref_logps=reference.compute_logps(score, params, scoring, placement),
     )
   step = jax.jit(
     step_lib.make_eval_step(

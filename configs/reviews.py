@@ -39,7 +39,10 @@ def get_config(stage: str = "dpo"):
     config.eval.num_samples = 0
   elif stage == "dpo":
     config.data.source = "synthetic:review_pairs:4000"
+    # Labels are drawn by the Bradley-Terry model: some prefer the worse.
+    config.data.checks.chosen_scores_lower = "off"
     config.total_steps = 100
+    config.log.every_steps = 5
     config.optimizer.learning_rate = 7e-5
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_steps = 10

@@ -298,6 +298,7 @@ def _sha256(path: epath.Path) -> str:
 def _write_manifest(folder: epath.Path) -> None:
   hashes = {name: _sha256(path) for name, path in _files(folder).items()}
   write_json(folder / _MANIFEST, hashes, sort_keys=True)
+  _LOG.info("%-11s step %s saved", "checkpoint", folder.name)
 
 
 def verify(folder: epath.PathLike, part: str = "") -> str:

@@ -1,13 +1,15 @@
-"""How every command starts and ends.
+"""How every command starts, logs and ends.
 
 A mistake of the user is one message and exit code 1; `--debug` shows the
 traceback too. Imports nothing slow, so that `--help` answers at once.
 """
 
 from collections.abc import Callable
+import logging
 import sys
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 # Exit code of a run that was told to stop and has saved: start it again.
 EXIT_PREEMPTED = 75
@@ -21,6 +23,55 @@ _MISTAKES = (
   FloatingPointError,
   ImportError,
 )
+
+
+# Loggers of our own modules; "__main__" is the one that was started.
+_OURS = ("dpo_jax", "experiments", "__main__")
+
+
+class _Lines(logging.Handler):
+  """Writes a line above the progress bars of a terminal."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    from tqdm import tqdm  # only needed here
+
+    tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _Format(logging.Formatter):
+  """The message alone; with the time where stderr is not a terminal."""
+
+  def __init__(self, host: str):
+    stamp = "" if sys.stderr.isatty() else "%(asctime)s "
+    super().__init__(f"{stamp}{host}%(kind)s%(message)s", "%Y-%m-%d %H:%M:%S")
+
+  def format(self, record: logging.LogRecord) -> str:
+    is_warning = record.levelno > logging.INFO
+    record.kind = f"{record.levelname.lower()}: " if is_warning else ""
+    return super().format(record)
+
+
+def show_logs(process_index: int = 0) -> None:
+  """Shows our log on stderr, and only warnings of other libraries.
+
+  Args:
+    process_index: index of this process; those above 0 show warnings only,
+      and name their host.
+  """
+  is_first = process_index == 0
+  root = logging.getLogger()
+  for handler in list(root.handlers):
+    if isinstance(handler, _Lines | absl_logging.ABSLHandler):
+      root.removeHandler(handler)
+  handler = _Lines()
+  handler.setFormatter(_Format("" if is_first else f"host {process_index}: "))
+  root.addHandler(handler)
+  root.setLevel(logging.WARNING)
+  # Orbax logs by it.
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  for name in _OURS:
+    level = logging.INFO if is_first else logging.WARNING
+    logging.getLogger(name).setLevel(level)
 
 
 def define_flags() -> None:
@@ -45,6 +96,7 @@ def run(main: Callable[[], None]) -> None:
       raise ValueError(
         f"unexpected arguments: {' '.join(argv[1:])}. Flags are --NAME=VALUE"
       )
+    show_logs()
     main()
 
   try:

@@ -72,6 +72,8 @@ def evaluate(
   ref_params: Any,
   loss_state: Any,
   loader: Loader,
+  *,
+  label: str = "",
 ) -> tuple[dict[str, float], Records]:
   """Means over every held-out group, each counted once.
 
@@ -84,6 +86,7 @@ def evaluate(
     ref_params: the reference's, or None where it is cached or absent.
     loss_state: of the objective.
     loader: the held-out groups.
+    label: name of the work for `progress.track`; "" shows nothing.
 
   Returns:
     The metrics: `loss`, the objective's own, `displacement`'s, and the bounds
@@ -92,7 +95,7 @@ def evaluate(
     `write_records`.
   """
   read = functools.partial(program.eval_step, params, ref_params)
-  ids, sequences = score_all(read, loader, program.placement)
+  ids, sequences = score_all(read, loader, program.placement, label=label)
   per_group, metrics, is_valid = jax.tree.map(
     np.asarray, program.measure(sequences, jax.tree.map(to_host, loss_state))
   )
@@ -329,6 +332,7 @@ def draw_samples(
   seed: int,
   config: Any,
   placement: Placement,
+  label: str = "",
 ) -> Samples:
   """Samples a response to each prompt and has it judged.
 
@@ -341,6 +345,7 @@ def draw_samples(
     seed: of the samples.
     config: `config.eval`.
     placement: mesh that the prompts are split over.
+    label: name of the work for `progress.track`; "" shows nothing.
 
   Returns:
     The samples.
@@ -359,6 +364,7 @@ def draw_samples(
     top_k=config.top_k,
     top_p=config.top_p,
     rows=placement.row_sharding,
+    label=label,
   )
   prompt_texts = [tokenizer.decode(prompt) for prompt in prompts]
   texts = [tokenizer.decode(response) for response in responses]
@@ -441,7 +447,7 @@ def sampled_kl(
   )
   loader = Loader(store, indices, plan, min(batch_size, len(store)), seed=0)
   policy_logps, ref_logps = (
-    compute_logps(logps_step, p, loader, placement, progress=False)
+    compute_logps(logps_step, p, loader, placement)
     for p in (params, ref_params)
   )
   log_ratios = (policy_logps - ref_logps)[:, 0].astype(np.float64)

@@ -1,6 +1,6 @@
-"""Where figures go: metrics.jsonl always, TensorBoard if asked, a bar."""
+"""Metrics: their files, rates while a run trains, and tables."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import json
 import math
 import time
@@ -8,7 +8,6 @@ from typing import Any
 
 from etils import epath
 import numpy as np
-from tqdm import tqdm
 
 from dpo_jax.config import eval_sets, metric_prefix, split_name
 from dpo_jax.workdir import Workdir
@@ -145,32 +144,49 @@ def read_last_evaluation(
   return found
 
 
-class ProgressBar:
-  """Steps done, time left, loss and accuracy; nothing where not shown."""
+class Clock:
+  """Groups and tokens a second while steps run, and the wait for batches."""
 
-  def __init__(self, total: int, start: int, *, is_shown: bool, name: str):
-    self._bar = tqdm(
-      total=total,
-      initial=start,
-      desc=name,
-      unit="step",
-      disable=not is_shown,
-      dynamic_ncols=True,
-      mininterval=0.5,
-      smoothing=0.1,
-    )
+  def __init__(self):
+    self._totals = {"num_groups": 0.0, "num_tokens": 0.0}
+    self._seconds = self._waited = 0.0
+    self._since = time.monotonic()
 
-  def advance(self) -> None:
-    self._bar.update()
+  def count(self, counts: Mapping[str, float]) -> None:
+    for name in self._totals:
+      self._totals[name] += counts[name]
 
-  def show(self, metrics: dict[str, Any]) -> None:
-    figures = {"loss": f"{float(metrics['loss']):.4f}"}
-    if "reward/accuracy" in metrics:
-      figures["accuracy"] = f"{float(metrics['reward/accuracy']):.3f}"
-    self._bar.set_postfix(figures, refresh=False)
+  def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+    """Yields the batches and counts the wait for each of them."""
+    while True:
+      asked = time.monotonic()
+      batch = next(batches, None)
+      self._waited += time.monotonic() - asked
+      if batch is None:
+        return
+      yield batch
 
-  def close(self) -> None:
-    self._bar.close()
+  def leave_out(self, seconds: float) -> None:
+    """Does not count time that went by compiling."""
+    self._seconds -= seconds
+
+  def pause(self) -> None:
+    self._seconds += time.monotonic() - self._since
+
+  def resume(self) -> None:
+    self._since = time.monotonic()
+
+  def rates(self) -> dict[str, float]:
+    """Returns the rates since the last call."""
+    self.pause()
+    seconds = max(self._seconds, 1e-9)
+    rates = {
+      "groups_per_second": self._totals["num_groups"] / seconds,
+      "tokens_per_second": self._totals["num_tokens"] / seconds,
+      "host_wait_fraction": self._waited / seconds,
+    }
+    self.__init__()
+    return rates
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

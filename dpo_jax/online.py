@@ -422,6 +422,7 @@ class OnPolicy:
       stop_ids=self._tokenizer.stop_ids,
       batch_size=min(len(asked), _SAMPLED_AT_ONCE),
       rows=self._program.placement.row_sharding,
+      label="sampling" if self._config.log.progress else "",
     )
     rewards = judges.ask(
       self._judge,

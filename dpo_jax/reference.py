@@ -109,14 +109,14 @@ def make_logps_step(
 ) -> Callable[..., jax.Array]:
   """Compiles (params, batch) -> f32 [B, K] log-probs, forward only."""
 
-  def logps(params, batch):
+  def score_logps(params, batch):
     by_row = logps_lib.response_logps(
       policy, params, batch, chunk_size=chunk_size
     )
     return by_row.reshape(-1, by_row.shape[-1])
 
   return on_mesh(placement.mesh)(
-    jax.jit(logps, out_shardings=placement.replicated)
+    jax.jit(score_logps, out_shardings=placement.replicated)
   )
 
 
@@ -126,7 +126,7 @@ def compute_logps(
   loader: Loader,
   placement: Placement,
   *,
-  progress: bool,
+  label: str = "",
   batches: Collection[int] | None = None,
 ) -> np.ndarray:
   """Log-probs of a loader's groups.
@@ -136,7 +136,7 @@ def compute_logps(
     params: of the model that scores.
     loader: which groups; its eval batches cover each once.
     placement: mesh.
-    progress: whether to show a bar.
+    label: name of the work for `progress.track`; "" shows nothing.
     batches: indices of the batches to score; None: all.
 
   Returns:
@@ -146,7 +146,7 @@ def compute_logps(
     functools.partial(step, params),
     loader,
     placement,
-    progress=progress,
+    label=label,
     batches=batches,
   )
   out = np.full(loader.store.score.shape, np.nan, np.float32)

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
-from tqdm import tqdm
 
+from dpo_jax import progress
 from dpo_jax.data.loader import Loader
 from dpo_jax.mesh import Placement
 from dpo_jax.types import Batch
@@ -25,7 +25,7 @@ def score_all(
   loader: Loader,
   placement: Placement,
   *,
-  progress: bool = False,
+  label: str = "",
   batches: Collection[int] | None = None,
 ) -> tuple[np.ndarray, Any]:
   """Collects what a step gives for each group, in one order.
@@ -34,7 +34,7 @@ def score_all(
     step: compiled; a batch -> tree of arrays [B, ...], replicated.
     loader: which groups; its evaluation batches hold each of them once.
     placement: mesh.
-    progress: whether to show a bar.
+    label: name of the work for `progress.track`; "" shows nothing.
     batches: indices of the evaluation batches to run; None: all.
 
   Returns:
@@ -45,12 +45,8 @@ def score_all(
   if batches is None:
     batches = range(loader.num_eval_batches())
   ids, scores = [], []
-  for index in tqdm(
-    sorted(batches),
-    desc="reference",
-    unit=" batches",
-    leave=False,
-    disable=not progress,
+  for index in progress.track(
+    sorted(batches), label, total=len(batches), unit="batches"
   ):
     batch = placement.place_rows(loader.eval_batch(index))
     found = step(batch)

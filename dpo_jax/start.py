@@ -57,7 +57,7 @@ def check_in_its_layout(
   """
   last = loader.num_eval_batches() - 1
   again = reference.compute_logps(
-    step, params, loader, placement, progress=False, batches={0, last}
+    step, params, loader, placement, batches={0, last}
   )
   is_scored = ~np.isnan(again).all(1)
   difference = np.abs(again - logps)[is_scored]
@@ -96,7 +96,7 @@ def check_in_float32(
   count = min(-(-_NUM_COMPARED // loader.batch_size), loader.num_eval_batches())
   scores = [
     reference.compute_logps(
-      step, p, loader, placement, progress=False, batches=set(range(count))
+      step, p, loader, placement, batches=set(range(count))
     )
     for p in (params, ref_params)
   ]
@@ -179,6 +179,4 @@ def check_first_batch(
   if not math.isfinite(largest):
     raise StartError(f"{start} a log-ratio is {largest}")
   where = "of one program" if is_live else "between layouts"
-  _LOG.info(
-    "%s %s rounding %s up to %.2g nats a response", start, dtype, where, largest
-  )
+  _LOG.info("%s %s rounding %s up to %.2g nats", start, dtype, where, largest)

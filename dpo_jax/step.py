@@ -181,7 +181,7 @@ def make_train_step(
   else:
     value_and_grad = accumulated_gradient
 
-  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     counts = total(count_batch(objective, batch))
     with jax.named_scope("gradient"):
       (loss, (sums, loss_state)), grads = value_and_grad(state, batch, counts)
@@ -213,7 +213,7 @@ def make_train_step(
     )
     return new_state, metrics
 
-  return step
+  return train_step
 
 
 def check_coupling(
@@ -302,12 +302,12 @@ def make_eval_step(
     needs: optional fields of Sequences to fill.
   """
 
-  def step(params: Any, ref_params: Any, batch: Batch) -> Sequences:
+  def eval_step(params: Any, ref_params: Any, batch: Batch) -> Sequences:
     return read_sequences(
       policy, params, ref_params, batch, chunk_size=chunk_size, needs=needs
     )
 
-  return step
+  return eval_step
 
 
 def make_measure(

@@ -6,7 +6,7 @@ The one module that knows all the others: run.py checks and builds, and this
 one restores, steps, evaluates and saves.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 import dataclasses
 import json
 import logging
@@ -14,11 +14,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from typing import Any
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from dpo_jax import command_line
@@ -50,11 +48,11 @@ from dpo_jax import evaluate as evaluate_lib
 from dpo_jax import start as start_lib
 from dpo_jax.cache import use_compilation_cache
 from dpo_jax.checkpoint import open_checkpoints
+from dpo_jax.console import Console
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.metrics import (
   GrowingFile,
   MetricsWriter,
-  ProgressBar,
   read_last_evaluation,
   read_metrics,
 )
@@ -122,8 +120,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     tensorboard=run.config.log.tensorboard,
   )
   try:
-    with _StopSignal() as stop:
-      figures = _Loop(run, checkpoints, writer, stop).run_all()
+    with _StopSignal() as stop, Console(run) as console:
+      figures = _Loop(run, checkpoints, writer, stop, console).run_all()
   finally:
     writer.close()
     checkpoints.close()
@@ -177,9 +175,9 @@ class _StopSignal:
 class _Loop:
   """The steps of one run, from where its checkpoint left off."""
 
-  def __init__(self, run, checkpoints, writer, stop):
+  def __init__(self, run, checkpoints, writer, stop, console):
     self.run, self.checkpoints = run, checkpoints
-    self.writer, self.stop = writer, stop
+    self.writer, self.stop, self.console = writer, stop, console
     self.config, self.program = run.config, run.program
     self.placement = run.program.placement
     self.figures: dict[str, float] = {}
@@ -187,11 +185,13 @@ class _Loop:
 
   def run_all(self) -> dict[str, float]:
     run, config = self.run, self.config
+    done = max(self.checkpoints.steps, default=0)
+    self.console.begin(done)
+    if done >= config.total_steps:
+      self.console.end(self.checkpoints.best_step)
+      return read_last_evaluation(run.workdir, config.data)
     state = self._start_state()
     start = int(state.step)
-    if start >= config.total_steps:
-      _LOG.info("%s is finished: %d steps", run.workdir, start)
-      return read_last_evaluation(run.workdir, config.data)
     if run.is_writer:  # of a run that is to take more steps
       run.workdir.finished.unlink(missing_ok=True)
     self._attach_reference(state, is_fresh=start == 0)
@@ -207,6 +207,8 @@ class _Loop:
     elif _is_due(start, config.eval.every_steps):
       self._make_up_for_evaluation(start, state)
     self._train(start)
+    self.checkpoints.wait()
+    self.console.end(self.checkpoints.best_step)
     return self.figures
 
   def _start_state(self) -> TrainState:
@@ -215,7 +217,6 @@ class _Loop:
     target, _ = program.abstract_state()
     state = self.checkpoints.restore(target)
     if state is not None:
-      _LOG.info("resuming from step %d", int(state.step))
       if target.frozen_params is not None:
         frozen = program.split_params(self._load(init))[1]
         model_source.check_frozen(frozen, run.workdir, init)
@@ -351,7 +352,7 @@ class _Loop:
       params,
       whole,
       self.placement,
-      progress=self.config.log.progress and self.run.is_writer,
+      label=self.console.label("reference"),
     )
     if not np.isfinite(logps).all():
       bad = int(np.flatnonzero(~np.isfinite(logps).all(1))[0])
@@ -417,23 +418,16 @@ class _Loop:
     )
     if config.parallelism == "jit":
       compiled = mesh.on_mesh(placement.mesh)(compiled)
-    bar = ProgressBar(
-      config.total_steps,
-      start,
-      is_shown=config.log.progress and run.is_writer,
-      name=self.program.objective.name,
-    )
-    clock = _Clock()
     pending = None
     profile = ProfileWindow(config.profile.steps, run.workdir)
-    batches = self._batches(start)
+    batches = self.console.watch(self._batches(start), start)
     try:
-      for step, (batch, counts) in enumerate(clock.waiting(batches), start):
+      for step, (batch, counts) in enumerate(batches, start):
         with profile.step(step):
           self.state, metrics = compiled(self.state, batch)
         profile.after(step, metrics)
         # The step before is looked at while this one runs.
-        self._look_at(pending, bar, clock)
+        self._look_at(pending)
         pending = (step, metrics, counts)
         done = step + 1
         is_last = done == config.total_steps
@@ -442,25 +436,22 @@ class _Loop:
         wants_eval = _is_due(done, config.eval.every_steps) or is_last
         wants_save = _is_due(done, config.checkpoint.every_steps) or is_last
         if wants_eval or wants_save or must_stop:
-          self._look_at(pending, bar, clock)
+          self._look_at(pending)
           pending = None
-          clock.pause()
-          on_mesh = placement.gather_state(self.state)
-          if wants_eval and not must_stop:
-            self._evaluate(done, on_mesh, is_edge=is_last)
-          if wants_save or must_stop:
-            measured = self.figures if wants_eval and not must_stop else None
-            self.checkpoints.save(done, on_mesh, measured)
-          clock.resume()
+          with self.console.pause():
+            on_mesh = placement.gather_state(self.state)
+            if wants_eval and not must_stop:
+              self._evaluate(done, on_mesh, is_edge=is_last)
+            if wants_save or must_stop:
+              measured = self.figures if wants_eval and not must_stop else None
+              self.checkpoints.save(done, on_mesh, measured)
         if must_stop:
           self.checkpoints.wait()
           _LOG.warning("SIGTERM: saved at step %d", done)
           raise Preempted(done)
         self.checkpoints.poll()
-        bar.advance()
     finally:
       batches.close()
-      bar.close()
       profile.close()
 
   def _batches(self, start: int) -> Iterator[tuple[Any, dict[str, float]]]:
@@ -477,7 +468,7 @@ class _Loop:
       step, params, oldest=min(self.checkpoints.steps, default=0)
     )
     if figures:
-      self.writer.write(step, "online", figures)
+      self._record(step, "online", figures)
     return min(stop, self.config.total_steps)
 
   def _make_batch(self, step: int) -> tuple[Any, dict[str, float]]:
@@ -495,13 +486,16 @@ class _Loop:
     }
     return self.placement.place_training_batch(batch), counts
 
-  def _look_at(self, pending: Any, bar: ProgressBar, clock: "_Clock") -> None:
+  def _record(self, step: int, split: str, figures: dict[str, Any]) -> None:
+    self.writer.write(step, split, figures)
+    self.console.show(step, split, figures)
+
+  def _look_at(self, pending: Any) -> None:
     """Fetches a step's metrics; stops on what is not finite; logs."""
     if pending is None:
       return
     step, metrics, counts = pending
     metrics = self.placement.fetch(metrics)
-    clock.count(counts)
     for name in ("loss", "grad_norm"):
       if not np.isfinite(metrics[name]):
         self.checkpoints.wait()
@@ -513,13 +507,13 @@ class _Loop:
           f" {f'step {good[-1]}' if good else 'none'}; a lower learning rate or"
           " a smaller max_grad_norm may help"
         )
-    bar.show(metrics)
+    self.console.count(metrics, counts)
     if _is_due(step + 1, self.config.log.every_steps):
-      self.writer.write(
+      self._record(
         step + 1,
         "train",
         metrics
-        | clock.rates()
+        | self.console.rates()
         | {"padding_fraction": counts["padding_fraction"]},
       )
 
@@ -543,7 +537,7 @@ class _Loop:
       return
     self.figures = {}
     for name, metrics in found.items():
-      self.writer.write(step, config_lib.split_name(name), metrics)
+      self._record(step, config_lib.split_name(name), metrics)
       prefix = config_lib.metric_prefix(name)
       self.figures |= {f"{prefix}{k}": v for k, v in metrics.items()}
 
@@ -590,6 +584,7 @@ class _Loop:
       seed=self.config.seed,
       config=settings,
       placement=self.placement,
+      label=self.console.label("sampling"),
     )
 
   def _write_samples(self, step: int, samples: evaluate_lib.Samples) -> None:
@@ -610,64 +605,14 @@ def _is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-class _Clock:
-  """Groups and tokens a second, evaluation and saving left out; and which
-  part of the time went by waiting for the loader."""
-
-  def __init__(self):
-    self._totals = {"num_groups": 0.0, "num_tokens": 0.0}
-    self._seconds = self._waited = 0.0
-    self._since = time.monotonic()
-
-  def count(self, counts: Mapping[str, float]) -> None:
-    for name in self._totals:
-      self._totals[name] += counts[name]
-
-  def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches, the wait for each of them counted."""
-    while True:
-      asked = time.monotonic()
-      batch = next(batches, None)
-      self._waited += time.monotonic() - asked
-      if batch is None:
-        return
-      yield batch
-
-  def pause(self) -> None:
-    self._seconds += time.monotonic() - self._since
-
-  def resume(self) -> None:
-    self._since = time.monotonic()
-
-  def rates(self) -> dict[str, float]:
-    """Since the last call."""
-    self.pause()
-    seconds = max(self._seconds, 1e-9)
-    rates = {
-      "groups_per_second": self._totals["num_groups"] / seconds,
-      "tokens_per_second": self._totals["num_tokens"] / seconds,
-      "host_wait_fraction": self._waited / seconds,
-    }
-    self.__init__()
-    return rates
-
-
-def show_progress_logs() -> None:
-  """Our own notices, without the many of the libraries below."""
-  absl_logging.set_verbosity(absl_logging.WARNING)
-  logging.getLogger("dpo_jax").setLevel(logging.INFO)
-
-
 def main() -> None:
-  show_progress_logs()
   distributed.initialize(
     flags.FLAGS.coordinator_address,
     flags.FLAGS.num_processes,
     flags.FLAGS.process_id,
   )
-  figures = train(flags.FLAGS.config, flags.FLAGS.workdir)
-  for name, figure in sorted(figures.items()):
-    print(f"{name:32} {figure:.6g}")
+  command_line.show_logs(jax.process_index())
+  train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import functools
 import os
 from typing import Any
 
+import matplotlib
 import numpy as np
 
 from dpo_jax import judges
@@ -303,6 +304,13 @@ def table(rows: Sequence[Row]) -> list[Row]:
   return out
 
 
+def colour(number: int) -> Any:
+  """Returns the colour of a figure's line; the first twenty differ."""
+  # The ten strong colours of tab20, then their ten pale ones.
+  strong, pale = range(0, 20, 2), range(1, 20, 2)
+  return matplotlib.colormaps["tab20"]([*strong, *pale][number % 20])
+
+
 def draw(
   axis: Any,
   rows: Sequence[Row],
@@ -320,7 +328,7 @@ def draw(
       yerr=[r.get(f"{y}_spread", 0.0) for r in mine],
       xerr=[r.get(f"{x}_spread", 0.0) for r in mine],
       marker="os^Dv"[number % 5],
-      color=f"C{number % 10}",
+      color=colour(number),
       linestyle=":" if number < 10 else "-.",
       markersize=5,
       capsize=2,

@@ -40,7 +40,7 @@ import numpy as np
 from dpo_jax import command_line, model_source
 from dpo_jax import config as config_lib
 from dpo_jax.metrics import format_table, read_metrics
-from dpo_jax.train import Preempted, show_progress_logs, train
+from dpo_jax.train import Preempted, train
 from dpo_jax.workdir import Workdir, write_json
 
 matplotlib.use("Agg")
@@ -509,7 +509,6 @@ def main(
   flags.DEFINE_string("reviews", "", "JSONL of real reviews")
 
   def run() -> None:
-    show_progress_logs()
     if flags.FLAGS.scale == "tiny":
       compile_soon()
     raise SystemExit(_command(experiment, table, name, flags.FLAGS))

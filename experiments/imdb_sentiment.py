@@ -546,9 +546,15 @@ def plot(rows: list[Row], path: str) -> list[str]:
   )
   exact_sweep.draw(axes[0], means, "kl", "reward")
   exact_sweep.draw(axes[1], means, "kl", "p_positive")
-  for number, (name, points) in enumerate(_PAPER.items()):
+  # A method has one colour, here and in the paper.
+  methods = list(dict.fromkeys(row["method"] for row in means))
+  for name, points in _PAPER.items():
+    method = name.removesuffix(" (paper)")
+    if method not in methods:
+      methods.append(method)
     kls, rewards = zip(*points, strict=True)
-    axes[1].plot(kls, rewards, "--", color=f"C{number}", label=name, alpha=0.6)
+    color = exact_sweep.colour(methods.index(method))
+    axes[1].plot(kls, rewards, "--", color=color, label=name, alpha=0.6)
   axes[0].set(xlabel="KL to the reference (nats)", ylabel="gold reward")
   axes[1].set(
     xlabel="KL to the reference (nats)",

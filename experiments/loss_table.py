@@ -18,7 +18,7 @@ from configs import reviews
 from dpo_jax import command_line
 from dpo_jax.losses import CATALOGUE
 from dpo_jax.metrics import format_table, read_metrics
-from dpo_jax.train import show_progress_logs, train
+from dpo_jax.train import train
 
 # A folder that no loss is named after.
 _START = "start"
@@ -71,7 +71,6 @@ def _figure(value: float | None) -> str:
 
 
 def main() -> None:
-  show_progress_logs()
   workdir, steps = flags.FLAGS.workdir, flags.FLAGS.steps
   # Losses of samples need a judge besides their name.
   names = flags.FLAGS.losses or [

@@ -5,10 +5,11 @@
 Trains a byte-level model of 1M parameters on the synthetic review task, whose
 ground-truth reward is known. Prints a table of the policy before and after
 DPO, and writes quickstart.png, and dpo/displacement.png: where chosen and
-rejected log-probs went. Minutes on two CPU cores; started again, it goes on
+rejected log-probs went. Minutes on two CPU cores; started again, it resumes
 where it stopped.
 """
 
+from collections.abc import Sequence
 import json
 import os
 import textwrap
@@ -16,15 +17,21 @@ from typing import Any
 
 from absl import flags
 import matplotlib
+import numpy as np
 
 from configs import reviews
 from dpo_jax import command_line
 from dpo_jax.metrics import format_table, read_metrics
-from dpo_jax.train import show_progress_logs, train
+from dpo_jax.train import train
 from experiments import replay
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+# Logged batches that a point of a curve is the mean of.
+_WINDOW = 5
+_QUARTILES = (0.25, 0.5, 0.75)
+_RULE = "Samples at the 25, 50 and 75 % points of the gain in reward:"
 
 
 def run(workdir: str, *, seed: int) -> None:
@@ -58,90 +65,149 @@ def collect(workdir: str) -> list[dict[str, Any]]:
   return rows
 
 
-def read_samples(workdir: str, num: int) -> list[dict[str, Any]]:
-  """The first prompts with the responses before and after."""
+def pick_samples(workdir: str) -> list[dict[str, Any]]:
+  """Returns the samples at the quartiles of the gain in reward.
+
+  A quarter of the prompts gained less than the first, half of them less than
+  the second, and a quarter gained more than the third.
+  """
   with open(f"{workdir}/dpo/samples.jsonl", encoding="utf-8") as file:
     rows = [json.loads(line) for line in file]
   last = max(row["step"] for row in rows)
   before = [row for row in rows if row["step"] == 0]
   after = [row for row in rows if row["step"] == last]
+  gains = np.array(
+    [a["reward"] - b["reward"] for b, a in zip(before, after, strict=True)]
+  )
+  order = np.argsort(gains, kind="stable")
+  picked = [order[round(q * (len(order) - 1))] for q in _QUARTILES]
   return [
     {
-      "prompt": b["prompt"],
-      "sft": b["response"],
-      "sft_reward": b["reward"],
-      "dpo": a["response"],
-      "dpo_reward": a["reward"],
+      "prompt": before[i]["prompt"],
+      "sft": before[i]["response"],
+      "sft_reward": before[i]["reward"],
+      "dpo": after[i]["response"],
+      "dpo_reward": after[i]["reward"],
     }
-    for b, a in list(zip(before, after, strict=False))[:num]
+    for i in picked
   ]
 
 
 def format_samples(samples: list[dict[str, Any]]) -> str:
-  """Prompt, then both responses with their rewards."""
+  """Formats a prompt, then both responses with their rewards."""
   blocks = [
     f"{s['prompt']} ...\n"
     f"  SFT {s['sft_reward']:+.2f} {s['sft'].strip()!r}\n"
     f"  DPO {s['dpo_reward']:+.2f} {s['dpo'].strip()!r}"
     for s in samples
   ]
-  return "\n".join(blocks)
+  return "\n".join([_RULE, *blocks])
+
+
+def summarise(workdir: str) -> str:
+  """Says in a line what was learnt."""
+  sft, dpo = collect(workdir)
+  return (
+    f"DPO took the true reward of samples from {sft['reward']:.2f} to"
+    f" {dpo['reward']:.2f}; {100 * dpo['win rate vs SFT']:.0f} % of them win"
+    f" against SFT's, at a KL of {dpo['KL to SFT (nats)']:.1f} nats"
+  )
+
+
+def smooth(values: Sequence[float]) -> np.ndarray:
+  """Returns the means of `_WINDOW` neighbours, of fewer at the ends."""
+  kernel = np.ones(_WINDOW)
+  sums = np.convolve(values, kernel, "same")
+  return sums / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def _draw_curves(
+  axis: Any, workdir: str, title: str, lines: dict[str, tuple[str, str]]
+) -> None:
+  """Draws metrics of training as lines, and held-out ones as points.
+
+  Args:
+    axis: of the figure.
+    workdir: of a run.
+    title: of the axis.
+    lines: label and colour by metric.
+  """
+  train_rows, held_out = (read_metrics(workdir, x) for x in ("train", "eval"))
+  for name, (label, color) in lines.items():
+    axis.plot(
+      [row["step"] for row in train_rows],
+      smooth([row[name] for row in train_rows]),
+      color=color,
+      label=label,
+    )
+    axis.plot(
+      [row["step"] for row in held_out],
+      [row[name] for row in held_out],
+      "o",
+      color=color,
+      markeredgecolor="black",
+    )
+  axis.set(title=title, xlabel="step")
+  axis.grid(alpha=0.3)
 
 
 def plot(workdir: str, path: str) -> None:
-  """Curves of both stages, and samples as text."""
-  sft = read_metrics(f"{workdir}/sft", "train")
-  dpo = read_metrics(f"{workdir}/dpo", "train")
-  held_out = read_metrics(f"{workdir}/dpo", "eval")
+  """Draws curves of both stages, and samples as text."""
   figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+  figure.suptitle(
+    f"{summarise(workdir)}\nLines: training, mean of {_WINDOW} logged batches."
+    " Points: held out."
+  )
   panels = (
-    ("SFT loss (nats per token)", sft, {"loss": ""}),
-    ("DPO loss (nats)", dpo, {"loss": ""}),
-    ("DPO accuracy", dpo, {"reward/accuracy": ""}),
+    ("sft", "SFT loss (nats a token)", {"loss": ("", "tab:purple")}),
+    ("dpo", "DPO loss (nats)", {"loss": ("", "tab:blue")}),
     (
-      "log-ratio to the reference (nats)",
-      dpo,
-      {"log_ratio/chosen": "chosen, ", "log_ratio/rejected": "rejected, "},
+      "dpo",
+      "accuracy: pairs in the right order",
+      {"reward/accuracy": ("", "tab:blue")},
+    ),
+    (
+      "dpo",
+      "log-ratio to SFT (nats)",
+      {
+        "log_ratio/chosen": ("chosen", "tab:green"),
+        "log_ratio/rejected": ("rejected", "tab:red"),
+      },
     ),
   )
-  for axis, (title, rows, lines) in zip(axes.flat, panels, strict=False):
-    for name, label in lines.items():
-      curves = [(rows, "-", "training batch")]
-      curves += [(held_out, "o--", "held out")] if rows is dpo else []
-      for points, style, split in curves:
-        steps = [row["step"] for row in points]
-        figures = [row[name] for row in points]
-        axis.plot(steps, figures, style, label=f"{label}{split}")
-    axis.set(title=title, xlabel="step")
-    axis.legend()
-    axis.grid(alpha=0.3)
-  rows = collect(workdir)
+  for axis, (stage, title, lines) in zip(axes.flat, panels, strict=False):
+    _draw_curves(axis, f"{workdir}/{stage}", title, lines)
+  axes.flat[0].set_yscale("log")
+  axes.flat[3].legend()
+  rows = read_metrics(f"{workdir}/dpo", "eval")
   axis = axes.flat[4]
   bars = axis.bar(
-    [row["policy"] for row in rows],
-    [row["reward"] for row in rows],
-    color=("tab:gray", "tab:blue"),
+    ["SFT", "DPO"],
+    [row["sample/reward"] for row in (rows[0], rows[-1])],
+    yerr=[2 * row["sample/reward_error"] for row in (rows[0], rows[-1])],
+    color=("tab:purple", "tab:blue"),
+    capsize=4,
   )
   axis.bar_label(bars, fmt="%.2f", padding=2)
   axis.margins(y=0.12)
   axis.axhline(0, color="black", linewidth=0.8)
-  axis.set(title="ground-truth reward of samples")
+  axis.set(title="true reward of samples, 2 standard errors")
   text = "\n".join(
     textwrap.fill(line, 62, subsequent_indent="      ")
-    for line in format_samples(read_samples(workdir, 4)).splitlines()
+    for line in format_samples(pick_samples(workdir)).splitlines()
   )
   axes.flat[5].axis("off")
-  axes.flat[5].text(0, 1, text, va="top", family="monospace", fontsize=7)
-  figure.savefig(path, dpi=110)
+  axes.flat[5].text(0, 1, text, va="top", family="monospace", fontsize=8.5)
+  figure.savefig(path, dpi=80)
   plt.close(figure)
 
 
 def main() -> None:
-  show_progress_logs()
   workdir = flags.FLAGS.workdir
   run(workdir, seed=flags.FLAGS.seed)
-  print("\n" + format_samples(read_samples(workdir, 3)) + "\n")
+  print("\n" + format_samples(pick_samples(workdir)) + "\n")
   print(format_table(collect(workdir)))
+  print("\n" + summarise(workdir))
   path = os.path.join(workdir, "quickstart.png")
   plot(workdir, path)
   print(f"\nfigures: {path}, {replay.draw(f'{workdir}/dpo')}")

@@ -34,8 +34,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import logging
 import pathlib
 
+from absl import logging as absl_logging
 import jax
 import pytest
 
@@ -89,6 +91,22 @@ def libtpu() -> None:
 def private_cache(tmp_path, monkeypatch):
   """Token stores of a test go to its own folder."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def logs():
+  """Undoes `show_logs` after the test."""
+  names = ("dpo_jax", "experiments", "__main__")
+  root = logging.getLogger()
+  handlers, level = list(root.handlers), root.level
+  levels = {name: logging.getLogger(name).level for name in names}
+  verbosity = absl_logging.get_verbosity()
+  yield
+  root.handlers[:] = handlers
+  root.setLevel(level)
+  for name in names:
+    logging.getLogger(name).setLevel(levels[name])
+  absl_logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,7 @@ def test_a_margin_of_zero_counts_a_half(models):
   step = reference.make_logps_step(models.policy, placement, 16)
   loader = tiny.make_loader(models.groups, 4)
   same.ref_logps = reference.compute_logps(
-    step, models.params, loader, placement, progress=False
+    step, models.params, loader, placement
   )
   got = evaluate(same, 4)
   assert got["reward/accuracy"] == 0.5

@@ -8,10 +8,10 @@ import pytest
 from dpo_jax import evaluate as evaluate_lib
 from dpo_jax.evaluate import displacement, read_records
 from dpo_jax.losses import CATALOGUE, build_objective
-from dpo_jax.metrics import read_metrics
+from dpo_jax.metrics import MetricsWriter, read_metrics
 from dpo_jax.train import train
 from dpo_jax.workdir import Workdir
-from experiments import loss_docs, loss_table, replay
+from experiments import exact_sweep, loss_docs, loss_table, quickstart, replay
 from tests.tiny import make_config
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -31,6 +31,63 @@ def trained(tmp_path_factory):
   )
   train(config, workdir / "dpo")
   return workdir / "dpo"
+
+
+@pytest.fixture
+def quickstarted(tmp_path):
+  """The files of a quickstart, made up: prompt i gained i in reward."""
+  for stage in ("sft", "dpo"):
+    writer = MetricsWriter(tmp_path / stage, is_writer=True, tensorboard=False)
+    for step in range(0, 101, 5):
+      row = {"loss": 1 - step / 200, "reward/accuracy": 0.5 + step / 400}
+      row |= {"log_ratio/chosen": -step / 50, "log_ratio/rejected": -step / 20}
+      row |= {"sample/reward": step / 50, "sample/reward_error": 0.1}
+      row |= {"sample/win_rate": 0.855, "kl": 2.8}
+      row |= {"sample/win_rate_low": 0.8, "sample/win_rate_high": 0.9}
+      for split in ("train", "eval"):
+        writer.write(step, split, row)
+    writer.close()
+  gains = np.random.default_rng(0).permutation(101)
+  lines = [
+    {"step": step, "prompt": f"p{i}", "response": f"r{step}"}
+    | {"reward": 0.5 + (step > 0) * float(gain)}
+    for step in (0, 100)
+    for i, gain in enumerate(gains)
+  ]
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (tmp_path / "dpo" / "samples.jsonl").write_text(text)
+  return tmp_path
+
+
+def test_samples_are_picked_by_their_gain_in_reward(quickstarted):
+  picked = quickstart.pick_samples(quickstarted)
+  gains = [s["dpo_reward"] - s["sft_reward"] for s in picked]
+  assert gains == [25.0, 50.0, 75.0]
+  assert [s["sft_reward"] for s in picked] == [0.5] * 3
+  text = quickstart.format_samples(picked)
+  assert text.splitlines()[0].startswith("Samples at the 25, 50 and 75 %")
+  assert "  DPO +25.50 'r100'" in text
+
+
+def test_the_quickstarts_picture_is_small_and_says_what_to_see(quickstarted):
+  assert quickstart.summarise(quickstarted) == (
+    "DPO took the true reward of samples from 0.00 to 2.00; 86 % of them win"
+    " against SFT's, at a KL of 2.8 nats"
+  )
+  path = quickstarted / "quickstart.png"
+  quickstart.plot(quickstarted, path)
+  assert path.read_bytes()[:4] == b"\x89PNG"
+  assert path.stat().st_size < 150_000
+
+
+def test_a_curve_is_the_mean_of_five_neighbours():
+  values = np.random.default_rng(0).normal(size=12)
+  wanted = [values[max(0, i - 2) : i + 3].mean() for i in range(12)]
+  np.testing.assert_allclose(quickstart.smooth(values), wanted, rtol=1e-12)
+
+
+def test_twenty_lines_of_a_figure_have_colours_of_their_own():
+  assert len({exact_sweep.colour(number) for number in range(20)}) == 20
 
 
 def test_docs_are_those_of_the_catalogue():

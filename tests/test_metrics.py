@@ -11,7 +11,6 @@ import pytest
 from dpo_jax.metrics import (
   GrowingFile,
   MetricsWriter,
-  ProgressBar,
   format_table,
   read_metrics,
 )
@@ -118,21 +117,6 @@ def test_large_numbers_get_commas_and_nan_is_shown():
 
 def test_a_table_of_nothing_is_empty():
   assert format_table([]) == ""
-
-
-def test_the_bar_shows_loss_and_accuracy_where_it_is_shown(capsys):
-  bar = ProgressBar(10, 5, is_shown=True, name="dpo")
-  bar.show({"loss": np.float32(0.6931), "reward/accuracy": np.float32(0.75)})
-  bar.advance()
-  bar.close()
-  shown = capsys.readouterr().err
-  assert "loss=0.6931" in shown and "accuracy=0.750" in shown
-  assert "6/10" in shown
-  hidden = ProgressBar(10, 5, is_shown=False, name="dpo")
-  hidden.show({"loss": 0.5})
-  hidden.advance()
-  hidden.close()
-  assert capsys.readouterr().err == ""
 
 
 class Bucket:

@@ -105,7 +105,6 @@ def compute(groups, params, policy, batch_size, sizes=None, **fields):
     jax.device_put(params, shardings),
     loader,
     placement,
-    progress=False,
   )
 
 

@@ -7,15 +7,14 @@ import math
 import pathlib
 import re
 import signal
-import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from dpo_jax import command_line, judges, model_source, reference, start
 from dpo_jax import evaluate as evaluate_lib
-from dpo_jax import judges, model_source, reference, start
 from dpo_jax import train as train_lib
 from dpo_jax.cache import use_compilation_cache
 from dpo_jax.data.loader import Loader
@@ -205,11 +204,14 @@ def test_pmap_resumes(on_all_devices, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path, monkeypatch):
+def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path, monkeypatch, caplog):
   train(make_config(total_steps=6), tmp_path / "whole")
   train(make_config(total_steps=3), tmp_path / "parts")
   order = note_order(monkeypatch)
-  train(make_config(total_steps=6), tmp_path / "parts")
+  with caplog.at_level(logging.INFO, "dpo_jax"):
+    train(make_config(total_steps=6), tmp_path / "parts")
+  told = next(m for m in caplog.messages if m.startswith("resumed"))
+  assert told.endswith("from step 3: 3 of 6 steps to train")
   assert sorted(order) == [3, 4, 5]
   assert_same_bits(
     read_state(tmp_path / "parts", 6), read_state(tmp_path / "whole", 6)
@@ -706,8 +708,8 @@ def test_the_mark_of_a_finished_run_comes_last(tmp_path, monkeypatch):
   assert path.exists()
 
 
-def test_a_finished_run_does_nothing_and_gives_its_figures(
-  tmp_path, monkeypatch
+def test_a_finished_run_says_so_does_nothing_and_gives_its_figures(
+  tmp_path, monkeypatch, caplog
 ):
   config = make_config(total_steps=2)
   figures = train(config, tmp_path)
@@ -718,14 +720,33 @@ def test_a_finished_run_does_nothing_and_gives_its_figures(
     raise AssertionError("it evaluates again")
 
   monkeypatch.setattr(evaluate_lib, "evaluate", refuse)
-  assert train(config, tmp_path) == figures
+  with caplog.at_level(logging.INFO, "dpo_jax"):
+    assert train(config, tmp_path) == figures
+  told = [m for m in caplog.messages if m.startswith("finished")]
+  assert "the workdir holds all 2 steps" in told[0]
+  shown = f"{figures['eval/reward/accuracy']:.3f}"
+  assert any(shown in message for message in caplog.messages)
   (tmp_path / "model.json").unlink()
   assert snapshot(tmp_path) == before
+  caplog.clear()
+  with caplog.at_level(logging.INFO, "dpo_jax"):
+    train(make_config(total_steps=1), tmp_path)
+  told = [m for m in caplog.messages if m.startswith("finished")]
+  assert "step 2, beyond total_steps=1, so nothing" in told[0]
   assert all(name.startswith("eval/") for name in figures)
 
 
-def test_a_workdir_tells_what_was_run(tmp_path):
-  train(make_config(total_steps=1), tmp_path)
+def test_a_workdir_and_a_pipe_tell_what_was_run(tmp_path, logs, capsys):
+  command_line.show_logs()
+  train(make_config(total_steps=1, log__progress=True), tmp_path)
+  shown = capsys.readouterr().err
+  for name in ("scoring", "evaluation", "training"):
+    assert f"compiled    the {name} step in " in shown
+  labels = ["model", "loss", "held out", "checkpoint", "best", "export"]
+  found = [shown.index(f" {label} ") for label in labels]
+  assert found == sorted(found)
+  assert "110,912 parameters, all trained" in shown and "\r" not in shown
+  assert all(len(x) <= 120 or str(tmp_path) in x for x in shown.splitlines())
   resolved = json.loads((tmp_path / "config.json").read_text())
   assert resolved["loss"]["beta"] == 0.1  # the loss's own default
   model = json.loads((tmp_path / "model.json").read_text())
@@ -1157,44 +1178,7 @@ def test_every_loss_trains(tmp_path, monkeypatch, name):
   assert rows[0]["grad_norm"] > 0.0
   resolved = json.loads((tmp_path / "run" / "config.json").read_text())["loss"]
   for knob in KNOBS:
-    assert resolved[knob] == dict(objective.knobs).get(knob), knob
-
-
-def test_groups_per_second_leave_evaluation_out(monkeypatch):
-  now = [0.0]
-  monkeypatch.setattr(time, "monotonic", lambda: now[0])
-  clock = train_lib._Clock()
-  now[0] = 2.0
-  clock.count({"num_groups": 8.0, "num_tokens": 100.0})
-  clock.pause()
-  now[0] = 10.0  # an evaluation
-  clock.resume()
-  now[0] = 12.0
-  clock.count({"num_groups": 8.0, "num_tokens": 300.0})
-  rates = clock.rates()
-  assert rates == {
-    "groups_per_second": 4.0,
-    "tokens_per_second": 100.0,
-    "host_wait_fraction": 0.0,
-  }
-  now[0] = 13.0
-  clock.count({"num_groups": 8.0, "num_tokens": 50.0})
-  assert clock.rates()["groups_per_second"] == 8.0
-
-
-def test_the_wait_for_batches_is_a_fraction_of_the_time(monkeypatch):
-  now = [0.0]
-  monkeypatch.setattr(time, "monotonic", lambda: now[0])
-
-  def batches():
-    for i in range(2):
-      now[0] += 1.0  # made while the loop waits
-      yield i
-
-  clock = train_lib._Clock()
-  for _ in clock.waiting(batches()):
-    now[0] += 3.0  # a step
-  assert clock.rates()["host_wait_fraction"] == pytest.approx(2.0 / 8.0)
+    assert resolved[knob] == objective.to_dict().get(knob), knob
 
 
 def test_help_is_answered_without_jax():

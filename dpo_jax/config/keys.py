@@ -189,7 +189,8 @@ def default_config() -> ml_collections.ConfigDict:
   config.log = ml_collections.ConfigDict()
   config.log.every_steps = 10
   config.log.tensorboard = False  # event files in WORKDIR/tensorboard
-  config.log.progress = True  # progress bar on process 0
+  # Bars on a terminal; elsewhere a line a minute of what takes long.
+  config.log.progress = True
 
   config.profile = ml_collections.ConfigDict()
   config.profile.steps = ""  # "10:13" traces steps 10 to 12: WORKDIR/profile

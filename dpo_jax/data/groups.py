@@ -9,8 +9,7 @@ import itertools
 import logging
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
+from dpo_jax import progress
 from dpo_jax.data.dialogues import Example
 from dpo_jax.data.examples import parse_records
 from dpo_jax.data.messages import RecordError, Unusable
@@ -111,8 +110,8 @@ def tokenize(
     )
   hide = None if reads_tokens else tokenizer.spellings.hide
   # One iterator, made once: a new one over the bar would end the data early.
-  records = iter(
-    tqdm(iter(source), desc="tokenize", unit=" records", leave=False)
+  records = progress.track(
+    iter(source), "tokenizing", total=None, unit="records"
   )
   shaped = shape_records(records, reading, seen)
   for chunk in _chunks(shaped):

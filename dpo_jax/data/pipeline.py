@@ -49,13 +49,16 @@ class Data:
 
   def description(self) -> dict[str, Any]:
     """Returns what data.json holds: identity, reports and checks."""
-    loaders = [self.train, *self.eval.values()]
+    results = [dataclasses.asdict(result) for result in self.checks]
+    return {**self.identity(), "reports": self.reports(), "checks": results}
+
+  def reports(self) -> dict[str, Mapping[str, Any]]:
+    """Returns the report of each source, see `groups.tokenize`."""
     reports = {}
-    for loader in loaders:
+    for loader in (self.train, *self.eval.values()):
       report = loader.store.report
       reports |= {r["source"]: r for r in report.get("sources", [report])}
-    results = [dataclasses.asdict(result) for result in self.checks]
-    return {**self.identity(), "reports": reports, "checks": results}
+    return reports
 
   def identity(self) -> dict[str, Any]:
     """Returns what all hosts, and all starts of a run, must have in common."""
@@ -235,7 +238,6 @@ class Pipeline:
       ),
     )
     self._check_ids(opened)
-    _log_report(opened.report)
     reasons = {}
     is_pair = opened.num_slots == 2
     if config.data.split_pairs and is_pair and objective.group == "single":
@@ -336,24 +338,3 @@ class Pipeline:
         f" {largest}, and the model's vocabulary has {self.vocab_size}: the"
         " tokenizer is not the model's"
       )
-
-
-def _log_report(report: Mapping[str, Any]) -> None:
-  dropped = ", ".join(f"{v} {k}" for k, v in report["dropped"].items())
-  _LOG.info(
-    "%s: %d groups of %d records (dropped: %s; cut: %d prompts, %d responses)",
-    report["source"],
-    report["groups"],
-    report["records"],
-    dropped or "none",
-    report["prompts_cut"],
-    report["responses_cut"],
-  )
-  counted = (f"{report[k]} {k}" for k in groups_lib.COUNTS if report[k])
-  _LOG.info(
-    "%s: records by shape: %s; columns that are not read: %s; counted: %s",
-    report["source"],
-    ", ".join(f"{v} {k}" for k, v in report["shapes"].items()),
-    ", ".join(report["unread"]) or "none",
-    ", ".join(counted) or "none",
-  )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax import progress
 from dpo_jax.models.decoder import Policy
 
 
@@ -121,6 +122,7 @@ def sample(
   batch_size: int = 64,
   first_index: int = 0,
   rows: jax.sharding.NamedSharding | None = None,
+  label: str = "",
 ) -> list[list[int]]:
   """Samples one response to every prompt.
 
@@ -141,6 +143,7 @@ def sample(
     first_index: index of the first prompt, for the randomness.
     rows: how the prompts of a batch lie on the mesh of the parameters; None
       leaves it to the compiler.
+    label: name of the work for `progress.track`; "" shows nothing.
 
   Returns:
     Token ids of every response; a stop id is its last where one was reached.
@@ -177,7 +180,8 @@ def sample(
     batch_size = -(-batch_size // shards) * shards
   base = jax.random.key(seed)
   responses: list[list[int]] = []
-  for start in range(0, len(prompts), batch_size):
+  starts = range(0, len(prompts), batch_size)
+  for start in progress.track(starts, label, total=len(starts), unit="batches"):
     part = list(prompts[start : start + batch_size])
     padded = np.zeros((batch_size, length), np.int32)
     lengths = np.ones(batch_size, np.int32)
