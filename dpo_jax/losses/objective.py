@@ -38,13 +38,9 @@ class Objective:
 
   def to_dict(self) -> dict[str, Any]:
     """What `build_objective` makes this objective of."""
-    row = self.loss
-    return {
-      "name": row.name,
-      "reward": row.reward,
-      "link": row.link,
-      **self.knobs,
-    }
+    row, knobs = self.loss, self.knobs
+    read = {k: v for k, v in knobs.items() if row.is_read(k, knobs)}
+    return {"name": row.name, "reward": row.reward, "link": row.link, **read}
 
   @property
   def needs(self) -> frozenset[str]:
