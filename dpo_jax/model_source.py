@@ -309,8 +309,14 @@ class RandomWeights(ModelSource):
     """Nothing to warn of."""
 
   def _load(self, policy: Policy, mesh: Any, seed: int) -> Any:
-    shardings = param_shardings(policy.abstract_params(), mesh)
-    return jax.jit(policy.init, out_shardings=shardings)(jax.random.key(seed))
+    return _jitted_init(policy, mesh)(jax.random.key(seed))
+
+
+@functools.lru_cache(maxsize=1)
+def _jitted_init(policy: Policy, mesh: Any) -> Any:
+  """Returns jitted `policy.init`; a run calls it for policy and reference."""
+  shardings = param_shardings(policy.abstract_params(), mesh)
+  return jax.jit(policy.init, out_shardings=shardings)
 
 
 @dataclasses.dataclass(frozen=True)

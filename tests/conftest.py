@@ -17,7 +17,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 if "PYTEST_XDIST_WORKER" not in os.environ:
   # Most programs of a test run once, and take longer to compile than to run: a
   # third as long without the fusion emitters of jax 0.10; jax 0.12 has no such
-  # option, and ignores it. Children keep the emitters.
+  # option, and ignores it. Children do the same.
   faster = xla_flags.known(
     "--xla_backend_optimization_level=1"
     " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
@@ -43,6 +43,7 @@ import pytest
 
 from dpo_jax import mesh as mesh_lib
 from dpo_jax import topology
+from tests import tiny
 
 _make_mesh = mesh_lib.make_mesh
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -117,12 +118,21 @@ def unoptimized():
   jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture
-def on_one_device(monkeypatch):
+@pytest.fixture(scope="module")
+def traced_once():
+  """Shares what the runs of one file compile."""
+  with tiny.shared_programs():
+    yield
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
   """A mesh of one device, for which there is less to compile and to wait."""
-  monkeypatch.setattr(
-    mesh_lib, "make_mesh", lambda sizes: _make_mesh(sizes, jax.devices()[:1])
-  )
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      mesh_lib, "make_mesh", lambda sizes: _make_mesh(sizes, jax.devices()[:1])
+    )
+    yield
 
 
 @pytest.fixture
@@ -131,6 +141,6 @@ def on_all_devices(on_one_device, monkeypatch):
   monkeypatch.setattr(mesh_lib, "make_mesh", _make_mesh)
 
 
-@pytest.fixture
-def in_haste(unoptimized, on_one_device):
+@pytest.fixture(scope="module")
+def in_haste(unoptimized, traced_once, on_one_device):
   """For tests of what a run does, not of how it is laid out."""

@@ -2,10 +2,13 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
+
+from dpo_jax import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -34,13 +37,22 @@ def largest_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 def environment(num_devices: int = 1) -> dict[str, str]:
-  """Variables of a child with that many simulated devices."""
-  return os.environ | {
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-    "NPROC": "16",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
-  }
+  """Variables of a child with that many simulated devices.
+
+  It compiles as this process does, and finds in the cache what others have
+  compiled.
+  """
+  flag = "--xla_force_host_platform_device_count="
+  given = os.environ["XLA_FLAGS"]
+  flags = re.sub(rf"{flag}\d+", f"{flag}{num_devices}", given)
+  return os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+
+
+def stop_at(monkeypatch, *steps: int) -> None:
+  """Lets runs end as if SIGTERM had come in the middle of these steps."""
+  monkeypatch.setattr(
+    train._StopSignal, "reached", lambda self, step: step in steps
+  )
 
 
 def spawn(

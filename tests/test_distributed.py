@@ -22,10 +22,10 @@ from tests import tiny
 
 def get_config():
   return tiny.make_config(
-    data__source="synthetic:review_pairs:80",
+    data__source="synthetic:review_pairs:40",
     data__eval_fraction=0.1,
     optimizer__epsilon=1e-3,
-    mesh={"data": 2, "fsdp": 4},
+    mesh={"data": 2, "fsdp": 2},
     checkpoint__every_steps=2,
   )
 """
@@ -39,7 +39,7 @@ def free_port():
 
 
 def start(folder, workdir, num_processes, *flags, own_flags=None, cwds=None):
-  """Starts the processes of one run, of eight devices together."""
+  """Starts the processes of one run, of four devices together."""
   config = folder / "config.py"
   config.write_text(_CONFIG)
   port = free_port()
@@ -57,7 +57,7 @@ def start(folder, workdir, num_processes, *flags, own_flags=None, cwds=None):
         f"--num_processes={num_processes}",
         f"--process_id={index}",
       ]
-    environment = faults.environment(8 // num_processes) | {
+    environment = faults.environment(4 // num_processes) | {
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
       "XDG_CACHE_HOME": str(folder / "cache"),
     }

@@ -227,7 +227,12 @@ def measured(tmp_path_factory):
   """Rows by method, from a child of one device: eight only share its work."""
   workdir = str(tmp_path_factory.mktemp("exact"))
   code = "import sys; from tests import test_exact_task as t\n"
-  child = faults.spawn(code + "t.run_small_sweep(sys.argv[1])", workdir)
+  child = faults.spawn(
+    code + "t.run_small_sweep(sys.argv[1])",
+    workdir,
+    # Its steps are many, and faster as XLA compiles by itself.
+    XLA_FLAGS="--xla_force_host_platform_device_count=1",
+  )
   output = child.communicate()[0]
   assert child.returncode == 0, output
   rows = exact_sweep.collect(workdir).rows

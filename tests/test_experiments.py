@@ -14,7 +14,7 @@ from dpo_jax.workdir import Workdir
 from experiments import exact_sweep, loss_docs, loss_table, quickstart, replay
 from tests.tiny import make_config
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("in_haste")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tests.models.test_families import open_folder, our_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_haste")]
 
 TOKENS = np.random.default_rng(0).integers(3, 90, 17).astype(np.int32)
 

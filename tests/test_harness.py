@@ -230,13 +230,14 @@ def measure(folder):
 
 def config(workdir, init):
   made = tiny.make_config(
-    total_steps=12, checkpoint__every_steps=2, data__eval_fraction=0.0,
+    total_steps=8, checkpoint__every_steps=2, data__eval_fraction=0.0,
+    data__source="synthetic:review_pairs:40",
     data__cache_dir=workdir + "/cache", policy__init=init,
   )
   return made
 
 workdir = sys.argv[1]
-harness.compile_once(workdir)
+harness.compile_once(sys.argv[2])
 runs = [
   harness.Run("one", {"method": "one"}, config(workdir, "random"),
               measure=measure),
@@ -260,7 +261,10 @@ def test_a_sweep_killed_in_the_middle_gives_the_same_table(tmp_path):
 
   def run(name):
     return faults.spawn(
-      _SWEEP, str(tmp_path / name), JAX_DISABLE_MOST_OPTIMIZATIONS="1"
+      _SWEEP,
+      str(tmp_path / name),
+      str(tmp_path),
+      JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     )
 
   whole = run("whole")

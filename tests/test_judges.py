@@ -12,7 +12,7 @@ from dpo_jax.data import synthetic
 from dpo_jax.train import train
 from tests import faults, tiny
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("in_haste")
 
 
 def test_the_built_in_truth_reads_the_response_alone():

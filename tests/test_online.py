@@ -14,10 +14,10 @@ from dpo_jax.config import resolve
 from dpo_jax.data import tokenizers
 from dpo_jax.metrics import read_metrics
 from dpo_jax.models import logps as logps_lib
-from dpo_jax.train import train
+from dpo_jax.train import Preempted, train
 from tests import faults, tiny
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("in_haste")
 
 
 def settle(loss="dpo", **overrides):
@@ -236,13 +236,18 @@ def figures(workdir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["ppo", "reinforce", "dpo"])
-def test_a_resume_between_two_samplings_changes_nothing(tmp_path, loss):
+def test_a_resume_between_two_samplings_changes_nothing(
+  tmp_path, monkeypatch, loss
+):
   extra = {} if loss == "dpo" else {"online__kl_target": 1.0}
-  train(run_config(tmp_path, loss, **extra), tmp_path / "whole")
+  config = run_config(tmp_path, loss, **extra)
+  train(config, tmp_path / "whole")
   # Stopped at 4, which is between the samplings at 3 and 6; and at 6.
-  for total in (4, 6, 8):
-    config = run_config(tmp_path, loss, total_steps=total, **extra)
-    train(config, tmp_path / "parts")
+  faults.stop_at(monkeypatch, 4, 6)
+  for _ in range(2):
+    with pytest.raises(Preempted):
+      train(config, tmp_path / "parts")
+  train(config, tmp_path / "parts")
   whole, parts = figures(tmp_path / "whole"), figures(tmp_path / "parts")
   assert whole == parts
   sampled = read_metrics(tmp_path / "whole", "online")
@@ -304,7 +309,7 @@ def test_a_kl_that_explodes_stops_the_run_and_keeps_what_is_done(tmp_path):
 
 
 @pytest.mark.slow
-def test_layouts_of_the_mesh_give_the_same_advantages(tmp_path):
+def test_layouts_of_the_mesh_give_the_same_advantages(on_all_devices, tmp_path):
   """PPO on one device's mesh and on eight."""
   for name, sizes in (
     ("fsdp", {"data": 1, "fsdp": 8, "tensor": 1}),

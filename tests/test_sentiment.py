@@ -109,7 +109,7 @@ def test_reviews_are_read_and_checked(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_smallest_sweep_goes_through(on_one_device, tmp_path, monkeypatch):
+def test_the_smallest_sweep_goes_through(in_haste, tmp_path, monkeypatch):
   """Synthetic reviews; every method's way from prompts to a row."""
   small = dict(
     prompts=12,

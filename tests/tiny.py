@@ -1,14 +1,18 @@
 """Small configs, models and batches that tests share."""
 
+import contextlib
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dpo_jax import config as config_lib
 from dpo_jax import mesh as mesh_lib
-from dpo_jax.config import default_config
+from dpo_jax import program as program_lib
+from dpo_jax import reference, run, step
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.data.packing import RowShape
@@ -17,7 +21,6 @@ from dpo_jax.losses import build_objective
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.presets import PRESETS
-from dpo_jax.program import Program
 from dpo_jax.types import Batch
 
 
@@ -30,9 +33,9 @@ def make_config(**overrides):
   Returns:
     The complete config.
   """
-  config = default_config()
+  config = config_lib.default_config()
   config.policy.preset = "tiny"
-  config.data.source = "synthetic:review_pairs:200"
+  config.data.source = "synthetic:review_pairs:40"
   config.data.max_tokens = 160
   config.data.max_prompt_tokens = 80
   config.data.max_shapes = 1  # less to compile
@@ -56,6 +59,37 @@ def make_config(**overrides):
     with node.ignore_type():
       node[last] = value
   return config
+
+
+@contextlib.contextmanager
+def shared_programs():
+  """Lets runs of one process share what they compile, where it is the same.
+
+  Tracing and lowering a program takes longer than a few of its steps, and no
+  cache on the disk saves it.
+  """
+  built = {}
+
+  def build(config, policy, placement):
+    values = sorted(config_lib.flatten(config), key=lambda item: item[0])
+    kept = [(k, v) for k, v in values if config_lib.decides_result(k)]
+    key = repr(kept), policy, placement
+    if key not in built:
+      made = program_lib.build_program(config, policy, placement)
+      object.__setattr__(made, "train_step", functools.cache(made.train_step))
+      built[key] = made
+    return built[key]
+
+  with (
+    mock.patch.object(run, "build_program", build),
+    mock.patch.object(
+      reference, "make_logps_step", functools.cache(reference.make_logps_step)
+    ),
+    mock.patch.object(
+      step, "make_eval_step", functools.cache(step.make_eval_step)
+    ),
+  ):
+    yield
 
 
 def make_policy(vocab_size: int = 96, **fields) -> Policy:
@@ -167,9 +201,9 @@ def make_placement(sizes: dict[str, int] | None = None) -> mesh_lib.Placement:
 
 def make_program(
   policy: Policy, loss, placement: mesh_lib.Placement, **fields
-) -> Program:
+) -> program_lib.Program:
   """A program whose optimizer changes nothing."""
-  return Program(
+  return program_lib.Program(
     policy=policy,
     objective=build_objective(
       {"name": loss} if isinstance(loss, str) else loss
