@@ -254,7 +254,7 @@ def test_bfloat16_where_everything_is_trained_is_refused(tmp_path):
     ({"lora__rank": 0, "reference__kind": "adapter_off"}, "lora.rank above 0"),
     ({"lora__targets": "q_proj"}, "matches none of"),
     (
-      {"reference__kind": "frozen", "reference__init": "run:elsewhere"},
+      {"reference__kind": "frozen", "reference__init": "hf:tests"},
       "reference.kind='cached'",
     ),
     ({"lora__rank": -1}, "lora.rank=-1"),
