@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from dpo_jax import config as config_lib
 from dpo_jax import header
 from dpo_jax.header import format_rows, join, split_label
 from dpo_jax.metrics import Clock, format_table, read_metrics
@@ -311,7 +312,8 @@ class Console:
   def _best(self, split: str, now: int) -> str:
     """Says which step of a split is best by `checkpoint.best_metric`."""
     metric = self._config.checkpoint.best_metric
-    name = metric.removeprefix(f"{split}/")
+    set_name = split.partition("/")[2]
+    name = metric.removeprefix(config_lib.metric_prefix(set_name))
     sign = -1.0 if self._config.checkpoint.best_is_lower else 1.0
     found = {
       step: sign * row[name]

@@ -155,6 +155,19 @@ def test_an_evaluation_shows_its_main_metrics_and_the_best_so_far(messages):
   ]
 
 
+def test_the_best_of_a_set_with_a_name_is_told(messages):
+  shown = make_console()
+  shown._config.checkpoint.best_metric = "other:reward/accuracy"
+  for step, accuracy in ((0, 0.5), (25, 0.7), (50, 0.6)):
+    shown.show(step, "eval/other", evaluation(accuracy))
+    shown.show(step, "eval/first", evaluation(0.9 + step / 1000))
+  told = [m for m in messages() if "best" in m]
+  assert [m.strip() for m in told] == [
+    "the best accuracy so far",
+    "best so far: accuracy 0.700 at step 25",
+  ]
+
+
 def test_a_run_ends_with_its_first_its_best_and_its_last_evaluation(messages):
   shown = make_console()
   for step, accuracy in ((0, 0.5), (25, 0.6), (50, 0.7), (100, 0.65)):
