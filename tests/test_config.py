@@ -1,5 +1,7 @@
 """A config is complete, spelled right, and belongs to one run."""
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
 from dpo_jax.models import config as model_config
 from dpo_jax.workdir import Workdir
 from tests import faults, tiny
+
+CONFIGS = faults.ROOT / "configs"
 
 
 def test_the_default_config_is_complete():
@@ -164,6 +168,17 @@ def test_the_best_metric_follows_from_the_loss(overrides, wanted):
   config.update_from_flattened_dict(overrides)
   checkpoint = resolve(config).checkpoint
   assert (checkpoint.best_metric, checkpoint.best_is_lower) == wanted
+
+
+@pytest.mark.parametrize(
+  "path", sorted(CONFIGS.glob("[a-z]*.py")), ids=lambda p: p.stem
+)
+def test_the_configs_that_ship_are_complete(path):
+  module = importlib.import_module(f"configs.{path.stem}")
+  arguments = inspect.signature(module.get_config).parameters
+  for argument in (("sft",), ("dpo",)) if arguments else ((),):
+    resolved = resolve(module.get_config(*argument))
+    assert resolved.loss.name == (argument or ("dpo",))[0]
 
 
 def test_one_checkpoint_is_not_enough():
