@@ -385,7 +385,7 @@ def estimate(runs: Sequence[Run], scale: str) -> list[Row]:
   for run in runs:
     flops = 0.0
     if run.config is not None:
-      config = run.config
+      config = config_lib.resolve(run.config)
       num_slots = max(2, config.online.num_samples or 0)
       tokens = run.tokens_per_group or config.data.max_tokens * num_slots
       passes = 6.0 + (2.0 if config.reference.kind != "none" else 0.0)

@@ -23,7 +23,6 @@ def trained(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run")
   config = make_config(
     total_steps=3,
-    mesh__data=8,
     eval__losses=("ipo", "hinge", "sft", "wpo"),
     eval__max_groups=12,
     data__eval_fraction=0.3,

@@ -186,7 +186,7 @@ def test_mean_and_spread_over_seeds():
 def test_estimate_by_hand():
   config = default_config()
   config.policy.preset = "tiny"
-  config.data.max_tokens = 100
+  config.data.max_tokens, config.data.max_prompt_tokens = 100, 50
   config.batch_size, config.total_steps = 10, 7
   row = harness.estimate([Run("a", {}, config=config)], "tiny")[0]
   layer = 64 * 16 * 2 * (4 + 2) + 3 * 64 * 160 + 2 * 64
