@@ -11,9 +11,6 @@ import sys
 from absl import app, flags
 from absl import logging as absl_logging
 
-# Exit code of a run that was told to stop and has saved: start it again.
-EXIT_PREEMPTED = 75
-
 # What a config, data, a workdir or a machine can be blamed for. Any other
 # exception is a fault of the code, whose traceback is wanted.
 _MISTAKES = (

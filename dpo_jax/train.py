@@ -19,7 +19,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from dpo_jax import command_line
+from dpo_jax import EXIT_PREEMPTED, command_line
 
 if __name__ == "__main__":
   command_line.define_flags()
@@ -70,7 +70,7 @@ class Preempted(SystemExit):
   """SIGTERM came, and the run has saved."""
 
   def __init__(self, step: int):
-    super().__init__(command_line.EXIT_PREEMPTED)
+    super().__init__(EXIT_PREEMPTED)
     self.step = step
 
 

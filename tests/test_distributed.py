@@ -12,8 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import distributed
-from dpo_jax.command_line import EXIT_PREEMPTED
+from dpo_jax import EXIT_PREEMPTED, distributed
 from dpo_jax.metrics import read_metrics
 from tests import faults
 

@@ -439,11 +439,11 @@ def test_install_stops_where_files_would_stay_behind(cloud):
   found = cloud(_FINISHES)
   found.stage("create")
   assert found.stage("install").returncode == 0
-  write(found.checkout / "dpo_jax" / "__init__.py", "# changed")
+  write(found.checkout / ".gitignore", "/local/\n")
   write(found.checkout / "configs" / "mine.py", "")
   write(found.checkout / "local" / "pairs.jsonl", "")  # ignored by git
   copies = found.count("scp")
-  listed = "   M dpo_jax/__init__.py\n  ?? configs/\n"
+  listed = "   M .gitignore\n  ?? configs/\n"
   for stage in ("install", "watch"):
     done = found.stage(stage, *(_TRAIN if stage == "watch" else ()))
     assert done.returncode == 1 and listed in done.stderr
