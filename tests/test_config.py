@@ -21,6 +21,7 @@ from dpo_jax.config import (
 )
 from dpo_jax.data import packing, reading
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
+from dpo_jax.metrics import read_metrics
 from dpo_jax.models import config as model_config
 from dpo_jax.workdir import Workdir
 from tests import faults, tiny
@@ -363,10 +364,13 @@ def test_a_loss_by_name_alone_trains_with_its_own_defaults(tmp_path):
     "tau": 0.1,
     "length_normalize": False,
   }
-  # The figures are printed as a table, also by a run that is finished.
+  # The metrics are shown as a table, also of a run that is finished.
   again, printed = type_in(
     f"--config={config}", f"--workdir={workdir}", "--config.loss.name=ipo"
   )
   assert again == 0, printed
-  line = next(x for x in printed.splitlines() if x.startswith("eval/loss"))
-  assert line in output
+  lines = printed.splitlines()
+  assert any("before: the workdir holds all 1 steps" in x for x in lines)
+  [line] = [x for x in lines if "loss  " in x and "ipo" not in x]
+  last = read_metrics(workdir, "eval")[-1]["loss"]
+  assert line.split()[-1] == f"{last:.4f}"
