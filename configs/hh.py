@@ -5,7 +5,7 @@
   python -m dpo_jax.train --config=configs/hh.py:dpo --workdir=runs/hh_dpo \
       --config.policy.init=run:runs/hh_sft
 
-The policy is any Hugging Face folder of the Llama family. The data are TFDS's
+The policy is any Hugging Face folder (docs/models.md). The data are TFDS's
 (`python -m dpo_jax.data.tfds_builders` says where the release's files go), or
 files: --config.data.source=jsonl:PATH.
 
@@ -13,7 +13,7 @@ Values are the paper's where it gives them (app. B), and its repository's
 (eric-mitchell/direct-preference-optimization) where it does not. Hardware of
 the paper: 4 A100-80G for Pythia-2.8B, SFT 1 h 30, DPO 2 h 45. Expected there:
 62.9 % wins against the chosen response at temperature 1 (fig. 3), judged by
-GPT-4. The README gives what a 260k-parameter model does here.
+GPT-4. docs/real_data.md gives what a 260k-parameter model does here.
 """
 
 from dpo_jax.config import default_config, loss_config
@@ -33,13 +33,11 @@ def get_config(stage: str = "dpo"):
   config.optimizer.max_grad_norm = 10.0
   config.eval.every_steps = 300
   config.eval.num_samples = 16
-  config.checkpoint.every_steps = 500
+  config.checkpoint.every_steps = 300
   # One epoch of helpful_base's 43,835 pairs.
   config.total_steps = 685
   if stage == "sft":
     config.loss = loss_config("sft")
-    config.checkpoint.best_metric = "eval/loss"
-    config.checkpoint.best_is_lower = True
   elif stage != "dpo":
     raise ValueError(f"hh.py:{stage}: the stage must be 'sft' or 'dpo'")
   return config

@@ -34,8 +34,6 @@ def get_config(stage: str = "dpo"):
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 20
-    config.checkpoint.best_metric = "eval/loss"
-    config.checkpoint.best_is_lower = True
     config.eval.num_samples = 0
   elif stage == "dpo":
     config.data.source = "synthetic:review_pairs:4000"

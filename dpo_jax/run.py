@@ -55,44 +55,61 @@ class Run:
     return self.reference_init == self.config.policy.init
 
 
-def resolve(config: Any) -> tuple[Any, model_source.ModelSource]:
+def resolve(
+  config: Any, workdir: Workdir
+) -> tuple[Any, model_source.ModelSource]:
   """Resolves a config, its model sources and its tokenizer.
 
   Args:
     config: complete.
+    workdir: run directory; a run that it holds keeps its commits of the Hub.
 
   Returns:
     The resolved config: branches of the Hub pinned to commits, the tokenizer
     of the model named. And the source of the policy.
 
   Raises:
-    ValueError: see `config.resolve` and `model_source.parse`.
+    ValueError: see `config.resolve`, `config.compare` and
+      `model_source.parse`.
     FileNotFoundError: a model that does not exist.
   """
   config = config_lib.resolve(config)
-  source = model_source.parse(config.policy.init)
+  spelled = config_lib.spellings(config, workdir)
+  source = model_source.parse(spelled["policy.init"])
   settings = source.tokenizer_settings(config.data)
   pinned = {f"data.{key}": value for key, value in settings.items()}
-  pinned |= _pin_data(config.data)
   pinned["policy.init"] = source.init
-  if config.reference.init:
-    theirs = model_source.parse(config.reference.init, "reference.init")
+  if spelled["reference.init"]:
+    theirs = model_source.parse(spelled["reference.init"], "reference.init")
     pinned["reference.init"] = theirs.init
-  return config_lib.with_values(config, pinned), source
+  pinned |= _pin_data(config.data, spelled)
+  config = config_lib.with_values(config, pinned)
+  config_lib.compare(config, workdir)
+  return config, source
 
 
-def _pin_data(data: Any) -> dict[str, Any]:
+def _pin_data(data: Any, spelled: Mapping[str, str]) -> dict[str, Any]:
   """Returns the sources of a config with commits of the Hub, by key."""
-  named = config_lib.eval_sets(data)
-  named = {name: sources.pin(spec) for name, spec in named.items() if name}
+  pinned = {
+    key: sources.pin(spec)
+    for key, spec in spelled.items()
+    if key.startswith("data.")
+  }
   mixture = [
-    {**entry, "source": sources.pin(entry["source"])} for entry in data.sources
+    {**entry, "source": pinned[f"data.sources.{i}"]}
+    for i, entry in enumerate(data.sources)
+  ]
+  prefix = "data.eval_sources."
+  named = [
+    f"{key.removeprefix(prefix)}={spec}"
+    for key, spec in pinned.items()
+    if key.startswith(prefix)
   ]
   return {
-    "data.source": sources.pin(data.source or ""),
+    "data.source": pinned["data.source"],
     "data.sources": tuple(mixture),
-    "data.eval_source": sources.pin(data.eval_source),
-    "data.eval_sources": ",".join(f"{n}={spec}" for n, spec in named.items()),
+    "data.eval_source": pinned["data.eval_source"],
+    "data.eval_sources": ",".join(named),
   }
 
 
@@ -146,7 +163,7 @@ def build_run(config: Any, workdir: Workdir, *, on: Mesh | None = None) -> Run:
     ValueError: a mistake in the config, its data or its mesh.
     FileNotFoundError: data or a model that does not exist.
   """
-  config, source = resolve(config)
+  config, source = resolve(config, workdir)
   judge = judges.get_judge(config.eval.judge)
   online_judge = judges.get_judge(config.online.judge, key="online.judge")
   settings = {key: config.data[key] for key in model_source.TOKENIZER_KEYS}
@@ -198,6 +215,15 @@ def check_same_data(identity: Mapping[str, Any], workdir: Workdir) -> None:
     for key in sorted(before.keys() | now.keys())
     if before.get(key) != now.get(key)
   ]
+  is_content = [
+    key for key in before.keys() | now.keys() if not key.endswith(".store")
+  ]
+  if changed and all(before.get(k) == now.get(k) for k in is_content):
+    raise ValueError(
+      f"{workdir} holds a run whose data are the same, but were tokenized by"
+      " another version of dpo_jax: resume it with the version in"
+      f" {workdir.git}, or choose another workdir"
+    )
   if changed:
     raise ValueError(
       f"{workdir} holds a run on other data, or with another tokenizer or chat"

@@ -274,6 +274,7 @@ def _check_unchanged(runs: Sequence[Run], root: pathlib.Path) -> None:
       f"  {run.name}: {key} was {before.get(key)!r} and is {now.get(key)!r}"
       for key in sorted(before.keys() | now.keys())
       if before.get(key) != now.get(key)
+      and config_lib.decides_result(key.removeprefix("config."))
     ]
   if faults:
     more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""

@@ -265,10 +265,42 @@ def test_what_does_not_change_the_result_may_change(tmp_path):
     log__every_steps=50,
     mesh__data=2,
     data__cache_dir="/elsewhere",
+    checkpoint__every_steps=7,
   )
   settle(changed, tmp_path)
   there = json.loads((tmp_path / "config.json").read_text())
   assert there["total_steps"] == 99
+
+
+def test_a_branch_of_the_hub_is_the_commit_that_the_run_began_with(tmp_path):
+  commit, other = "a" * 40, "b" * 40
+  sources = ({"source": "hub:o/n@main", "weight": 1.0},)
+  recorded = ({"source": f"hub:o/n/default@{commit}:train", "weight": 1.0},)
+  given = {
+    "data__source": "",
+    "policy__init": "hub:o/m@main",
+    "data__eval_sources": "x=hub:o/n@main:test,y=jsonl:z",
+  }
+  pinned = given | {
+    "policy__init": f"hub:o/m@{commit}",
+    "data__eval_sources": f"x=hub:o/n/default@{commit}:test,y=jsonl:z",
+  }
+  settle(tiny.make_config(**pinned, data__sources=recorded), tmp_path)
+
+  def spelled(**overrides):
+    config = tiny.make_config(**{**given, "data__sources": sources} | overrides)
+    return config_lib.spellings(resolve(config), Workdir.at(tmp_path))
+
+  found = spelled()
+  assert found["policy.init"] == f"hub:o/m@{commit}"
+  assert found["data.sources.0"] == f"hub:o/n/default@{commit}:train"
+  assert found["data.eval_sources.x"] == f"hub:o/n/default@{commit}:test"
+  assert found["data.eval_sources.y"] == "jsonl:z"
+  # Another repository, and a commit that is spelled, are what they say.
+  for init in ("hub:o/mm@main", f"hub:o/m@{other}"):
+    assert spelled(policy__init=init)["policy.init"] == init
+  new = ({"source": "hub:o/n@main:other", "weight": 1.0},)
+  assert spelled(data__sources=new)["data.sources.0"] == "hub:o/n@main:other"
 
 
 def test_only_the_writer_writes(tmp_path):

@@ -28,6 +28,17 @@ def test_local_paths_are_not_copied(tmp_path):
     assert path == str(tmp_path / "a")
 
 
+def test_folders_of_a_pattern_may_hold_wildcards_too(tmp_path):
+  for name in ("a/x.jsonl", "b/x.jsonl", "b/y.jsonl"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("")
+  found = files.find(f"{tmp_path}/*/x.jsonl")
+  assert [str(path.relative_to(tmp_path)) for path in found] == [
+    "a/x.jsonl",
+    "b/x.jsonl",
+  ]
+
+
 def test_a_remote_file_is_copied_once_and_again_when_it_changes(remote):
   folder, buckets = remote
   (folder / "a.txt").write_bytes(b"one")

@@ -18,6 +18,7 @@ from dpo_jax import config as config_lib
 from dpo_jax import evaluate as evaluate_lib
 from dpo_jax import train as train_lib
 from dpo_jax.cache import use_compilation_cache
+from dpo_jax.data import store
 from dpo_jax.data.loader import Loader
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
 from dpo_jax.metrics import read_metrics
@@ -1055,6 +1056,7 @@ def test_a_mixture_with_two_held_out_sets_resumes_exactly(
     ),
     ({"data__eval_sources": "a=jsonl:x,a=jsonl:y"}, "each name once"),
     ({"data__eval_sources": "jsonl:x"}, "must be NAME=VALUE"),
+    ({"data__eval_sources": "a="}, "'a' has no source"),
     ({"checkpoint__best_metric": "a:loss"}, "is not measured"),
     ({"total_steps": 5, "epochs": 1.0}, "both say how long"),
     ({"kinds": True}, "reads groups of 2 responses"),
@@ -1075,6 +1077,21 @@ def test_mixtures_that_cannot_be_are_refused(tmp_path, overrides, message):
   )
   given = {"data__source": "", "data__sources": entries} | given
   refuse(make_config(**given), message)
+
+
+def test_a_changed_config_is_told_before_the_data_are_read(
+  tmp_path, monkeypatch
+):
+  config = make_config(total_steps=1)
+  train(config, tmp_path)
+  config.data.max_tokens = 150
+
+  def refuse(*args):
+    raise AssertionError("it reads the data")
+
+  monkeypatch.setattr(store, "build_store", refuse)
+  with pytest.raises(ValueError, match="data.max_tokens: 160 there, 150 now"):
+    train(config, tmp_path)
 
 
 def test_epochs_count_the_groups_of_all_sources(tmp_path):

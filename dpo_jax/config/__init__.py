@@ -4,7 +4,12 @@ A config is resolved once, by `resolve`, and read-only from there on.
 """
 
 from dpo_jax.config.keys import default_config, flatten, loss_config
-from dpo_jax.config.record import decides_result, settle
+from dpo_jax.config.record import (
+  compare,
+  decides_result,
+  settle,
+  spellings,
+)
 from dpo_jax.config.resolve import (
   check_keys,
   check_schedule,
@@ -28,6 +33,7 @@ __all__ = [
   "VALUES",
   "check_keys",
   "check_schedule",
+  "compare",
   "decides_result",
   "default_config",
   "eval_sets",
@@ -38,6 +44,7 @@ __all__ = [
   "parse_steps",
   "resolve",
   "settle",
+  "spellings",
   "split_name",
   "with_values",
 ]

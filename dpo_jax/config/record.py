@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 import json
+import re
 from typing import Any
 
 import ml_collections
 
 from dpo_jax.config.keys import default_config, flatten
+from dpo_jax.config.values import parse_pairs
+from dpo_jax.losses import build_objective
 from dpo_jax.workdir import Workdir
 
 # Keys, or their beginnings, that do not decide what a run learns.
@@ -20,7 +23,13 @@ _PLACES = (
   "data.checks.",
   "profile.",
   "compilation_cache_dir",
+  "checkpoint.every_steps",
+  "checkpoint.keep",
+  "eval.save_logps",
 )
+# Groups of losses without an accuracy.
+_UNRANKED = ("first", "samples")
+_COMMIT = "[0-9a-f]{40}"
 
 
 def decides_result(key: str) -> bool:
@@ -28,10 +37,47 @@ def decides_result(key: str) -> bool:
   return not key.startswith(_PLACES) and not key.endswith(".cache_dir")
 
 
+def compare(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
+  """Compares a config with the one that a workdir holds, if any.
+
+  Args:
+    config: resolved.
+    workdir: run directory.
+
+  Raises:
+    ValueError: the workdir belongs to a run with another config; shows the
+      difference.
+  """
+  if not workdir.config.exists():
+    return
+  resolved = _as_json(config)
+  before, now = _recorded(workdir), dict(flatten(resolved))
+  # Runs once recorded "" for the tokenizer of policy.init.
+  before["data.tokenizer"] = before["data.tokenizer"] or now["data.tokenizer"]
+  was_accuracy = before["checkpoint.best_metric"] == "eval/reward/accuracy"
+  if was_accuracy and build_objective(resolved["loss"]).group in _UNRANKED:
+    # Once the default of losses too that have no accuracy.
+    for key in ("checkpoint.best_metric", "checkpoint.best_is_lower"):
+      before[key] = now[key]
+  changed = [
+    f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
+    for key in sorted(before.keys() | now.keys())
+    if before.get(key) != now.get(key)
+    and decides_result(key)
+    and key not in ("total_steps", "epochs")  # a run may take more steps
+  ]
+  if changed:
+    raise ValueError(
+      f"{workdir} holds a run with another config:\n"
+      + "\n".join(changed)
+      + "\nChoose another workdir, or go on with the config that is there"
+    )
+
+
 def settle(
   config: ml_collections.ConfigDict, workdir: Workdir, *, is_writer: bool
 ) -> None:
-  """Records a config in a workdir, or compares it with the one there.
+  """Records a config in a workdir, once it is the one there.
 
   Args:
     config: resolved.
@@ -39,33 +85,68 @@ def settle(
     is_writer: whether this process writes.
 
   Raises:
-    ValueError: the workdir belongs to a run with another config; shows the
-      difference.
+    ValueError: see `compare`.
   """
-  resolved = json.loads(json.dumps(config.to_dict(), default=_plain))
-  if workdir.config.exists():
-    before, now = _recorded(workdir), dict(flatten(resolved))
-    # Runs once recorded "" for the tokenizer of policy.init.
-    before["data.tokenizer"] = before["data.tokenizer"] or now["data.tokenizer"]
-    if before["checkpoint.best_metric"] == "eval/reward/accuracy":
-      # Once the default of losses too that have no accuracy.
-      for key in ("checkpoint.best_metric", "checkpoint.best_is_lower"):
-        before[key] = now[key]
-    changed = [
-      f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
-      for key in sorted(before.keys() | now.keys())
-      if before.get(key) != now.get(key)
-      and decides_result(key)
-      and key not in ("total_steps", "epochs")  # a run may take more steps
-    ]
-    if changed:
-      raise ValueError(
-        f"{workdir} holds a run with another config:\n"
-        + "\n".join(changed)
-        + "\nChoose another workdir, or go on with the config that is there"
-      )
+  compare(config, workdir)
   if is_writer:
-    workdir.write_config(resolved)
+    workdir.write_config(_as_json(config))
+
+
+def spellings(
+  config: ml_collections.ConfigDict, workdir: Workdir
+) -> dict[str, str]:
+  """Returns how models and data are spelled, with the commits of a run.
+
+  Args:
+    config: resolved.
+    workdir: run directory.
+
+  Returns:
+    Spellings by key; "data.sources.0" and "data.eval_sources.NAME" for one of
+    several. A branch of the Hub is the commit that the run began with, where
+    the workdir holds one of the same repository and split.
+  """
+  given = _spellings(config.to_dict())
+  if not workdir.config.exists():
+    return given
+  recorded = _spellings(workdir.read_config())
+  return {
+    key: _recorded_commit(value, recorded.get(key, ""))
+    for key, value in given.items()
+  }
+
+
+def _spellings(settings: Mapping[str, Any]) -> dict[str, str]:
+  data = settings["data"]
+  found = {
+    "policy.init": settings["policy"]["init"],
+    "reference.init": settings["reference"]["init"],
+    "data.source": data["source"] or "",
+    "data.eval_source": data["eval_source"],
+  }
+  for i, entry in enumerate(data.get("sources", ())):
+    found[f"data.sources.{i}"] = entry["source"]
+  named = parse_pairs(data.get("eval_sources", ""), "data.eval_sources", "")
+  for name, source in named.items():
+    found[f"data.eval_sources.{name}"] = source
+  return found
+
+
+def _recorded_commit(given: str, recorded: str) -> str:
+  (name, _, rest), (old_name, _, old_rest) = (
+    text.partition("@") for text in (given, recorded)
+  )
+  (revision, _, split), (_, _, old_split) = (
+    text.partition(":") for text in (rest, old_rest)
+  )
+  is_branch = name.startswith("hub:") and not re.fullmatch(_COMMIT, revision)
+  # A record names the config of data, and their split, in any case.
+  is_same = f"{old_name}/".startswith(f"{name}/") and split in ("", old_split)
+  return recorded if is_branch and is_same else given
+
+
+def _as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  return json.loads(json.dumps(config.to_dict(), default=_plain))
 
 
 def _recorded(workdir: Workdir) -> dict[str, Any]:

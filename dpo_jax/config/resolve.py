@@ -4,6 +4,8 @@ All that can be known of a config without its data, model or devices.
 """
 
 from collections.abc import Mapping
+import logging
+import math
 import re
 import types
 from typing import Any
@@ -16,6 +18,7 @@ from dpo_jax.losses import Knob, Objective, WeightedSum, build_objective
 from dpo_jax.losses.objective import did_you_mean
 from dpo_jax.types import fields_of
 
+_LOG = logging.getLogger(__name__)
 _DEFAULT_STEPS = 1000
 _EMA = dict(alpha=0.6, every_steps=512)  # arXiv:2404.09656
 _SHARED = dict(
@@ -67,6 +70,7 @@ def resolve(
   _check_values(settings)
   if settings["total_steps"] is not None:
     check_schedule(settings)
+  _warn_of_best(settings)
   parse_steps(settings["profile"]["steps"])
   return _freeze(settings)
 
@@ -207,12 +211,28 @@ def _resolve_data(data: dict[str, Any]) -> None:
       "data.eval_source and data.eval_sources exclude each other: give the"
       " first a name in data.eval_sources"
     )
-  for name in eval_sets(data):
+  for name, source in eval_sets(data).items():
+    if name and not source:
+      raise ValueError(f"data.eval_sources: {name!r} has no source")
     if not re.fullmatch(r"[\w-]*", name) or name == "eval":
       raise ValueError(
         f"data.eval_sources: the name {name!r} must be letters, digits, '_' or"
         " '-', and not 'eval'"
       )
+
+
+def _warn_of_best(settings: Mapping[str, Any]) -> None:
+  """Warns where few evaluated steps are saved, as only these can be best."""
+  every_eval = settings["eval"]["every_steps"]
+  every_save = settings["checkpoint"]["every_steps"]
+  if every_eval and every_save and every_save % every_eval:
+    _LOG.warning(
+      "checkpoint.every_steps=%d is no multiple of eval.every_steps=%d: only"
+      " steps that are evaluated and saved, every %d, can be the best",
+      every_save,
+      every_eval,
+      math.lcm(every_save, every_eval),
+    )
 
 
 def eval_sets(data: Mapping[str, Any]) -> dict[str, str]:
@@ -360,4 +380,5 @@ def _resolve_best(
       metric = f"{prefix}sample/reward" if is_judged else ""
     checkpoint["best_metric"] = metric
   if checkpoint["best_is_lower"] is None:
-    checkpoint["best_is_lower"] = checkpoint["best_metric"].endswith("loss")
+    lower = ("loss", "/kl", ":kl")
+    checkpoint["best_is_lower"] = checkpoint["best_metric"].endswith(lower)

@@ -30,12 +30,16 @@ def add_slot(store: Store, *, seed: int, max_tokens: int) -> Store:
   Raises:
     ValueError: fewer than two groups.
   """
-  if len(store) < 2:
+  # A group without a response, such as the half of a pair that is none, has
+  # nothing to give: its log-ratio of 0 would pull the estimate.
+  present = np.flatnonzero(store.lengths[:, 1] > 0)
+  if len(present) < 2:
     raise ValueError("mismatched responses need at least two groups")
   # Along one cycle through all groups none meets itself.
-  cycle = np.random.default_rng(seed).permutation(len(store))
-  other = np.empty(len(store), np.int64)
+  cycle = present[np.random.default_rng(seed).permutation(len(present))]
+  other = np.full(len(store), cycle[0], np.int64)
   other[cycle] = np.roll(cycle, 1)
+  are_all = "" if len(present) == len(store) else "_present"
   room = max_tokens - store.lengths[:, :1]
   lengths = np.minimum(store.lengths[other, 1:2], room)
   return dataclasses.replace(
@@ -43,7 +47,7 @@ def add_slot(store: Store, *, seed: int, max_tokens: int) -> Store:
     starts=np.concatenate([store.starts, store.starts[other, 1:2]], 1),
     lengths=np.concatenate([store.lengths, lengths], 1),
     score=np.pad(store.score, ((0, 0), (0, 1))),
-    digest=f"{store.digest}/mismatched_{seed}_{max_tokens}",
+    digest=f"{store.digest}/mismatched_{seed}_{max_tokens}{are_all}",
   )
 
 

@@ -153,6 +153,11 @@ class Pipeline:
         chosen = chosen[its_groups.is_usable[chosen]]
       if self.config.eval.max_groups:
         chosen = chosen[: self.config.eval.max_groups]
+      if name and not len(chosen):
+        raise ValueError(
+          f"data.eval_sources: {name!r} has no group that loss"
+          f" {self.objective.name!r} can use"
+        )
       if len(chosen):
         loaders[name] = self.make_loader(
           its_groups.store, chosen, self.config.eval.batch_size
@@ -179,6 +184,10 @@ class Pipeline:
     actions = dict(config.data.checks)
     if self.objective.group == "single":
       actions["length_bias"] = "off"  # there are no pairs
+    of_pairs = ("length_bias", "ties", "contradictions", "chosen_scores_lower")
+    if not self.is_offline or self.objective.group == "first":
+      # Rejected responses are not read.
+      actions |= dict.fromkeys(of_pairs, "off")
     is_wanted = config.data.eval_fraction or any(
       config_lib.eval_sets(config.data).values()
     )

@@ -198,6 +198,12 @@ def _rename(
       f"{where}: data.columns names {', '.join(sorted(missing))}, and the"
       f" columns are {', '.join(sorted(record))}"
     )
+  taken = {ours for ours, theirs in columns.items() if theirs} & record.keys()
+  if taken := sorted(taken - set(columns.values())):
+    raise RecordError(
+      f"{where}: data.columns gives another column the name {taken[0]!r}, and"
+      f" the record has one of that name: rename or delete it in the data"
+    )
   renamed = {
     name: value
     for name, value in record.items()

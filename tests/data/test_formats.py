@@ -330,6 +330,12 @@ def test_columns_and_roles_have_the_names_that_the_config_gives_them(render):
   assert parse(record, render, roles=roles) == rendered()
 
 
+def test_a_name_that_a_column_has_already_is_not_given_to_another(render):
+  record = {"prompt": "a", "question": ASK, "chosen": "b", "rejected": "c"}
+  with pytest.raises(RecordError, match="another column the name prompt"):
+    parse(record, render, columns="prompt=question")
+
+
 def test_a_role_of_the_template_s_own_is_left_to_it(render):
   ask = [{"role": "ipython", "content": ASK}]
   record = {"prompt": ask, "chosen": "Red.", "rejected": "Mud."}

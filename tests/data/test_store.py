@@ -723,6 +723,21 @@ def test_mismatched_responses_are_those_of_other_groups():
   assert other.digest != paired.digest
 
 
+def test_a_group_without_a_response_gives_no_mismatch():
+  groups = [[[1], [2, 3]], [[4], []], [[5], [6]], [[7], [8, 9]]]
+  store = Store.from_groups(
+    [[np.array(part, np.int32) for part in group] for group in groups],
+    np.ones((4, 1)),
+  )
+  for seed in range(5):
+    paired = mismatched.add_slot(store, seed=seed, max_tokens=99)
+    taken = [paired.group(i)[2].tolist() for i in range(4)]
+    assert [] not in taken
+    own = [paired.group(i)[1].tolist() for i in range(4)]
+    assert all(a != b for a, b in zip(taken, own, strict=True))
+    assert sorted(taken[i] for i in (0, 2, 3)) == [[2, 3], [6], [8, 9]]
+
+
 def test_a_mismatched_response_is_cut_to_the_room_that_is_left():
   store = pairs_store().first_slots(1)
   paired = mismatched.add_slot(store, seed=0, max_tokens=13)
