@@ -282,8 +282,8 @@ def test_an_init_that_names_nothing_is_refused(init, error, message):
     parse(init)
 
 
-def test_a_branch_is_pinned_to_its_commit(tmp_path, monkeypatch):
-  """The config of the run records the commit, which a resume compares."""
+def test_a_branch_is_pinned_to_its_commit(tmp_path, monkeypatch, caplog):
+  """The config of the run records the commit, with which a resume goes on."""
   commits = ["1" * 40, "2" * 40]
   for commit in commits:
     write_model(tmp_path / commit)
@@ -301,5 +301,10 @@ def test_a_branch_is_pinned_to_its_commit(tmp_path, monkeypatch):
   assert recorded["policy"]["init"] == f"hub:me/model@{commits[0]}"
   assert recorded["data"]["tokenizer"] == f"hub:me/model@{commits[0]}"
   latest = commits[1]
+  config.total_steps = 2
+  with caplog.at_level(logging.INFO, "dpo_jax"):
+    train(config, tmp_path / "run")
+  assert f"'hub:me/model@main' is hub:me/model@{commits[0]}" in caplog.text
+  config.policy.init = f"hub:me/model@{latest}"
   with pytest.raises(ValueError, match=f"policy.init: .*{latest}' now"):
     train(config, tmp_path / "run")

@@ -1090,7 +1090,7 @@ def test_a_changed_config_is_told_before_the_data_are_read(
     raise AssertionError("it reads the data")
 
   monkeypatch.setattr(store, "build_store", refuse)
-  with pytest.raises(ValueError, match="data.max_tokens: 160 there, 150 now"):
+  with pytest.raises(ValueError, match=r"data.max_tokens: 160 there, 150 now"):
     train(config, tmp_path)
 
 

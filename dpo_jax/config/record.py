@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import json
+import logging
 import re
 from typing import Any
 
@@ -11,6 +12,8 @@ from dpo_jax.config.keys import default_config, flatten
 from dpo_jax.config.values import parse_pairs
 from dpo_jax.losses import build_objective
 from dpo_jax.workdir import Workdir
+
+_LOG = logging.getLogger(__name__)
 
 # Keys, or their beginnings, that do not decide what a run learns.
 _PLACES = (
@@ -142,7 +145,10 @@ def _recorded_commit(given: str, recorded: str) -> str:
   is_branch = name.startswith("hub:") and not re.fullmatch(_COMMIT, revision)
   # A record names the config of data, and their split, in any case.
   is_same = f"{old_name}/".startswith(f"{name}/") and split in ("", old_split)
-  return recorded if is_branch and is_same else given
+  if not (is_branch and is_same):
+    return given
+  _LOG.info("%r is %s, as when this run began", given, recorded)
+  return recorded
 
 
 def _as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -332,7 +332,7 @@ def test_columns_and_roles_have_the_names_that_the_config_gives_them(render):
 
 def test_a_name_that_a_column_has_already_is_not_given_to_another(render):
   record = {"prompt": "a", "question": ASK, "chosen": "b", "rejected": "c"}
-  with pytest.raises(RecordError, match="another column the name prompt"):
+  with pytest.raises(RecordError, match="another column the name 'prompt'"):
     parse(record, render, columns="prompt=question")
 
 

@@ -20,7 +20,7 @@ from dpo_jax.data import (
 )
 from dpo_jax.data.examples import RecordError
 from dpo_jax.data.reading import Reading
-from dpo_jax.data.store import Limits, build_store
+from dpo_jax.data.store import Limits, Store, build_store
 from dpo_jax.data.tokenizers import ByteTokenizer, HFTokenizer
 from tests import tiny
 from tests.data import folders
