@@ -184,6 +184,7 @@ class _Repository:
 
     Raises:
       FileNotFoundError: no such data set or revision.
+      ConnectionError: the Hub does not answer.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -207,6 +208,12 @@ class _Repository:
       raise FileNotFoundError(
         f"hub:{name}@{revision} was not read before, and HF_HUB_OFFLINE is set:"
         " name a commit that was"
+      ) from error
+    # The base of the library's own is httpx's, which it brings.
+    except errors.HfHubHTTPError.__mro__[1] as error:
+      raise ConnectionError(
+        f"the Hub did not answer for hub:{name}@{revision}: {error}. A commit"
+        " that was read before needs no Hub"
       ) from error
 
   @property

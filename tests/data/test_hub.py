@@ -2,6 +2,8 @@
 
 import io
 
+import huggingface_hub
+from huggingface_hub import errors
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -250,6 +252,17 @@ def test_a_data_set_without_readable_files_is_read_as_the_hub_converted_it(
   ):
     with pytest.raises(ValueError, match=message):
       sources.open_source(f"hub:me/pairs@{what}")
+
+
+def test_a_hub_that_does_not_answer_is_told(monkeypatch):
+  is_refused = errors.HfHubHTTPError.__mro__[1]("refused")
+
+  def fail(*args, **kwargs):
+    raise is_refused
+
+  monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+  with pytest.raises(ConnectionError, match=r"did not answer.*o/n@main: ref"):
+    sources.open_source("hub:o/n@main")
 
 
 @pytest.mark.parametrize(
