@@ -18,7 +18,7 @@ from dpo_jax import config as config_lib
 from dpo_jax.data.loader import Loader
 from dpo_jax.models import vocabulary
 from dpo_jax.program import Program
-from dpo_jax.run import build_run, plan_program
+from dpo_jax.run import build_run, program_for
 from dpo_jax.types import Batch, token_masks
 from dpo_jax.workdir import Workdir
 
@@ -55,7 +55,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """What is compiled: a program, and the shapes of its batches.
+  """Subject of a plan: a program, and the shapes of its batches.
 
   Attributes:
     config: resolved.
@@ -117,7 +117,7 @@ def build(request: Request, sizes: Mapping[str, int] | None = None) -> Subject:
         f"epochs={config.epochs} of data that are not read: set total_steps"
       )
     source = model_source.parse(config.policy.init)
-    program = plan_program(
+    program = program_for(
       config, source, vocab_size=request.vocab_size or 128_256, on=grid
     )
     batch = _stand_in(config, program, request)

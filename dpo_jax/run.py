@@ -113,7 +113,7 @@ def _pin_data(data: Any, spelled: Mapping[str, str]) -> dict[str, Any]:
   }
 
 
-def plan_program(
+def program_for(
   config: Any,
   source: model_source.ModelSource,
   *,
@@ -169,7 +169,7 @@ def build_run(config: Any, workdir: Workdir, *, on: Mesh | None = None) -> Run:
   settings = {key: config.data[key] for key in model_source.TOKENIZER_KEYS}
   tokenizer = model_source.open_tokenizer(settings)
   source.warn_of_other_ids(settings, tokenizer)
-  program = plan_program(config, source, vocab_size=tokenizer.vocab_size, on=on)
+  program = program_for(config, source, vocab_size=tokenizer.vocab_size, on=on)
   evaluate.check_metric(config, program.objective, program.eval_objectives)
   data = Pipeline(
     config,

@@ -1,4 +1,4 @@
-"""What dpo_jax/compat.py expects of JAX, in the version that is installed."""
+"""Tests what dpo_jax/compat.py expects of the installed JAX."""
 
 import inspect
 import typing

@@ -136,7 +136,7 @@ def test_every_spelling_of_groups_is_read(spelling, groups):
 
 
 def test_parts_of_an_axis_are_grouped_together():
-  """Of 8 devices, those that differ in the first and the last of three bits."""
+  """Pairs of 8 devices that differ in the first and the last of three bits."""
   line = "%x = f32[] all-reduce(%y), replica_groups=mesh['a'=8] {'a':(4)2,'a'"
   groups = hlo._groups(line + ":(1)2}, to_apply=%a", 8)
   assert sorted(map(sorted, groups.tolist())) == [[0, 1, 4, 5], [2, 3, 6, 7]]

@@ -227,7 +227,7 @@ def _warn_of_best(settings: Mapping[str, Any]) -> None:
   every_save = settings["checkpoint"]["every_steps"]
   if every_eval and every_save and every_save % every_eval:
     _LOG.warning(
-      "checkpoint.every_steps=%d is no multiple of eval.every_steps=%d: only"
+      "checkpoint.every_steps=%d is not a multiple of eval.every_steps=%d: only"
       " steps that are evaluated and saved, every %d, can be the best",
       every_save,
       every_eval,

@@ -34,7 +34,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What a check found.
+  """Result of a check.
 
   Attributes:
     name: name of the check.
@@ -221,7 +221,9 @@ def run_checks(
   return results
 
 
-def _run(name: str, check: Check, facts: Any, where: str, action: str):
+def _run(
+  name: str, check: Check, facts: Any, where: str, action: str
+) -> Result:
   value = float(check.measure(facts))
   message = ""
   if value > check.limit:

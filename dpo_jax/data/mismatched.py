@@ -39,7 +39,7 @@ def add_slot(store: Store, *, seed: int, max_tokens: int) -> Store:
   cycle = present[np.random.default_rng(seed).permutation(len(present))]
   other = np.full(len(store), cycle[0], np.int64)
   other[cycle] = np.roll(cycle, 1)
-  are_all = "" if len(present) == len(store) else "_present"
+  suffix = "" if len(present) == len(store) else "_present"
   room = max_tokens - store.lengths[:, :1]
   lengths = np.minimum(store.lengths[other, 1:2], room)
   return dataclasses.replace(
@@ -47,7 +47,7 @@ def add_slot(store: Store, *, seed: int, max_tokens: int) -> Store:
     starts=np.concatenate([store.starts, store.starts[other, 1:2]], 1),
     lengths=np.concatenate([store.lengths, lengths], 1),
     score=np.pad(store.score, ((0, 0), (0, 1))),
-    digest=f"{store.digest}/mismatched_{seed}_{max_tokens}{are_all}",
+    digest=f"{store.digest}/mismatched_{seed}_{max_tokens}{suffix}",
   )
 
 

@@ -1,4 +1,4 @@
-"""Where a record's prompt ends, and what belongs to it."""
+"""Finds the prompt of a record, and splits it off the responses."""
 
 from collections import Counter
 from collections.abc import Sequence

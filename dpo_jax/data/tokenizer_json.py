@@ -142,7 +142,7 @@ def read_tokenizer(root: epath.Path, config: Mapping[str, Any]) -> str:
         f" {whole.token_to_id(added[i].content)}"
       )
   if is_pair and config.get("add_bos_token"):
-    # Here the key counts: there is no tokenizer.json with steps of its own.
+    # Without a tokenizer.json, whose steps would decide, the key counts.
     _put_bos(whole, token_text(config.get("bos_token") or "<|endoftext|>"))
     return whole.to_str()
   return whole.to_str() if missing else text

@@ -174,7 +174,7 @@ def parse(record, render=None, **reading):
 
 
 def parse_all(records, render=None, scored_turns="last"):
-  """What all records become, with the notes and counts."""
+  """Reads all records; returns them with the notes and counts."""
   seen, counts = Seen(), Counter()
   numbered = [(f"data.jsonl:{i + 1}", r) for i, r in enumerate(records)]
   shaped = shape_records(numbered, Reading(), seen)

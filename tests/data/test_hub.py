@@ -36,7 +36,7 @@ def read(spec):
 
 @pytest.fixture
 def repositories(tmp_path, monkeypatch):
-  """What the Hub holds: ORG/NAME -> branch -> path -> content."""
+  """Content of the Hub: ORG/NAME -> branch -> path -> content."""
   with hub_server.serve(str(tmp_path / "hub"), monkeypatch) as server:
     yield server.repositories
 
