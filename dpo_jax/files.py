@@ -73,11 +73,8 @@ def find(pattern: str) -> list[epath.Path]:
   # A name may hold brackets without being a pattern.
   if glob.escape(pattern) == pattern or path.exists():
     return [existing(path)]
-  root = path
-  while glob.escape(str(root)) != str(root):  # folders may hold * too
-    root = root.parent
-  found = root.glob(str(path.relative_to(root)))
-  paths = sorted(p for p in found if not p.is_dir())
+  # epath joins both to one pattern, so folders may hold * too.
+  paths = sorted(p for p in path.parent.glob(path.name) if not p.is_dir())
   if not paths:
     raise FileNotFoundError(
       f"no file matches {pattern!r}{_what_is_there(path)}"

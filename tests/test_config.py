@@ -278,11 +278,11 @@ def test_a_branch_of_the_hub_is_the_commit_that_the_run_began_with(tmp_path):
   recorded = ({"source": f"hub:o/n/default@{commit}:train", "weight": 1.0},)
   given = {
     "data__source": "",
-    "policy__init": "hub:o/m@main",
+    "policy__init": "hub:o/mm@main",
     "data__eval_sources": "x=hub:o/n@main:test,y=jsonl:z",
   }
   pinned = given | {
-    "policy__init": f"hub:o/m@{commit}",
+    "policy__init": f"hub:o/mm@{commit}",
     "data__eval_sources": f"x=hub:o/n/default@{commit}:test,y=jsonl:z",
   }
   settle(tiny.make_config(**pinned, data__sources=recorded), tmp_path)
@@ -292,12 +292,12 @@ def test_a_branch_of_the_hub_is_the_commit_that_the_run_began_with(tmp_path):
     return config_lib.spellings(resolve(config), Workdir.at(tmp_path))
 
   found = spelled()
-  assert found["policy.init"] == f"hub:o/m@{commit}"
+  assert found["policy.init"] == f"hub:o/mm@{commit}"
   assert found["data.sources.0"] == f"hub:o/n/default@{commit}:train"
   assert found["data.eval_sources.x"] == f"hub:o/n/default@{commit}:test"
   assert found["data.eval_sources.y"] == "jsonl:z"
   # Another repository, and a commit that is spelled, are what they say.
-  for init in ("hub:o/mm@main", f"hub:o/m@{other}"):
+  for init in ("hub:o/m@main", f"hub:o/mm@{other}"):
     assert spelled(policy__init=init)["policy.init"] == init
   new = ({"source": "hub:o/n@main:other", "weight": 1.0},)
   assert spelled(data__sources=new)["data.sources.0"] == "hub:o/n@main:other"
