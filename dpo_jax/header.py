@@ -170,7 +170,11 @@ def _describe_data(run: Run) -> Rows:
   """Describes the sources, the splits and the steps."""
   data, config = run.data, run.config
   sets = held_out(data)
-  rows = [("data", describe_report(r)) for r in data.reports().values()]
+  shares = mixture_shares(config.data.sources)
+  rows = [
+    ("data", describe_report(report) + shares.get(source, ""))
+    for source, report in data.reports().items()
+  ]
   is_online = config.online.kind != "none"
   rows.append(
     ("prompts" if is_online else "train", describe_lengths(data.train))
@@ -182,9 +186,25 @@ def _describe_data(run: Run) -> Rows:
   return [*rows, ("steps", _describe_steps(config, len(data.train.indices)))]
 
 
+def mixture_shares(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+  """Describes the share of the training draws that each source has.
+
+  Args:
+    entries: `config.data.sources`.
+  """
+  weights = collections.Counter()
+  for entry in entries:
+    weights[entry["source"]] += entry["weight"]
+  return {
+    source: f"; {100 * weight / weights.total():.3g} % of the training groups"
+    for source, weight in weights.items()
+  }
+
+
 def describe_report(report: Mapping[str, Any]) -> str:
   """Describes what was read of a source: `Store.report`."""
-  dropped = [f"{n:,} {reason}" for reason, n in report["dropped"].items()]
+  counts = report["dropped"] | {"broken": report["broken"]}
+  dropped = [f"{n:,} {reason}" for reason, n in counts.items() if n]
   cut = [
     f"{report[key]:,} {what}"
     for key, what in (

@@ -6,7 +6,7 @@ The one module that knows all the others: run.py checks and builds, and this
 one restores, steps, evaluates and saves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 import dataclasses
 import json
 import logging
@@ -251,7 +251,11 @@ class _Loop:
     """Gives the loaders cached log-probs, computing them where needed."""
     run, config = self.run, self.config
     self.train_loader = run.data.train
-    self.eval_loaders = dict(run.data.eval) if run.data.is_measured else {}
+    self.eval_loaders = {
+      name: loader
+      for name, loader in run.data.eval.items()
+      if name in run.data.measured
+    }
     is_online = config.online.kind != "none"
     if is_online:
       self.train_loader = self._on_policy()
@@ -517,10 +521,19 @@ class _Loop:
         | {"padding_fraction": counts["padding_fraction"]},
       )
 
-  def _evaluate(self, step: int, state: TrainState, *, is_edge: bool) -> None:
+  def _evaluate(
+    self,
+    step: int,
+    state: TrainState,
+    *,
+    is_edge: bool,
+    skip: Collection[str] = (),
+  ) -> None:
     """Measures the held-out sets; samples too at the start and the end."""
     found: dict[str, dict[str, float]] = {}
     for name, loader in self.eval_loaders.items():
+      if name in skip:
+        continue
       found[name], records = evaluate_lib.evaluate(
         self.program,
         state.policy_params,
@@ -543,11 +556,13 @@ class _Loop:
 
   def _make_up_for_evaluation(self, step: int, state: TrainState) -> None:
     """Evaluates the step of a checkpoint that a SIGTERM left no time for."""
-    for name in self.eval_loaders:
-      rows = read_metrics(self.run.workdir, config_lib.split_name(name))
-      if step not in {row["step"] for row in rows}:
-        self._evaluate(step, state, is_edge=False)
-        return
+    done = {
+      name
+      for name in self.eval_loaders
+      for row in read_metrics(self.run.workdir, config_lib.split_name(name))
+      if row["step"] == step
+    }
+    self._evaluate(step, state, is_edge=False, skip=done)
 
   def _measure_samples(self, step: int, state: TrainState) -> dict[str, float]:
     """Samples from the policy, and compares with the reference's samples."""

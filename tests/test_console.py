@@ -236,15 +236,19 @@ def test_a_source_is_described_by_what_was_dropped_and_cut():
     "source": "jsonl:pairs.jsonl",
     "records": 1200,
     "groups": 1150,
-    "dropped": {"empty_response": 50},
+    "dropped": {"empty_response": 48},
+    "broken": 2,
     "unread": ["id", "source"],
     "prompts_cut": 0,
     "responses_cut": 7,
   }
   assert header.describe_report(report) == (
-    "jsonl:pairs.jsonl: 1,150 groups of 1,200 records; dropped: 50"
-    " empty_response; cut: 7 responses; columns not read: id, source"
+    "jsonl:pairs.jsonl: 1,150 groups of 1,200 records; dropped: 48"
+    " empty_response, 2 broken; cut: 7 responses; columns not read: id, source"
   )
+  entries = [{"source": "a", "weight": 3}, {"source": "b", "weight": 1}]
+  shares = header.mixture_shares(entries)
+  assert shares["b"] == "; 25 % of the training groups"
 
 
 def test_batches_are_described_by_what_is_in_them():

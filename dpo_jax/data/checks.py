@@ -21,7 +21,8 @@ class Check:
   """A check of the table.
 
   Attributes:
-    measure: report of a source, or loaders by split -> value.
+    measure: report of a source, or loaders of a training and a held-out set,
+      -> value.
     limit: value above which it acts.
     message: what was found, with {value} as a number and {share} in per cent,
       and how to mend it.
@@ -38,7 +39,7 @@ class Result:
 
   Attributes:
     name: name of the check.
-    where: source, or "" for all data.
+    where: source, or split such as "train" or "eval".
     value: measure.
     limit: value above which the check acts.
     action: "off", "warn" or "stop".
@@ -66,17 +67,22 @@ def _dropped(reason: str) -> Callable[[Mapping], float]:
 # Checks of a source's report.
 SOURCE_CHECKS: dict[str, Check] = {
   "broken": Check(
-    _share("broken", "records"), 0.0, "{share} of the records are broken"
+    _share("broken", "records"),
+    0.0,
+    "{share} of the records are broken, and are dropped: mend the file, or"
+    " lower data.max_broken_records to stop at them",
   ),
   "identical": Check(
     _dropped("identical_responses"),
     0.1,
-    "{share} of the records have twice the same response, and are dropped",
+    "{share} of the records have the same response twice, and are dropped: see"
+    " that data.columns names two different columns",
   ),
   "empty": Check(
     _dropped("empty_response"),
     0.1,
-    "{share} of the records have an empty response, and are dropped",
+    "{share} of the records have an empty response, and are dropped: see that"
+    " data.columns names the column of the text",
   ),
   "prompts_cut": Check(
     _share("prompts_cut"),
@@ -97,40 +103,51 @@ SOURCE_CHECKS: dict[str, Check] = {
     " a chat template wrote this text, set data.special_tokens=read",
   ),
   "duplicates": Check(
-    _share("duplicates"), 0.05, "{share} of the groups are there twice"
+    _share("duplicates"),
+    0.05,
+    "{share} of the groups repeat an earlier one, and are trained on more"
+    " often: remove them from the file",
   ),
   "contradictions": Check(
     _share("contradictions"),
     0.01,
     "{share} of the groups are contradicted by another with the same prompt"
-    " and responses",
+    " and responses: remove them, or choose a loss for noisy labels, such as"
+    " loss.name=robust_dpo",
   ),
   "ties": Check(
-    _share("ties"), 0.1, "{share} of the groups have responses of equal score"
+    _share("ties"),
+    0.1,
+    "{share} of the groups have responses of equal score, whose order says"
+    " nothing: remove them",
   ),
   "chosen_scores_lower": Check(
     _share("chosen_scores_lower"),
     0.01,
     "{share} of the pairs have a chosen response that scores below the"
-    " rejected one",
+    " rejected one: swap them, or see data.columns",
   ),
 }
 
 
-def _overlap(loaders: Mapping[str, Loader]) -> float:
-  """Largest share of a held-out set whose prompts are trained on."""
-  hashes = {
-    split: loader.store.prompt_hashes[loader.indices]
-    for split, loader in loaders.items()
-  }
-  train = hashes.pop("train")
-  return max((np.isin(h, train).mean() for h in hashes.values()), default=0.0)
+def _overlap(pair: tuple[Loader, Loader | None]) -> float:
+  """Share of a held-out set whose prompts are trained on."""
+  train, held_out = pair
+  if held_out is None:
+    return 0.0
+  hashes = (x.store.prompt_hashes[x.indices] for x in (held_out, train))
+  return float(np.isin(*hashes).mean())
 
 
-def _length_bias(loaders: Mapping[str, Loader]) -> float:
+def _missing_groups(pair: tuple[Loader, Loader | None]) -> float:
+  """Groups that a held-out set lacks of 30."""
+  _, held_out = pair
+  return 30 - (0 if held_out is None else len(held_out.indices))
+
+
+def _length_bias(train: Loader) -> float:
   """Distance from a half of the accuracy of choosing by length, for pairs."""
-  loader = loaders["train"]
-  lengths = loader.store.lengths[loader.indices, 1:]
+  lengths = train.store.lengths[train.indices, 1:]
   if lengths.shape[1] != 2:
     return 0.0
   return abs(length_accuracy(lengths) - 0.5)
@@ -146,40 +163,42 @@ def length_accuracy(lengths: np.ndarray) -> float:
   return float(0.5 * (longer + 1).mean())
 
 
-def _missing_groups(loaders: Mapping[str, Loader]) -> float:
-  """Groups that the smallest held-out set lacks of 30; 30 without a set."""
-  sizes = [len(x.indices) for split, x in loaders.items() if split != "train"]
-  return 30 - min(sizes, default=0)
+def _repeats(train: Loader) -> float:
+  return train.batch_size / len(train.indices)
 
 
-def _repeats(loaders: Mapping[str, Loader]) -> float:
-  loader = loaders["train"]
-  return loader.batch_size / len(loader.indices)
-
-
-# Checks of all data: measures of the loaders by split, "train" among them.
-DATA_CHECKS: dict[str, Check] = {
-  "overlap": Check(
-    _overlap, 0.01, "{share} of the held-out prompts are trained on"
-  ),
+# Checks of the training groups; a measure gets their loader.
+TRAIN_CHECKS: dict[str, Check] = {
   "length_bias": Check(
     _length_bias,
     0.2,
-    "to choose by length alone is right or wrong far more often than chance:"
-    " {share} from a half",
-  ),
-  "few_held_out": Check(
-    _missing_groups,
-    0.0,
-    "fewer than 30 groups are held out ({value:.0f} are missing), so that"
-    " held-out metrics say little: raise data.eval_fraction, or name a"
-    " data.eval_source",
+    "choosing by length alone is right or wrong far more often than chance:"
+    " {share} from a half. Compare with a loss that takes the length out, such"
+    " as loss.name=simpo",
   ),
   "small_data": Check(
     _repeats,
     1.0,
     "a batch has {value:.1f} times the groups there are, so it repeats them:"
     " lower batch_size",
+  ),
+}
+
+# Checks of each held-out set; a measure gets the training loader and the
+# set's, None where a set was asked for and no group is left for it.
+HELD_OUT_CHECKS: dict[str, Check] = {
+  "overlap": Check(
+    _overlap,
+    0.01,
+    "{share} of the held-out prompts are trained on: remove them from one of"
+    " the two",
+  ),
+  "few_held_out": Check(
+    _missing_groups,
+    0.0,
+    "fewer than 30 groups are held out ({value:.0f} are missing), so that"
+    " held-out metrics say little: raise data.eval_fraction, or name a larger"
+    " data.eval_source",
   ),
 }
 
@@ -197,7 +216,8 @@ def run_checks(
     loaders: by split, "train" among them.
 
   Returns:
-    A result for each check of each source, and of all data.
+    A result for each check of each source, of the training groups and of each
+    held-out set.
 
   Raises:
     ValueError: a check whose action is "stop" is above its limit; names all.
@@ -207,9 +227,18 @@ def run_checks(
     for report in reports
     for name, check in SOURCE_CHECKS.items()
   ]
+  train = loaders["train"]
   results += [
-    _run(name, check, loaders, "", actions[name])
-    for name, check in DATA_CHECKS.items()
+    _run(name, check, train, "train", actions[name])
+    for name, check in TRAIN_CHECKS.items()
+  ]
+  held_out = {k: v for k, v in loaders.items() if k != "train"} or {
+    "eval": None
+  }
+  results += [
+    _run(name, check, (train, loader), split, actions[name])
+    for split, loader in held_out.items()
+    for name, check in HELD_OUT_CHECKS.items()
   ]
   found = [result for result in results if result.message]
   for result in found:
@@ -228,6 +257,5 @@ def _run(
   message = ""
   if value > check.limit:
     text = check.message.format(value=value, share=f"{100 * value:.1f} %")
-    message = f"{where}: {text}" if where else text
-    message += f" (data.checks.{name}={action})"
+    message = f"{where}: {text} (data.checks.{name}={action})"
   return Result(name, where, value, check.limit, action, message)

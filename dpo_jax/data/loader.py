@@ -87,7 +87,7 @@ def make_plan(
   row_multiple: int,
   layout: str,
   max_shapes: int = 4,
-  epoch_size: int = 0,
+  mixture: Mixture | None = None,
 ) -> Plan:
   """Chooses shapes from the lengths of the data.
 
@@ -102,8 +102,7 @@ def make_plan(
       (devices that split rows, times accumulation steps).
     layout: one of packing.LAYOUTS.
     max_shapes: that there may be; each is compiled, and fewer pad more.
-    epoch_size: groups of the smallest source, before one comes again; 0 where
-      there is one source.
+    mixture: shares of several sources; None for one source.
 
   Returns:
     The plan; the same on every process.
@@ -129,7 +128,11 @@ def make_plan(
   rng = np.random.default_rng(0)
   num_batches = _SIMULATED_GROUPS // batch_size
   num_batches = max(min(num_batches, _SIMULATED_BATCHES), 32)
-  trials = [rng.choice(len(indices), batch_size) for _ in range(num_batches)]
+  probabilities = None if mixture is None else mixture.probabilities(indices)
+  trials = [
+    rng.choice(len(indices), batch_size, p=probabilities)
+    for _ in range(num_batches)
+  ]
   batches = [(num_tokens[trial], num_scored[trial]) for trial in trials]
   if row_tokens:
     shapes = _equal_rows(
@@ -147,7 +150,8 @@ def make_plan(
     if layout == "padded":  # a group a row
       num_rows = _round_up(batch_size, row_multiple)
     # Where an epoch ends within a batch, its groups may come again.
-    copies = 1 + -(-batch_size // (epoch_size or len(indices)))
+    epoch = mixture.smallest if mixture else len(indices)
+    copies = 1 + -(-batch_size // epoch)
     shapes = _flat_rows(
       batches,
       num_tokens.repeat(copies),

@@ -58,6 +58,25 @@ class Mixture:
         f" one in {_CYCLE:,} groups: leave that source out, or raise it"
       )
 
+  @property
+  def smallest(self) -> int:
+    """Groups of the smallest source, after which one comes again."""
+    return min(map(len, self.indices))
+
+  def probabilities(self, indices: np.ndarray) -> np.ndarray:
+    """Returns how often each group is drawn, as a share of all draws.
+
+    Args:
+      indices: i64 [N], groups; each is in one source.
+
+    Returns:
+      f64 [N]; sums to 1 where `indices` are the groups of all sources.
+    """
+    of_group = {}
+    for own, count in zip(self.indices, self.counts, strict=True):
+      of_group |= dict.fromkeys(own.tolist(), count / _CYCLE / len(own))
+    return np.array([of_group[i] for i in indices.tolist()])
+
   @functools.cached_property
   def counts(self) -> np.ndarray:
     """i64 [S], draws of each source in a cycle, by largest remainder."""

@@ -31,15 +31,15 @@ class Data:
     train: groups; for on-policy training, their prompts.
     eval: held-out groups by the name of their set; "" for the one without a
       name. Empty where nothing is held out.
-    is_measured: whether the loss can be measured on the held-out groups, or
-      only their prompts are used.
+    measured: held-out sets that the loss is measured on; of the others only
+      the prompts are used.
     checks: results of the checks.
   """
 
   tokenizer: Tokenizer
   train: loader_lib.Loader
   eval: Mapping[str, loader_lib.Loader]
-  is_measured: bool
+  measured: frozenset[str]
   checks: list[checks.Result]
 
   @property
@@ -128,17 +128,7 @@ class Pipeline:
     settings = self.config.data
     entries = settings.sources or ({"source": settings.source},)
     groups = self.open_groups([entry["source"] for entry in entries])
-    sets = config_lib.eval_sets(settings)
-    if any(sets.values()):
-      train = np.arange(len(groups.store))
-      held_out = {name: self.open_groups([spec]) for name, spec in sets.items()}
-      indices = {n: np.arange(len(g.store)) for n, g in held_out.items()}
-    else:
-      train, rest = groups.store.split(settings.eval_fraction)
-      held_out, indices = {"": groups}, {"": rest}
-    is_measured = self.is_offline or (
-      self.objective.group != "samples" and groups.store.num_slots == 2
-    )
+    train, held_out = self._hold_out(groups)
     if self.is_offline:
       train = train[groups.is_usable[train]]
     if not len(train):
@@ -146,22 +136,6 @@ class Pipeline:
         f"data.eval_fraction={settings.eval_fraction} holds out all of the"
         f" {len(groups.store)} groups that loss {self.objective.name!r} can use"
       )
-    loaders = {}
-    for name, its_groups in held_out.items():
-      chosen = indices[name]
-      if is_measured:
-        chosen = chosen[its_groups.is_usable[chosen]]
-      if self.config.eval.max_groups:
-        chosen = chosen[: self.config.eval.max_groups]
-      if name and not len(chosen):
-        raise ValueError(
-          f"data.eval_sources: {name!r} has no group that loss"
-          f" {self.objective.name!r} can use"
-        )
-      if len(chosen):
-        loaders[name] = self.make_loader(
-          its_groups.store, chosen, self.config.eval.batch_size
-        )
     train_loader = self.make_loader(
       groups.store,
       train,
@@ -169,14 +143,55 @@ class Pipeline:
       microbatches=self.config.accumulation_steps,
       mixture=self._mix(groups, train) if settings.sources else None,
     )
-    opened = [groups, *(g for g in held_out.values() if g is not groups)]
+    loaders = {
+      name: self.make_loader(
+        its_groups.store, indices, self.config.eval.batch_size
+      )
+      for name, (its_groups, indices) in held_out.items()
+      if len(indices)
+    }
+    opened = [groups, *(g for g, _ in held_out.values() if g is not groups)]
     by_split = {config_lib.split_name(n): x for n, x in loaders.items()}
     results = checks.run_checks(
       self._check_actions(),
       [report for its_groups in opened for report in its_groups.reports],
       {"train": train_loader, **by_split},
     )
-    return Data(self.tokenizer, train_loader, loaders, is_measured, results)
+    measured = frozenset(
+      name for name in loaders if self._can_measure(held_out[name][0].store)
+    )
+    return Data(self.tokenizer, train_loader, loaders, measured, results)
+
+  def _hold_out(
+    self, groups: Groups
+  ) -> tuple[np.ndarray, dict[str, tuple[Groups, np.ndarray]]]:
+    """Returns the groups to train on, and each held-out set's by its name."""
+    settings = self.config.data
+    sets = config_lib.eval_sets(settings)
+    if any(sets.values()):
+      train = np.arange(len(groups.store))
+      held_out = {name: self.open_groups([spec]) for name, spec in sets.items()}
+      chosen = {n: (g, np.arange(len(g.store))) for n, g in held_out.items()}
+    else:
+      train, rest = groups.store.split(settings.eval_fraction)
+      chosen = {"": (groups, rest)}
+    for name, (its_groups, indices) in chosen.items():
+      if self._can_measure(its_groups.store):
+        indices = indices[its_groups.is_usable[indices]]
+      if self.config.eval.max_groups:
+        indices = indices[: self.config.eval.max_groups]
+      if name and not len(indices):
+        raise ValueError(
+          f"data.eval_sources: {name!r} has no group that loss"
+          f" {self.objective.name!r} can use"
+        )
+      chosen[name] = (its_groups, indices)
+    return train, chosen
+
+  def _can_measure(self, held_out: store.Store) -> bool:
+    """Whether the loss can read held-out groups, and not only their prompts."""
+    is_pair = held_out.num_slots == 2
+    return self.is_offline or (self.objective.group != "samples" and is_pair)
 
   def _check_actions(self) -> dict[str, str]:
     """Returns the actions of the checks, without those that say nothing."""
@@ -287,7 +302,7 @@ class Pipeline:
       row_multiple=self.placement.num_row_shards * microbatches,
       layout=settings.layout,
       max_shapes=settings.max_shapes,
-      epoch_size=min(map(len, mixture.indices)) if mixture else 0,
+      mixture=mixture,
     )
     for shape in plan.shapes:
       self.placement.check_row_tokens(shape.row.num_tokens)

@@ -28,11 +28,12 @@ def find(action="warn", **found):
   results = checks.run_checks(
     actions, [make_report(**found)], {"train": loader}
   )
-  return {r.name: r for r in results if r.message and r.where}
+  return {r.name: r for r in results if r.message and r.where == "jsonl:x"}
 
 
 def test_the_table_has_the_checks_of_the_config():
-  assert {*checks.SOURCE_CHECKS, *checks.DATA_CHECKS} == set(CHECKS)
+  tables = (checks.SOURCE_CHECKS, checks.TRAIN_CHECKS, checks.HELD_OUT_CHECKS)
+  assert sorted(name for table in tables for name in table) == sorted(CHECKS)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_what_a_small_data_set_cannot_say_is_told(
   with caplog.at_level(logging.WARNING, "dpo_jax"):
     run = run_of(tmp_path, **settings, data__eval_source=other)
   assert "fewer than 30 groups are held out (27 are missing)" in caplog.text
-  assert "100.0 % of the held-out prompts are trained on" in caplog.text
+  assert "eval: 100.0 % of the held-out prompts are trained on" in caplog.text
   assert "a batch has 2.2 times the groups there are" in caplog.text
   assert (
     "by length alone" in caplog.text and "50.0 % from a half" in caplog.text
@@ -120,3 +121,20 @@ def test_what_a_small_data_set_cannot_say_is_told(
   settings |= {"data__eval_source": other, "data__checks__small_data": "stop"}
   with pytest.raises(ValueError, match=r"2\.2 times .*small_data=stop"):
     run_of(tmp_path, **settings)
+
+
+def test_each_held_out_set_is_checked_by_its_name(tmp_path, on_one_device):
+  pairs = [(f"prompt {i}", f" a{i}", f" b{i}") for i in range(90)]
+  train = write(tmp_path / "train.jsonl", pairs[:40])
+  sets = {
+    "apart": write(tmp_path / "apart.jsonl", pairs[40:80]),
+    "shared": write(tmp_path / "shared.jsonl", pairs[30:40]),
+  }
+  named = ",".join(f"{name}={spec}" for name, spec in sets.items())
+  run = run_of(tmp_path, data__source=train, data__eval_sources=named)
+  found = {(r.name, r.where) for r in run.data.checks if r.message}
+  about_sets = {x for x in found if x[0] in checks.HELD_OUT_CHECKS}
+  assert about_sets == {
+    ("overlap", "eval/shared"),
+    ("few_held_out", "eval/shared"),
+  }

@@ -102,7 +102,7 @@ def test_a_plan_holds_batches_that_repeat_a_small_source(layout):
     row_tokens=0,
     row_multiple=2,
     layout=layout,
-    epoch_size=1,
+    mixture=mixed,
   )
   loader = Loader(store, np.arange(20), plan, 16, seed=0, mixture=mixed)
   for step in range(30):
@@ -110,3 +110,30 @@ def test_a_plan_holds_batches_that_repeat_a_small_source(layout):
     assert (
       np.sort(ids[ids >= 0]).tolist() == np.sort(loader.order(step)).tolist()
     )
+
+
+def test_shapes_follow_the_weights_of_the_sources():
+  """A source that is seldom drawn does not decide the usual shape."""
+  groups = tiny.make_groups(200, num_slots=2)
+  for i in range(100):
+    groups[i] = [np.ones(100, np.int32)] * 3
+  store = Store.from_groups(groups, np.tile([0.0, -1.0], (200, 1)))
+  mixed = mixture.Mixture((np.arange(100), np.arange(100, 200)), (1.0, 99.0))
+  shares = mixed.probabilities(np.arange(200))
+  np.testing.assert_allclose(shares, np.repeat([1e-4, 99e-4], 100))
+
+  def capacity(planned_for):
+    plan = make_plan(
+      store,
+      np.arange(200),
+      batch_size=4,
+      row_tokens=0,
+      row_multiple=1,
+      layout="packed",
+      max_shapes=3,
+      mixture=planned_for,
+    )
+    loader = Loader(store, np.arange(200), plan, 4, seed=0, mixture=mixed)
+    return sum(loader.batch(step).tokens.size for step in range(100))
+
+  assert capacity(mixed) < 0.8 * capacity(None)
