@@ -18,14 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import interleave, workload
-from dpo_jax import compat, mesh, optimizer, reference
 from dpo_jax.config import default_config
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.losses import build_objective
+from dpo_jax.models import partition_rules
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
-from dpo_jax.program import Program
+from dpo_jax.parallel import mesh
+from dpo_jax.parallel.placement import Placement
+from dpo_jax.system import compat
+from dpo_jax.training import optimizer, reference
+from dpo_jax.training.program import Program
 from dpo_jax.types import Batch
 
 
@@ -47,9 +51,9 @@ class Trainer:
     )
     if grid is None:
       grid = mesh.make_mesh(dict.fromkeys(mesh.AXES, 1), jax.devices()[:1])
-    self.placement = mesh.Placement(grid, "jit")
+    self.placement = Placement(grid, "jit")
     self.program = _build_program(options, policy, self.placement)
-    shardings = mesh.param_shardings(policy.abstract_params(), grid)
+    shardings = partition_rules.param_shardings(policy.abstract_params(), grid)
     self.params = jax.jit(
       lambda: policy.init(jax.random.key(options.seed)),
       out_shardings=shardings,
@@ -183,7 +187,7 @@ class Trainer:
 
 
 def _build_program(
-  options: argparse.Namespace, policy: Policy, placement: mesh.Placement
+  options: argparse.Namespace, policy: Policy, placement: Placement
 ) -> Program:
   settings = default_config().optimizer
   settings.name = options.optimizer

@@ -19,13 +19,15 @@ import dataclasses
 import jax
 import numpy as np
 
-from dpo_jax import mesh, reference
-from dpo_jax import step as step_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.store import Store
-from dpo_jax.metrics import format_table
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
+from dpo_jax.parallel import mesh
+from dpo_jax.parallel.placement import Placement
+from dpo_jax.records.metrics import format_table
+from dpo_jax.training import reference
+from dpo_jax.training import step as step_lib
 
 _VOCAB = 8192
 _PAIRS, _SCORED, _TRAINED = 16, 4, 8
@@ -65,9 +67,7 @@ def measure(tokens: int, *, is_live: bool) -> np.ndarray:
   params = jax.tree.map(
     lambda x: 2.5 * x if x.ndim > 1 else x, policy.init(jax.random.key(0))
   )
-  placement = mesh.Placement(
-    mesh.make_mesh({"data": 1}, jax.devices()[:1]), "jit"
-  )
+  placement = Placement(mesh.make_mesh({"data": 1}, jax.devices()[:1]), "jit")
   scoring, training = (
     _make_loader(make_store(tokens), size) for size in (_SCORED, _TRAINED)
   )

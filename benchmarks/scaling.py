@@ -17,7 +17,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 
 from benchmarks import ours, results, workload
-from dpo_jax import ahead_of_time, compat, hlo, mesh
+from dpo_jax.parallel import mesh
+from dpo_jax.planning import compilation, hlo
+from dpo_jax.system import compat
 
 
 def main() -> None:
@@ -37,7 +39,7 @@ def main() -> None:
         mesh.make_mesh(sizes, jax.devices()[:count]),
       )
       compiled = trainer.compile()
-      found = ahead_of_time.read_collectives(
+      found = compilation.read_collectives(
         compiled.as_text(), jax.devices()[:count]
       )
       memory = compat.program_memory(compiled)

@@ -122,7 +122,7 @@ def _unknown_keys(argv: list[str]) -> list[str]:
   """A line for each --config.KEY that no config has."""
   # Imported here: only a mistake needs them.
   from dpo_jax.config import default_config, flatten
-  from dpo_jax.losses.objective import did_you_mean
+  from dpo_jax.names import did_you_mean
 
   known = [key for key, _ in flatten(default_config())]
   names = [

@@ -20,15 +20,19 @@ from absl import flags
 from etils import epath
 import jax
 
-from dpo_jax import command_line, files, mesh
+from dpo_jax import command_line
 from dpo_jax import config as config_lib
 from dpo_jax.data import tokenizer_files, tokenizers
-from dpo_jax.metrics import read_last_evaluation
-from dpo_jax.model_source import HuggingFaceModel, TrainedRun
-from dpo_jax.models import hf, peft
+from dpo_jax.model_sources import HuggingFaceModel, TrainedRun
+from dpo_jax.models import huggingface
 from dpo_jax.models.config import DTYPES
 from dpo_jax.models.decoder import Policy
-from dpo_jax.workdir import Workdir, read_json
+from dpo_jax.models.huggingface import peft
+from dpo_jax.parallel import mesh
+from dpo_jax.records.metrics import read_last_evaluation
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.system import files
+from dpo_jax.system.files import read_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -94,7 +98,7 @@ def _write_model(
     params = {k: x for k, x in params.items() if k != "value_head"}
     policy = Policy(dataclasses.replace(policy.config, value_head=False))
   tokenizer = run.open_tokenizer()
-  hf.save_params(
+  huggingface.save_params(
     out, policy, params, dtype=dtype, token_ids=_token_ids(tokenizer)
   )
   tokenizer_files.save_tokenizer(tokenizer, out)

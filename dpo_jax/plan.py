@@ -24,9 +24,16 @@ from absl import logging as absl_logging
 import jax
 from ml_collections import config_flags
 
-from dpo_jax import ahead_of_time, command_line, hlo, mesh, roofline, topology
-from dpo_jax.ahead_of_time import Plan, Request
-from dpo_jax.metrics import format_table
+from dpo_jax import command_line
+from dpo_jax.parallel import active_mesh, mesh
+from dpo_jax.planning import (
+  compilation,
+  hlo,
+  roofline,
+  topology,
+)
+from dpo_jax.planning.compilation import Plan, Request
+from dpo_jax.records.metrics import format_table
 
 _GIB = 2**30
 # What keeping less frees of the activations, as llama3-8b on v5e-16 with a row
@@ -216,7 +223,7 @@ def remedies(plan: Plan) -> list[dict[str, Any]]:
     # Its second moments are a row and a column of each matrix.
     freed = 0.98 * memory["optimizer state"]
     found.append(("optimizer.name=adafactor", freed))
-  per_row = math.prod(sizes[axis] for axis in mesh.ROW_AXES)
+  per_row = math.prod(sizes[axis] for axis in active_mesh.ROW_AXES)
   if config.batch_size > per_row:
     found.append((f"batch_size={config.batch_size // 2}", 0.5 * max(rest, 0.0)))
   found.append(("a topology of twice the chips", 0.5 * state))
@@ -282,7 +289,7 @@ def candidates(request: Request, limit: int) -> Iterator[dict[str, int]]:
     if sizes["tensor"] > 8 or (sizes["context"] > 1 and not is_long):
       continue
     try:
-      subject = ahead_of_time.build(request, sizes)
+      subject = compilation.build(request, sizes)
     except ValueError:  # does not divide the model or the batch
       continue
     program = subject.program
@@ -297,7 +304,7 @@ def candidates(request: Request, limit: int) -> Iterator[dict[str, int]]:
       has_live_reference=program.has_live_reference,
       **lengths,
     )
-    memory = ahead_of_time.known_memory(subject)
+    memory = compilation.known_memory(subject)
     has_room = sum(memory.values()) <= request.topology.hbm_per_device
     received = roofline.collective_bytes(
       work, program.policy.config, sizes, **lengths
@@ -321,7 +328,7 @@ def report(request: Request, sizes: Mapping[str, int] | None = None) -> Report:
   # Also in a process of its own, see `in_child`.
   absl_logging.set_verbosity(absl_logging.ERROR)
   logging.getLogger("jax").setLevel(logging.ERROR)
-  plan = ahead_of_time.make_plan(ahead_of_time.build(request, sizes), request)
+  plan = compilation.make_plan(compilation.build(request, sizes), request)
   received = math.nan
   if plan.collectives is not None:
     received = sum(c.num_bytes * c.trips for c in plan.collectives)

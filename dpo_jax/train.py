@@ -19,7 +19,8 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from dpo_jax import EXIT_PREEMPTED, command_line
+from dpo_jax import EXIT_PREEMPTED, command_line, trees
+from dpo_jax.records import resume
 
 if __name__ == "__main__":
   command_line.define_flags()
@@ -43,25 +44,28 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from dpo_jax import config as config_lib
-from dpo_jax import distributed, mesh, model_source, online, reference
-from dpo_jax import evaluate as evaluate_lib
-from dpo_jax import start as start_lib
-from dpo_jax.cache import use_compilation_cache
-from dpo_jax.checkpoint import open_checkpoints
-from dpo_jax.console import Console
+from dpo_jax import model_sources, online
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.metrics import (
+from dpo_jax.models import lora
+from dpo_jax.parallel import hosts, mesh
+from dpo_jax.parallel.hosts import to_host
+from dpo_jax.records.checkpoint import open_checkpoints
+from dpo_jax.records.metrics import (
   GrowingFile,
   MetricsWriter,
   read_last_evaluation,
   read_metrics,
 )
-from dpo_jax.models import lora
-from dpo_jax.profile import ProfileWindow
-from dpo_jax.run import build_run, check_same_data, write_data
-from dpo_jax.scoring import to_host
+from dpo_jax.records.profile import ProfileWindow
+from dpo_jax.records.resume import check_same_data, record_data
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.system.cache import use_compilation_cache
+from dpo_jax.system.files import write_atomically, write_json
+from dpo_jax.training import evaluation, reference
+from dpo_jax.training import start as start_lib
+from dpo_jax.training.console import Console
+from dpo_jax.training.setup import build_run
 from dpo_jax.types import TrainState
-from dpo_jax.workdir import Workdir, write_atomically, write_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -100,17 +104,17 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   workdir = Workdir.at(workdir)
   workdir.check_format()
   use_compilation_cache(config.compilation_cache_dir)
-  distributed.check_same(
+  hosts.check_same(
     {k: v for k, v in config_lib.flatten(config) if "cache_dir" not in k},
     "config",
   )
-  run = distributed.together(lambda: build_run(config, workdir))
+  run = hosts.together(lambda: build_run(config, workdir))
   identity = run.data.identity()
-  distributed.check_same(identity, "data")
+  hosts.check_same(identity, "data")
   check_same_data(identity, workdir)
-  config_lib.settle(run.config, workdir, is_writer=run.is_writer)
+  resume.record_config(run.config, workdir, is_writer=run.is_writer)
   if run.is_writer:
-    write_data(run.data, workdir)
+    record_data(run.data.description(), workdir)
     write_json(workdir.model, dataclasses.asdict(run.program.policy.config))
     write_atomically(workdir.git, _git_hash() + "\n")
   checkpoints = open_checkpoints(workdir, run.config)
@@ -181,7 +185,7 @@ class _Loop:
     self.config, self.program = run.config, run.program
     self.placement = run.program.placement
     self.figures: dict[str, float] = {}
-    self.ref_samples: evaluate_lib.Samples | None = None
+    self.ref_samples: evaluation.Samples | None = None
 
   def run_all(self) -> dict[str, float]:
     run, config = self.run, self.config
@@ -219,7 +223,7 @@ class _Loop:
     if state is not None:
       if target.frozen_params is not None:
         frozen = program.split_params(self._load(init))[1]
-        model_source.check_frozen(frozen, run.workdir, init)
+        model_sources.check_frozen(frozen, run.workdir, init)
         state = state.replace(frozen_params=frozen)
       return state
     ref_params = None
@@ -228,12 +232,12 @@ class _Loop:
       ref_params = self._load(run.reference_init)
     state = program.make_state(self._load(init), ref_params)
     if state.frozen_params is not None and run.is_writer:
-      digest = reference.params_digest(state.frozen_params)
+      digest = trees.params_digest(state.frozen_params)
       write_atomically(run.workdir.frozen_digest, digest + "\n")
     return state
 
   def _load(self, init: str) -> Any:
-    return model_source.parse(init).load(
+    return model_sources.parse(init).load(
       self.program.policy, self.placement.mesh, seed=self.config.seed
     )
 
@@ -308,7 +312,7 @@ class _Loop:
     trained on, a folder that was written again.
     """
     path = self.run.workdir.reference_digest
-    digest = reference.params_digest(params)
+    digest = trees.params_digest(params)
     before = "" if is_fresh else self.run.workdir.read_digest(path)
     if before and before != digest:
       raise ValueError(
@@ -534,7 +538,7 @@ class _Loop:
     for name, loader in self.eval_loaders.items():
       if name in skip:
         continue
-      found[name], records = evaluate_lib.evaluate(
+      found[name], records = evaluation.evaluate(
         self.program,
         state.policy_params,
         state.reference_params,
@@ -542,7 +546,7 @@ class _Loop:
         loader,
       )
       if self.config.eval.save_logps and self.run.is_writer:
-        evaluate_lib.write_records(self.run.workdir, step, records, name)
+        evaluation.write_records(self.run.workdir, step, records, name)
     if is_edge and self.ref_samples is not None:
       first = next(iter(self.run.data.eval))
       found[first] = found.get(first, {}) | self._measure_samples(step, state)
@@ -567,10 +571,10 @@ class _Loop:
   def _measure_samples(self, step: int, state: TrainState) -> dict[str, float]:
     """Samples from the policy, and compares with the reference's samples."""
     samples = self._sample(state.policy_params)
-    metrics = evaluate_lib.compare_samples(samples, self.ref_samples)
+    metrics = evaluation.compare_samples(samples, self.ref_samples)
     settings = self.config.eval
     if (settings.temperature, settings.top_k, settings.top_p) == (1, 0, 1):
-      metrics |= evaluate_lib.sampled_kl(
+      metrics |= evaluation.sampled_kl(
         self.program.logps_step,
         state.policy_params,
         self._reference_params(state),
@@ -581,16 +585,16 @@ class _Loop:
     self._write_samples(step, samples)
     return metrics
 
-  def _sample(self, params: Any) -> evaluate_lib.Samples:
+  def _sample(self, params: Any) -> evaluation.Samples:
     settings, loader = self.config.eval, self.run.data.first_eval
-    prompts = evaluate_lib.held_out_prompts(
+    prompts = evaluation.held_out_prompts(
       loader.store,
       loader.indices,
       settings.num_samples,
       max_tokens=self.program.policy.config.max_positions
       - settings.max_response_tokens,
     )
-    return evaluate_lib.draw_samples(
+    return evaluation.draw_samples(
       self.program.policy,
       params,
       prompts,
@@ -602,7 +606,7 @@ class _Loop:
       label=self.console.label("sampling"),
     )
 
-  def _write_samples(self, step: int, samples: evaluate_lib.Samples) -> None:
+  def _write_samples(self, step: int, samples: evaluation.Samples) -> None:
     if not self.run.is_writer:
       return
     file = GrowingFile(self.run.workdir.samples)
@@ -621,7 +625,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def main() -> None:
-  distributed.initialize(
+  hosts.initialize(
     flags.FLAGS.coordinator_address,
     flags.FLAGS.num_processes,
     flags.FLAGS.process_id,

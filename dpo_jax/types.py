@@ -17,6 +17,8 @@ from typing import Any
 import flax.struct
 import jax
 
+from dpo_jax.trees import join_trees
+
 
 @flax.struct.dataclass
 class Batch:
@@ -244,13 +246,3 @@ class TrainState:
     if self.ref_params is None:
       return None
     return join_trees(self.ref_params, self.frozen_params)
-
-
-def join_trees(one: Any, other: Any) -> Any:
-  """The leaves of two nested dicts that have none in common."""
-  if other is None:
-    return one
-  joined = dict(other)
-  for key, value in one.items():
-    joined[key] = join_trees(value, other[key]) if key in other else value
-  return joined

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models.decoder import Policy
-from dpo_jax.workdir import write_atomically
+from dpo_jax.system.files import write_atomically
 
 NUM_LETTERS, LENGTH = 8, 4
 PROMPTS = ("ab", "cd", "ef", "gh")

@@ -37,11 +37,13 @@ import jax
 import matplotlib
 import numpy as np
 
-from dpo_jax import command_line, model_source
+from dpo_jax import command_line, model_sources
 from dpo_jax import config as config_lib
-from dpo_jax.metrics import format_table, read_metrics
+from dpo_jax.records import resume
+from dpo_jax.records.metrics import format_table, read_metrics
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.system.files import write_json
 from dpo_jax.train import Preempted, train
-from dpo_jax.workdir import Workdir, write_json
 
 matplotlib.use("Agg")
 
@@ -106,7 +108,7 @@ class Run:
     """What decides its result, as plain JSON."""
     flat = dict(config_lib.flatten(self.config)) if self.config else {}
     keys = {
-      f"config.{k}": v for k, v in flat.items() if config_lib.decides_result(k)
+      f"config.{k}": v for k, v in flat.items() if resume.decides_result(k)
     }
     keys |= {f"inputs.{k}": v for k, v in self.inputs.items()}
     keys |= {f"labels.{k}": v for k, v in self.labels.items()}
@@ -274,7 +276,7 @@ def _check_unchanged(runs: Sequence[Run], root: pathlib.Path) -> None:
       f"  {run.name}: {key} was {before.get(key)!r} and is {now.get(key)!r}"
       for key in sorted(before.keys() | now.keys())
       if before.get(key) != now.get(key)
-      and config_lib.decides_result(key.removeprefix("config."))
+      and resume.decides_result(key.removeprefix("config."))
     ]
   if faults:
     more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
@@ -407,9 +409,9 @@ def estimate(runs: Sequence[Run], scale: str) -> list[Row]:
 def _num_params(config: Any) -> int:
   """Of the policy; of the preset where it starts from a run to come."""
   init = config.policy.init
-  source = model_source.parse("random" if init.startswith("run:") else init)
+  source = model_sources.parse("random" if init.startswith("run:") else init)
   settings = source.tokenizer_settings(config.data)
-  vocab_size = model_source.open_tokenizer(settings).vocab_size
+  vocab_size = model_sources.open_tokenizer(settings).vocab_size
   return source.policy(config.policy, vocab_size=vocab_size).config.num_params()
 
 

@@ -30,12 +30,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from dpo_jax import evaluate, judges, model_source
-from dpo_jax.classifier import fit_classifier
+from dpo_jax import judges, model_sources
 from dpo_jax.config import default_config, loss_config
 from dpo_jax.data import synthetic, tokenizers
+from dpo_jax.judges.classifier import fit_classifier
 from dpo_jax.models import generate
-from dpo_jax.workdir import write_atomically
+from dpo_jax.system.files import write_atomically
+from dpo_jax.training import evaluation
 from experiments import exact_sweep, harness, trained
 from experiments.harness import Row, Run, Settings
 
@@ -186,7 +187,7 @@ class _Plan:
   def policy(self) -> tuple[Any, Any]:
     """The reference's decoder and parameters."""
     config = self.base(1)
-    source = model_source.parse(self.reference)
+    source = model_sources.parse(self.reference)
     decoder = source.policy(config.policy)
     params = source.load(decoder, trained.one_mesh(), seed=0)
     return decoder, params
@@ -322,7 +323,7 @@ def _write_pairs(folder: str, *, plan: _Plan) -> None:
 
 
 def _order_pairs(
-  samples: evaluate.Samples, group: Sequence[int], stop_ids: Sequence[int]
+  samples: evaluation.Samples, group: Sequence[int], stop_ids: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
   """Records of every two samples of a prompt that are not worth the same."""
   for one, other in itertools.combinations(group, 2):

@@ -17,7 +17,7 @@ from absl import flags
 from configs import reviews
 from dpo_jax import command_line
 from dpo_jax.losses import CATALOGUE
-from dpo_jax.metrics import format_table, read_metrics
+from dpo_jax.records.metrics import format_table, read_metrics
 from dpo_jax.train import train
 
 # A folder that no loss is named after.

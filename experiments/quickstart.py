@@ -21,7 +21,7 @@ import numpy as np
 
 from configs import reviews
 from dpo_jax import command_line
-from dpo_jax.metrics import format_table, read_metrics
+from dpo_jax.records.metrics import format_table, read_metrics
 from dpo_jax.train import train
 from experiments import replay
 

@@ -22,12 +22,6 @@ import matplotlib
 import numpy as np
 
 from dpo_jax import command_line
-from dpo_jax.evaluate import (
-  Records,
-  displacement,
-  read_records,
-  wilson_interval,
-)
 from dpo_jax.losses import (
   CATALOGUE,
   Objective,
@@ -35,10 +29,16 @@ from dpo_jax.losses import (
   build_objective,
   mean_over_groups,
 )
-from dpo_jax.metrics import format_table
-from dpo_jax.step import measure
+from dpo_jax.records.metrics import format_table
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.training.evaluation import (
+  Records,
+  displacement,
+  read_records,
+  wilson_interval,
+)
+from dpo_jax.training.step import measure
 from dpo_jax.types import Sequences
-from dpo_jax.workdir import Workdir
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dpo_jax import EXIT_PREEMPTED  # noqa: E402
-from dpo_jax.topology import Topology, parse_topology  # noqa: E402
+from dpo_jax.planning.topology import Topology, parse_topology  # noqa: E402
 
 # The images that Google names for JAX: docs.cloud.google.com/tpu/docs/runtimes.
 _IMAGES = {

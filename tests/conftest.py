@@ -41,8 +41,8 @@ from absl import logging as absl_logging
 import jax
 import pytest
 
-from dpo_jax import mesh as mesh_lib
-from dpo_jax import topology
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.planning import topology
 from tests import tiny
 
 _make_mesh = mesh_lib.make_mesh

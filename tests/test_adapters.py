@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import mesh
-from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.metrics import read_metrics
-from dpo_jax.model_source import TrainedRun, parse
+from dpo_jax import trees
+from dpo_jax.model_sources import TrainedRun, parse
 from dpo_jax.models import lora
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
+from dpo_jax.parallel import mesh
+from dpo_jax.records.checkpoint import Checkpoints
+from dpo_jax.records.metrics import read_metrics
 from dpo_jax.train import train
 from tests import tiny
 
@@ -42,7 +43,7 @@ def saved_names(workdir):
   found = reader._checkpointer.checkpointables_metadata(reader.steps[-1])
   reader.close()
   return [
-    mesh.path_name(path)
+    trees.path_name(path)
     for part in ("params", "rest")
     for path, _ in jax.tree_util.tree_leaves_with_path(found.metadata[part])
   ]
@@ -151,7 +152,7 @@ def dtypes_of(workdir):
     ModelConfig.from_dict(json.loads((workdir / "model.json").read_text()))
   )
   return {
-    mesh.path_name(path): str(leaf.dtype)
+    trees.path_name(path): str(leaf.dtype)
     for path, leaf in jax.tree_util.tree_leaves_with_path(
       policy.abstract_params()
     )

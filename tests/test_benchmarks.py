@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from benchmarks import interleave, ours, workload
-from dpo_jax import hlo, mesh
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.presets import PRESETS
+from dpo_jax.parallel import mesh
+from dpo_jax.planning import hlo
 
 
 def test_lengths_are_those_of_the_workload():

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import checkpoint as checkpoint_lib
-from dpo_jax import mesh as mesh_lib
-from dpo_jax.checkpoint import Checkpoints, check_same_tree, verify
+from dpo_jax.models import partition_rules
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.records import checkpoint as checkpoint_lib
+from dpo_jax.records.checkpoint import Checkpoints, check_same_tree, verify
 from dpo_jax.types import TrainState
 from tests import faults, tiny
 
@@ -44,7 +45,7 @@ def place(state, sizes=ONE):
   """A state on a mesh, and what to restore it onto."""
   devices = jax.devices()[: np.prod(list(sizes.values()))]
   mesh = mesh_lib.make_mesh(sizes, devices)
-  shardings = mesh_lib.state_shardings(state, state.params, mesh)
+  shardings = partition_rules.state_shardings(state, state.params, mesh)
   # A new buffer each time, which may be donated.
   state = jax.jit(
     lambda s: jax.tree.map(lambda x: x + jnp.zeros_like(x), s),

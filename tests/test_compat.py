@@ -1,4 +1,4 @@
-"""Tests what dpo_jax/compat.py expects of the installed JAX."""
+"""Tests what dpo_jax/system/compat.py expects of the installed JAX."""
 
 import inspect
 import typing
@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 import numpy as np
 import pytest
 
-from dpo_jax import compat
-from dpo_jax.topology import parse_topology
+from dpo_jax.planning.topology import parse_topology
+from dpo_jax.system import compat
 
 _PRIMALS = ["q", "k", "v", "segment_ids", "sinks"]
 _STATIC = [
@@ -43,14 +43,14 @@ _MASK_INFOS = ["fwd_mask_info", "dq_mask_info", "dkv_mask_info"]
 def test_splash_kernels_have_the_signatures_that_are_called(name, parameters):
   found = list(inspect.signature(getattr(kernel_lib, name)).parameters)
   assert sorted(found) == sorted(parameters), (
-    f"jax {jax.__version__} has another {name}: see dpo_jax/compat.py"
+    f"jax {jax.__version__} has another {name}: see dpo_jax/system/compat.py"
   )
 
 
 def test_the_splash_kernel_saves_the_residuals_that_are_given():
   saved = typing.get_args(kernel_lib.SplashResidualsType)
   assert len(saved) == 9, (
-    f"jax {jax.__version__} has other residuals: see dpo_jax/compat.py"
+    f"jax {jax.__version__} has other residuals: see dpo_jax/system/compat.py"
   )
 
 

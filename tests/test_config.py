@@ -11,7 +11,6 @@ import ml_collections
 import pytest
 
 from dpo_jax import config as config_lib
-from dpo_jax import mesh
 from dpo_jax.config import (
   VALUES,
   check_keys,
@@ -21,9 +20,11 @@ from dpo_jax.config import (
 )
 from dpo_jax.data import packing, reading
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
-from dpo_jax.metrics import read_metrics
 from dpo_jax.models import config as model_config
-from dpo_jax.workdir import Workdir
+from dpo_jax.parallel.placement import PARALLELISMS
+from dpo_jax.records import resume
+from dpo_jax.records.metrics import read_metrics
+from dpo_jax.records.workdir import Workdir
 from tests import faults, tiny
 
 CONFIGS = faults.ROOT / "configs"
@@ -116,7 +117,7 @@ def test_values_that_do_not_fit_are_refused(overrides, message):
 
 def test_choices_are_those_that_the_modules_offer():
   offered = {
-    "parallelism": mesh.PARALLELISMS,
+    "parallelism": PARALLELISMS,
     "policy.param_dtype": model_config.DTYPES,
     "policy.compute_dtype": model_config.DTYPES,
     "policy.remat": model_config.REMAT_POLICIES,
@@ -223,7 +224,9 @@ def test_flatten_gives_every_leaf_its_dotted_name():
 
 
 def settle(config, workdir, is_writer=True):
-  config_lib.settle(resolve(config), Workdir.at(workdir), is_writer=is_writer)
+  resume.record_config(
+    resolve(config), Workdir.at(workdir), is_writer=is_writer
+  )
 
 
 def test_the_same_config_goes_on(tmp_path):
@@ -289,7 +292,7 @@ def test_a_branch_of_the_hub_is_the_commit_that_the_run_began_with(tmp_path):
 
   def spelled(**overrides):
     config = tiny.make_config(**{**given, "data__sources": sources} | overrides)
-    return config_lib.spellings(resolve(config), Workdir.at(tmp_path))
+    return resume.recorded_spellings(resolve(config), Workdir.at(tmp_path))
 
   found = spelled()
   assert found["policy.init"] == f"hub:o/mm@{commit}"

@@ -12,11 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import command_line, console, header, progress
+from dpo_jax import command_line
 from dpo_jax.config import default_config
-from dpo_jax.console import Console
 from dpo_jax.losses import build_objective
-from dpo_jax.metrics import Clock
+from dpo_jax.records.metrics import Clock
+from dpo_jax.system import progress
+from dpo_jax.training import console, header
+from dpo_jax.training.console import Console
 from tests import tiny
 
 

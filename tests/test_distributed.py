@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import EXIT_PREEMPTED, distributed
-from dpo_jax.metrics import read_metrics
+from dpo_jax import EXIT_PREEMPTED
+from dpo_jax.parallel import hosts
+from dpo_jax.records.metrics import read_metrics
 from tests import faults
 
 _CONFIG = """
@@ -182,25 +183,23 @@ def test_hosts_with_another_config_or_other_data_do_not_start(tmp_path):
 
 def test_what_differs_is_named(monkeypatch):
   rows = ['{"seed": 0, "loss.beta": 0.1}', '{"seed": 0, "loss.beta": 0.2}']
-  monkeypatch.setattr(distributed, "gather_texts", lambda text: rows)
-  with pytest.raises(distributed.HostsDifferError) as error:
-    distributed.check_same({"seed": 0}, "config")
+  monkeypatch.setattr(hosts, "gather_texts", lambda text: rows)
+  with pytest.raises(hosts.HostsDifferError) as error:
+    hosts.check_same({"seed": 0}, "config")
   assert "loss.beta: 0.1 on host 0, 0.2 on host 1" in str(error.value)
   assert "seed" not in str(error.value)
 
 
 def test_what_fails_on_one_host_fails_on_all(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(
-    distributed, "gather_texts", lambda text: ["", "no such file"]
-  )
+  monkeypatch.setattr(hosts, "gather_texts", lambda text: ["", "no such file"])
   with pytest.raises(
-    distributed.OtherHostError, match="host 1 could not start: no such"
+    hosts.OtherHostError, match="host 1 could not start: no such"
   ):
-    distributed.together(lambda: 3)
-  monkeypatch.setattr(distributed, "gather_texts", lambda text: [text, ""])
+    hosts.together(lambda: 3)
+  monkeypatch.setattr(hosts, "gather_texts", lambda text: [text, ""])
   with pytest.raises(KeyError, match="mine"):
-    distributed.together(lambda: {}["mine"])
+    hosts.together(lambda: {}["mine"])
 
 
 @pytest.mark.parametrize(
@@ -219,7 +218,7 @@ def test_what_fails_on_one_host_fails_on_all(monkeypatch):
 def test_a_pod_is_known_without_asking_the_network(
   monkeypatch, environment, is_pod
 ):
-  monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
+  monkeypatch.setattr(hosts.glob, "glob", lambda pattern: [])
   for name in (
     "TPU_WORKER_HOSTNAMES",
     "MEGASCALE_COORDINATOR_ADDRESS",
@@ -228,7 +227,7 @@ def test_a_pod_is_known_without_asking_the_network(
     monkeypatch.delenv(name, raising=False)
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
-  assert distributed.is_tpu_pod() == is_pod
+  assert hosts.is_tpu_pod() == is_pod
 
 
 @pytest.mark.parametrize(
@@ -240,4 +239,4 @@ def test_a_pod_is_known_without_asking_the_network(
 )
 def test_flags_that_do_not_say_who_is_who_are_refused(flags, message):
   with pytest.raises(ValueError, match=message):
-    distributed.initialize(*flags)
+    hosts.initialize(*flags)

@@ -24,10 +24,10 @@ import jax
 import pytest
 import yaml
 
-from dpo_jax import ahead_of_time, topology
 from dpo_jax import config as config_lib
 from dpo_jax.losses import catalogue, links
-from dpo_jax.models import hf
+from dpo_jax.models import huggingface
+from dpo_jax.planning import compilation, topology
 from tests import tiny
 from tests.data.folders import write_folder
 
@@ -318,14 +318,14 @@ def test_a_plan_needs_no_file_that_the_project_does_not_have(
     return  # the command's name
   values = parse("dpo_jax.plan", *command.words[3:]).values
   names = ("rows", "row_tokens", "scored_tokens", "vocab_size")
-  request = ahead_of_time.Request(
+  request = compilation.Request(
     values["config"],
     topology.parse_topology(values["topology"]),
     **{name: values[name] for name in names},
   )
   monkeypatch.chdir(ROOT)
   monkeypatch.setattr(topology.Topology, "devices", lambda _: jax.devices())
-  assert ahead_of_time.build(request).batch.tokens.size > 0
+  assert compilation.build(request).batch.tokens.size > 0
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -367,7 +367,7 @@ def write_inputs(text):
   policy = tiny.make_policy(vocab_size=384)
   for folder in set(re.findall(r"=hf:(\S+)", text)):
     params = policy.init(jax.random.key(1))
-    hf.save_params(folder, policy, params, dtype="float32")
+    huggingface.save_params(folder, policy, params, dtype="float32")
     write_folder(pathlib.Path(folder))
   rows = [
     {"prompt": f"question {i}", "chosen": f" yes {i}", "rejected": " no"}

@@ -6,13 +6,17 @@ import types
 import numpy as np
 import pytest
 
-from dpo_jax import evaluate as evaluate_lib
-from dpo_jax import judges, reference
+from dpo_jax import judges
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import mismatched, tokenizers
-from dpo_jax.evaluate import Samples, compare_samples, wilson_interval
 from dpo_jax.losses import CATALOGUE
 from dpo_jax.models import generate
+from dpo_jax.training import evaluation, reference
+from dpo_jax.training.evaluation import (
+  Samples,
+  compare_samples,
+  wilson_interval,
+)
 from tests import tiny
 
 EIGHT = {"data": 8, "fsdp": 1, "tensor": 1}
@@ -93,7 +97,7 @@ def evaluate(models, batch_size, *, loss="dpo", sizes=None, is_frozen=False):
     row_multiple=placement.num_row_shards,
     ref_logps=models.ref_logps.astype(np.float32) if is_cached else None,
   )
-  return evaluate_lib.evaluate(
+  return evaluation.evaluate(
     program,
     models.params,
     models.ref_params if is_frozen else None,
@@ -194,7 +198,7 @@ def make_samples(groups, rewards=None):
 
 def sampled_kl(models, params, ref_params, batch_size, sizes=None):
   placement = tiny.make_placement(sizes)
-  return evaluate_lib.sampled_kl(
+  return evaluation.sampled_kl(
     reference.make_logps_step(models.policy, placement, 16),
     params,
     ref_params,
@@ -264,7 +268,7 @@ def draw(monkeypatch, judge):
   tokenizer = tokenizers.load_tokenizer("bytes", chat_template="")
   ids = [list(text.encode()) for text in ("ab", "c")]
   monkeypatch.setattr(generate, "sample", lambda *args, **kwargs: ids)
-  return evaluate_lib.draw_samples(
+  return evaluation.draw_samples(
     None,
     None,
     [list(text.encode()) for text in ("P", "Q")],
@@ -302,9 +306,7 @@ def test_a_judge_that_gives_no_number_is_an_error(monkeypatch, reward):
 def held_out(groups, num, max_tokens=100, indices=None):
   store = tiny.make_loader(groups, 2).store
   indices = np.arange(len(groups)) if indices is None else indices
-  return evaluate_lib.held_out_prompts(
-    store, indices, num, max_tokens=max_tokens
-  )
+  return evaluation.held_out_prompts(store, indices, num, max_tokens=max_tokens)
 
 
 def prompt_groups(*prompts):
@@ -347,7 +349,7 @@ def test_a_mean_over_tokens_counts_scored_ones(models):
     loader, store=dataclasses.replace(loader.store, scored=scored)
   )
   program = tiny.make_program(models.policy, "sft", tiny.make_placement())
-  got, records = evaluate_lib.evaluate(program, models.params, None, (), loader)
+  got, records = evaluation.evaluate(program, models.params, None, (), loader)
   num_tokens = sum(group[0].sum() for group in masks)
   np.testing.assert_array_equal(records["num_tokens"][:, 0].sum(), num_tokens)
   assert got["loss"] == pytest.approx(
@@ -395,7 +397,7 @@ def unpaired(models, has_mismatched):
     loader = loader_lib.Loader(
       store, indices, plan, batch_size, seed=0, ref_logps=ref_logps
     )
-    return evaluate_lib.evaluate(
+    return evaluation.evaluate(
       program, models.params, None, program.objective.init(), loader
     )[0]
 

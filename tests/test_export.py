@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import mesh
 from dpo_jax.data import tokenizer_files, tokenizers
 from dpo_jax.export import export
-from dpo_jax.model_source import TrainedRun
-from dpo_jax.models import hf
-from dpo_jax.models import peft as peft_lib
+from dpo_jax.model_sources import TrainedRun
+from dpo_jax.models import huggingface
 from dpo_jax.models.config import Lora
 from dpo_jax.models.decoder import Policy
+from dpo_jax.models.huggingface import peft as peft_lib
+from dpo_jax.parallel import mesh
 from dpo_jax.train import train
 from tests import tiny
 from tests.data import folders
@@ -119,7 +119,9 @@ def test_the_base_of_an_adapter_on_the_hub_names_its_revision(
   peft = pytest.importorskip("peft")
   export(run, tmp_path / "model")
   monkeypatch.setattr(
-    hf, "download", {"me/model@12ab": str(tmp_path / "model")}.__getitem__
+    huggingface,
+    "download",
+    {"me/model@12ab": str(tmp_path / "model")}.__getitem__,
   )
   config = tiny.make_config(
     policy__init="hub:me/model@12ab", lora__rank=2, total_steps=1
@@ -147,7 +149,7 @@ def test_an_adapter_on_a_base_that_changed_is_refused(tmp_path):
 
 def test_the_pad_token_is_the_tokenizers(tmp_path):
   policy = tiny.make_policy(vocab_size=384)
-  hf.save_params(
+  huggingface.save_params(
     tmp_path / "model", policy, policy.init(jax.random.key(1)), dtype="float32"
   )
   folders.write_folder(tmp_path / "model", pad_token="<|system|>")

@@ -8,14 +8,14 @@ import time
 import numpy as np
 import pytest
 
-from dpo_jax.checkpoint import verify
+from dpo_jax.records.checkpoint import verify
 from tests import faults
 
 # Saves as fast as it can; says which steps it was promised are safe.
 _SAVER = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
-from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.records.checkpoint import Checkpoints
 from dpo_jax.types import TrainState
 
 noise = np.random.default_rng(0).normal(size=(1024, 512)).astype(np.float32)
@@ -175,7 +175,7 @@ def test_a_disk_that_is_full_is_an_error_and_the_step_before_stays(tmp_path):
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import numpy as np, jax.numpy as jnp
-from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.records.checkpoint import Checkpoints
 from dpo_jax.types import TrainState
 
 def state(step):

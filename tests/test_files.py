@@ -5,7 +5,7 @@ import os
 from etils import epath
 import pytest
 
-from dpo_jax import files
+from dpo_jax.system import files
 from tests import bucket
 
 

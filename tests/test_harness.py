@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from dpo_jax.config import default_config
-from dpo_jax.workdir import write_json
+from dpo_jax.system.files import write_json
 from experiments import harness
 from experiments.harness import Run, Settings
 from tests import faults
@@ -223,7 +223,7 @@ _SWEEP = """
 import sys
 from experiments import harness
 from tests import tiny
-from dpo_jax.metrics import read_metrics
+from dpo_jax.records.metrics import read_metrics
 
 def measure(folder):
   return [read_metrics(folder, "train")[-1]]

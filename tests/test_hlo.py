@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from dpo_jax import hlo
+from dpo_jax.planning import hlo
 
 # A loop of 3 trips gathers f32[8,4] over 4 devices, in a fusion that starts it,
 # one that ends it, and a step in an inner loop of 5 that it overlaps, which

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dpo_jax import judges
-from dpo_jax.classifier import Classifier, fit_classifier, text_buckets
 from dpo_jax.data import synthetic
+from dpo_jax.judges.classifier import Classifier, fit_classifier, text_buckets
 from dpo_jax.train import train
 from tests import faults, tiny
 
@@ -116,12 +116,6 @@ def test_bootstrap_interval_is_the_normal_one_for_many_values():
   assert judges.bootstrap_interval([2.0, 2.0]) == (2.0, 2.0)
   with pytest.raises(ValueError, match="at least one"):
     judges.bootstrap_interval([])
-
-
-def test_win_rate_counts_a_tie_a_half():
-  found = judges.win_rate(np.array([1.0, 2.0, 3.0, 4.0]), np.full(4, 2.0))
-  assert found["win_rate"] == pytest.approx(0.625)
-  assert 0.0 <= found["win_rate_low"] <= 0.625 <= found["win_rate_high"] <= 1.0
 
 
 def test_a_judge_that_always_takes_the_first_gives_a_half():

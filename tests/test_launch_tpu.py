@@ -121,7 +121,11 @@ def _make_checkout(folder):
     folder / "scripts",
     ignore=shutil.ignore_patterns("__pycache__"),
   )
-  for name in (".gitignore", "dpo_jax/__init__.py", "dpo_jax/topology.py"):
+  for name in (
+    ".gitignore",
+    "dpo_jax/__init__.py",
+    "dpo_jax/planning/topology.py",
+  ):
     shutil.copy(_ROOT / name, folder / name)
   for command in (
     "init --quiet",

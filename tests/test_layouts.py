@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import step as step_lib
 from dpo_jax.data import packing, sources, store, tokenizers
 from dpo_jax.losses import build_objective
-from dpo_jax.models import hf
+from dpo_jax.models import huggingface
 from dpo_jax.models.decoder import Policy
+from dpo_jax.training import step as step_lib
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -78,10 +78,10 @@ def test_layouts_agree_on_the_synthetic_task(tmp_path):
 @pytest.mark.slow
 def test_layouts_agree_with_the_weights_of_stories(real_data, tmp_path):
   folder = str(real_data / "stories260k")
-  policy = Policy(hf.load_config(folder))
+  policy = Policy(huggingface.load_config(folder))
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shardings = jax.tree.map(lambda _: device, policy.abstract_params())
-  params = hf.load_params(folder, policy, shardings)
+  params = huggingface.load_params(folder, policy, shardings)
   tokenizer = tokenizers.HFTokenizer(folder)
   groups = text_groups(tokenizer, 5, tmp_path, "synthetic:review_pairs:20")
   batches = all_layouts(groups, 512)

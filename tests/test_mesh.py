@@ -10,11 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import mesh as mesh_lib
-from dpo_jax import step as step_lib
 from dpo_jax.losses import build_objective
+from dpo_jax.models import partition_rules
 from dpo_jax.models.config import Lora
 from dpo_jax.models.decoder import Projection
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.parallel.placement import Placement
+from dpo_jax.training import step as step_lib
 from dpo_jax.types import TrainState
 from tests import tiny
 
@@ -56,9 +58,7 @@ def run_step(
 ):
   """Two SGD steps: parameters and metrics on the host."""
   devices = jax.devices()[: np.prod(list(sizes.values()))]
-  placement = mesh_lib.Placement(
-    mesh_lib.make_mesh(sizes, devices), parallelism
-  )
+  placement = Placement(mesh_lib.make_mesh(sizes, devices), parallelism)
   policy = tiny.make_policy()
   params = tiny.make_params(policy)
   optimizer = optax.sgd(1e-2)
@@ -68,7 +68,7 @@ def run_step(
     opt_state=optimizer.init(params),
     ref_params=tiny.make_params(policy, seed=1) if is_frozen else None,
   )
-  shardings = mesh_lib.state_shardings(state, params, placement.mesh)
+  shardings = partition_rules.state_shardings(state, params, placement.mesh)
   state = placement.place_state(jax.device_put(state, shardings))
   step = placement.compile_step(
     step_lib.make_train_step(
@@ -176,7 +176,7 @@ def test_a_frozen_reference_takes_the_same_steps_everywhere(parallelism):
 def test_parameters_are_really_split():
   mesh = mesh_lib.make_mesh(MESHES[3])
   params = tiny.make_policy().abstract_params()
-  shardings = mesh_lib.param_shardings(params, mesh)
+  shardings = partition_rules.param_shardings(params, mesh)
   kernel = shardings["layers"]["query"]["kernel"]
   assert kernel.shard_shape((2, 64, 4, 16)) == (2, 32, 2, 16)
   assert shardings["embedding"].shard_shape((96, 64)) == (48, 32)
@@ -186,8 +186,8 @@ def test_moments_lie_as_their_parameters_do():
   mesh = mesh_lib.make_mesh(MESHES[3])
   params = tiny.make_policy().abstract_params()
   state = jax.eval_shape(optax.adam(1e-3).init, params)
-  shardings = mesh_lib.state_shardings(state, params, mesh)
-  wanted = mesh_lib.param_shardings(params, mesh)
+  shardings = partition_rules.state_shardings(state, params, mesh)
+  wanted = partition_rules.param_shardings(params, mesh)
   assert shardings[0].mu == wanted
   assert shardings[0].count.is_fully_replicated
 
@@ -221,7 +221,7 @@ def test_impossible_meshes_are_refused(sizes, message):
 def test_a_mesh_that_does_not_divide_the_model_is_refused():
   mesh = mesh_lib.make_mesh({"data": 1, "fsdp": 1, "tensor": 8})
   with pytest.raises(ValueError) as error:
-    mesh_lib.param_shardings(tiny.make_policy().abstract_params(), mesh)
+    partition_rules.param_shardings(tiny.make_policy().abstract_params(), mesh)
   assert "layers/key/kernel has a dimension of 2" in str(error.value)
   assert "layers/query/kernel has a dimension of 4" in str(error.value)
   assert "model: {'data': 4, 'fsdp': 1, 'tensor': 2" in str(error.value)
@@ -294,7 +294,7 @@ def test_processes_that_hold_the_same_rows_read_the_same(
     devices=devices.reshape(tuple(shape.values())), shape=shape, size=8
   )
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  assert mesh_lib.Placement(mesh, "jit").row_reader == share
+  assert Placement(mesh, "jit").row_reader == share
 
 
 def test_activations_are_split_along_the_row():
@@ -325,7 +325,7 @@ def test_a_projection_gathers_the_axis_that_fsdp_splits():
     for leaf, split in zip(
       ("kernel", "lora_a", "lora_b"), layer.splits, strict=True
     ):
-      spec = mesh_lib.partition_spec(f"layers/{name}/{leaf}")
+      spec = partition_rules.partition_spec(f"layers/{name}/{leaf}")
       shape = getattr(layer, leaf).shape
       axes = (*spec, *[None] * (1 + len(shape) - len(spec)))[1:]
       found = None if split is None else split % len(shape)
@@ -336,9 +336,9 @@ def test_a_projection_gathers_the_axis_that_fsdp_splits():
 def test_an_uncovered_parameter_is_refused():
   mesh = mesh_lib.make_mesh(MESHES[1])
   with pytest.raises(ValueError, match="router matches no partition rule"):
-    mesh_lib.param_shardings({"router": jnp.zeros(3)}, mesh)
+    partition_rules.param_shardings({"router": jnp.zeros(3)}, mesh)
 
 
 def test_pmap_wants_all_devices_on_data():
   with pytest.raises(ValueError, match="must be on the mesh axis 'data'"):
-    mesh_lib.Placement(mesh_lib.make_mesh(MESHES[3]), "pmap")
+    Placement(mesh_lib.make_mesh(MESHES[3]), "pmap")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.metrics import (
+from dpo_jax.records.metrics import (
   GrowingFile,
   MetricsWriter,
   format_table,

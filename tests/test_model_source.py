@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import tokenizers as hf_tokenizers
 
-from dpo_jax import config as config_lib
-from dpo_jax import judges, mesh
+from dpo_jax import judges
 from dpo_jax.data import tokenizers
-from dpo_jax.metrics import read_metrics
-from dpo_jax.model_source import open_tokenizer, parse
-from dpo_jax.models import hf
+from dpo_jax.model_sources import open_tokenizer, parse
+from dpo_jax.models import huggingface
+from dpo_jax.parallel import mesh
+from dpo_jax.records import resume
+from dpo_jax.records.metrics import read_metrics
+from dpo_jax.records.workdir import Workdir
 from dpo_jax.train import train
-from dpo_jax.workdir import Workdir
 from tests import tiny
 from tests.data.folders import train_bytes, write_folder
 
@@ -30,7 +31,7 @@ def write_model(folder, *, has_tokenizer=True, **tokenizer_config):
   """Writes a tiny Hugging Face model, with a tokenizer of 300 tokens."""
   policy = tiny.make_policy(vocab_size=384)
   params = policy.init(jax.random.key(1))
-  hf.save_params(folder, policy, params, dtype="float32")
+  huggingface.save_params(folder, policy, params, dtype="float32")
   if has_tokenizer:
     write_folder(folder, **tokenizer_config)
   return str(folder)
@@ -65,7 +66,9 @@ def test_a_folder_brings_its_own_tokenizer(tmp_path):
 
 def test_a_hub_model_brings_its_own_tokenizer(tmp_path, monkeypatch):
   folder = write_model(tmp_path)
-  monkeypatch.setattr(hf, "download", {"me/model@1": folder}.__getitem__)
+  monkeypatch.setattr(
+    huggingface, "download", {"me/model@1": folder}.__getitem__
+  )
   found = settings("hub:me/model@1")
   assert found["tokenizer"] == "hub:me/model@1"
   assert open_tokenizer(found).digest == (
@@ -215,12 +218,12 @@ def test_the_readmes_config_reads_with_the_models_tokenizer(
 def test_an_old_workdir_without_a_tokenizers_name_goes_on(tmp_path):
   config = tiny.make_config()
   config.data.tokenizer = ""
-  config_lib.settle(config, Workdir.at(tmp_path), is_writer=True)
+  resume.record_config(config, Workdir.at(tmp_path), is_writer=True)
   config.data.tokenizer = "bytes"
-  config_lib.settle(config, Workdir.at(tmp_path), is_writer=True)
+  resume.record_config(config, Workdir.at(tmp_path), is_writer=True)
   config.data.tokenizer = "letters:4"
   with pytest.raises(ValueError, match="'bytes' there, 'letters:4' now"):
-    config_lib.settle(config, Workdir.at(tmp_path), is_writer=True)
+    resume.record_config(config, Workdir.at(tmp_path), is_writer=True)
 
 
 @pytest.mark.slow
@@ -231,7 +234,9 @@ def test_a_reward_model_judges_with_the_tokenizer_it_was_trained_with(
   """Values of the judge, which reads text, and of the run's evaluation."""
   folder = write_model(tmp_path / "model")
   where = {"hf": folder, "hub": "me/model@1"}[kind]
-  monkeypatch.setattr(hf, "download", {"me/model@1": folder}.__getitem__)
+  monkeypatch.setattr(
+    huggingface, "download", {"me/model@1": folder}.__getitem__
+  )
   texts = ("the answer is no", "the cat sat on the mat", "what does the dog")
   rows = [
     {
@@ -293,7 +298,7 @@ def test_a_branch_is_pinned_to_its_commit(tmp_path, monkeypatch, caplog):
     revision = where.partition("@")[2]
     return str(tmp_path / (latest if revision == "main" else revision))
 
-  monkeypatch.setattr(hf, "download", download)
+  monkeypatch.setattr(huggingface, "download", download)
   config = tiny.make_config(policy__init="hub:me/model@main", total_steps=1)
   config.data.tokenizer = ""
   train(config, tmp_path / "run")

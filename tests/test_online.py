@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from dpo_jax import online
-from dpo_jax import step as step_lib
-from dpo_jax.classifier import Classifier
 from dpo_jax.config import resolve
 from dpo_jax.data import tokenizers
-from dpo_jax.metrics import read_metrics
+from dpo_jax.judges.classifier import Classifier
 from dpo_jax.models import logps as logps_lib
+from dpo_jax.records.metrics import read_metrics
 from dpo_jax.train import Preempted, train
+from dpo_jax.training import step as step_lib
 from tests import faults, tiny
 
 pytestmark = pytest.mark.usefixtures("in_haste")

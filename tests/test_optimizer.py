@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from dpo_jax.config import VALUES, default_config
-from dpo_jax.optimizer import build_optimizer, build_schedule
+from dpo_jax.training.optimizer import build_optimizer, build_schedule
 
 
 def make_config(**fields) -> ml_collections.ConfigDict:

@@ -13,13 +13,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from dpo_jax import ahead_of_time, hlo, mesh, plan, roofline, topology
+from dpo_jax import plan
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.models import presets
 from dpo_jax.models.config import REMAT_POLICIES
 from dpo_jax.models.decoder import Readout
-from dpo_jax.run import build_run
-from dpo_jax.workdir import Workdir
+from dpo_jax.parallel import active_mesh, mesh
+from dpo_jax.parallel.placement import Placement
+from dpo_jax.planning import (
+  compilation,
+  hlo,
+  roofline,
+  topology,
+)
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.training.setup import build_run
 from tests import faults, tiny
 
 
@@ -28,7 +36,7 @@ def make_request(name="v5e-8", **fields):
     mesh={"data": 2, "fsdp": -1, "tensor": 2}, policy__remat="full"
   )
   shapes = dict(rows=8, row_tokens=128, vocab_size=256) | fields
-  return ahead_of_time.Request(config, topology.parse_topology(name), **shapes)
+  return compilation.Request(config, topology.parse_topology(name), **shapes)
 
 
 @pytest.fixture
@@ -87,9 +95,9 @@ def test_matrices_and_the_rest_are_all_parameters():
 
 def test_the_state_of_a_device_is_counted_shard_by_shard(on_cpu):
   request = make_request()
-  subject = ahead_of_time.build(request)
+  subject = compilation.build(request)
   _, shardings = subject.program.abstract_state()
-  memory = ahead_of_time.known_memory(subject)
+  memory = compilation.known_memory(subject)
   device = jax.devices()[0]
   params = jax.tree.map(
     lambda x, sharding: jax.device_put(np.zeros(x.shape, x.dtype), sharding),
@@ -112,7 +120,7 @@ def test_the_plan_has_the_shapes_of_the_runs_own_batch(on_cpu):
     make_request(), rows=0, row_tokens=0, vocab_size=0
   )
   request.config.data.source = "synthetic:review_pairs:80"
-  subject = ahead_of_time.build(request)
+  subject = compilation.build(request)
   batch, placement = subject.batch, subject.program.placement
   run = build_run(request.config, Workdir.at("x"), on=placement.mesh)
   real = placement.place_rows(run.data.train.batch(0))
@@ -157,9 +165,7 @@ class Step:
 
 
 def make_report(step, monkeypatch):
-  monkeypatch.setattr(
-    mesh.Placement, "compile_step", lambda self, *arguments: step
-  )
+  monkeypatch.setattr(Placement, "compile_step", lambda self, *arguments: step)
   return plan.report(dataclasses.replace(make_request(), price=1.0))
 
 
@@ -204,9 +210,9 @@ def test_devices_or_slices_that_seem_not_to_communicate_are_unreadable():
     (within, two_slices),
   ):
     with pytest.raises(hlo.UnreadableError, match="no collective of"):
-      ahead_of_time.read_collectives(text, devices)
-  assert len(ahead_of_time.read_collectives(within, one_slice)) == 1
-  assert ahead_of_time.read_collectives(alone, one_slice[:1]) == []
+      compilation.read_collectives(text, devices)
+  assert len(compilation.read_collectives(within, one_slice)) == 1
+  assert compilation.read_collectives(alone, one_slice[:1]) == []
 
 
 def test_an_unreadable_message_is_not_printed_as_a_number(on_cpu, monkeypatch):
@@ -222,12 +228,10 @@ def test_what_does_not_fit_is_a_table_of_remedies(on_cpu, monkeypatch):
     error="Ran out of memory on HBM, the total memory required for HLO"
     " temporaries (20.50G) exceeds available HBM (15.75G)."
   )
-  monkeypatch.setattr(
-    mesh.Placement, "compile_step", lambda self, *arguments: step
-  )
+  monkeypatch.setattr(Placement, "compile_step", lambda self, *arguments: step)
   request = make_request()
   request.config.policy.remat = "none"
-  made = ahead_of_time.make_plan(ahead_of_time.build(request), request)
+  made = compilation.make_plan(compilation.build(request), request)
   assert not made.fits
   assert made.peak == pytest.approx(20.5 * 2**30, rel=1e-4)
   text = plan.describe(made, request)
@@ -247,16 +251,16 @@ def test_bfloat16_is_offered_for_what_is_not_trained(libtpu):
   """It frees half of the frozen parameters, and is refused for the others."""
   request = make_request()
   request.config.policy.frozen = "^embedding"
-  subject = ahead_of_time.build(request)
-  memory = ahead_of_time.known_memory(subject)
+  subject = compilation.build(request)
+  memory = compilation.known_memory(subject)
   made = types.SimpleNamespace(
     subject=subject, memory=memory, peak=sum(memory.values())
   )
   freed = {row["what to change"]: row for row in plan.remedies(made)}
   share = freed["policy.param_dtype=bfloat16"]["frees about, GiB"]
   request.config.policy.param_dtype = "bfloat16"
-  less = ahead_of_time.build(request)
-  other = ahead_of_time.known_memory(less)
+  less = compilation.build(request)
+  other = compilation.known_memory(less)
   saved = (memory["parameters"] - other["parameters"]) / 2**30
   # Norms are not sharded as the embedding is.
   assert share == pytest.approx(saved, rel=0.05)
@@ -279,7 +283,7 @@ def test_every_remat_policy_has_its_remedies():
   ],
 )
 def test_what_xla_wanted_is_read_from_its_message(message, size):
-  np.testing.assert_equal(ahead_of_time.wanted_bytes(message, 7.0), size)
+  np.testing.assert_equal(compilation.wanted_bytes(message, 7.0), size)
 
 
 @pytest.mark.slow
@@ -290,7 +294,7 @@ def test_a_step_that_is_too_large_is_told_by_the_real_compiler(libtpu):
   request.config.policy.remat = "none"
   request.config.batch_size = request.config.eval.batch_size = 1
   request.config.mesh = {"data": 1}
-  made = ahead_of_time.make_plan(ahead_of_time.build(request), request)
+  made = compilation.make_plan(compilation.build(request), request)
   assert not made.fits
   assert made.peak > made.memory["parameters"] > 2**34
   text = plan.describe(made, request)
@@ -316,7 +320,7 @@ def test_bounds_by_hand():
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(on_cpu):
   with pytest.raises(ValueError, match="--rows=6 must be a multiple of 4"):
     request = make_request(rows=6)
-    ahead_of_time.build(request)
+    compilation.build(request)
 
 
 @pytest.mark.slow
@@ -325,7 +329,7 @@ def test_a_sweep_ranks_the_meshes_that_divide_the_work(on_cpu):
   request = make_request()
   tried, received = [], []
   for sizes in plan.candidates(request, 100):
-    program = ahead_of_time.build(request, sizes).program
+    program = compilation.build(request, sizes).program
     tried.append(sizes)
     work = roofline.count_work(
       program.policy.config,
@@ -394,7 +398,7 @@ def test_a_compiler_that_ends_its_process_is_an_error():
 )
 def test_the_tiny_step_compiles_for_every_kind(libtpu, name):
   request = make_request(name)
-  made = ahead_of_time.make_plan(ahead_of_time.build(request), request)
+  made = compilation.make_plan(compilation.build(request), request)
   assert made.fits
   assert 0 < made.peak < 2**30
   kinds = {c.kind for c in made.collectives}
@@ -409,8 +413,8 @@ def test_a_block_of_the_vocabulary_is_cut_before_it_is_gathered(libtpu):
   """A TPU's compiler would gather the whole head for each of 16 blocks."""
   request = make_request("v5e-4", rows=4, row_tokens=2048, vocab_size=32768)
   request.config.mesh = {"data": 1, "fsdp": -1, "tensor": 1, "context": 1}
-  subject = ahead_of_time.build(request)
-  made = ahead_of_time.make_plan(subject, request)
+  subject = compilation.build(request)
+  made = compilation.make_plan(subject, request)
   received = sum(
     c.num_bytes * c.trips for c in made.collectives if c.kind == "all-gather"
   )
@@ -429,8 +433,8 @@ def test_a_kernel_is_gathered_once_a_pass(libtpu, monkeypatch):
   request = make_request("v5e-8", row_tokens=1024)
   request.config.mesh = {"data": 1, "fsdp": -1}
   request.config.policy.compute_dtype = "bfloat16"
-  subject = ahead_of_time.build(request)
-  made = ahead_of_time.make_plan(subject, request)
+  subject = compilation.build(request)
+  made = compilation.make_plan(subject, request)
   received = sum(c.num_bytes * c.trips for c in made.collectives)
   params = subject.program.policy.abstract_params()
   whole = 2 * sum(x.size for x in jax.tree.leaves(params))
@@ -465,9 +469,9 @@ def test_a_block_of_tied_embeddings_is_gathered_as_a_gather(libtpu):
     text = (
       jax.jit(logps)
       .lower(
-        place(64, 2048, depth, spec=(mesh.ROW_AXES,)),
+        place(64, 2048, depth, spec=(active_mesh.ROW_AXES,)),
         place(vocab_size, depth, spec=(None, "fsdp"), dtype=jnp.float32),
-        place(64, 2048, spec=(mesh.ROW_AXES,), dtype=jnp.int32),
+        place(64, 2048, spec=(active_mesh.ROW_AXES,), dtype=jnp.int32),
       )
       .compile()
       .as_text()
@@ -491,7 +495,7 @@ def test_remat_dots_runs_no_attention_kernel_again(libtpu, monkeypatch):
   def num_kernels(remat):
     request = make_request("v5e-4", rows=4, row_tokens=512)
     request.config.policy.remat = remat
-    ahead_of_time.make_plan(ahead_of_time.build(request), request)
+    compilation.make_plan(compilation.build(request), request)
     return texts[-1].count('custom_call_target="tpu_custom_call"')
 
   kept = num_kernels("none")

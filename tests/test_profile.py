@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dpo_jax import profile
 from dpo_jax.config import parse_steps
-from dpo_jax.workdir import Workdir
+from dpo_jax.records import profile
+from dpo_jax.records.workdir import Workdir
 
 
 @pytest.mark.parametrize(

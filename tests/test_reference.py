@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import mesh as mesh_lib
-from dpo_jax import reference
+from dpo_jax import trees
+from dpo_jax.models import partition_rules
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.training import reference
 from tests import faults, tiny
 
 KEY = "0123456789abcdef"
@@ -20,7 +22,7 @@ def flip_bit(params, name, place, bit):
   """The same parameters with one bit of one number turned."""
 
   def flip(path, leaf):
-    if mesh_lib.path_name(path) != name:
+    if trees.path_name(path) != name:
       return leaf
     array = np.array(leaf)
     bits = array.view(f"uint{8 * array.dtype.itemsize}").reshape(-1)
@@ -34,13 +36,13 @@ def flip_bit(params, name, place, bit):
 def test_a_digest_changes_with_any_one_bit(dtype):
   params = tiny.make_params(tiny.make_policy(param_dtype=dtype))
   params = jax.tree.map(lambda x: x.astype(dtype), params)
-  seen = {reference.params_digest(params)}
+  seen = {trees.params_digest(params)}
   width = 8 * jnp.dtype(dtype).itemsize
   num_flips = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     for place, bit in ((0, 0), (leaf.size // 2, 7), (-1, width - 1)):
-      flipped = flip_bit(params, mesh_lib.path_name(path), place, bit)
-      seen.add(reference.params_digest(flipped))
+      flipped = flip_bit(params, trees.path_name(path), place, bit)
+      seen.add(trees.params_digest(flipped))
       num_flips += 1
   assert len(seen) == 1 + num_flips
 
@@ -57,19 +59,19 @@ def test_a_digest_changes_with_order_shape_and_name():
     {"a": base.view(np.int32)},
     {"a": base, "b": np.zeros(0, np.float32)},
   ]
-  digests = {
-    reference.params_digest(jax.tree.map(jnp.asarray, t)) for t in trees
-  }
+  digests = {trees.params_digest(jax.tree.map(jnp.asarray, t)) for t in trees}
   assert len(digests) == len(trees)
 
 
 def test_a_digest_does_not_change_with_sharding():
   params = tiny.make_params(tiny.make_policy())
-  wanted = reference.params_digest(params)
+  wanted = trees.params_digest(params)
   for sizes in ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (4, 1, 2, 1)):
     mesh = mesh_lib.make_mesh(dict(zip(mesh_lib.AXES, sizes, strict=True)))
-    placed = jax.device_put(params, mesh_lib.param_shardings(params, mesh))
-    assert reference.params_digest(placed) == wanted, sizes
+    placed = jax.device_put(
+      params, partition_rules.param_shardings(params, mesh)
+    )
+    assert trees.params_digest(placed) == wanted, sizes
 
 
 def test_a_key_changes_with_weights_config_and_data():
@@ -99,7 +101,7 @@ def compute(groups, params, policy, batch_size, sizes=None, **fields):
     groups, batch_size, row_multiple=placement.num_row_shards, **fields
   )
   step = reference.make_logps_step(policy, placement, 16)
-  shardings = mesh_lib.param_shardings(params, placement.mesh)
+  shardings = partition_rules.param_shardings(params, placement.mesh)
   return reference.compute_logps(
     step,
     jax.device_put(params, shardings),

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from dpo_jax import evaluate
-from dpo_jax.classifier import Classifier
 from dpo_jax.config import resolve
 from dpo_jax.data import sources, store, tokenizers
+from dpo_jax.judges.classifier import Classifier
 from dpo_jax.losses import CATALOGUE, build_objective
+from dpo_jax.training import evaluation
 from experiments import harness, imdb_sentiment, loss_ablation
 
 NAMES = (
@@ -65,7 +65,7 @@ def test_the_best_trial_of_a_loss_counts():
 def test_a_sample_that_was_cut_short_teaches_no_eos(tmp_path):
   """Of four samples of a prompt one reached its end, id 257 of bytes."""
   responses = [[*b" a", 257], [*b" bcd"], [*b" efg"], [*b" hij"]]
-  samples = evaluate.Samples(
+  samples = evaluation.Samples(
     prompts=[list(b"p")] * 4,
     responses=responses,
     prompt_texts=["p"] * 4,

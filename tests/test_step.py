@@ -10,14 +10,16 @@ import optax
 import pytest
 
 from dpo_jax import config as config_lib
-from dpo_jax import mesh as mesh_lib
-from dpo_jax import reference
-from dpo_jax import step as step_lib
 from dpo_jax.config import default_config
 from dpo_jax.losses import CATALOGUE, build_objective
+from dpo_jax.models import partition_rules
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.presets import PRESETS
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.parallel.placement import Placement
+from dpo_jax.training import reference
+from dpo_jax.training import step as step_lib
 from dpo_jax.types import TrainState
 from tests import tiny
 from tests.losses.test_catalogue import make_sequences
@@ -159,7 +161,7 @@ def test_the_mismatched_slot_is_taken_off(model):
 def one_step(loss, *, devices=1, parts=1, parallelism="jit"):
   """Loss, gradient norm, parameters and loss state after two SGD steps."""
   sizes = {"data": devices, "fsdp": 1, "tensor": 1}
-  placement = mesh_lib.Placement(
+  placement = Placement(
     mesh_lib.make_mesh(sizes, jax.devices()[:devices]), parallelism
   )
   objective = build_objective(loss)
@@ -179,7 +181,7 @@ def one_step(loss, *, devices=1, parts=1, parallelism="jit"):
     opt_state=optimizer.init(params),
     loss_state=objective.init(),
   )
-  shardings = mesh_lib.state_shardings(state, params, placement.mesh)
+  shardings = partition_rules.state_shardings(state, params, placement.mesh)
   state = placement.place_state(jax.device_put(state, shardings))
   step = step_lib.make_train_step(
     policy,

@@ -4,8 +4,8 @@ import importlib.metadata
 
 import pytest
 
-from dpo_jax import topology
-from dpo_jax.topology import parse_topology
+from dpo_jax.planning import topology
+from dpo_jax.planning.topology import parse_topology
 
 
 @pytest.mark.parametrize(

@@ -13,21 +13,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dpo_jax import command_line, model_source, reference, start, step
+from dpo_jax import command_line, model_sources
 from dpo_jax import config as config_lib
-from dpo_jax import evaluate as evaluate_lib
 from dpo_jax import train as train_lib
-from dpo_jax.cache import use_compilation_cache
 from dpo_jax.data import store
 from dpo_jax.data.loader import Loader
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
-from dpo_jax.metrics import read_metrics
-from dpo_jax.model_source import ModelSource
-from dpo_jax.models import hf
-from dpo_jax.run import build_run
+from dpo_jax.model_sources import ModelSource
+from dpo_jax.models import huggingface
+from dpo_jax.records import resume
+from dpo_jax.records.metrics import read_metrics
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.system.cache import use_compilation_cache
 from dpo_jax.train import NonFiniteError, Preempted, train
+from dpo_jax.training import evaluation, reference, start, step
+from dpo_jax.training.setup import build_run
 from dpo_jax.types import FIELDS
-from dpo_jax.workdir import Workdir
 from tests import faults, tiny
 from tests.data.folders import write_folder
 
@@ -511,7 +512,7 @@ def test_a_frozen_reference_stays_what_it_was(tmp_path):
   assert any("params" in name and "ref_params" not in name for name in changed)
   assert not any("ref_params" in name for name in changed)
   run = build_run(config, Workdir.at(tmp_path))
-  start = model_source.parse("random").load(
+  start = model_sources.parse("random").load(
     run.program.policy, run.program.placement.mesh, seed=config.seed
   )
   for path, leaf in jax.tree_util.tree_leaves_with_path(start):
@@ -599,7 +600,7 @@ def sft_run(tmp_path_factory):
 
 def loaded_params(init):
   run = build_run(make_config(policy__init=init), Workdir.at(init))
-  source = model_source.parse(init)
+  source = model_sources.parse(init)
   params = source.load(run.program.policy, run.program.placement.mesh, seed=0)
   return {
     f"['params']{jax.tree_util.keystr(path)}": np.asarray(leaf)
@@ -715,7 +716,7 @@ def test_a_finished_run_says_so_does_nothing_and_gives_its_figures(
   def refuse(*args, **kwargs):
     raise AssertionError("it evaluates again")
 
-  monkeypatch.setattr(evaluate_lib, "evaluate", refuse)
+  monkeypatch.setattr(evaluation, "evaluate", refuse)
   with caplog.at_level(logging.INFO, "dpo_jax"):
     assert train(config, tmp_path) == figures
   told = [m for m in caplog.messages if m.startswith("finished")]
@@ -937,7 +938,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer_or_template(tmp_path):
   source = write_lines(tmp_path / "pairs.jsonl", records)
   policy = tiny.make_policy(vocab_size=384)
   params = policy.init(jax.random.key(0))
-  hf.save_params(tmp_path / "model", policy, params, dtype="float32")
+  huggingface.save_params(tmp_path / "model", policy, params, dtype="float32")
   knobs = dict(
     data__source=source,
     data__tokenizer=str(folder),
@@ -1167,7 +1168,7 @@ def sequences_of_a_batch(config, workdir):
   """Sequences of a run's first batch, whose reference has other weights."""
   run = build_run(config, Workdir.at(workdir))
   program, mesh = run.program, run.program.placement.mesh
-  source = model_source.parse("random")
+  source = model_sources.parse("random")
   params, ref_params = (
     source.load(program.policy, mesh, seed=seed) for seed in (0, 1)
   )
@@ -1228,7 +1229,7 @@ def test_a_recorded_loss_is_the_loss_that_was_named(tmp_path, name):
   config = make_config(loss__name=name)
   if objective.group == "samples":
     config.online.update(dict(kind="rollouts", judge="sentiment"))
-  config_lib.settle(
+  resume.record_config(
     config_lib.resolve(config), Workdir.at(tmp_path), is_writer=True
   )
   recorded = json.loads((tmp_path / "config.json").read_text())["loss"]

@@ -5,9 +5,10 @@ import os
 
 import pytest
 
-from dpo_jax import workdir as workdir_lib
+from dpo_jax.records import workdir as workdir_lib
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.system.files import write_atomically
 from dpo_jax.train import train
-from dpo_jax.workdir import Workdir, write_atomically
 from tests import tiny
 
 

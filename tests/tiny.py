@@ -10,9 +10,6 @@ import numpy as np
 import optax
 
 from dpo_jax import config as config_lib
-from dpo_jax import mesh as mesh_lib
-from dpo_jax import program as program_lib
-from dpo_jax import reference, run, step
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
 from dpo_jax.data.packing import RowShape
@@ -21,6 +18,12 @@ from dpo_jax.losses import build_objective
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.presets import PRESETS
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.parallel.placement import Placement
+from dpo_jax.records import resume
+from dpo_jax.training import program as program_lib
+from dpo_jax.training import reference, step
+from dpo_jax.training import setup as run
 from dpo_jax.types import Batch
 
 
@@ -72,7 +75,7 @@ def shared_programs():
 
   def build(config, policy, placement):
     values = sorted(config_lib.flatten(config), key=lambda item: item[0])
-    kept = [(k, v) for k, v in values if config_lib.decides_result(k)]
+    kept = [(k, v) for k, v in values if resume.decides_result(k)]
     key = repr(kept), policy, placement
     if key not in built:
       made = program_lib.build_program(config, policy, placement)
@@ -192,15 +195,15 @@ def make_loader(
   )
 
 
-def make_placement(sizes: dict[str, int] | None = None) -> mesh_lib.Placement:
+def make_placement(sizes: dict[str, int] | None = None) -> Placement:
   """A mesh of the first devices; of one unless told."""
   sizes = sizes or {"data": 1, "fsdp": 1, "tensor": 1}
   devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-  return mesh_lib.Placement(mesh_lib.make_mesh(sizes, devices), "jit")
+  return Placement(mesh_lib.make_mesh(sizes, devices), "jit")
 
 
 def make_program(
-  policy: Policy, loss, placement: mesh_lib.Placement, **fields
+  policy: Policy, loss, placement: Placement, **fields
 ) -> program_lib.Program:
   """A program whose optimizer changes nothing."""
   return program_lib.Program(

@@ -1,15 +1,9 @@
-"""Config: every key of a run, its default, its range, and its record.
+"""Config: every key of a run, its default and its range.
 
 A config is resolved once, by `resolve`, and read-only from there on.
 """
 
 from dpo_jax.config.keys import default_config, flatten, loss_config
-from dpo_jax.config.record import (
-  compare,
-  decides_result,
-  settle,
-  spellings,
-)
 from dpo_jax.config.resolve import (
   check_keys,
   check_schedule,
@@ -33,8 +27,6 @@ __all__ = [
   "VALUES",
   "check_keys",
   "check_schedule",
-  "compare",
-  "decides_result",
   "default_config",
   "eval_sets",
   "flatten",
@@ -43,8 +35,6 @@ __all__ = [
   "parse_pairs",
   "parse_steps",
   "resolve",
-  "settle",
-  "spellings",
   "split_name",
   "with_values",
 ]

@@ -15,7 +15,7 @@ import ml_collections
 from dpo_jax.config.keys import default_config, flatten
 from dpo_jax.config.values import VALUES, parse_pairs, parse_steps
 from dpo_jax.losses import Knob, Objective, WeightedSum, build_objective
-from dpo_jax.losses.objective import did_you_mean
+from dpo_jax.names import did_you_mean
 from dpo_jax.types import fields_of
 
 _LOG = logging.getLogger(__name__)

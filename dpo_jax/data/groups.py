@@ -9,7 +9,6 @@ import itertools
 import logging
 from typing import Any, NamedTuple
 
-from dpo_jax import progress
 from dpo_jax.data.dialogues import Example
 from dpo_jax.data.examples import parse_records
 from dpo_jax.data.messages import RecordError, Unusable
@@ -17,6 +16,7 @@ from dpo_jax.data.reading import Reading, Seen, shape_records
 from dpo_jax.data.repeats import Repeats
 from dpo_jax.data.sources import Source
 from dpo_jax.data.tokenizers import Tokenizer
+from dpo_jax.system import progress
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1000

@@ -16,8 +16,8 @@ import os
 import re
 from typing import Any
 
-from dpo_jax import files
-from dpo_jax.workdir import write_atomically
+from dpo_jax.system import files
+from dpo_jax.system.files import write_atomically
 
 _LOG = logging.getLogger(__name__)
 

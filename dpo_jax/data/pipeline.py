@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from dpo_jax import config as config_lib
-from dpo_jax import files
 from dpo_jax.data import checks, mismatched, sources, store
 from dpo_jax.data import groups as groups_lib
 from dpo_jax.data import loader as loader_lib
@@ -16,7 +15,8 @@ from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.reading import Reading
 from dpo_jax.data.tokenizers import Tokenizer
 from dpo_jax.losses import Objective, WeightedSum
-from dpo_jax.mesh import Placement
+from dpo_jax.parallel.placement import Placement
+from dpo_jax.system import files
 from dpo_jax.types import token_masks
 
 _LOG = logging.getLogger(__name__)

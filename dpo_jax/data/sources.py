@@ -24,10 +24,10 @@ import zlib
 
 from etils import epath
 
-from dpo_jax import files
 from dpo_jax.data import hub, synthetic
 from dpo_jax.data.messages import RecordError
-from dpo_jax.losses.objective import did_you_mean
+from dpo_jax.names import did_you_mean
+from dpo_jax.system import files
 
 _SPELLINGS = (
   "jsonl:PATH",

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax import files
 from dpo_jax.data.groups import Groups, Limits, tokenize
 from dpo_jax.data.reading import Reading
 from dpo_jax.data.sources import Source
 from dpo_jax.data.tokenizers import Tokenizer
+from dpo_jax.system import files
 
 # Raise it when the same input would give other arrays or another report.
 FORMAT = 6

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from dpo_jax import files
 from dpo_jax.data import tokenizer_json
 from dpo_jax.data.alphabets import ByteTokenizer, LetterTokenizer
 from dpo_jax.data.dialogues import Request
 from dpo_jax.data.messages import Message, RecordError
 from dpo_jax.data.spellings import Spellings
 from dpo_jax.data.templates import ChatTemplate
+from dpo_jax.system import files
 
 _LOG = logging.getLogger(__name__)
 

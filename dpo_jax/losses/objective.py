@@ -1,8 +1,7 @@
 """From a config to the function that the step differentiates."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-import difflib
 import functools
 import operator
 from typing import Any
@@ -15,6 +14,7 @@ from dpo_jax.losses.catalogue import CATALOGUE, Loss, knobs_of
 from dpo_jax.losses.knobs import KNOBS
 from dpo_jax.losses.links import LINKS
 from dpo_jax.losses.rewards import REWARDS
+from dpo_jax.names import did_you_mean
 from dpo_jax.types import Sequences
 
 Metrics = dict[str, jax.Array]
@@ -581,12 +581,6 @@ def _limits(row: Loss) -> dict[str, Any]:
     "conditions": tuple(dict.fromkeys(conditions)),
     "defaults": defaults,
   }
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-  """' Did you mean 'x'?' for the nearest known name, or ''."""
-  nearest = difflib.get_close_matches(name, list(known), n=1)
-  return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _listed(names: Sequence[str]) -> str:

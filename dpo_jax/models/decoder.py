@@ -20,8 +20,9 @@ from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dpo_jax.models import attention, lora, partition, rotary
+from dpo_jax.models import attention, lora, rotary
 from dpo_jax.models.config import PROJECTED, REMAT_POLICIES, ModelConfig
+from dpo_jax.parallel import active_mesh
 
 # K and V of all layers: f [L, B, C, num_kv_heads, head_dim] each.
 Cache = tuple[jax.Array, jax.Array]
@@ -78,7 +79,7 @@ def _project(
   axes = tuple(range(x.ndim - contract, x.ndim))
   return jax.lax.dot_general(
     x,
-    partition.gathered(kernel, split),
+    active_mesh.gathered(kernel, split),
     ((axes, tuple(range(contract))), ((), ())),
   )
 
@@ -89,7 +90,7 @@ def _project_fwd(x, kernel, contract, split):
 
 def _project_bwd(contract, split, saved, gradient):
   x, kernel = saved
-  kernel = partition.gathered(kernel, split)
+  kernel = active_mesh.gathered(kernel, split)
   num_outputs = kernel.ndim - contract
   tokens = tuple(range(x.ndim - contract))
   outputs = tuple(range(gradient.ndim - num_outputs, gradient.ndim))
@@ -351,8 +352,8 @@ def keep_rows_apart(x: jax.Array) -> jax.Array:
   Without it the partitioner may follow a sharded kernel instead, and gather
   the batch. Outside a mesh, and under pmap, there is nothing to pin.
   """
-  sizes = partition.free_axes()
-  axes = tuple(name for name in partition.ROW_AXES if name in sizes)
+  sizes = active_mesh.free_axes()
+  axes = tuple(name for name in active_mesh.ROW_AXES if name in sizes)
   if not axes:
     return x
   # A token that is sampled has no T to split.

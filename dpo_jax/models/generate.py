@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import progress
 from dpo_jax.models.decoder import Policy
+from dpo_jax.system import progress
 
 
 def filter_logits(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:

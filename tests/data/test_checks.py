@@ -9,8 +9,8 @@ import pytest
 from dpo_jax.config import CHECKS
 from dpo_jax.data import checks
 from dpo_jax.data.groups import COUNTS
-from dpo_jax.run import build_run
-from dpo_jax.workdir import Workdir
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.training.setup import build_run
 from tests import tiny
 
 

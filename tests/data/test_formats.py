@@ -13,8 +13,8 @@ from dpo_jax.data.examples import Example, parse_record, parse_records
 from dpo_jax.data.messages import RecordError, Unusable
 from dpo_jax.data.reading import Reading, Seen, shape_records
 from dpo_jax.data.tokenizers import HFTokenizer
-from dpo_jax.run import build_run
-from dpo_jax.workdir import Workdir
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.training.setup import build_run
 from tests import tiny
 from tests.data import folders
 

@@ -14,8 +14,8 @@ from dpo_jax.data.tokenizers import (
   HFTokenizer,
   load_tokenizer,
 )
-from dpo_jax.run import build_run
-from dpo_jax.workdir import Workdir
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.training.setup import build_run
 from tests import bucket
 from tests.data import folders
 from tests.data.folders import BOS, CHAT_TEMPLATE, EOS, write_folder

@@ -10,9 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import compat
-from dpo_jax import mesh as mesh_lib
-from dpo_jax.models import attention, blocked, logps, partition, splash
+from dpo_jax.models import attention, logps
+from dpo_jax.models.attention import (
+  blockwise,
+  splash,
+)
+from dpo_jax.parallel import active_mesh
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.system import compat
 from tests import tiny
 
 
@@ -61,14 +66,14 @@ def values_and_grads(attend, batch, *, num_heads, num_kv_heads):
 def spy_on_turns(monkeypatch):
   """A set that gathers how many blocks of queries go together."""
   seen = set()
-  num_lanes = blocked._num_lanes
+  num_lanes = blockwise._num_lanes
 
   def spy(*args):
     lanes = num_lanes(*args)
     seen.add(lanes)
     return lanes
 
-  monkeypatch.setattr(blocked, "_num_lanes", spy)
+  monkeypatch.setattr(blockwise, "_num_lanes", spy)
   return seen
 
 
@@ -96,12 +101,12 @@ def test_blocks_equal_all_scores_at_once(
 ):
   """Blocks of queries one by one, as on a CPU, or in lanes, as on a GPU."""
   if lanes > 1:
-    monkeypatch.setattr(partition, "platform", lambda: "gpu")
-    monkeypatch.setattr(blocked, "_SCORES_OF_TURN", lanes * 4 * size**2)
+    monkeypatch.setattr(active_mesh, "platform", lambda: "gpu")
+    monkeypatch.setattr(blockwise, "_SCORES_OF_TURN", lanes * 4 * size**2)
   batch = random_batch(num_slots, num_slots, length, layout)
   labels = labels_of(batch)
   rows = attention.make_rows(*labels, backend="dense")
-  blocks = blocked.make_blocks(*labels, size)
+  blocks = blockwise.make_blocks(*labels, size)
   settings = dict(
     window=None if window is None else jnp.int32(window),
     scale=0.7,
@@ -115,7 +120,7 @@ def test_blocks_equal_all_scores_at_once(
   )
   turns = spy_on_turns(monkeypatch)
   got = values_and_grads(
-    lambda q, k, v: blocked.attend_blocks(q, k, v, blocks, **settings),
+    lambda q, k, v: blockwise.attend_blocks(q, k, v, blocks, **settings),
     batch,
     **heads,
   )
@@ -133,7 +138,7 @@ def test_no_block_that_is_needed_is_left_out(seed):
   size, window = int(rng.choice([4, 8, 16])), int(rng.integers(1, 40))
   batch = random_batch(seed, int(rng.integers(1, 5)), 256)
   labels = labels_of(batch)
-  blocks = blocked.make_blocks(*labels, size)
+  blocks = blockwise.make_blocks(*labels, size)
   mask = np.array(attention.shared_prompt_mask(*labels[1:]))
   mask &= (batch.segments > 0)[:, :, None]
   for w in (None, jnp.int32(window)):
@@ -141,7 +146,7 @@ def test_no_block_that_is_needed_is_left_out(seed):
       mask &= np.asarray(attention.in_window(labels[0], labels[0], w))
     num = mask.shape[1] // size
     needed = mask.reshape(-1, num, size, num, size).any((2, 4))
-    ranges = [np.asarray(x) for x in blocked.key_blocks(blocks, w)]
+    ranges = [np.asarray(x) for x in blockwise.key_blocks(blocks, w)]
     read = np.zeros_like(needed, int)
     for r, n in np.ndindex(*ranges[0].shape):
       first_prompt, in_prompt, first_own, own = (x[r, n] for x in ranges)
@@ -223,8 +228,8 @@ def test_parts_of_a_row_equal_the_whole(backend, size):
   part = 384  # of 128 and of 16, and not of 256
   assert (batch.segments[:, part:] > 0).any(), "nothing but padding there"
   if backend == "xla":
-    blocks = blocked.make_blocks(*labels, size)
-    attend = functools.partial(blocked.attend_blocks, blocks=blocks)
+    blocks = blockwise.make_blocks(*labels, size)
+    attend = functools.partial(blockwise.attend_blocks, blocks=blocks)
   else:
     attend = functools.partial(
       splash.attend_splash, labels=tuple(labels), block=size, interpret=True
@@ -268,7 +273,7 @@ def test_the_context_axis_splits_queries_at_blocks(
     return attention.attend_rows(q, k, v, rows, **settings)
 
   seen = set()
-  attend_blocks = blocked.attend_blocks
+  attend_blocks = blockwise.attend_blocks
 
   def spy(queries, keys, *rest, **others):
     seen.add((queries.shape[1], keys.shape[1]))
@@ -277,7 +282,7 @@ def test_the_context_axis_splits_queries_at_blocks(
   wanted = values_and_grads(
     functools.partial(attend, backend="dense"), batch, **heads
   )
-  monkeypatch.setattr(blocked, "attend_blocks", spy)
+  monkeypatch.setattr(blockwise, "attend_blocks", spy)
   with jax.set_mesh(tiny.make_placement({"data": 2, "context": 4}).mesh):
     got = values_and_grads(
       functools.partial(attend, backend="xla"), batch, **heads
@@ -297,7 +302,7 @@ def test_a_lane_at_its_end_adds_nothing(monkeypatch):
   assert batch.tokens.shape == (2, 256) and (batch.segments == 1).all()
   labels = labels_of(batch)
   rows = attention.make_rows(*labels, backend="dense")
-  blocks = blocked.make_blocks(*labels, 32)
+  blocks = blockwise.make_blocks(*labels, 32)
   settings = dict(window=None, scale=0.7, soft_cap=None)
   heads = dict(num_heads=4, num_kv_heads=2)
   wanted = values_and_grads(
@@ -305,9 +310,9 @@ def test_a_lane_at_its_end_adds_nothing(monkeypatch):
     batch,
     **heads,
   )
-  monkeypatch.setattr(partition, "platform", lambda: "gpu")
+  monkeypatch.setattr(active_mesh, "platform", lambda: "gpu")
   got = values_and_grads(
-    lambda q, k, v: blocked.attend_blocks(q, k, v, blocks, **settings),
+    lambda q, k, v: blockwise.attend_blocks(q, k, v, blocks, **settings),
     batch,
     **heads,
   )
@@ -383,7 +388,7 @@ def test_intervals_are_the_mask(seed):
 _TPU_PROGRAM = """
 import numpy as np, jax, jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from dpo_jax import compat
+from dpo_jax.system import compat
 from dpo_jax.models import attention
 
 mesh = Mesh(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dpo_jax.models import generate, hf
+from dpo_jax.models import generate, huggingface
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.models.decoder import Policy
 from tests import tiny
@@ -41,10 +41,10 @@ def load(tmp_path_factory):
 
 
 def open_folder(folder):
-  policy = Policy(hf.load_config(str(folder)))
+  policy = Policy(huggingface.load_config(str(folder)))
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shardings = jax.tree.map(lambda _: device, policy.abstract_params())
-  return policy, hf.load_params(str(folder), policy, shardings)
+  return policy, huggingface.load_params(str(folder), policy, shardings)
 
 
 def ragged():
@@ -94,7 +94,7 @@ def test_gradients_of_a_log_prob_agree(load, name, tmp_path):
     return logps[jnp.arange(len(tokens) - 1), tokens[1:]].sum()
 
   ours = jax.jit(jax.grad(log_prob))(params)
-  hf.save_params(tmp_path, policy, ours, dtype="float32")
+  huggingface.save_params(tmp_path, policy, ours, dtype="float32")
   model = theirs(name)
   model.zero_grad()
   logps = torch.log_softmax(model(torch.tensor(tokens[None])).logits[0], -1)
@@ -120,7 +120,7 @@ def test_gradients_of_a_log_prob_agree(load, name, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_export_is_the_import_bit_for_bit(load, name, tmp_path):
   folder, policy, params = load(name)
-  hf.save_params(tmp_path, policy, params, dtype="float32")
+  huggingface.save_params(tmp_path, policy, params, dtype="float32")
   before = load_file(folder / "model.safetensors")
   after = load_file(tmp_path / "model.safetensors")
   assert before.keys() == after.keys()
@@ -136,7 +136,7 @@ def test_export_is_the_import_bit_for_bit(load, name, tmp_path):
       theirs(name)(tokens).logits.numpy(),
       atol=1e-6,
     )
-  assert hf.load_config(str(tmp_path)) == policy.config
+  assert huggingface.load_config(str(tmp_path)) == policy.config
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -194,7 +194,7 @@ def test_cached_sampling_equals_the_uncached_forward(load, name, temperature):
 
 def test_shards_hold_what_one_file_holds(load, tmp_path):
   folder, policy, params = load("llama")
-  hf.save_params(
+  huggingface.save_params(
     tmp_path, policy, params, dtype="float32", max_shard_bytes=9_000
   )
   assert len(list(tmp_path.glob("*.safetensors"))) > 3

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import mesh as mesh_lib
-from dpo_jax.models import generate
+from dpo_jax.models import generate, partition_rules
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.parallel.placement import Placement
 from tests import tiny
 
 EOS = 95
@@ -142,8 +143,8 @@ def test_a_mesh_changes_no_sample(model, temperature):
   policy, params = model
   wanted = sample(policy, params, PROMPTS, temperature=temperature)
   mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-  placement = mesh_lib.Placement(mesh, "jit")
-  placed = jax.device_put(params, mesh_lib.param_shardings(params, mesh))
+  placement = Placement(mesh, "jit")
+  placed = jax.device_put(params, partition_rules.param_shardings(params, mesh))
   # Three of them, on four devices that split rows.
   got = sample(
     policy,

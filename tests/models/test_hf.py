@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dpo_jax import mesh as mesh_lib
-from dpo_jax.models import generate, hf, tensor_map
+from dpo_jax.models import generate, huggingface, partition_rules
 from dpo_jax.models.decoder import Policy
+from dpo_jax.models.huggingface import tensor_map
+from dpo_jax.parallel import mesh as mesh_lib
 from tests import bucket
 
 
 def load(folder, **overrides):
-  policy = Policy(hf.load_config(str(folder), **overrides))
+  policy = Policy(huggingface.load_config(str(folder), **overrides))
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shardings = jax.tree.map(lambda _: device, policy.abstract_params())
-  return policy, hf.load_params(str(folder), policy, shardings)
+  return policy, huggingface.load_params(str(folder), policy, shardings)
 
 
 @pytest.fixture
@@ -106,7 +107,9 @@ def test_a_model_of_a_bucket_is_read_and_written(folder, monkeypatch):
   policy, params = load(f"gs://{folder.name}")
   jax.tree.map(np.testing.assert_array_equal, params, load(folder)[1])
   out = f"gs://{folder.name}/out"
-  hf.save_params(out, policy, params, dtype="float32", max_shard_bytes=4000)
+  huggingface.save_params(
+    out, policy, params, dtype="float32", max_shard_bytes=4000
+  )
   assert len(list((folder / "out").glob("*.safetensors"))) > 1
   jax.tree.map(np.testing.assert_array_equal, params, load(out)[1])
 
@@ -114,8 +117,8 @@ def test_a_model_of_a_bucket_is_read_and_written(folder, monkeypatch):
 def test_a_mesh_holds_the_same_numbers(folder):
   policy, params = load(folder)
   mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-  shardings = mesh_lib.param_shardings(policy.abstract_params(), mesh)
-  sharded = hf.load_params(str(folder), policy, shardings)
+  shardings = partition_rules.param_shardings(policy.abstract_params(), mesh)
+  sharded = huggingface.load_params(str(folder), policy, shardings)
   kernel = sharded["layers"]["query"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (2, 6, 2, 6)
   jax.tree.map(np.testing.assert_array_equal, params, sharded)
@@ -162,7 +165,7 @@ def test_a_tied_head_that_differs_is_kept_untied(folder, caplog, is_equal):
 def test_a_config_alone_is_enough_for_its_shape(folder):
   reconfigure(folder, tie_word_embeddings=True)
   (folder / "model.safetensors").unlink()
-  assert hf.load_config(str(folder)).tie_embeddings
+  assert huggingface.load_config(str(folder)).tie_embeddings
 
 
 def test_nan_weights_are_refused(folder):
@@ -188,7 +191,7 @@ def test_nan_weights_are_refused(folder):
 def test_what_the_decoder_does_not_do_is_refused(folder, fields, message):
   reconfigure(folder, **fields)
   with pytest.raises(ValueError, match=message):
-    hf.load_config(str(folder))
+    huggingface.load_config(str(folder))
 
 
 def test_a_missing_field_is_named(folder):
@@ -197,7 +200,7 @@ def test_a_missing_field_is_named(folder):
   del raw["hidden_size"]
   path.write_text(json.dumps(raw))
   with pytest.raises(ValueError, match="lacks hidden_size"):
-    hf.load_config(str(folder))
+    huggingface.load_config(str(folder))
 
 
 @pytest.mark.parametrize("kept", [0, 5, 300, -40])
@@ -246,10 +249,10 @@ def test_only_a_device_s_own_part_is_read(folder, monkeypatch):
     return piece
 
   monkeypatch.setattr(tensor_map.Tensor, "read", read)
-  policy = Policy(hf.load_config(str(folder)))
+  policy = Policy(huggingface.load_config(str(folder)))
   mesh = mesh_lib.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
-  shardings = mesh_lib.param_shardings(policy.abstract_params(), mesh)
-  hf.load_params(str(folder), policy, shardings)
+  shardings = partition_rules.param_shardings(policy.abstract_params(), mesh)
+  huggingface.load_params(str(folder), policy, shardings)
   assert max(sizes) == 48 * 12 // 8
   # What lies on several devices is read once.
   assert sizes.count(12) == len(["final"]) + 4 * len(["norms"])
@@ -264,8 +267,8 @@ def test_a_hub_model_needs_a_pinned_revision(monkeypatch, folder):
 
   monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
   with pytest.raises(ValueError, match="ORG/NAME@REVISION"):
-    hf.download("org/name")
-  assert hf.download("org/name@0123abc") == str(folder)
+    huggingface.download("org/name")
+  assert huggingface.download("org/name@0123abc") == str(folder)
   name, settings = calls[0]
   assert (name, settings["revision"]) == ("org/name", "0123abc")
   assert not any("bin" in p or "py" in p for p in settings["allow_patterns"])
@@ -273,7 +276,7 @@ def test_a_hub_model_needs_a_pinned_revision(monkeypatch, folder):
 
 def test_missing_files_are_named(tmp_path, folder):
   with pytest.raises(FileNotFoundError, match=r"config\.json"):
-    hf.load_config(str(tmp_path / "nowhere"))
+    huggingface.load_config(str(tmp_path / "nowhere"))
   (folder / "model.safetensors").unlink()
   with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors"):
     load(folder)

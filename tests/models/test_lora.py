@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import optimizer
-from dpo_jax.mesh import make_mesh, param_shardings, path_name
 from dpo_jax.models import logps as logps_lib
-from dpo_jax.models import lora
+from dpo_jax.models import lora, trainable
 from dpo_jax.models.config import Lora
-from dpo_jax.types import join_trees
+from dpo_jax.models.partition_rules import param_shardings
+from dpo_jax.parallel.mesh import make_mesh
+from dpo_jax.trees import join_trees, path_name
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -75,7 +75,7 @@ def test_scale_is_alpha_over_rank_or_its_root():
 
 def test_only_adapters_are_trained_and_nothing_is_lost():
   _, params = make(targets="query|up")
-  trained, frozen = optimizer.split_params(params, "")
+  trained, frozen = trainable.split_params(params, "")
   names = {
     path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trained)
   }
@@ -89,7 +89,7 @@ def test_only_adapters_are_trained_and_nothing_is_lost():
 
 def test_freezing_by_regex_leaves_the_rest():
   params = tiny.make_params(tiny.make_policy())
-  trained, frozen = optimizer.split_params(params, "^embedding|norm")
+  trained, frozen = trainable.split_params(params, "^embedding|norm")
   assert set(frozen) == {"embedding", "final_norm", "layers"}
   assert set(frozen["layers"]) == {"attention_norm", "mlp_norm"}
   assert "query" in trained["layers"]
@@ -102,7 +102,7 @@ def test_freezing_by_regex_leaves_the_rest():
     ("(", "no regular expression"),
   ):
     with pytest.raises(ValueError, match=message):
-      optimizer.split_params(params, pattern)
+      trainable.split_params(params, pattern)
 
 
 def test_adapters_lie_on_a_mesh_as_their_kernels_do():

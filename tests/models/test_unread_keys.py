@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from dpo_jax.models import families
 from dpo_jax.models.config import ModelConfig
+from dpo_jax.models.huggingface import families
 
 _LLAMA = {
   "hidden_size": 64,

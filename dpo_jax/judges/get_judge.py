@@ -1,0 +1,47 @@
+"""Reads how a config spells a judge.
+
+sentiment          the true reward of the built-in reviews
+table:FILE         rewards by prompt and response: a JSONL file
+reward:WORKDIR     a run that was trained with loss `reward_model`
+classifier:FILE    a text classifier trained here, see classifier.py
+"""
+
+from dpo_jax.data import synthetic
+from dpo_jax.judges.base import Judge, per_text
+from dpo_jax.judges.classifier import Classifier
+from dpo_jax.judges.reward_model import RewardModel
+from dpo_jax.judges.table import read_table
+
+KINDS = ("sentiment", "table:FILE", "reward:WORKDIR", "classifier:FILE")
+
+
+def get_judge(name: str, *, key: str = "eval.judge") -> Judge | None:
+  """Looks a judge up; '' is none.
+
+  Args:
+    name: one of KINDS.
+    key: of the config, for errors.
+
+  Returns:
+    The judge. A reward model's weights are loaded when it is first asked.
+
+  Raises:
+    ValueError: an unknown name.
+    FileNotFoundError: no such file or run.
+  """
+  if not name:
+    return None
+  kind, _, where = name.partition(":")
+  if kind == "sentiment" and not where:
+    return per_text(lambda prompt, response: synthetic.sentiment(response))
+  if kind == "table" and where:
+    return read_table(where)
+  if kind == "reward" and where:
+    return RewardModel(where)
+  if kind == "classifier" and where:
+    logits = Classifier.read(where).logits
+    # Prompt and response as one text.
+    return lambda prompts, responses: logits(
+      [p + r for p, r in zip(prompts, responses, strict=True)]
+    )
+  raise ValueError(f"{key}={name!r} must be '' or one of {', '.join(KINDS)}")

@@ -1,0 +1,25 @@
+"""Where a model comes from: its shape, its tokenizer and its weights."""
+
+from dpo_jax.model_sources.base import (
+  TOKENIZER_KEYS,
+  ModelSource,
+  open_tokenizer,
+)
+from dpo_jax.model_sources.huggingface_model import HuggingFaceModel
+from dpo_jax.model_sources.parse import (
+  KINDS,
+  TrainedRun,
+  check_frozen,
+  parse,
+)
+
+__all__ = [
+  "KINDS",
+  "TOKENIZER_KEYS",
+  "HuggingFaceModel",
+  "ModelSource",
+  "TrainedRun",
+  "check_frozen",
+  "open_tokenizer",
+  "parse",
+]

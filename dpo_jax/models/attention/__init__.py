@@ -1,0 +1,14 @@
+"""Attention of packed rows with shared prompts, by several backends."""
+
+from dpo_jax.models.attention.dense import attend
+from dpo_jax.models.attention.masks import in_window, shared_prompt_mask
+from dpo_jax.models.attention.rows import Rows, attend_rows, make_rows
+
+__all__ = [
+  "Rows",
+  "attend",
+  "attend_rows",
+  "in_window",
+  "make_rows",
+  "shared_prompt_mask",
+]

@@ -1,0 +1,202 @@
+"""Attention of packed rows: chooses the backend, and divides it over a mesh."""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any
+
+import flax.struct
+import jax
+from jax.sharding import PartitionSpec
+
+from dpo_jax.models.attention import blockwise, splash
+from dpo_jax.models.attention.dense import attend
+from dpo_jax.models.attention.masks import in_window, shared_prompt_mask
+from dpo_jax.parallel import active_mesh
+
+# Tokens of a block of the "xla" backend. On a CPU small ones fit short groups
+# closely, and it takes large ones to keep all its cores at work.
+_CPU_BLOCKS = (64, 128, 256, 512)
+
+
+# Measured: groups of 340, 3,072 and 12,288 tokens are fastest in blocks of 64,
+# 256 and 512.
+_BLOCKS_A_GROUP = 12
+
+
+_ACCELERATOR_BLOCK = 256
+
+
+@flax.struct.dataclass
+class Rows:
+  """Packed rows, as attention sees them; made once for all layers.
+
+  Attributes:
+    positions: i32 [R, T], of a token in its own prompt + response.
+    segments: i32 [R, T], 0 is padding.
+    branches: i32 [R, T], 0 in a prompt, k + 1 in the k-th response.
+    mask: bool [R, T, T], see `shared_prompt_mask`; None where blocks are cut.
+    blocks: the rows in blocks; None where there is a mask.
+    backend: one of ATTENTION_BACKENDS but "auto".
+  """
+
+  positions: jax.Array
+  segments: jax.Array
+  branches: jax.Array
+  mask: jax.Array | None
+  blocks: blockwise.Blocks | None
+  backend: str = flax.struct.field(pytree_node=False)
+
+
+def make_rows(
+  positions: jax.Array,
+  segments: jax.Array,
+  branches: jax.Array,
+  *,
+  backend: str = "auto",
+  groups_per_row: int = 1,
+) -> Rows:
+  """Prepares rows for `attend_rows`.
+
+  Args:
+    positions: i32 [R, T], see `types.Batch`.
+    segments: i32 [R, T].
+    branches: i32 [R, T].
+    backend: one of config.ATTENTION_BACKENDS. "dense" and "cudnn" hold a mask
+      of T x T; "xla" works in blocks; "splash" is the TPU's kernel. "auto" is
+      splash on a TPU, and else dense for rows of a block or two and xla for
+      longer.
+    groups_per_row: that a row has room for, up to twice what it holds; the
+      size of blocks follows from it, and nothing else does.
+
+  Returns:
+    What `attend_rows` takes.
+  """
+  length = positions.shape[1]
+  size = _block_size(length, groups_per_row)
+  if backend == "auto":
+    is_short = length <= 2 * size
+    is_tpu = active_mesh.platform() == "tpu"
+    backend = "splash" if is_tpu else "dense" if is_short else "xla"
+  mask = blocks = None
+  if backend in ("dense", "cudnn"):
+    mask = shared_prompt_mask(segments, branches)
+  elif backend == "xla":
+    blocks = blockwise.make_blocks(positions, segments, branches, size)
+  return Rows(positions, segments, branches, mask, blocks, backend)
+
+
+def _block_size(length: int, groups_per_row: int) -> int:
+  """Tokens of a block of the "xla" backend."""
+  if active_mesh.platform() != "cpu":
+    return _ACCELERATOR_BLOCK
+  most = max(length // groups_per_row // _BLOCKS_A_GROUP, _CPU_BLOCKS[0])
+  sizes = [size for size in _CPU_BLOCKS if size <= most]
+  # The axis `context` splits rows at blocks only, see `_context_part`.
+  num_parts = active_mesh.free_axes().get("context", 1)
+  splitting = [x for x in sizes if length % (num_parts * x) == 0]
+  return max(splitting if num_parts > 1 and splitting else sizes)
+
+
+def attend_rows(
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  rows: Rows,
+  *,
+  window: jax.Array | None,
+  scale: float,
+  soft_cap: float | None,
+) -> jax.Array:
+  """Attention of packed rows with shared prompts.
+
+  Args:
+    queries: [R, T, H, head_dim].
+    keys: [R, T, num_kv_heads, head_dim].
+    values: like keys.
+    rows: from `make_rows`.
+    window: i32 [], a token sees this many positions, itself included; counted
+      in positions, not in places of the row. None: all.
+    scale: of the scores.
+    soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: none.
+
+  Returns:
+    [R, T, H, head_dim] in the dtype of queries. What padding gets is not
+    specified, and is finite.
+  """
+  settings = dict(scale=scale, soft_cap=soft_cap)
+  if rows.backend in ("xla", "splash"):
+    kernel = {"xla": blockwise.attend_blocks, "splash": splash.attend_splash}
+    labels = rows.blocks
+    if rows.backend == "splash":
+      labels = (rows.positions, rows.segments, rows.branches)
+    attend_shard = functools.partial(kernel[rows.backend], **settings)
+    part = _context_part(rows)
+    return _on_each_device(
+      attend_shard, queries, keys, values, labels, window, part
+    )
+  mask = rows.mask
+  if window is not None:
+    mask &= in_window(rows.positions, rows.positions, window)
+  if rows.backend == "cudnn" and soft_cap is None:
+    return jax.nn.dot_product_attention(
+      queries,
+      keys,
+      values,
+      mask=mask[:, None],
+      scale=scale,
+      implementation="cudnn",
+    )
+  return attend(queries, keys, values, mask, **settings)
+
+
+def _context_part(rows: Rows) -> int:
+  """Queries of a row that each device of the axis `context` takes; 0 where
+  they are no whole blocks, so that every device takes all."""
+  size = active_mesh.free_axes().get("context", 1)
+  length = rows.positions.shape[1]
+  if size == 1 or length % size:
+    return 0
+  part = length // size
+  if rows.backend == "splash":
+    return part if splash.is_cut_well(part) else 0
+  return part if part % rows.blocks.positions.shape[2] == 0 else 0
+
+
+def _on_each_device(
+  kernel: Callable[..., jax.Array],
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  labels: Any,
+  window: jax.Array | None,
+  part: int,
+) -> jax.Array:
+  """The kernel on the rows, heads and queries of each device, where each sees
+  all keys: the partitioner knows no loop whose length the data decide."""
+  sizes = active_mesh.free_axes()
+  if math.prod(sizes.values()) == 1:
+    return kernel(queries, keys, values, labels, window=window)
+  axes = tuple(name for name in active_mesh.ROW_AXES if name in sizes)
+  if queries.shape[0] % math.prod(sizes[name] for name in axes):
+    axes = ()  # a few rows, as of a test: every device takes all
+  heads = "tensor" if keys.shape[2] % sizes.get("tensor", 1) == 0 else None
+  if "tensor" not in sizes:
+    heads = None
+  by_rows = PartitionSpec(axes or None)
+  whole = PartitionSpec(axes or None, None, heads)
+  split = PartitionSpec(axes or None, "context" if part else None, heads)
+
+  def on_device(queries, keys, values, labels, window):
+    first = jax.lax.axis_index("context") * part if part else 0
+    return kernel(
+      queries, keys, values, labels, window=window, first_query=first
+    )
+
+  return jax.shard_map(
+    on_device,
+    in_specs=(split, whole, whole, by_rows, PartitionSpec()),
+    out_specs=split,
+    axis_names=set(sizes),
+    check_vma=False,
+  )(queries, keys, values, labels, window)

@@ -1,0 +1,154 @@
+"""Several hosts: how they find each other, and that they agree.
+
+On a TPU pod `initialize()` needs nothing; elsewhere the three flags say who is
+who. What differs between hosts is named before anything is compiled.
+"""
+
+from collections.abc import Callable, Mapping
+import glob
+import importlib.util
+import json
+import os
+from typing import Any, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+T = TypeVar("T")
+
+
+class HostsDifferError(ValueError):
+  """One host has another config or other data than the rest."""
+
+
+class OtherHostError(RuntimeError):
+  """Another host could not start."""
+
+
+def is_tpu_pod() -> bool:
+  """Whether this machine is one host of a TPU slice that has several.
+
+  Looks at the environment and the devices only: to ask Google's metadata
+  server, as JAX does, would hang on other machines.
+  """
+  if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("", "tpu"):
+    return False
+  hosts = os.environ.get("TPU_WORKER_HOSTNAMES")
+  if os.environ.get("MEGASCALE_COORDINATOR_ADDRESS"):
+    return True
+  if hosts is not None:
+    return "," in hosts
+  # A Cloud TPU VM sets neither of them; its chips are these.
+  has_chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+  return bool(has_chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def initialize(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Joins the processes of a run; does nothing on a machine by itself.
+
+  Args:
+    coordinator_address: HOST:PORT of process 0, where this is no TPU pod.
+    num_processes: how many there are.
+    process_id: which this one is, from 0.
+
+  Raises:
+    ValueError: some of the three are given, or out of range.
+  """
+  given = (coordinator_address, num_processes, process_id)
+  if all(x is None for x in given):
+    if is_tpu_pod() and not jax.distributed.is_initialized():
+      jax.distributed.initialize()
+    return
+  if any(x is None for x in given):
+    raise ValueError(
+      "--coordinator_address, --num_processes and --process_id belong"
+      f" together, and they are {coordinator_address!r}, {num_processes!r} and"
+      f" {process_id!r}: give all three, or none on a TPU pod"
+    )
+  if not 0 <= process_id < num_processes:
+    raise ValueError(
+      f"--process_id={process_id} must be at least 0 and below"
+      f" --num_processes={num_processes}"
+    )
+  jax.distributed.initialize(coordinator_address, num_processes, process_id)
+
+
+def gather_texts(text: str) -> list[str]:
+  """A text of every process, in their order; all must call it."""
+  if jax.process_count() == 1:
+    return [text]
+  raw = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array([len(raw)], np.int32))
+  padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
+  padded[: len(raw)] = raw
+  rows = np.asarray(multihost_utils.process_allgather(padded))
+  return [
+    row[: int(size)].tobytes().decode()
+    for row, size in zip(rows, sizes.reshape(-1), strict=True)
+  ]
+
+
+def check_same(figures: Mapping[str, Any], what: str) -> None:
+  """Raises HostsDifferError, on every host, unless all have the same figures.
+
+  Args:
+    figures: by name; what `json` can write.
+    what: they describe, for the message.
+  """
+  mine = json.dumps(dict(figures), sort_keys=True, default=str)
+  rows = [json.loads(text) for text in gather_texts(mine)]
+  differences = [
+    f"  {name}: {rows[0].get(name)!r} on host 0, {row.get(name)!r} on host {i}"
+    for i, row in enumerate(rows)
+    for name in sorted(rows[0].keys() | row.keys())
+    if row.get(name) != rows[0].get(name)
+  ]
+  if differences:
+    raise HostsDifferError(
+      f"the hosts do not have the same {what}:\n"
+      + "\n".join(differences)
+      + "\nStart all of them with the same command, on the same files"
+    )
+
+
+def together(function: Callable[[], T]) -> T:
+  """Runs what may fail on one host only, and fails on all if it does.
+
+  Without it the others would wait for the one that is gone.
+
+  Args:
+    function: no argument; must not wait for other hosts itself.
+
+  Returns:
+    What it returns.
+
+  Raises:
+    OtherHostError: it failed on another host, whose message it gives. A host
+      where it fails raises that error itself.
+  """
+  if jax.process_count() == 1:
+    return function()
+  result, error = None, None
+  try:
+    result = function()
+  except Exception as raised:  # every host must reach the gathering below
+    error = raised
+  errors = gather_texts("" if error is None else f"{error}")
+  if error is not None:
+    raise error
+  for host, text in enumerate(errors):
+    if text:
+      raise OtherHostError(f"host {host} could not start: {text}")
+  return result
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+  """Returns a global array as numpy, gathered from all hosts."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))

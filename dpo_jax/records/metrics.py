@@ -1,0 +1,214 @@
+"""Metrics: their files, rates while a run trains, and tables."""
+
+from collections.abc import Iterator, Mapping
+import json
+import math
+import time
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+from dpo_jax.config import eval_sets, metric_prefix, split_name
+from dpo_jax.records.workdir import Workdir
+
+
+class GrowingFile:
+  """Text that is appended to, also in a bucket, where no file can grow.
+
+  There the whole is written anew, at most every `_PERIOD_S` and at the end: to
+  open it for appending would begin it again.
+  """
+
+  _PERIOD_S = 20.0
+
+  def __init__(self, path: epath.Path):
+    self._path = path
+    self._text, self._written = "", -math.inf
+    self._file = None
+    if "://" not in str(path):
+      self._file = path.open("a")
+    elif path.exists():
+      self._text = path.read_text()
+
+  def append(self, text: str) -> None:
+    if self._file is not None:
+      self._file.write(text)
+      self._file.flush()
+      return
+    self._text += text
+    if time.monotonic() - self._written >= self._PERIOD_S:
+      self._write()
+
+  def _write(self) -> None:
+    self._path.write_text(self._text)
+    self._written = time.monotonic()
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+    elif self._text:
+      self._write()
+
+
+class MetricsWriter:
+  """Appends a JSON object a line: {"step", "split", then figures}.
+
+  Only the writer of process 0 writes. A figure that is not finite is written
+  as null, so that every line is JSON.
+  """
+
+  def __init__(
+    self,
+    workdir: epath.PathLike | Workdir,
+    *,
+    is_writer: bool,
+    tensorboard: bool,
+  ):
+    """Opens the files for appending.
+
+    Args:
+      workdir: of the run.
+      is_writer: whether this process writes.
+      tensorboard: whether to write event files too.
+    """
+    self._file = self._events = None
+    if not is_writer:
+      return
+    workdir = Workdir.at(workdir)
+    workdir.path.mkdir(parents=True, exist_ok=True)
+    self._file = GrowingFile(workdir.metrics)
+    if tensorboard:
+      from tensorboardX import SummaryWriter  # slow to import
+
+      self._events = SummaryWriter(str(workdir.tensorboard))
+
+  def write(self, step: int, split: str, figures: dict[str, Any]) -> None:
+    """Writes the figures of a step; `split` is train, eval or online."""
+    if self._file is None:
+      return
+    numbers = {name: float(np.asarray(v)) for name, v in figures.items()}
+    line = {
+      name: number if math.isfinite(number) else None
+      for name, number in numbers.items()
+    }
+    self._file.append(json.dumps({"step": step, "split": split, **line}) + "\n")
+    if self._events is not None:
+      for name, number in numbers.items():
+        self._events.add_scalar(f"{split}/{name}", number, step)
+      self._events.flush()
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+    if self._events is not None:
+      self._events.close()
+
+
+def read_metrics(
+  workdir: epath.PathLike | Workdir, split: str
+) -> list[dict[str, Any]]:
+  """Lines of metrics.jsonl, later lines of the same step replacing earlier.
+
+  A run that went back to a checkpoint writes the steps after it again.
+  """
+  lines = Workdir.at(workdir).metrics.read_text().splitlines()
+  by_step = {}
+  for line in lines:
+    row = json.loads(line)
+    if row["split"] == split:
+      by_step[row["step"]] = row
+  return [by_step[step] for step in sorted(by_step)]
+
+
+def read_last_evaluation(
+  workdir: epath.PathLike | Workdir, data: Mapping[str, Any]
+) -> dict[str, float]:
+  """Reads the metrics of the last evaluation of each held-out set.
+
+  Args:
+    workdir: run directory.
+    data: `config.data` of the run.
+
+  Returns:
+    Metrics named as `checkpoint.best_metric` names them; NaN where a set has
+    none. Empty without an evaluation.
+  """
+  found = {}
+  for name in eval_sets({"eval_sources": "", "eval_source": "", **data}):
+    rows = read_metrics(workdir, split_name(name))
+    for metric, value in (rows[-1] if rows else {}).items():
+      if metric not in ("step", "split"):
+        key = f"{metric_prefix(name)}{metric}"
+        found[key] = math.nan if value is None else value
+  return found
+
+
+class Clock:
+  """Groups and tokens a second while steps run, and the wait for batches."""
+
+  def __init__(self):
+    self._totals = {"num_groups": 0.0, "num_tokens": 0.0}
+    self._seconds = self._waited = 0.0
+    self._since = time.monotonic()
+
+  def count(self, counts: Mapping[str, float]) -> None:
+    for name in self._totals:
+      self._totals[name] += counts[name]
+
+  def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+    """Yields the batches and counts the wait for each of them."""
+    while True:
+      asked = time.monotonic()
+      batch = next(batches, None)
+      self._waited += time.monotonic() - asked
+      if batch is None:
+        return
+      yield batch
+
+  def leave_out(self, seconds: float) -> None:
+    """Does not count time that went by compiling."""
+    self._seconds -= seconds
+
+  def pause(self) -> None:
+    self._seconds += time.monotonic() - self._since
+
+  def resume(self) -> None:
+    self._since = time.monotonic()
+
+  def rates(self) -> dict[str, float]:
+    """Returns the rates since the last call."""
+    self.pause()
+    seconds = max(self._seconds, 1e-9)
+    rates = {
+      "groups_per_second": self._totals["num_groups"] / seconds,
+      "tokens_per_second": self._totals["num_tokens"] / seconds,
+      "host_wait_fraction": self._waited / seconds,
+    }
+    self.__init__()
+    return rates
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+  """Rows with the same keys as an aligned table, numbers to the right."""
+  if not rows:
+    return ""
+  names = list(rows[0])
+  cells = [names] + [[_cell(row[name]) for name in names] for row in rows]
+  widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+  is_text = [isinstance(rows[0][name], str) for name in names]
+
+  def align(line):
+    return "  ".join(
+      cell.ljust(width) if text else cell.rjust(width)
+      for cell, width, text in zip(line, widths, is_text, strict=True)
+    ).rstrip()
+
+  rule = "  ".join("-" * width for width in widths)
+  return "\n".join([align(cells[0]), rule, *map(align, cells[1:])])
+
+
+def _cell(value: Any) -> str:
+  if isinstance(value, float):
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+  return str(value)

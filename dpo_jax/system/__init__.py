@@ -1,0 +1,1 @@
+"""The machine below: JAX, files, caches, progress on a terminal."""

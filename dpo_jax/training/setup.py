@@ -1,0 +1,190 @@
+"""A run, built from its config and checked before it starts.
+
+Mistakes in a config, its data or its mesh are found here, where nothing has
+been compiled, loaded or overwritten yet.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dpo_jax import config as config_lib
+from dpo_jax import judges, model_sources
+from dpo_jax.data import sources
+from dpo_jax.data.pipeline import Data, Pipeline
+from dpo_jax.losses import build_objective
+from dpo_jax.parallel import mesh
+from dpo_jax.parallel.placement import Placement
+from dpo_jax.records import resume
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.training import evaluation
+from dpo_jax.training.program import Program, build_program, needs_value_head
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """All that is fixed for a run: its program, data and judges.
+
+  Attributes:
+    config: resolved.
+    workdir: run directory.
+    program: what is compiled.
+    data: batches.
+    judge: judge of samples in an evaluation, or None.
+    online_judge: judge of sampled responses in training, or None.
+  """
+
+  config: Any
+  workdir: Workdir
+  program: Program
+  data: Data
+  judge: judges.Judge | None
+  online_judge: judges.Judge | None
+
+  @property
+  def is_writer(self) -> bool:
+    return jax.process_index() == 0
+
+  @property
+  def reference_init(self) -> str:
+    """Model source of the reference."""
+    return self.config.reference.init or self.config.policy.init
+
+  @property
+  def starts_as_reference(self) -> bool:
+    """Whether policy and reference are the same before the first step."""
+    return self.reference_init == self.config.policy.init
+
+
+def resolve(
+  config: Any, workdir: Workdir
+) -> tuple[Any, model_sources.ModelSource]:
+  """Resolves a config, its model sources and its tokenizer.
+
+  Args:
+    config: complete.
+    workdir: run directory; a run that it holds keeps its commits of the Hub.
+
+  Returns:
+    The resolved config: branches of the Hub pinned to commits, the tokenizer
+    of the model named. And the source of the policy.
+
+  Raises:
+    ValueError: see `config.resolve`, `resume.check_same_config` and
+      `model_sources.parse`.
+    FileNotFoundError: a model that does not exist.
+  """
+  config = config_lib.resolve(config)
+  spelled = resume.recorded_spellings(config, workdir)
+  source = model_sources.parse(spelled["policy.init"])
+  settings = source.tokenizer_settings(config.data)
+  pinned = {f"data.{key}": value for key, value in settings.items()}
+  pinned["policy.init"] = source.init
+  if spelled["reference.init"]:
+    theirs = model_sources.parse(spelled["reference.init"], "reference.init")
+    pinned["reference.init"] = theirs.init
+  pinned |= _pin_data(config.data, spelled)
+  config = config_lib.with_values(config, pinned)
+  resume.check_same_config(config, workdir)
+  return config, source
+
+
+def _pin_data(data: Any, spelled: Mapping[str, str]) -> dict[str, Any]:
+  """Returns the sources of a config with commits of the Hub, by key."""
+  pinned = {
+    key: sources.pin(spec)
+    for key, spec in spelled.items()
+    if key.startswith("data.")
+  }
+  mixture = [
+    {**entry, "source": pinned[f"data.sources.{i}"]}
+    for i, entry in enumerate(data.sources)
+  ]
+  prefix = "data.eval_sources."
+  named = [
+    f"{key.removeprefix(prefix)}={spec}"
+    for key, spec in pinned.items()
+    if key.startswith(prefix)
+  ]
+  return {
+    "data.source": pinned["data.source"],
+    "data.sources": tuple(mixture),
+    "data.eval_source": pinned["data.eval_source"],
+    "data.eval_sources": ",".join(named),
+  }
+
+
+def program_for(
+  config: Any,
+  source: model_sources.ModelSource,
+  *,
+  vocab_size: int,
+  on: Mesh | None = None,
+) -> Program:
+  """Builds the program of a config on a mesh.
+
+  Args:
+    config: resolved.
+    source: source of the policy.
+    vocab_size: ids that the tokenizer may give.
+    on: mesh, where it is not one of this machine's devices.
+
+  Raises:
+    ValueError: sizes that the model or the mesh cannot take, or see
+      `program.build_program`.
+  """
+  placement = Placement(on or mesh.make_mesh(config.mesh), config.parallelism)
+  policy = source.policy(
+    config.policy,
+    vocab_size=vocab_size,
+    value_head=needs_value_head(build_objective(config.loss)),
+    adapters=config.lora,
+  )
+  if config.data.max_tokens > policy.config.max_positions:
+    raise ValueError(
+      f"data.max_tokens={config.data.max_tokens} exceeds the model's"
+      f" max_positions={policy.config.max_positions}"
+    )
+  placement.check_batch_size("batch_size", config.batch_size)
+  placement.check_batch_size("eval.batch_size", config.eval.batch_size)
+  return build_program(config, policy, placement)
+
+
+def build_run(config: Any, workdir: Workdir, *, on: Mesh | None = None) -> Run:
+  """Checks a config and builds its run, without parameters.
+
+  Args:
+    config: complete.
+    workdir: run directory.
+    on: mesh, where it is not one of this machine's devices.
+
+  Raises:
+    ValueError: a mistake in the config, its data or its mesh.
+    FileNotFoundError: data or a model that does not exist.
+  """
+  config, source = resolve(config, workdir)
+  judge = judges.get_judge(config.eval.judge)
+  online_judge = judges.get_judge(config.online.judge, key="online.judge")
+  settings = {key: config.data[key] for key in model_sources.TOKENIZER_KEYS}
+  tokenizer = model_sources.open_tokenizer(settings)
+  source.warn_of_other_ids(settings, tokenizer)
+  program = program_for(config, source, vocab_size=tokenizer.vocab_size, on=on)
+  evaluation.check_metric(config, program.objective, program.eval_objectives)
+  data = Pipeline(
+    config,
+    tokenizer,
+    program.objective,
+    program.needs,
+    program.policy.config.vocab_size,
+    program.placement,
+  ).build()
+  if config.epochs is not None:
+    num_groups = config.epochs * len(data.train.indices)
+    total_steps = max(round(num_groups / config.batch_size), 1)
+    config = config_lib.with_values(config, {"total_steps": total_steps})
+    config_lib.check_schedule(config)
+    program = build_program(config, program.policy, program.placement)
+  return Run(config, workdir, program, data, judge, online_judge)
