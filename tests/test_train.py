@@ -1187,7 +1187,7 @@ def keep_needed(objective, sequences):
 def test_every_loss_trains(tmp_path, monkeypatch, group):
   """All losses of a kind of group in one run; then each alone on a batch.
 
-  `tests/test_online.py` trains those on samples.
+  `tests/online/test_online.py` trains those on samples.
   """
   # Tested above, and one more program to compile.
   monkeypatch.setattr(train_lib._Loop, "_check_step_zero", lambda *args: None)

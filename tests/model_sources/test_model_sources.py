@@ -22,7 +22,7 @@ from dpo_jax.train import train
 from tests import tiny
 from tests.data.folders import train_bytes, write_folder
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("in_haste")
 
