@@ -26,8 +26,7 @@ from dpo_jax.models.decoder import Policy
 from dpo_jax.parallel import mesh
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.records.metrics import format_table
-from dpo_jax.training import reference
-from dpo_jax.training import step as step_lib
+from dpo_jax.training import forward, reference
 
 _VOCAB = 8192
 _PAIRS, _SCORED, _TRAINED = 16, 4, 8
@@ -78,9 +77,7 @@ def measure(tokens: int, *, is_live: bool) -> np.ndarray:
       ref_logps=reference.compute_logps(score, params, scoring, placement),
     )
   step = jax.jit(
-    step_lib.make_eval_step(
-      policy, chunk_size=0, needs=frozenset({"ref_logps"})
-    )
+    forward.make_eval_step(policy, chunk_size=0, needs=frozenset({"ref_logps"}))
   )
   found = []
   for index in range(_PAIRS // _TRAINED):

@@ -21,8 +21,8 @@ from dpo_jax.models.presets import PRESETS
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.records import resume
+from dpo_jax.training import forward, reference
 from dpo_jax.training import program as program_lib
-from dpo_jax.training import reference, step
 from dpo_jax.training import setup as run
 from dpo_jax.types import Batch
 
@@ -89,7 +89,7 @@ def shared_programs():
       reference, "make_logps_step", functools.cache(reference.make_logps_step)
     ),
     mock.patch.object(
-      step, "make_eval_step", functools.cache(step.make_eval_step)
+      forward, "make_eval_step", functools.cache(forward.make_eval_step)
     ),
   ):
     yield

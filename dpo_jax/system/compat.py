@@ -1,6 +1,6 @@
 """Names of JAX that its reference does not document, each in one function.
 
-Any release of JAX may change them, so that tests/system/test_compat.py has a test of
+Any release of JAX may change them: tests/system/test_compat.py has a test of
 each. Their docstrings compare jax 0.10.2 and 0.12.0.
 """
 

@@ -19,7 +19,7 @@ from dpo_jax.models import partition_rules, trainable
 from dpo_jax.models.decoder import Policy
 from dpo_jax.parallel import mesh, sharding
 from dpo_jax.parallel.placement import Placement
-from dpo_jax.training import optimizer, reference, step
+from dpo_jax.training import forward, measure, optimizer, reference, step
 from dpo_jax.types import FIELDS, TrainState, fields_of
 
 _MANY_STEPS = 10**9
@@ -140,7 +140,7 @@ class Program:
   @functools.cached_property
   def eval_step(self) -> Callable[..., Any]:
     """Jitted (params, ref_params, batch) -> Sequences, forward only."""
-    function = step.make_eval_step(
+    function = forward.make_eval_step(
       self.policy, chunk_size=self.chunk_size, needs=self.needs
     )
     return self._on_mesh(function)
@@ -154,8 +154,8 @@ class Program:
 
   @functools.cached_property
   def measure(self) -> Callable[..., Any]:
-    """`step.make_measure` of all objectives."""
-    return step.make_measure(self.objective, self.eval_objectives)
+    """`measure.make_measure` of all objectives."""
+    return measure.make_measure(self.objective, self.eval_objectives)
 
   def _on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
     jitted = jax.jit(function, out_shardings=self.placement.replicated)

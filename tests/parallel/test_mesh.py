@@ -16,6 +16,7 @@ from dpo_jax.models.config import Lora
 from dpo_jax.models.decoder import Projection
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel.placement import Placement
+from dpo_jax.training import gradients
 from dpo_jax.training import step as step_lib
 from dpo_jax.types import TrainState
 from tests import tiny
@@ -194,7 +195,7 @@ def test_moments_lie_as_their_parameters_do():
 
 def test_split_rows_gives_every_part_its_share():
   batch = make_batch(num_rows=16)
-  parts = step_lib.split_rows(batch, 4)
+  parts = gradients.split_rows(batch, 4)
   assert parts.tokens.shape == (4, 4, 64)
   for part in range(4):
     np.testing.assert_array_equal(parts.tokens[part], batch.tokens[part::4])

@@ -18,7 +18,7 @@ from dpo_jax.models.decoder import Policy
 from dpo_jax.models.presets import PRESETS
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel.placement import Placement
-from dpo_jax.training import reference
+from dpo_jax.training import forward, measure, reference
 from dpo_jax.training import step as step_lib
 from dpo_jax.types import TrainState
 from tests import tiny
@@ -77,7 +77,7 @@ def test_every_field_equals_a_loop(model):
     }
   )
   figures = jax.jit(
-    lambda p, r: step_lib.read_sequences(
+    lambda p, r: forward.read_sequences(
       policy, p, r, batch, chunk_size=7, needs=needs
     )
   )(params, ref_params)
@@ -119,7 +119,7 @@ def test_no_gradient_reaches_the_reference_or_the_weights_of_wpo(model):
   batch = tiny.pack(tiny.make_groups(3))
 
   def field(params, ref_params, name):
-    sequences = step_lib.read_sequences(
+    sequences = forward.read_sequences(
       policy,
       params,
       ref_params,
@@ -142,7 +142,7 @@ def test_the_mismatched_slot_is_taken_off(model):
   policy, params, _ = model
   ref_logps = np.arange(8, dtype=np.float32).reshape(4, 2) - 20
   batch = tiny.pack(tiny.make_groups(4), ref_logps=ref_logps)
-  sequences = step_lib.read_sequences(
+  sequences = forward.read_sequences(
     policy,
     params,
     None,
@@ -150,7 +150,7 @@ def test_the_mismatched_slot_is_taken_off(model):
     chunk_size=8,
     needs=frozenset({"mismatched_logps", "mismatched_ref_logps"}),
   )
-  plain = step_lib.read_sequences(policy, params, None, batch, chunk_size=8)
+  plain = forward.read_sequences(policy, params, None, batch, chunk_size=8)
   assert sequences.logps.shape[1] == sequences.valid.shape[1] == 1
   np.testing.assert_array_equal(sequences.mismatched_logps, plain.logps[:, 1])
   np.testing.assert_array_equal(
@@ -296,7 +296,7 @@ def test_a_gradient_weight_is_of_all_sums_that_a_loss_reads():
     ref_sampled_logps=sequences.ref_logps,
   )
   weights = {
-    name: step_lib.measure(build_objective({"name": name}), sequences)[
+    name: measure.measure(build_objective({"name": name}), sequences)[
       f"{name}/gradient_weight"
     ]
     for name in ("dpo", "ld_dpo", "sampo", "reward_model")
@@ -319,12 +319,12 @@ def test_other_losses_come_from_the_same_forward_pass(model):
   others = [
     build_objective({"name": n}) for n in ("ipo", "hinge", "tdpo", "aot")
   ]
-  step = step_lib.make_eval_step(
+  step = forward.make_eval_step(
     policy, chunk_size=16, needs=frozenset({"ref_logps", "kl"})
   )
   sequences = jax.jit(step)(params, ref_params, batch)
-  measure = step_lib.make_measure(build_objective({"name": "dpo"}), others)
-  _, metrics, _ = measure(sequences, ())
+  measure_all = measure.make_measure(build_objective({"name": "dpo"}), others)
+  _, metrics, _ = measure_all(sequences, ())
   is_valid = np.asarray(sequences.valid.all(1))
   for other in others:
     per_group, own, _ = other.apply(sequences, other.init())
