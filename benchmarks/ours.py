@@ -51,7 +51,7 @@ class Trainer:
     )
     if grid is None:
       grid = mesh.make_mesh(dict.fromkeys(mesh.AXES, 1), jax.devices()[:1])
-    self.placement = Placement(grid, "jit")
+    self.placement = Placement(grid)
     self.program = _build_program(options, policy, self.placement)
     shardings = partition_rules.param_shardings(policy.abstract_params(), grid)
     self.params = jax.jit(

@@ -66,7 +66,7 @@ def measure(tokens: int, *, is_live: bool) -> np.ndarray:
   params = jax.tree.map(
     lambda x: 2.5 * x if x.ndim > 1 else x, policy.init(jax.random.key(0))
   )
-  placement = Placement(mesh.make_mesh({"data": 1}, jax.devices()[:1]), "jit")
+  placement = Placement(mesh.make_mesh({"data": 1}, jax.devices()[:1]))
   scoring, training = (
     _make_loader(make_store(tokens), size) for size in (_SCORED, _TRAINED)
   )

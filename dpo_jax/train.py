@@ -42,7 +42,7 @@ import numpy as np
 from dpo_jax import config as config_lib
 from dpo_jax import online
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.parallel import hosts, mesh
+from dpo_jax.parallel import hosts
 from dpo_jax.records import resume
 from dpo_jax.records.checkpoint import Checkpoints, open_checkpoints
 from dpo_jax.records.metrics import MetricsWriter, read_last_evaluation
@@ -176,8 +176,7 @@ class _Loop:
     compiled = self._run.program.train_step(
       max_traces=len(self._loader.plan.shapes)
     )
-    if self._config.parallelism == "jit":
-      compiled = mesh.on_mesh(self._placement.mesh)(compiled)
+    compiled = self._placement.bind(compiled)
     metrics, pending = {}, None
     profile = ProfileWindow(self._config.profile.steps, self._run.workdir)
     batches = self._console.watch(self._batches(start), start)

@@ -115,7 +115,7 @@ class Bench:
     self, policy: Policy, params: Any, samples: samples.Samples
   ) -> dict[str, float]:
     """Gold reward, p(positive) = sigmoid of it, and KL to the reference."""
-    placement = Placement(one_mesh(), "jit")
+    placement = Placement(one_mesh())
     # A value head adds nothing to log-probs, and the reference may have none.
     headless = {k: v for k, v in params.items() if k != "value_head"}
     bare = dataclasses.replace(policy.config, value_head=False)

@@ -199,7 +199,7 @@ def make_placement(sizes: dict[str, int] | None = None) -> Placement:
   """A mesh of the first devices; of one unless told."""
   sizes = sizes or {"data": 1, "fsdp": 1, "tensor": 1}
   devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-  return Placement(mesh_lib.make_mesh(sizes, devices), "jit")
+  return Placement(mesh_lib.make_mesh(sizes, devices))
 
 
 def make_program(

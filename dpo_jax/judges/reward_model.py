@@ -63,7 +63,7 @@ class RewardModel:
         needs=frozenset({"values"}),
       )["values"]
 
-    placement = Placement(mesh, "jit")
+    placement = Placement(mesh)
     jitted = jax.jit(step, out_shardings=placement.replicated)
     return tokenizer, params, placement, on_mesh(mesh)(jitted)
 

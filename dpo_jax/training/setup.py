@@ -17,7 +17,7 @@ from dpo_jax.data import sources
 from dpo_jax.data.pipeline import Data, Pipeline
 from dpo_jax.losses import build_objective
 from dpo_jax.parallel import mesh
-from dpo_jax.parallel.placement import Placement
+from dpo_jax.parallel.pmap import make_placement
 from dpo_jax.records import resume
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.training import evaluation
@@ -136,7 +136,9 @@ def program_for(
     ValueError: sizes that the model or the mesh cannot take, or see
       `program.build_program`.
   """
-  placement = Placement(on or mesh.make_mesh(config.mesh), config.parallelism)
+  placement = make_placement(
+    on or mesh.make_mesh(config.mesh), config.parallelism
+  )
   policy = source.policy(
     config.policy,
     vocab_size=vocab_size,

@@ -143,7 +143,7 @@ def test_a_mesh_changes_no_sample(model, temperature):
   policy, params = model
   wanted = sample(policy, params, PROMPTS, temperature=temperature)
   mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-  placement = Placement(mesh, "jit")
+  placement = Placement(mesh)
   placed = jax.device_put(params, partition_rules.param_shardings(params, mesh))
   # Three of them, on four devices that split rows.
   got = sample(

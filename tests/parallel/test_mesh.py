@@ -16,6 +16,7 @@ from dpo_jax.models.config import Lora
 from dpo_jax.models.decoder import Projection
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel.placement import Placement
+from dpo_jax.parallel.pmap import make_placement
 from dpo_jax.training import gradients
 from dpo_jax.training import step as step_lib
 from dpo_jax.types import TrainState
@@ -59,7 +60,8 @@ def run_step(
 ):
   """Two SGD steps: parameters and metrics on the host."""
   devices = jax.devices()[: np.prod(list(sizes.values()))]
-  placement = Placement(mesh_lib.make_mesh(sizes, devices), parallelism)
+  mesh = mesh_lib.make_mesh(sizes, devices)
+  placement = make_placement(mesh, parallelism)
   policy = tiny.make_policy()
   params = tiny.make_params(policy)
   optimizer = optax.sgd(1e-2)
@@ -83,8 +85,7 @@ def run_step(
     ),
     shardings,
   )
-  if parallelism == "jit":
-    step = mesh_lib.on_mesh(placement.mesh)(step)
+  step = placement.bind(step)
   batch = placement.place_training_batch(make_batch())
   if is_frozen:
     batch = batch.replace(ref_logps=None)
@@ -295,7 +296,7 @@ def test_processes_that_hold_the_same_rows_read_the_same(
     devices=devices.reshape(tuple(shape.values())), shape=shape, size=8
   )
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  assert Placement(mesh, "jit").row_reader == share
+  assert Placement(mesh).row_reader == share
 
 
 def test_activations_are_split_along_the_row():
@@ -342,4 +343,4 @@ def test_an_uncovered_parameter_is_refused():
 
 def test_pmap_wants_all_devices_on_data():
   with pytest.raises(ValueError, match="must be on the mesh axis 'data'"):
-    Placement(mesh_lib.make_mesh(MESHES[3]), "pmap")
+    make_placement(mesh_lib.make_mesh(MESHES[3]), "pmap")

@@ -59,7 +59,9 @@ def test_a_digest_changes_with_order_shape_and_name():
     {"a": base.view(np.int32)},
     {"a": base, "b": np.zeros(0, np.float32)},
   ]
-  digests = {trees.params_digest(jax.tree.map(jnp.asarray, t)) for t in variants}
+  digests = {
+    trees.params_digest(jax.tree.map(jnp.asarray, t)) for t in variants
+  }
   assert len(digests) == len(variants)
 
 

@@ -17,7 +17,7 @@ from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.presets import PRESETS
 from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.parallel.placement import Placement
+from dpo_jax.parallel.pmap import make_placement
 from dpo_jax.training import forward, measure, reference
 from dpo_jax.training import step as step_lib
 from dpo_jax.types import TrainState
@@ -161,9 +161,8 @@ def test_the_mismatched_slot_is_taken_off(model):
 def one_step(loss, *, devices=1, parts=1, parallelism="jit"):
   """Loss, gradient norm, parameters and loss state after two SGD steps."""
   sizes = {"data": devices, "fsdp": 1, "tensor": 1}
-  placement = Placement(
-    mesh_lib.make_mesh(sizes, jax.devices()[:devices]), parallelism
-  )
+  mesh = mesh_lib.make_mesh(sizes, jax.devices()[:devices])
+  placement = make_placement(mesh, parallelism)
   objective = build_objective(loss)
   width = WIDTH[objective.group] + ("mismatched_logps" in objective.needs)
   groups = tiny.make_groups(28, width)
@@ -192,9 +191,7 @@ def one_step(loss, *, devices=1, parts=1, parallelism="jit"):
     chunk_size=16,
     axis_name=placement.axis_name,
   )
-  step = mesh_lib.on_mesh(placement.mesh)(
-    placement.compile_step(step, shardings)
-  )
+  step = placement.bind(placement.compile_step(step, shardings))
   batch = placement.place_training_batch(batch)
   history = []
   for _ in range(2):
