@@ -24,14 +24,14 @@ if __name__ == "__main__":
   config_flags.DEFINE_config_file(
     "config", None, "path of a config file, such as configs/hh.py"
   )
-  flags.DEFINE_string("workdir", None, "folder of the run, local or gs://")
+  flags.DEFINE_string("workdir", None, "run directory, local or gs://")
   flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0; a TPU pod needs none"
   )
-  flags.DEFINE_integer("num_processes", None, "of the run, over all hosts")
-  flags.DEFINE_integer("process_id", None, "of this process, from 0")
+  flags.DEFINE_integer("num_processes", None, "processes over all hosts")
+  flags.DEFINE_integer("process_id", None, "index of this process, from 0")
   flags.mark_flags_as_required(["config", "workdir"])
-  # Answered before JAX and what needs it are imported, which takes seconds.
+  # Answered before JAX is imported, which takes seconds.
   if {"--help", "-help", "--helpshort", "-h"} & set(sys.argv[1:]):
     app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
 
@@ -250,7 +250,7 @@ class _Loop:
     return min(stop, self._config.total_steps)
 
   def _make_batch(self, step: int) -> tuple[Any, dict[str, float]]:
-    """Returns a placed batch, and what the host counts in it."""
+    """Returns a placed batch, and the host's counts of it."""
     loader = self._loader
     batch = loader.batch(step)
     # Over all hosts, counted by each of them.

@@ -52,7 +52,7 @@ class OnPolicyLoader:
       config: resolved.
       workdir: run directory.
       prompts: loader of the training data, whose prompts are used.
-      program: what is trained.
+      program: program of the run.
       ref_params: parameters of the reference.
       tokenizer: tokenizer of the policy.
       judge: gives the rewards.

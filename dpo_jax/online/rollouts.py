@@ -47,7 +47,7 @@ def sample_responses(
   """Samples responses from the policy and asks the judge for their rewards.
 
   Args:
-    program: what is trained.
+    program: program of the run.
     params: parameters of the policy.
     prompts: n prompts, token ids.
     tokenizer: reads prompts and responses for the judge.
@@ -55,7 +55,7 @@ def sample_responses(
     seed: seed of the samples.
     num_samples: K, responses to each prompt.
     max_tokens: M, longest response.
-    temperature: of the distribution that is sampled from.
+    temperature: sampling temperature.
     label: name of the work for `progress.track`; "" shows nothing.
 
   Returns:
@@ -156,7 +156,7 @@ def make_measure(
   """Builds (params, ref_params, loader) -> fields of Sequences.
 
   Args:
-    program: what is trained; its loss decides which fields are read.
+    program: program of the run; its loss decides which fields are read.
     max_tokens: M, longest response.
 
   Returns:
@@ -224,7 +224,7 @@ def advantage_fields(
 
   Args:
     rewards: f64 [n, K].
-    measured: from `make_measure`.
+    measured: fields from `make_measure`.
     is_cut: bool [n, K]; a response that was cut continues, at the value that
       the value head gives it.
     kl_weight: weight of a token's log-ratio in its reward.

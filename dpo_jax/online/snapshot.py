@@ -13,16 +13,16 @@ from dpo_jax.types import fields_of
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-  """What was sampled at a step, all that batches are cut from.
+  """Samples of a step, from which the next batches are made.
 
   Attributes:
-    step: when.
+    step: step of the sampling.
     prompts: i64 [n], indices of the prompts' groups.
-    responses: i32 [n, K, M], -1 behind the end; a group of nothing but -1
-      teaches nothing and is left out of the loss.
+    responses: i32 [n, K, M], -1 after the end; a group of nothing but -1 is
+      left out of the loss.
     score: f32 [n, K].
     ref_logps: f32 [n, K].
-    kl_weight: f64 [], of the next sampling.
+    kl_weight: f64 [], KL weight of the next sampling.
     fields: on-policy fields of Batch, f32 [n, K] or [n, K, M] each.
   """
 
@@ -43,10 +43,10 @@ class Snapshot:
 
   @classmethod
   def read(cls, path: epath.Path) -> "Snapshot":
-    """What `write` wrote; zip keeps a checksum of every array.
+    """Reads a snapshot; zip verifies the checksum of every array.
 
     Raises:
-      ValueError: it is not there, or damaged.
+      ValueError: the file is missing or damaged.
     """
     try:
       with np.load(io.BytesIO(path.read_bytes())) as file:
@@ -54,8 +54,8 @@ class Snapshot:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
       raise ValueError(
         f"{path} is missing or damaged, and holds the responses that the run's"
-        " next steps learn from. Move the checkpoints behind step"
-        f" {path.stem} aside, and it goes on from one before: {error}"
+        " next steps learn from. Move the checkpoints after step"
+        f" {path.stem} aside, and it resumes from an earlier one: {error}"
       ) from error
     names = fields_of("on_policy") & fields.keys()
     on_policy = {name: fields.pop(name) for name in names}

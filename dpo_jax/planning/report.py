@@ -31,16 +31,16 @@ from dpo_jax.records.metrics import format_table
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a plan came to, without its devices.
+  """Results of a plan, without its devices.
 
   Attributes:
     text: all tables.
-    fits: whether it has room.
-    peak: bytes of a device; NaN if it is unreadable.
-    received: bytes of a device in a step, over all networks; NaN if they are
-      unreadable, or the step was not compiled.
-    seconds: a step, at the stated MFU; NaN where `received` is.
-    bound: what it waits for.
+    fits: whether the step fits into the memory.
+    peak: bytes of a device; NaN if unreadable.
+    received: bytes that a device receives in a step, over all networks; NaN if
+      unreadable, or if the step did not compile.
+    seconds: seconds of a step at the stated MFU; NaN where `received` is.
+    bound: resource that limits the step.
   """
 
   text: str
@@ -52,7 +52,7 @@ class Report:
 
 
 def describe(plan: Plan, request: Request) -> str:
-  """All tables."""
+  """Writes all tables."""
   where = request.topology
   hbm = where.hbm_per_device
   config, batch = plan.subject.config, plan.subject.batch
@@ -97,11 +97,11 @@ def report(request: Request, sizes: Mapping[str, int] | None = None) -> Report:
   """Compiles a plan and reads it.
 
   Args:
-    request: what to plan.
-    sizes: of the mesh, if not the config's.
+    request: request for a plan.
+    sizes: sizes of the mesh; None: the config's.
 
   Raises:
-    ValueError: what would stop the run there.
+    ValueError: a mistake that would stop the run.
     RuntimeError: no libtpu, or one of another version.
   """
   # Also in a process of its own, see `in_child`.
@@ -122,7 +122,7 @@ def report(request: Request, sizes: Mapping[str, int] | None = None) -> Report:
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-  """function(*arguments) in a process of its own, which libtpu may abort.
+  """Calls function(*arguments) in another process, which libtpu may abort.
 
   Raises:
     RuntimeError: the process ended without an answer.
@@ -133,7 +133,7 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
       return pool.submit(function, *arguments).result()
     except futures.process.BrokenProcessPool:
       raise RuntimeError(
-        "the compiler ended its process: by a failed check of its own, which"
-        " it printed above, or for want of memory on this machine. Other"
-        " shapes may pass the check: change --row_tokens, --rows or the mesh"
+        "the compiler ended its process: either a check of its own failed,"
+        " printed above, or this machine ran out of memory. Other shapes may"
+        " pass the check: change --row_tokens, --rows or the mesh"
       ) from None

@@ -60,9 +60,9 @@ def sweep(
   """Compiles the likely meshes; a line for each, the best first.
 
   Args:
-    request: what to plan.
+    request: request for a plan.
     limit: meshes to compile.
-    get_report: (request, sizes) -> Report; a RuntimeError of it is a line.
+    get_report: (request, sizes) -> Report; its RuntimeError becomes a line.
 
   Raises:
     ValueError: no mesh divides the model and the batch.
@@ -94,7 +94,7 @@ def sweep(
 
 
 def _rank(made: Report) -> tuple[bool, bool, float, float]:
-  # Meshes that wait for the same thing are told apart by what they receive.
+  # Meshes with the same bound are ranked by the bytes that they receive.
   seconds, received = (
     math.inf if math.isnan(value) else value
     for value in (made.seconds, made.received)

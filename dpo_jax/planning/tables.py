@@ -20,7 +20,7 @@ def formatted(value: float) -> str:
 
 
 def memory_table(plan: Plan, hbm: float) -> str:
-  """By kind; what is not known from shapes is the rest of the peak."""
+  """Memory of a device by kind; the rest of the peak is activations."""
   known = sum(plan.memory.values())
   rest = max(plan.peak - known, 0.0)
   lines = plan.memory | {
@@ -41,7 +41,7 @@ def memory_table(plan: Plan, hbm: float) -> str:
 
 
 def collective_table(plan: Plan) -> str:
-  """Calls and bytes by kind and network."""
+  """Collectives: calls and bytes by kind and network."""
   if plan.collectives is None:
     return f"collectives: {hlo.UNREADABLE}"
   rows = []
@@ -65,7 +65,7 @@ def collective_table(plan: Plan) -> str:
 
 
 def expected_seconds(plan: Plan, request: Request) -> float:
-  """At the stated MFU, and not faster than the roofline; NaN if a bound is."""
+  """Seconds of a step at the stated MFU or the roofline; NaN if a bound is."""
   peak = request.topology.num_chips * request.topology.chip.flops
   seconds = (
     plan.work.model_flops / (peak * request.mfu),
@@ -75,14 +75,14 @@ def expected_seconds(plan: Plan, request: Request) -> float:
 
 
 def slowest(plan: Plan) -> str:
-  """Names what a step waits for, if all bounds are known."""
+  """Names the bound that limits a step, if all bounds are known."""
   if any(map(math.isnan, plan.bounds.values())):
-    return f"what is {hlo.UNREADABLE}"
+    return hlo.UNREADABLE
   return max(plan.bounds, key=plan.bounds.get)
 
 
 def time_table(plan: Plan, request: Request) -> str:
-  """The roofline, the bound, and what the run takes and costs."""
+  """Time: the lower bounds, and the hours and the cost of the run."""
   seconds = expected_seconds(plan, request)
   config, chips = plan.subject.config, request.topology.num_chips
   hours = seconds * config.total_steps / 3600

@@ -20,7 +20,7 @@ def write_records(
   Args:
     workdir: run directory.
     step: optimizer steps taken.
-    records: from `evaluate`.
+    records: records that `evaluation.evaluate` returns.
     name: name of the held-out set.
   """
   buffer = io.BytesIO()

@@ -31,24 +31,26 @@ def evaluate(
   *,
   label: str = "",
 ) -> tuple[dict[str, float], Records]:
-  """Means over every held-out group, each counted once.
+  """Computes the means of metrics over a held-out set.
 
-  Losses are measured on the whole set at once: one that depends on the batch,
-  such as `kto` or `aot`, does not depend on `eval.batch_size`.
+  Every group counts once. Losses are measured on the whole set at once, so a
+  loss that couples the batch, such as `kto` or `aot`, does not depend on
+  `eval.batch_size`.
 
   Args:
     program: policy, and the losses to measure.
-    params: the policy's.
-    ref_params: the reference's, or None where it is cached or absent.
-    loss_state: of the objective.
-    loader: the held-out groups.
+    params: parameters of the policy.
+    ref_params: parameters of the reference, or None where it is cached or
+      absent.
+    loss_state: state of the objective.
+    loader: held-out groups.
     label: name of the work for `progress.track`; "" shows nothing.
 
   Returns:
     The metrics: `loss`, the objective's own, `displacement`'s, and the bounds
     of the accuracy's 95 % interval (`reward/accuracy_low`,
-    `reward/accuracy_high`) where it has one. And what every group gave, for
-    `write_records`.
+    `reward/accuracy_high`) where it has one. And the fields of Sequences of
+    every group, for `eval_logps.write_records`.
   """
   read = functools.partial(program.eval_step, params, ref_params)
   ids, sequences = score_all(read, loader, program.placement, label=label)
@@ -84,20 +86,20 @@ def _means(
     num_tokens: f32 [N, K].
     count: groups that the loss can read.
   """
-  figures = {
+  metrics = {
     # NaN where no group has the metric.
     name: float(np.nansum(x) / ((~np.isnan(x)).sum() or math.nan))
     for name, x in columns.items()
   }
   # Groups that the loss cannot read have a loss of 0, and do not count.
-  figures["loss"] = float(per_group.sum() / max(count, 1))
-  if "reward/accuracy" in figures:
+  metrics["loss"] = float(per_group.sum() / max(count, 1))
+  if "reward/accuracy" in metrics:
     num = int((~np.isnan(columns["reward/accuracy"])).sum())
-    low, high = wilson_interval(figures["reward/accuracy"], num)
-    figures |= {"reward/accuracy_low": low, "reward/accuracy_high": high}
+    low, high = wilson_interval(metrics["reward/accuracy"], num)
+    metrics |= {"reward/accuracy_low": low, "reward/accuracy_high": high}
   if "reward/margin" in columns:
-    figures |= displacement(columns["reward/margin"], num_tokens)
-  return figures | {"num_groups": count}
+    metrics |= displacement(columns["reward/margin"], num_tokens)
+  return metrics | {"num_groups": count}
 
 
 def metric_names(
@@ -118,13 +120,13 @@ def metric_names(
   num_slots = objective.num_slots or 2
   needs = objective.needs.union(*(other.needs for other in others))
 
-  def figure(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+  def abstract(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *shape), dtype)
 
   names = ("logps", "num_tokens", "score", *needs)
-  fields = {name: figure(num_slots) for name in names}
-  fields |= {name: figure() for name in needs & fields_of("mismatched")}
-  sequences = Sequences(**fields, valid=figure(num_slots, dtype=bool))
+  fields = {name: abstract(num_slots) for name in names}
+  fields |= {name: abstract() for name in needs & fields_of("mismatched")}
+  sequences = Sequences(**fields, valid=abstract(num_slots, dtype=bool))
   measure = make_measure(objective, others)
   _, metrics, _ = jax.eval_shape(measure, sequences, objective.init())
   columns = {name: np.zeros(1) for name in metrics}
@@ -156,31 +158,31 @@ def check_metric(
 def displacement(
   margins: np.ndarray, num_tokens: np.ndarray
 ) -> dict[str, float]:
-  """Where the pull of the loss goes: why chosen log-probs may fall.
+  """Measures which groups dominate the gradient, and the length bias.
 
   Args:
     margins: f64 [N], beta D, the margin of rewards; NaN where there is none.
     num_tokens: f32 [N, K], slot 0 chosen.
 
   Returns:
-    `pull/0.0` to `pull/1.0`: the fraction of groups whose weight in DPO's
-    gradient, sigmoid(-beta D), rounds to that; a policy that equals its
-    reference has all in the middle of `pull/0.5`. And
-    `length_margin_correlation`, of chosen minus rejected length with the
-    margin, 0 where either does not vary.
+    `pull/0.0` to `pull/1.0`: fraction of groups whose weight in DPO's gradient,
+    sigmoid(-beta D), rounds to that value. A policy that equals its reference
+    has all groups in `pull/0.5`. And `length_margin_correlation`: correlation
+    of chosen minus rejected length with the margin, 0 where either is
+    constant.
   """
   is_counted = ~np.isnan(margins)
   margins = margins[is_counted]
   others = num_tokens[is_counted, 1:]
   present = np.maximum((others > 0).sum(1), 1)
   gaps = num_tokens[is_counted, 0] - others.sum(1) / present
-  pulls = 0.5 * (1.0 - np.tanh(0.5 * margins))
-  counts = np.bincount(np.rint(10 * pulls).astype(int), minlength=11)
-  figures = {
+  weights = 0.5 * (1.0 - np.tanh(0.5 * margins))
+  counts = np.bincount(np.rint(10 * weights).astype(int), minlength=11)
+  metrics = {
     f"pull/{tenth / 10:.1f}": float(n / max(len(margins), 1))
     for tenth, n in enumerate(counts)
   }
   # Margins of a policy at its reference differ by rounding alone.
   varies = len(margins) > 1 and margins.std() > 1e-4 and gaps.std() > 0
   correlation = np.corrcoef(gaps, margins)[0, 1] if varies else 0.0
-  return figures | {"length_margin_correlation": float(correlation)}
+  return metrics | {"length_margin_correlation": float(correlation)}

@@ -14,7 +14,7 @@ from dpo_jax.types import Batch, Sequences
 
 
 def flatten_groups(x: jax.Array) -> jax.Array:
-  """[R, G, K, ...] -> [B, K, ...]."""
+  """Flattens rows and groups: [R, G, K, ...] -> [B, K, ...]."""
   return x.reshape(-1, *x.shape[2:])
 
 
@@ -34,16 +34,16 @@ def read_sequences(
     policy: the decoder.
     params: the policy's parameters.
     ref_params: the reference's, or None.
-    batch: packed rows. Where mismatched log-probs are needed, with the slot
-      that `mismatched.add_slot` adds.
+    batch: packed rows. Mismatched log-probs need the slot that
+      `mismatched.add_slot` adds.
     chunk_size: see `logps.chunked_token_figures`.
     needs: optional fields of Sequences to fill.
-    max_tokens: M of the fields of single tokens; 0: as the batch's.
+    max_tokens: M, size of the fields of single tokens; 0: that of the batch.
 
   Returns:
     Sequences with B = R * G.
   """
-  figures = logps_lib.response_figures(
+  fields = logps_lib.response_figures(
     policy,
     params,
     ref_params,
@@ -52,24 +52,24 @@ def read_sequences(
     needs=needs,
     max_tokens=max_tokens or batch.max_tokens,
   )
-  figures |= batch.on_policy
+  fields |= batch.on_policy
   if batch.ref_logps is not None:
-    figures.setdefault("ref_logps", batch.ref_logps)
-  figures |= {
+    fields.setdefault("ref_logps", batch.ref_logps)
+  fields |= {
     "num_tokens": logps_lib.num_tokens(batch),
     "score": batch.score,
     "valid": batch.valid,
   }
-  figures = {name: flatten_groups(x) for name, x in figures.items()}
+  fields = {name: flatten_groups(x) for name, x in fields.items()}
   if "mismatched_logps" in needs:
-    figures = mismatched.take_slot(figures)
-  return Sequences(**figures)
+    fields = mismatched.take_slot(fields)
+  return Sequences(**fields)
 
 
 def count_batch(
   objective: Objective | WeightedSum, batch: Batch
 ) -> dict[str, jax.Array]:
-  """Groups and tokens that the objective divides by: f32 [] each."""
+  """Counts the groups and tokens that the objective divides by: f32 [] each."""
   valid = flatten_groups(batch.valid)
   num_tokens = flatten_groups(logps_lib.num_tokens(batch))
   return {

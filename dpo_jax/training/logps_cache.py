@@ -23,19 +23,19 @@ from dpo_jax.system.files import write_atomically, write_json
 def scoring_layout(
   loader: Loader, policy: Policy, placement: Placement, chunk_size: int
 ) -> dict[str, Any]:
-  """Describes what rounding depends on beside the weights and the data.
+  """Describes all that rounding depends on, apart from weights and data.
 
   Two scorings of the same layout give the same bits. A GPU chooses its
-  algorithms anew in every process, so there only a process's own is the same.
+  algorithms again in every process, so there two processes never agree.
 
   Args:
-    loader: of the groups that are scored.
+    loader: loader of the groups that are scored.
     policy: the decoder.
     placement: mesh.
     chunk_size: see `logps.chunked_token_figures`.
 
   Returns:
-    What `json` can write.
+    A dict that `json` can write.
   """
   device = placement.mesh.devices.flat[0]
   return {
@@ -61,7 +61,7 @@ _PROCESS = uuid.uuid4().hex
 
 
 def _machine() -> list[Any]:
-  """The processor and the threads that XLA has: it rounds by both."""
+  """Returns the processor and XLA's threads: rounding depends on both."""
   info = epath.Path("/proc/cpuinfo")
   lines = info.read_text().splitlines() if info.exists() else []
   names = {
@@ -84,7 +84,7 @@ def read_layout(folder: epath.PathLike, key: str) -> dict[str, Any]:
 
 
 def load_cache(folder: epath.PathLike, key: str) -> np.ndarray | None:
-  """Reads a cache, or None if there is none that is whole.
+  """Reads a cache; None if there is no complete one.
 
   Raises:
     ValueError: the file does not agree with its digest.
@@ -109,10 +109,10 @@ def write_cache(
   logps: np.ndarray,
   layout: Mapping[str, Any],
 ) -> None:
-  """Writes a cache: the array first, then the manifest that vouches for it.
+  """Writes a cache: the array, then the manifest with its digest.
 
   Args:
-    folder: of caches.
+    folder: folder of caches.
     key: `cache_key`.
     logps: f32 [N, K].
     layout: `scoring_layout`.

@@ -14,11 +14,11 @@ from dpo_jax.types import Sequences
 def make_measure(
   objective: Objective | WeightedSum, others: Sequence[Objective] = ()
 ) -> Callable[[Sequences, Any], tuple[jax.Array, Metrics, jax.Array]]:
-  """Compiles what losses make of sequences.
+  """Compiles the measurement of losses on sequences.
 
   Args:
-    objective: what is trained.
-    others: losses to measure from the same sequences.
+    objective: loss that is trained.
+    others: losses to measure on the same sequences.
 
   Returns:
     (sequences, loss_state) -> (loss f32 [B], metrics f32 [B] each, bool [B]
@@ -38,12 +38,12 @@ def make_measure(
 
 
 def measure(objective: Objective, sequences: Sequences) -> Metrics:
-  """What a loss would make of these sequences, f32 [B] each.
+  """Measures a loss on sequences: f32 [B] each.
 
   Returns:
     `NAME/loss`; `NAME/margin` of a loss with one; and `NAME/gradient_weight`,
-    the size of its pull on the first response: on the log-prob of a token that
-    every sum it reads contains, or on the value of a reward model.
+    the size of its gradient for the first response: for the log-prob of a token
+    that every sum it reads contains, or for the value of a reward model.
   """
   sums = {
     name: getattr(sequences, name)
@@ -57,17 +57,17 @@ def measure(objective: Objective, sequences: Sequences) -> Metrics:
     )
     return per_group.sum(), (per_group, metrics)
 
-  pulls, (per_group, metrics) = jax.grad(total, has_aux=True)(sums)
-  pull = sum(pulls.values())
+  gradients, (per_group, metrics) = jax.grad(total, has_aux=True)(sums)
+  gradient = sum(gradients.values())
   is_valid = objective.valid_groups(sequences.valid)
-  figures = {
+  columns = {
     "loss": per_group,
-    "gradient_weight": jnp.abs(pull[:, 0]),
+    "gradient_weight": jnp.abs(gradient[:, 0]),
   }
-  figures = {
-    name: jnp.where(is_valid, figure, jnp.nan)
-    for name, figure in figures.items()
+  columns = {
+    name: jnp.where(is_valid, values, jnp.nan)
+    for name, values in columns.items()
   }
   if "reward/margin" in metrics:
-    figures["margin"] = metrics["reward/margin"]
-  return {f"{objective.name}/{name}": x for name, x in figures.items()}
+    columns["margin"] = metrics["reward/margin"]
+  return {f"{objective.name}/{name}": x for name, x in columns.items()}

@@ -22,16 +22,18 @@ from dpo_jax.trees import params_digest
 
 
 def make_update(config: Any) -> Callable[[Any, Any, jax.Array], Any] | None:
-  """How a reference follows the policy: Gorbatovski et al. 2024, TR-DPO.
+  """Builds the update of a reference that follows the policy: TR-DPO.
 
-  arXiv:2404.09656: soft for alpha < 1, hard for alpha = 1.
+  Gorbatovski et al. 2024 (arXiv:2404.09656): soft for alpha < 1, hard for
+  alpha = 1. optax.incremental_update would mix in the parameters' own dtype;
+  this mixes in float32.
 
   Args:
     config: `config.reference`, resolved.
 
   Returns:
-    (ref_params, params, steps taken) -> ref_params, or None for a reference
-    that stays.
+    (ref_params, params, steps taken) -> ref_params; None for a reference that
+    does not change.
   """
   if config.kind != "ema":
     return None
@@ -53,10 +55,10 @@ def make_update(config: Any) -> Callable[[Any, Any, jax.Array], Any] | None:
 
 
 def cache_key(params: Any, config: ModelConfig, store_digest: str) -> str:
-  """Digest of all that decides cached log-probs.
+  """Computes the digest of all that decides cached log-probs.
 
-  Whatever only changes how they are computed (remat, attention, mesh, layout)
-  is left out; dtypes are in.
+  Settings that change only how they are computed (remat, attention, mesh,
+  layout) are left out; dtypes are included.
   """
   shape = dataclasses.asdict(config)
   del shape["remat"], shape["attention"], shape["frozen"]
@@ -89,12 +91,12 @@ def compute_logps(
   label: str = "",
   batches: Collection[int] | None = None,
 ) -> np.ndarray:
-  """Log-probs of a loader's groups.
+  """Computes the log-probs of a loader's groups.
 
   Args:
-    step: from `make_logps_step`.
-    params: of the model that scores.
-    loader: which groups; its eval batches cover each once.
+    step: step from `make_logps_step`.
+    params: parameters of the model that scores.
+    loader: groups; its eval batches cover each once.
     placement: mesh.
     label: name of the work for `progress.track`; "" shows nothing.
     batches: indices of the batches to score; None: all.

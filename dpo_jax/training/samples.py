@@ -53,13 +53,14 @@ class Samples:
 def held_out_prompts(
   store: Store, indices: np.ndarray, num: int, *, max_tokens: int
 ) -> list[list[int]]:
-  """The first distinct prompts; repeated where there are fewer than `num`.
+  """Returns the first distinct prompts, repeated if fewer than `num`.
 
   Args:
     store: groups.
-    indices: held-out ones.
+    indices: held-out groups.
     num: prompts wanted.
-    max_tokens: longer prompts leave a response no room, and are passed over.
+    max_tokens: longest prompt that leaves room for a response; longer ones are
+      skipped.
 
   Returns:
     Token ids of `num` prompts.
@@ -94,15 +95,15 @@ def draw_samples(
   placement: Placement,
   label: str = "",
 ) -> Samples:
-  """Samples a response to each prompt and has it judged.
+  """Samples a response to each prompt and asks the judge for its reward.
 
   Args:
     policy: the decoder.
-    params: its parameters.
+    params: parameters of the policy.
     prompts: token ids.
-    tokenizer: to read responses with.
-    judge: who rewards them, or None.
-    seed: of the samples.
+    tokenizer: tokenizer of the policy.
+    judge: gives the rewards, or None.
+    seed: seed of the samples.
     config: `config.eval`.
     placement: mesh that the prompts are split over.
     label: name of the work for `progress.track`; "" shows nothing.
@@ -111,7 +112,7 @@ def draw_samples(
     The samples.
 
   Raises:
-    ValueError: a judge that does not give a finite number for each.
+    ValueError: the judge does not give a finite number for each.
   """
   responses = generate.sample(
     policy,
@@ -139,34 +140,34 @@ def draw_samples(
 def compare_samples(
   samples: Samples, reference: Samples | None
 ) -> dict[str, float]:
-  """Reward of samples, and how often they win against the reference's.
+  """Computes the reward of samples, and their win rate over the reference's.
 
   Args:
-    samples: the policy's.
-    reference: the reference's on the same prompts, or None.
+    samples: samples of the policy.
+    reference: samples of the reference on the same prompts, or None.
 
   Returns:
     `sample/tokens`; with a judge `sample/reward` and its standard error; with
     a reference too `sample/win_rate` and its 95 % interval, ties a half.
   """
-  figures = {
+  metrics = {
     "sample/tokens": float(np.mean([len(r) for r in samples.responses]))
   }
   if samples.rewards is None:
-    return figures
+    return metrics
   count = len(samples.rewards)
-  figures["sample/reward"] = float(samples.rewards.mean())
-  figures["sample/reward_error"] = _standard_error(samples.rewards)
+  metrics["sample/reward"] = float(samples.rewards.mean())
+  metrics["sample/reward_error"] = _standard_error(samples.rewards)
   if reference is not None:
     wins = 0.5 * (np.sign(samples.rewards - reference.rewards) + 1.0)
     rate = float(wins.mean())
     low, high = wilson_interval(rate, count)
-    figures |= {
+    metrics |= {
       "sample/win_rate": rate,
       "sample/win_rate_low": low,
       "sample/win_rate_high": high,
     }
-  return figures
+  return metrics
 
 
 def sampled_kl(
@@ -178,18 +179,18 @@ def sampled_kl(
   *,
   batch_size: int,
 ) -> dict[str, float]:
-  """KL(pi || pi_ref) per response, from the policy's own samples.
+  """Estimates KL(pi || pi_ref) per response from the policy's samples.
 
-  The mean of log pi(y|x) - log pi_ref(y|x) over y ~ pi: unbiased where the
+  The mean of log pi(y|x) - log pi_ref(y|x) over y ~ pi. It is unbiased if the
   samples were drawn at temperature 1 from the whole vocabulary.
 
   Args:
     logps_step: compiled `reference.make_logps_step`.
-    params: the policy's.
-    ref_params: the reference's.
-    samples: drawn from the policy.
+    params: parameters of the policy.
+    ref_params: parameters of the reference.
+    samples: samples of the policy.
     placement: mesh.
-    batch_size: groups at once.
+    batch_size: groups a batch.
 
   Returns:
     `kl`, nats a response, and `kl_error`, its standard error.

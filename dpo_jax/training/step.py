@@ -29,15 +29,15 @@ def make_train_step(
 
   Args:
     policy: the decoder.
-    objective: what to minimise.
+    objective: loss to minimise.
     optimizer: optax chain.
-    schedule: of the learning rate, for the metrics.
-    accumulation_steps: parts that a batch's rows are split into, one after
-      the other; R must be a multiple. The objective does not change.
+    schedule: learning rate by step, for the metrics.
+    accumulation_steps: microbatches that a batch's rows are split into; R must
+      be a multiple. The objective does not change.
     chunk_size: see `logps.chunked_token_figures`.
-    axis_name: the axis under `jax.pmap`, else None.
-    update_reference: (ref_params, params, step) -> ref_params after a step,
-      or None for a reference that stays.
+    axis_name: mapped axis of `jax.pmap`, or None.
+    update_reference: (ref_params, params, step) -> ref_params after a step;
+      None for a reference that does not change.
 
   Returns:
     The step. Metrics are f32 scalars of the global batch, before the update.
