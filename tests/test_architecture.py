@@ -41,6 +41,7 @@ ROOMS: dict[str, list[str]] = {
     "attention/splash",
     "attention/rows",
     "attention",
+    "layers",
     "decoder",
     "online_softmax",
     "logps",
