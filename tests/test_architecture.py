@@ -48,6 +48,7 @@ ROOMS: dict[str, list[str]] = {
     "generate",
     "huggingface/unread_keys",
     "huggingface/families",
+    "huggingface/config_json",
     "huggingface/tensor_map",
     "huggingface/read",
     "huggingface/write",
