@@ -43,6 +43,7 @@ ROOMS: dict[str, list[str]] = {
     "attention",
     "layers",
     "decoder",
+    "vocabulary_blocks",
     "online_softmax",
     "logps",
     "generate",

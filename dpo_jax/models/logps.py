@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.losses.numerics import log1mexp
-from dpo_jax.models import online_softmax
+from dpo_jax.models import online_softmax, vocabulary_blocks
 from dpo_jax.models.decoder import Policy, Readout
 from dpo_jax.parallel import active_mesh
 from dpo_jax.types import FIELDS, Batch
@@ -66,7 +66,7 @@ def chunked_token_figures(
     readout: from states to logits.
     targets: i32 [R, S].
     chunk_size: positions of a row projected at once, on a block of the
-      vocabulary, see `online_softmax.figures`; 0: as suits the device.
+      vocabulary, see `online_softmax.token_statistics`; 0: as suits the device.
     figures: of "logps", log p(target); "ref_logps", the reference's;
       "alignment", log p(target) - log sum_v p(v)^2, without a gradient;
       "complement_logps", log(1 - p(target)); "kl", KL(pi_ref || pi) over the
@@ -82,7 +82,7 @@ def chunked_token_figures(
   num_rows, length, _ = hidden.shape
   if not chunk_size:
     rows_a_device = num_rows // active_mesh.num_row_shards(num_rows)
-    chunk_size = online_softmax.sizes().chunk(rows_a_device, length)
+    chunk_size = vocabulary_blocks.tile_sizes().chunk(rows_a_device, length)
   chunk_size = min(chunk_size, length)
   num_chunks = -(-length // chunk_size)
   padding = num_chunks * chunk_size - length
@@ -104,7 +104,7 @@ def chunked_token_figures(
     is_used = jnp.ones(num_chunks, bool)
   else:
     is_used = in_chunks(is_scored).any((1, 2))
-  out = online_softmax.figures(
+  out = online_softmax.token_statistics(
     in_chunks(hidden),
     readout,
     in_chunks(targets),
