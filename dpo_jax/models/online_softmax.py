@@ -93,10 +93,10 @@ def _logits(hidden: jax.Array, block: Readout) -> jax.Array:
 def _rescale(running: _Running, maxima: _Running) -> _Running:
   """Replaces the running maxima, and rescales the sums to the new ones."""
   out = {**running, **maxima}
-  for name in running.keys() & _SUMS.keys():
-    which, power = _SUMS[name]
-    shift = power * (running[which] - maxima[which])
-    out[name] = running[name] * jnp.exp(shift)
+  for name, (which, power) in _SUMS.items():
+    if name in running:
+      shift = power * (running[which] - maxima[which])
+      out[name] = running[name] * jnp.exp(shift)
   return out
 
 
@@ -185,7 +185,8 @@ def _forward(hidden, readout, targets, reference, is_used, names):
     out["ref_logps"] = running["ref_target"] - ref_lse
     if "kl" in names:
       out["kl"] = running["ref_gap"] / running["ref_sum"] - ref_lse + lse
-  out = {name: jnp.where(used, out[name], 0.0) for name in names}
+  # Sorted, so that all hosts trace the same program.
+  out = {name: jnp.where(used, out[name], 0.0) for name in sorted(names)}
   return out, (lse, ref_lse)
 
 
