@@ -45,6 +45,7 @@ import numpy as np
 
 from dpo_jax import config as config_lib
 from dpo_jax import model_sources, online
+from dpo_jax.data import batch_plan
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.models import lora
 from dpo_jax.parallel import hosts, mesh
@@ -327,7 +328,7 @@ class _Loop:
     """A loader of all groups of a store, as the reference scores them."""
     indices = np.arange(len(loader.store))
     size = self.config.eval.batch_size
-    plan = loader_lib.make_plan(
+    plan = batch_plan.make_plan(
       loader.store,
       indices,
       batch_size=size,

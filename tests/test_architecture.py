@@ -79,6 +79,7 @@ ROOMS: dict[str, list[str]] = {
     "mismatched",
     "packing",
     "mixture",
+    "batch_plan",
     "loader",
     "scoring",
     "checks",

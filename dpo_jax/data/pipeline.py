@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax import config as config_lib
-from dpo_jax.data import checks, mismatched, sources, store
+from dpo_jax.data import batch_plan, checks, mismatched, sources, store
 from dpo_jax.data import groups as groups_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.mixture import Mixture
@@ -294,7 +294,7 @@ class Pipeline:
       mixture: shares of several sources, for training.
     """
     settings = self.config.data
-    plan = loader_lib.make_plan(
+    plan = batch_plan.make_plan(
       groups,
       indices,
       batch_size=batch_size,

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from dpo_jax import judges
+from dpo_jax.data import batch_plan
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.scoring import score_all
 from dpo_jax.data.store import Store, part_starts
@@ -181,7 +182,7 @@ class OnPolicy:
   def _num_slots(self) -> int:
     return 2 if self._settings.kind == "pairs" else self._settings.num_samples
 
-  def _make_plan(self) -> loader_lib.Plan:
+  def _make_plan(self) -> batch_plan.Plan:
     """Shapes that hold the longest responses that there can be."""
     most = self._settings.max_response_tokens
     lengths = self._prompts.store.lengths[:, :1]
@@ -196,7 +197,7 @@ class OnPolicy:
       digest="longest",
     )
     config = self._config
-    return loader_lib.make_plan(
+    return batch_plan.make_plan(
       imagined,
       self._prompts.indices,
       batch_size=config.batch_size,

@@ -13,7 +13,7 @@ import numpy as np
 
 from dpo_jax import config as config_lib
 from dpo_jax import judges
-from dpo_jax.data import loader as loader_lib
+from dpo_jax.data import batch_plan
 from dpo_jax.data.loader import Loader
 from dpo_jax.data.scoring import score_all
 from dpo_jax.data.store import Store
@@ -439,7 +439,7 @@ def sampled_kl(
   groups = list(zip(samples.prompts, samples.responses, strict=True))
   store = Store.from_groups(groups, np.ones((len(groups), 1)))
   indices = np.arange(len(store))
-  plan = loader_lib.make_plan(
+  plan = batch_plan.make_plan(
     store,
     indices,
     batch_size=min(batch_size, len(store)),
