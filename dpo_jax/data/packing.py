@@ -173,7 +173,7 @@ def fill_rows(
   at = (row, _index_in_run(row))
   batch.score[at] = scores[members]
   batch.example_ids[at] = example_ids[members]
-  if ref_logps is not None:
+  if ref_logps is not None and batch.ref_logps is not None:
     batch.ref_logps[at] = ref_logps[members]
   return batch
 
@@ -253,7 +253,7 @@ def _lay_out(
   masks: list[np.ndarray] = []
   labels: list[tuple[int, ...]] = []
   for r, members in enumerate(rows):
-    segment = 0
+    number = 0  # of the segment
     for g, i in enumerate(members):
       prompt, *responses = groups[i]
       if not len(prompt) and any(map(len, responses)):
@@ -261,19 +261,20 @@ def _lay_out(
           f"group {i} has an empty prompt, so nothing predicts the first token"
           " of its responses: a prompt needs at least one token, such as a BOS"
         )
-      branch = 0
+      num_branches = 0
       for k, response in enumerate(responses):
         if not len(response):
           continue
-        if not (branch and is_shared):
-          segment, branch = segment + 1, 0
+        if not (num_branches and is_shared):
+          number, num_branches = number + 1, 0
           ids.append(prompt)
           masks.append(np.zeros(len(prompt), bool))
-          labels.append((i, r, segment, 0, 0, -1))
-        branch += 1
+          labels.append((i, r, number, 0, 0, -1))
+        num_branches += 1
         ids.append(response)
-        slot = g * shape.num_slots + k
-        labels.append((i, r, segment, branch, len(prompt), slot))
+        labels.append(
+          (i, r, number, num_branches, len(prompt), g * shape.num_slots + k)
+        )
         everything = np.ones(len(response), bool)
         masks.append(everything if scored is None else scored[i][k])
   group, row, segment, branch, position, slot = (

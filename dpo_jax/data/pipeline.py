@@ -54,7 +54,7 @@ class Data:
 
   def reports(self) -> dict[str, Mapping[str, Any]]:
     """Returns the report of each source, see `groups.tokenize`."""
-    reports = {}
+    reports: dict[str, Mapping[str, Any]] = {}
     for loader in (self.train, *self.eval.values()):
       report = loader.store.report
       reports |= {r["source"]: r for r in report.get("sources", [report])}
@@ -353,6 +353,7 @@ class Pipeline:
     return ~is_unusable
 
   def _check_ids(self, groups: store.Store) -> None:
+    assert isinstance(groups.tokens, np.ndarray), "joined before the check"
     largest = int(groups.tokens.max())
     if largest >= self.vocab_size:
       position = int(np.argmax(groups.tokens))
