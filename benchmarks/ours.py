@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks import interleave, workload
 from dpo_jax.config import default_config
+from dpo_jax.data import batch_plan, packing
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import packing
 from dpo_jax.losses import build_objective
 from dpo_jax.models import partition_rules
 from dpo_jax.models.config import ModelConfig
@@ -62,7 +62,7 @@ class Trainer:
     self.loader = loader_lib.Loader(
       self.store,
       indices,
-      loader_lib.make_plan(
+      batch_plan.make_plan(
         self.store,
         indices,
         batch_size=options.batch_size,

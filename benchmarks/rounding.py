@@ -19,6 +19,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from dpo_jax.data import batch_plan
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.store import Store
 from dpo_jax.models.config import ModelConfig
@@ -90,7 +91,7 @@ def measure(tokens: int, *, is_live: bool) -> np.ndarray:
 
 def _make_loader(store: Store, batch_size: int) -> loader_lib.Loader:
   indices = np.arange(len(store))
-  plan = loader_lib.make_plan(
+  plan = batch_plan.make_plan(
     store,
     indices,
     batch_size=batch_size,

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from dpo_jax import config as config_lib
+from dpo_jax.data import batch_plan, packing
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import packing
 from dpo_jax.data.packing import RowShape
 from dpo_jax.data.store import Store
 from dpo_jax.losses import build_objective
@@ -182,7 +182,7 @@ def make_loader(
   ranks = np.arange(len(groups[0]) - 1, dtype=np.float32)
   store = Store.from_groups(groups, np.tile(-ranks, (len(groups), 1)))
   indices = np.arange(len(groups)) if indices is None else indices
-  plan = loader_lib.make_plan(
+  plan = batch_plan.make_plan(
     store,
     indices,
     batch_size=batch_size,

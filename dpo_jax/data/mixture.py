@@ -72,7 +72,7 @@ class Mixture:
     Returns:
       f64 [N]; sums to 1 where `indices` are the groups of all sources.
     """
-    of_group = {}
+    of_group: dict[int, float] = {}
     for own, count in zip(self.indices, self.counts, strict=True):
       of_group |= dict.fromkeys(own.tolist(), count / _CYCLE / len(own))
     return np.array([of_group[i] for i in indices.tolist()])

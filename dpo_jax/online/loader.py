@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from dpo_jax import judges
-from dpo_jax.data import loader as loader_lib
+from dpo_jax.data import batch_plan
 from dpo_jax.data.loader import Loader
 from dpo_jax.data.store import Store, part_starts
 from dpo_jax.data.tokenizers import Tokenizer
@@ -96,7 +96,7 @@ class OnPolicyLoader:
       )
     return indices
 
-  def _make_plan(self) -> loader_lib.Plan:
+  def _make_plan(self) -> batch_plan.Plan:
     """Plans shapes that hold the longest responses that there can be."""
     config, settings = self._config, self._settings
     num_slots = 2 if settings.kind == "pairs" else settings.num_samples
@@ -113,7 +113,7 @@ class OnPolicyLoader:
       scored=None,
       digest="longest",
     )
-    return loader_lib.make_plan(
+    return batch_plan.make_plan(
       imagined,
       self._prompts.indices,
       batch_size=config.batch_size,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dpo_jax import config as config_lib
 from dpo_jax import model_sources
 from dpo_jax.data.loader import Loader
-from dpo_jax.models import online_softmax
+from dpo_jax.models import vocabulary_blocks
 from dpo_jax.parallel import mesh, sharding
 from dpo_jax.planning import hlo, roofline, topology
 from dpo_jax.records.workdir import Workdir
@@ -318,7 +318,7 @@ def known_memory(subject: Subject) -> dict[str, float]:
   rows = batch.tokens.shape[0] / program.accumulation_steps
   rows /= program.placement.num_row_shards
   logits = rows * length * program.policy.config.vocab_size / sizes["tensor"]
-  loops = online_softmax.ACCELERATOR
+  loops = vocabulary_blocks.ACCELERATOR
   chunk = program.chunk_size or loops.chunk(math.ceil(rows), length)
   at_a_time = rows * min(chunk, length)
   block = at_a_time * loops.columns(int(at_a_time))

@@ -9,7 +9,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from dpo_jax.data import loader as loader_lib
+from dpo_jax.data import batch_plan
 from dpo_jax.data.loader import Loader
 from dpo_jax.models import lora
 from dpo_jax.system.files import write_atomically
@@ -106,7 +106,7 @@ def _every_group(run: Run, loader: Loader) -> Loader:
   """Returns a loader of all groups of a store, as the reference scores them."""
   config = run.config
   indices = np.arange(len(loader.store))
-  plan = loader_lib.make_plan(
+  plan = batch_plan.make_plan(
     loader.store,
     indices,
     batch_size=config.eval.batch_size,

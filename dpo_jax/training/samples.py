@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax import judges
-from dpo_jax.data import loader as loader_lib
+from dpo_jax.data import batch_plan
 from dpo_jax.data.loader import Loader
 from dpo_jax.data.store import Store
 from dpo_jax.data.tokenizers import Tokenizer
@@ -198,7 +198,7 @@ def sampled_kl(
   groups = list(zip(samples.prompts, samples.responses, strict=True))
   store = Store.from_groups(groups, np.ones((len(groups), 1)))
   indices = np.arange(len(store))
-  plan = loader_lib.make_plan(
+  plan = batch_plan.make_plan(
     store,
     indices,
     batch_size=min(batch_size, len(store)),

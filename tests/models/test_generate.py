@@ -126,7 +126,7 @@ def test_filters_equal_a_loop():
 @pytest.mark.parametrize(
   ("prompts", "kwargs", "message"),
   [
-    ([[1], []], {}, "hold no tokens"),
+    ([[1], []], {}, "have no tokens"),
     ([[1]], {"temperature": -1.0}, "temperature=-1"),
     ([[1]], {"top_p": 0.0}, "top_p=0"),
     ([[1] * 500], {"max_response_tokens": 20}, "max_positions=512"),

@@ -13,7 +13,7 @@ import pytest
 from dpo_jax.losses import build_objective
 from dpo_jax.models import partition_rules
 from dpo_jax.models.config import Lora
-from dpo_jax.models.decoder import Projection
+from dpo_jax.models.layers import Projection
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.parallel.pmap import make_placement

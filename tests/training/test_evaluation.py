@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dpo_jax import judges
+from dpo_jax.data import batch_plan, mismatched, tokenizers
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import mismatched, tokenizers
 from dpo_jax.losses import CATALOGUE
 from dpo_jax.models import generate
 from dpo_jax.training import evaluation, reference, samples
@@ -383,7 +383,7 @@ def unpaired(models, has_mismatched):
   def evaluate_batches(name, batch_size):
     program = tiny.make_program(models.policy, name, tiny.make_placement())
     indices = np.arange(len(store))
-    plan = loader_lib.make_plan(
+    plan = batch_plan.make_plan(
       store,
       indices,
       batch_size=batch_size,
