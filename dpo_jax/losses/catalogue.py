@@ -79,8 +79,6 @@ class Loss:
   def needs(self, knobs: Mapping[str, Any]) -> frozenset[str]:
     """Optional fields of `Sequences` that this loss reads with these knobs."""
     fields = self.reward_row.needs | self.link_row.needs
-    if self.link_row.kind == "pooled":
-      fields |= {"ref_logps"}
     if regularizers.calibration in self.regularizers:
       fields |= {"ref_logps"}
     return frozenset(f for f in fields if self.is_read(f, knobs))

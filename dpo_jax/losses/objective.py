@@ -545,11 +545,12 @@ def _recombine(loss: Loss, reward: str | None, link: str | None) -> Loss:
       f"loss {loss.name!r} cannot take link {link!r}: it is a"
       f" {LINKS[link].kind} link, and the row's is a {loss.link_row.kind} link"
     )
-  if row.link_row.kind == "pooled":
-    raise ValueError(
-      f"link {row.link!r} sorts log-probs themselves, so it takes no other"
-      " reward"
-    )
+  for name in dict.fromkeys((loss.link, row.link)):
+    if LINKS[name].fixes_reward:
+      raise ValueError(
+        f"link {name!r} sorts the log-probs of a batch: it takes no other"
+        " reward, and its loss takes no other link"
+      )
   if row.link_row.needs_anchor and not row.reward_row.is_anchored:
     raise ValueError(
       f"link {row.link!r} holds each reward by itself against a constant, so"

@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.losses import links
+from dpo_jax.losses.links import margins
 
 
 def dpo_loss(
@@ -60,9 +60,9 @@ def _smoothed_loss(*arrays_and_knobs: jax.Array) -> jax.Array:
   chosen, rejected, ref_chosen, ref_rejected = (
     jnp.asarray(x, jnp.float32) for x in arrays
   )
-  margins = (chosen - ref_chosen) - (rejected - ref_rejected)
-  return links.smoothed_logistic(
-    margins, beta=beta, label_smoothing=label_smoothing
+  differences = (chosen - ref_chosen) - (rejected - ref_rejected)
+  return margins.smoothed_logistic(
+    differences, beta=beta, label_smoothing=label_smoothing
   )
 
 
