@@ -67,7 +67,7 @@ from tests.losses.test_catalogue import losses_of, make_sequences
     ([{"name": "dpo", "weight": 1}] * 2, "one of them twice"),
     (
       [{"name": "dpo", "weight": 1}, {"name": "kto", "weight": 1}],
-      "groups of different kinds",
+      "must read groups of one kind",
     ),
     (
       [{"name": "kto", "weight": 1}, {"name": "sft", "weight": 1}],
