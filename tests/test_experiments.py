@@ -11,7 +11,14 @@ from dpo_jax.records.workdir import Workdir
 from dpo_jax.train import train
 from dpo_jax.training import evaluation
 from dpo_jax.training.evaluation import displacement, read_records
-from experiments import exact_sweep, loss_docs, loss_table, quickstart, replay
+from experiments import (
+  exact_sweep,
+  loss_docs,
+  loss_functions,
+  loss_table,
+  quickstart,
+  replay,
+)
 from tests.tiny import make_config
 
 pytestmark = pytest.mark.usefixtures("in_haste")
@@ -89,10 +96,20 @@ def test_twenty_lines_of_a_figure_have_colours_of_their_own():
   assert len({exact_sweep.colour(number) for number in range(20)}) == 20
 
 
-def test_docs_are_those_of_the_catalogue():
+def test_loss_documents_are_current():
   """If this fails: python -m experiments.loss_docs."""
-  written = (loss_docs.FOLDER / "losses.md").read_text(encoding="utf-8")
-  assert written == loss_docs.render()
+  for name, text in (
+    ("losses.md", loss_docs.render()),
+    ("api.md", loss_functions.render_api()),
+  ):
+    assert (loss_docs.FOLDER / name).read_text(encoding="utf-8") == text
+
+
+@pytest.mark.slow
+def test_loss_functions_are_current():
+  """If this fails: python -m experiments.loss_docs."""
+  written = loss_docs.FUNCTIONS.read_text(encoding="utf-8")
+  assert written == loss_functions.render_functions()
 
 
 def test_every_loss_has_a_curve_of_its_own():

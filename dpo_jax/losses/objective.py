@@ -132,6 +132,19 @@ class Objective:
     Raises:
       ValueError: K does not suit the loss, or a field that it reads is None.
     """
+    sequences, rewards, per_group, loss_state = self._evaluate(
+      sequences, loss_state
+    )
+    return per_group, self._metrics(sequences, rewards), loss_state
+
+  def losses(self, sequences: Sequences) -> jax.Array:
+    """Computes the losses alone, of a loss without state: f32 [B]."""
+    return self._evaluate(sequences, ())[2]
+
+  def _evaluate(
+    self, sequences: Sequences, loss_state: Any
+  ) -> tuple[Sequences, jax.Array, jax.Array, Any]:
+    """Returns the sequences, blanked, their rewards, losses and next state."""
     self.check_group_size(sequences.valid.shape[1])
     self._check_fields(sequences)
     is_valid = self.valid_groups(sequences.valid)
@@ -148,7 +161,7 @@ class Objective:
       total_tokens = jnp.maximum(sequences.total_tokens, 1.0)
       per_group = per_group * (sequences.num_groups / total_tokens)
     per_group = jnp.where(is_valid, per_group, 0.0)
-    return per_group, self._metrics(sequences, rewards, is_valid), loss_state
+    return sequences, rewards, per_group, loss_state
 
   def check_group_size(self, num_responses: int) -> None:
     """Raises ValueError unless groups of that size suit the loss."""
@@ -197,9 +210,8 @@ class Objective:
       total_tokens=self.scored_tokens(sequences.num_tokens, sequences.valid),
     )
 
-  def _metrics(
-    self, sequences: Sequences, rewards: jax.Array, is_valid: jax.Array
-  ) -> Metrics:
+  def _metrics(self, sequences: Sequences, rewards: jax.Array) -> Metrics:
+    is_valid = self.valid_groups(sequences.valid)
     sequences, rewards = jax.lax.stop_gradient((sequences, rewards))
     group = self._group
     scale = self.knobs[self.loss.scale] if self.loss.scale else 1.0
