@@ -25,7 +25,8 @@ import pytest
 import yaml
 
 from dpo_jax import config as config_lib
-from dpo_jax.losses import catalogue, links
+from dpo_jax.losses.catalogue import margins as rows
+from dpo_jax.losses.links import margins as links
 from dpo_jax.models import huggingface
 from dpo_jax.planning import compilation, topology
 from tests import tiny
@@ -332,7 +333,7 @@ def test_a_plan_needs_no_file_that_the_project_does_not_have(
 def test_python_blocks_run(document, tmp_path, monkeypatch):
   """One after the other; a new loss in the modules that it is for."""
   monkeypatch.chdir(tmp_path)
-  names = vars(links) | vars(catalogue)
+  names = vars(links) | vars(rows)
   for block in _BLOCKS:
     if block.where.startswith(f"{document}:") and block.language == "python":
       exec(compile(block.text, block.where, "exec"), names)

@@ -12,7 +12,14 @@ from dpo_jax.records.metrics import MetricsWriter, read_metrics
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.train import train
 from dpo_jax.training.evaluation import displacement
-from experiments import exact_sweep, loss_docs, loss_table, quickstart, replay
+from experiments import (
+  exact_sweep,
+  loss_docs,
+  loss_functions,
+  loss_table,
+  quickstart,
+  replay,
+)
 from tests.tiny import make_config
 
 pytestmark = pytest.mark.usefixtures("in_haste")

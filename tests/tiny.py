@@ -24,7 +24,7 @@ from dpo_jax.records import resume
 from dpo_jax.training import forward, reference
 from dpo_jax.training import program as program_lib
 from dpo_jax.training import setup as run
-from dpo_jax.types import Batch
+from dpo_jax.types import Batch, Sequences
 
 
 def make_config(**overrides):
@@ -153,6 +153,58 @@ def pack(
     ref_logps=ref_logps,
     token_masks=token_masks,
     scored=scored,
+  )
+
+
+def make_sequences(
+  num_slots: int, num: int = 6, seed: int = 0, scale: float = 5.0
+) -> Sequences:
+  """Random groups with every optional field, f32.
+
+  Args:
+    num_slots: K.
+    num: B.
+    seed: of the random numbers.
+    scale: standard deviation of the log-ratios, nats.
+  """
+  rng = np.random.default_rng(seed)
+  shape = (num, num_slots)
+  n = rng.integers(1, 40, shape).astype(np.float32)
+  logps = -n * rng.uniform(0.2, 2.0, shape)
+  gaps = {k: rng.normal(0, scale, shape) for k in ("ref", "head", "sampled")}
+  score = -np.sort(-rng.uniform(0, 4, shape), axis=1)
+  if num_slots == 1:
+    score = (np.arange(num) % 2).astype(float)[:, None]
+  fields = {
+    "logps": logps,
+    "num_tokens": n,
+    "score": score,
+    "ref_logps": logps + gaps["ref"],
+    "head_logps": 0.5 * logps,
+    "ref_head_logps": 0.5 * logps + gaps["head"],
+    "sampled_logps": 0.4 * logps,
+    "ref_sampled_logps": 0.4 * logps + gaps["sampled"],
+    "mismatched_logps": logps[:, 0] - 3.0,
+    "mismatched_ref_logps": logps[:, 0] - 3.0 - rng.normal(4, 2, num),
+    "complement_logps": -rng.uniform(0.1, 3.0, shape) * n,
+    "alignment": -rng.uniform(0.0, 1.0, shape),
+    "kl": rng.uniform(0, 3, shape),
+    "values": rng.normal(0, 2, shape),
+    "old_logps": logps + rng.normal(0, 0.3, shape),
+  }
+  # Four tokens of each response, the last of some of them padding.
+  fields |= {
+    "token_logps": rng.uniform(-3, 0, (*shape, 4)),
+    "old_token_logps": rng.uniform(-3, 0, (*shape, 4)),
+    "token_values": rng.normal(0, 1, (*shape, 4)),
+    "old_token_values": rng.normal(0, 1, (*shape, 4)),
+    "advantages": rng.normal(0, 1, (*shape, 4)),
+    "returns": rng.normal(0, 1, (*shape, 4)),
+  }
+  fields = {k: jnp.asarray(v, jnp.float32) for k, v in fields.items()}
+  mask = np.arange(4) < rng.integers(1, 5, (*shape, 1))
+  return Sequences(
+    **fields, token_mask=jnp.asarray(mask), valid=jnp.ones(shape, bool)
   )
 
 

@@ -22,7 +22,6 @@ from dpo_jax.training import forward, measure, reference
 from dpo_jax.training import step as step_lib
 from dpo_jax.types import TrainState
 from tests import tiny
-from tests.losses.test_catalogue import make_sequences
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -285,7 +284,7 @@ def test_references_that_cannot_be_are_refused(loss, settings, message):
 
 def test_a_gradient_weight_is_of_all_sums_that_a_loss_reads():
   """Where every token is in every sum, these losses pull as DPO does."""
-  sequences = make_sequences(2)
+  sequences = tiny.make_sequences(2)
   sequences = sequences.replace(
     head_logps=sequences.logps,
     ref_head_logps=sequences.ref_logps,
