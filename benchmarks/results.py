@@ -31,7 +31,7 @@ of tokens a second from the tables below it. No GPU or TPU was measured.
 
 
 def machine() -> dict[str, Any]:
-  """Returns the processor, its load and the versions behind a measurement."""
+  """Returns the processor, its load and the versions of the packages."""
   packages = ("jax", "jaxlib", "flax", "optax", "numpy")
   processor = platform.processor()
   cpuinfo = pathlib.Path("/proc/cpuinfo")
@@ -65,7 +65,7 @@ def write(
     title: heading in RESULTS.md.
     command: command line that measured it.
     rows: cells by column, the same keys in each; lists stay in the JSON.
-    notes: what a reader must know, a line each.
+    notes: caveats, a line each.
     extra: versions and the like, for the JSON.
   """
   _JSON.mkdir(exist_ok=True)
