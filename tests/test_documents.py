@@ -361,17 +361,16 @@ def test_the_readme_starts_with_the_main_job_and_the_tests():
 
 
 def test_the_readme_counts_the_losses():
+  from dpo_jax.losses import CATALOGUE
+
   text = _TEXTS["README.md"]
-  assert f"[{len(catalogue.CATALOGUE)} losses]" in text
+  assert f"[{len(CATALOGUE)} losses]" in text
   rows = re.findall(r"^\| ([a-z ]+) \| (\d+) \| (.*) \|$", text, re.M)
-  counted = collections.Counter(
-    row.group for row in catalogue.CATALOGUE.values()
-  )
+  counted = collections.Counter(row.group for row in CATALOGUE.values())
   assert sorted(int(n) for _, n, _ in rows) == sorted(counted.values())
   for _, number, examples in rows:
     groups = {
-      catalogue.CATALOGUE[name].group
-      for name in re.findall(r"`(\w+)`", examples)
+      CATALOGUE[name].group for name in re.findall(r"`(\w+)`", examples)
     }
     assert [counted[group] for group in groups] == [int(number)]
 
