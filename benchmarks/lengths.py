@@ -53,9 +53,9 @@ def main() -> None:
     rows=rows,
     notes=[
       "T: one pair a step, half of each sequence its prompt. V: workload A.",
-      "step temp: what the compiled step needs besides its arguments (weights,"
-      " two moments, a batch); it holds the gradient, which grows with the"
-      " embeddings.",
+      "step temp: memory that the compiled step needs in addition to its"
+      " arguments (weights, two moments, a batch); it holds the gradient, which"
+      " grows with the embeddings.",
     ],
   )
 

@@ -1,5 +1,11 @@
-"""Tables: JSON beside RESULTS.md, which is written anew from all of it."""
+"""Tables of measurements as JSON, and RESULTS.md, which shows all of them.
 
+  python -m benchmarks.results
+
+writes RESULTS.md from the JSON, and measures nothing.
+"""
+
+import argparse
 from collections.abc import Mapping, Sequence
 import datetime
 import importlib.metadata
@@ -7,14 +13,25 @@ import json
 import os
 import pathlib
 import platform
+import re
+import textwrap
 from typing import Any
 
 _FOLDER = pathlib.Path(__file__).parent
 _JSON = _FOLDER / "results"
+_WIDTH = 100
+# The ratio that the first table of RESULTS.md collects from all others.
+_RATIO = "dpo_jax_is_faster_by"
+_INTRODUCTION = """# Measurements
+
+dpo_jax against its peers on two CPU cores. The first table collects the ratios
+of tokens a second from the tables below it. No GPU or TPU was measured.
+[performance.md](../docs/performance.md) says what changes the ratios.
+`python -m benchmarks.results` writes this page from JSON; do not edit it."""
 
 
 def machine() -> dict[str, Any]:
-  """What a figure depends on."""
+  """Returns the processor, its load and the versions of the packages."""
   packages = ("jax", "jaxlib", "flax", "optax", "numpy")
   processor = platform.processor()
   cpuinfo = pathlib.Path("/proc/cpuinfo")
@@ -45,10 +62,10 @@ def write(
 
   Args:
     table: name of the JSON file.
-    title: of the table in RESULTS.md.
-    command: that made it.
-    rows: of the table, with the same keys each; lists stay in the JSON.
-    notes: what a reader must know, a line each.
+    title: heading in RESULTS.md.
+    command: command line that measured it.
+    rows: cells by column, the same keys in each; lists stay in the JSON.
+    notes: caveats, a line each.
     extra: versions and the like, for the JSON.
   """
   _JSON.mkdir(exist_ok=True)
@@ -63,37 +80,132 @@ def write(
   }
   path = _JSON / f"{table}.json"
   path.write_text(json.dumps(content, indent=1) + "\n")
+  (_FOLDER / "RESULTS.md").write_text(render())
+
+
+def render() -> str:
+  """Returns RESULTS.md, from the JSON of every table."""
   tables = [json.loads(p.read_text()) for p in sorted(_JSON.glob("*.json"))]
-  text = ["# Measurements", "", "Written by the commands below."]
+  text = [_INTRODUCTION, "", *_summary(tables)]
   for content in tables:
-    text += ["", *_markdown(content)]
-  (_FOLDER / "RESULTS.md").write_text("\n".join(text) + "\n")
+    text += ["", *_section(content)]
+  return "\n".join(text) + "\n"
 
 
-def _markdown(content: Mapping[str, Any]) -> list[str]:
+def _summary(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Lists how many times as fast as each peer dpo_jax is."""
+  rows = []
+  for content in tables:
+    lengths = " + ".join(re.findall(r"of (\d+)", content["title"]))
+    processor = re.sub(r"\(R\)| Processor", "", content["machine"]["processor"])
+    rows += [
+      (row["name"], lengths or "mixed", processor, _cell(row[_RATIO]))
+      for row in content["rows"]
+      if row.get(_RATIO, 1.0) != 1.0
+    ]
+  header = ("peer", "prompt + response", "processor", "dpo_jax is faster by")
+  return _table(header, rows)
+
+
+def _section(content: Mapping[str, Any]) -> list[str]:
   rows = content["rows"]
   cells = {name: cell for row in rows for name, cell in row.items()}
   columns = [name for name, cell in cells.items() if not isinstance(cell, list)]
+  key, *columns = columns
   machine_line = ", ".join(
     f"{name} {value}" for name, value in content["machine"].items()
   )
+  text = [f"## {content['title']}", ""]
+  for table in _tables(key, columns, rows):
+    text += [*table, ""]
+  notes = (*content["notes"], f"{content['date']}; {machine_line}.")
+  for note in notes:
+    text += textwrap.wrap(f"- {note}", _WIDTH, subsequent_indent="  ")
+  # Words of the command stay whole; lines end as a shell continues them.
+  command = textwrap.wrap(
+    content["command"], _WIDTH - 2, subsequent_indent="    ", **_WHOLE
+  )
+  return [*text, "", "```bash", " \\\n".join(command), "```"]
+
+
+_WHOLE = dict(break_long_words=False, break_on_hyphens=False)
+
+
+def _tables(
+  key: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> list[list[str]]:
+  """Lays rows out in tables of at most _WIDTH columns.
+
+  Few rows with many columns are transposed; other tables are split by columns.
+
+  Args:
+    key: column that names the rows.
+    columns: other columns.
+    rows: cells by column.
+  """
+  names = _without_common_parts([str(row[key]) for row in rows])
+  transposed = _table(
+    (key, *names),
+    [
+      (column.replace("_", " "), *(_cell(row.get(column)) for row in rows))
+      for column in columns
+    ],
+  )
+  if len(rows) < len(columns) and _fits(transposed):
+    return [transposed]
+  tables, first = [], 0
+  while first < len(columns):
+    last = first + 1
+    while last < len(columns) and _fits(
+      _by_rows(key, names, columns[first : last + 1], rows)
+    ):
+      last += 1
+    tables.append(_by_rows(key, names, columns[first:last], rows))
+    first = last
+  return tables
+
+
+def _by_rows(
+  key: str,
+  names: Sequence[str],
+  columns: Sequence[str],
+  rows: Sequence[Mapping[str, Any]],
+) -> list[str]:
+  return _table(
+    (key, *(column.replace("_", " ") for column in columns)),
+    [
+      (name, *(_cell(row.get(column)) for column in columns))
+      for name, row in zip(names, rows, strict=True)
+    ],
+  )
+
+
+def _without_common_parts(names: Sequence[str]) -> list[str]:
+  """Drops the parts between commas that all names share: the title has them."""
+  parts = [name.split(", ") for name in names]
+  common = set.intersection(*map(set, parts))
+  short = [", ".join(p for p in name if p not in common) for name in parts]
+  return short if all(short) else list(names)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
   return [
-    f"## {content['title']}",
-    "",
-    f"`{content['command']}`, {content['date']}; {machine_line}.",
-    "",
-    "| " + " | ".join(name.replace("_", " ") for name in columns) + " |",
-    "|" + "---|" * len(columns),
-    *(
-      "| " + " | ".join(_cell(row.get(name)) for name in columns) + " |"
-      for row in rows
-    ),
-    "",
-    *(f"- {note}" for note in content["notes"]),
+    "| " + " | ".join(header) + " |",
+    "|" + "---|" * len(header),
+    *("| " + " | ".join(row) + " |" for row in rows),
   ]
+
+
+def _fits(table: Sequence[str]) -> bool:
+  return max(map(len, table)) <= _WIDTH
 
 
 def _cell(value: Any) -> str:
   if isinstance(value, float):
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
   return "" if value is None else str(value)
+
+
+if __name__ == "__main__":
+  argparse.ArgumentParser(description=__doc__).parse_args()
+  (_FOLDER / "RESULTS.md").write_text(render())

@@ -69,17 +69,6 @@ def real_data() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def golden() -> pathlib.Path:
-  """A folder of golden figures, or a skip."""
-  path = pathlib.Path(
-    os.environ.get("DPO_JAX_GOLDEN", _ROOT.parent / "shared" / "golden")
-  )
-  if not path.is_dir():
-    pytest.skip("no golden figures: point DPO_JAX_GOLDEN at a folder of them")
-  return path
-
-
-@pytest.fixture(scope="session")
 def libtpu() -> None:
   """A libtpu of the version that jax pins, or a skip."""
   try:

@@ -3,9 +3,11 @@
 A command stands in a block marked bash, sh, console or yaml (a SkyPilot task),
 or between backticks in the text. Names in capitals, such as FOLDER, are to be
 replaced. Blocks under `<!-- run -->` are run as they are, on tiny inputs.
+Lines have at most 100 columns; links, files and keys that documents name exist.
 """
 
 import argparse
+import collections
 import functools
 import gzip
 import importlib.util
@@ -24,6 +26,7 @@ import jax
 import pytest
 import yaml
 
+from benchmarks import results
 from dpo_jax import config as config_lib
 from dpo_jax.losses.catalogue import margins as rows
 from dpo_jax.losses.links import margins as links
@@ -45,6 +48,9 @@ _SHELLS = ("bash", "sh", "console")
 # What stands between commands in a line of a shell.
 _OPERATORS = {"&&", "||", "|", ";", "&", "(", ")"}
 _FILE = re.compile(r"requirements[\w-]*\.txt|(configs|scripts)/\w+\.py")
+_WIDTH = 100
+# Written by scripts of their own, from tables with long rows.
+_WIDE = ("docs/losses.md", "docs/api.md")
 # Makes a training small; a later flag replaces an earlier one.
 _TINY = (
   "--config.total_steps=1",
@@ -327,6 +333,115 @@ def test_a_plan_needs_no_file_that_the_project_does_not_have(
   monkeypatch.chdir(ROOT)
   monkeypatch.setattr(topology.Topology, "devices", lambda _: jax.devices())
   assert compilation.build(request).batch.tokens.size > 0
+
+
+@pytest.mark.parametrize("document", sorted(set(DOCUMENTS) - set(_WIDE)))
+def test_lines_have_at_most_100_columns(document):
+  wide = [
+    number
+    for number, line in enumerate(_TEXTS[document].splitlines(), 1)
+    if len(line) > _WIDTH
+  ]
+  assert not wide, f"{document}: lines {wide} have more than {_WIDTH} columns"
+
+
+def test_the_readme_has_at_most_200_lines():
+  lines = _TEXTS["README.md"].splitlines()
+  assert len(lines) <= 200
+  assert max(map(len, lines)) <= 99
+
+
+def test_the_readme_starts_with_the_main_job_and_the_tests():
+  """A new user types the first two shell blocks into a fresh clone."""
+  blocks = blocks_of("README.md", _TEXTS["README.md"])
+  shells = [block.text for block in blocks if block.language in _SHELLS]
+  assert shells[:2] == [
+    "pip install -r requirements.txt && python -m experiments.quickstart",
+    "pip install -r requirements-test.txt && pytest",
+  ]
+
+
+def test_the_readme_counts_the_losses():
+  from dpo_jax.losses import CATALOGUE
+
+  text = _TEXTS["README.md"]
+  assert f"[{len(CATALOGUE)} losses]" in text
+  rows = re.findall(r"^\| ([a-z ]+) \| (\d+) \| (.*) \|$", text, re.M)
+  counted = collections.Counter(row.group for row in CATALOGUE.values())
+  assert sorted(int(n) for _, n, _ in rows) == sorted(counted.values())
+  for _, number, examples in rows:
+    groups = {
+      CATALOGUE[name].group for name in re.findall(r"`(\w+)`", examples)
+    }
+    assert [counted[group] for group in groups] == [int(number)]
+
+
+def anchors_of(text):
+  """Anchors of a document's headings, as GitHub makes them."""
+  headings = re.findall(r"^#+ (.*)$", text, re.M)
+  return {
+    re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-")
+    for h in headings
+  }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files_and_headings(document):
+  text = re.sub(r"^```.*?^```", "", _TEXTS[document], flags=re.M | re.S)
+  for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    if "://" in target:
+      continue
+    name, _, anchor = target.partition("#")
+    path = (ROOT / document).parent / name if name else ROOT / document
+    assert path.exists(), f"{document}: {target}"
+    if anchor:
+      assert anchor in anchors_of(path.read_text()), f"{document}: {target}"
+
+
+_FOLDERS = ("benchmarks", "configs", "docs", "dpo_jax", "experiments")
+_PATH = re.compile(rf"({'|'.join(_FOLDERS)}|scripts|tests|\.ci)(/[\w.-]+)+/?")
+
+
+def test_files_in_the_text_exist():
+  for where, span in _SPANS:
+    if _PATH.fullmatch(span) and is_name(span.removesuffix(".md")):
+      assert (ROOT / span).exists(), f"{where}: {span}"
+
+
+def test_keys_in_the_text_exist():
+  """Keys stand without their dashes too: `loss.beta=0.1`."""
+  known = {key for key, _ in config_lib.flatten(_default_config())}
+  known |= {key.rpartition(".")[0] for key in known}
+  rooms = {key.partition(".")[0] for key in known} - {""}
+  for where, span in _SPANS:
+    match = re.fullmatch(r"(\w+)((?:\.\w+)+)(?:=\S*)?", span)
+    if match and match[1] in rooms and is_name(match[1] + match[2]):
+      key = match[1] + match[2]
+      is_file = key.endswith((".json", ".py", ".png", ".md"))
+      assert is_file or key in known, f"{where}: {span}"
+
+
+def _run_script(name):
+  """Runs a script as a module, without its command."""
+  return runpy.run_path(str(ROOT / "scripts" / name))
+
+
+def test_the_layout_is_that_of_the_modules():
+  text = _run_script("write_layout.py")["render"]()
+  message = "run python scripts/write_layout.py"
+  assert _TEXTS["docs/layout.md"] == text, message
+
+
+def test_the_measurements_are_those_of_the_json():
+  message = "run python -m benchmarks.results"
+  assert _TEXTS["benchmarks/RESULTS.md"] == results.render(), message
+
+
+def test_the_readme_has_the_ratios_of_the_measurements():
+  speed = _TEXTS["README.md"].partition("## Speed")[2].partition("\n## ")[0]
+  ratios = re.findall(r"\| ([\d.]+) (?=\|)", speed)
+  measured = re.findall(r"\| ([\d.]+) \|$", results.render(), re.M)
+  assert ratios and set(ratios) <= set(measured)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

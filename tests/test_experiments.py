@@ -15,7 +15,6 @@ from dpo_jax.training.evaluation import displacement
 from experiments import (
   exact_sweep,
   loss_docs,
-  loss_functions,
   loss_table,
   quickstart,
   replay,

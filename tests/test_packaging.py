@@ -1,12 +1,15 @@
 """What an installation holds: every module, and nothing that is missing."""
 
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 
+from packaging.requirements import Requirement
 import pytest
+import yaml
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("dpo_jax", "configs", "experiments")
@@ -52,3 +55,47 @@ def test_a_wheel_holds_every_module_and_each_can_be_imported(tmp_path):
     cwd=tmp_path,
     check=True,
   )
+
+
+def pins(path):
+  """Reads a file of constraints: versions by name."""
+  lines = path.read_text().splitlines()
+  return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def requirements(name):
+  """Reads a file of requirements, with the files that it includes."""
+  for line in (ROOT / name).read_text().splitlines():
+    line = line.partition("#")[0].strip()
+    if line.startswith("-r "):
+      yield from requirements(line.removeprefix("-r "))
+    elif line:
+      yield Requirement(line)
+
+
+def workflow():
+  return yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+
+
+def test_every_python_of_ci_has_constraints_that_fit_the_requirements():
+  pythons = workflow()["jobs"]["tests"]["strategy"]["matrix"]["python"]
+  for python in pythons:
+    found = pins(ROOT / "constraints" / f"py{python.replace('.', '')}.txt")
+    for requirement in requirements("requirements-test.txt"):
+      name = re.sub(r"[_.]+", "-", requirement.name).lower()
+      assert name in found, f"{python}: {name} has no version"
+      assert requirement.specifier.contains(found[name]), (python, name)
+
+
+def test_ci_runs_the_projects_own_check():
+  for job in workflow()["jobs"].values():
+    assert [s["run"] for s in job["steps"] if "run" in s] == [".ci/run"]
+
+
+def test_hooks_run_tools_of_the_requirements():
+  hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+  tools = {
+    requirement.name for requirement in requirements("requirements-test.txt")
+  }
+  for hook in hooks["repos"][0]["hooks"]:
+    assert hook["entry"].split()[0] in tools
