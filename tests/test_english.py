@@ -21,18 +21,8 @@ _NOT_YET: tuple[str, ...] = (
   "losses",
   "config",
   "system",
-  "parallel",
   "models",
   "data",
-  "records",
-  "model_sources",
-  "judges",
-  "training",
-  "online",
-  "planning",
-  "train",
-  "export",
-  "plan",
   "experiments",
   "benchmarks",
   "scripts",
@@ -45,7 +35,10 @@ _ENTRY = re.compile(
   r"^ {2,}\*{0,2}\w+: (of|that|what|who|whose|where)\b", re.M | re.I
 )
 # Words before which "else" and "behind" are what a reader expects.
-_NOT_ELSE = r"(?<!\bnothing )(?<!\banything )(?<!\bsomething )(?<!\bwhat )"
+_NOT_ELSE = (
+  r"(?<!\bnothing )(?<!\banything )(?<!\bsomething )(?<!\bwhat )"
+  r"(?<!\beverything )"
+)
 _NOT_BEHIND = r"(?<!\bleft )(?<!\bleaves )(?<!\bstays )(?<!\bfar )"
 _BANNED: dict[str, str] = {
   r"anew": "again",
