@@ -1219,10 +1219,10 @@ def test_every_loss_trains(tmp_path, monkeypatch, group):
   objectives = [build_objective({"name": name}) for name in names]
 
   @jax.jit
-  def measure(sequences):
+  def measure_all(sequences):
     return [measure.measure(o, keep_needed(o, sequences)) for o in objectives]
 
-  for name, figures in zip(names, measure(sequences), strict=True):
+  for name, figures in zip(names, measure_all(sequences), strict=True):
     assert np.isfinite(figures[f"{name}/loss"]).all(), name
     assert (figures[f"{name}/gradient_weight"] > 0.0).any(), name
 

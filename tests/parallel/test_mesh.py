@@ -15,6 +15,7 @@ from dpo_jax.models import partition_rules
 from dpo_jax.models.config import Lora
 from dpo_jax.models.layers import Projection
 from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.parallel import sharding
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.parallel.pmap import make_placement
 from dpo_jax.training import gradients
@@ -327,7 +328,9 @@ def test_a_projection_gathers_the_axis_that_fsdp_splits():
     for leaf, split in zip(
       ("kernel", "lora_a", "lora_b"), layer.splits, strict=True
     ):
-      spec = partition_rules.partition_spec(f"layers/{name}/{leaf}")
+      spec = sharding.partition_spec(
+        f"layers/{name}/{leaf}", partition_rules.PARTITION_RULES
+      )
       shape = getattr(layer, leaf).shape
       axes = (*spec, *[None] * (1 + len(shape) - len(spec)))[1:]
       found = None if split is None else split % len(shape)
