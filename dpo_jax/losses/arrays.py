@@ -257,4 +257,4 @@ def _fields(
   fields |= {field: jnp.stack(columns, 1) for field, columns in slots.items()}
   ones = jnp.ones(shape, jnp.float32)
   unread = ("logps", "ref_logps", "num_tokens", "score")
-  return {field: ones for field in unread} | fields
+  return dict.fromkeys(unread, ones) | fields

@@ -507,13 +507,27 @@ def test_beta_dpo_compares_a_batch_with_those_before_it():
     mean = 0.9 * mean + 0.1 * batch_mean
 
 
-def test_a_response_without_tokens_counts_as_one_token():
-  """No 0 / 0 in a length mean."""
-  for name in ("simpo", "ipo", "orpo", "length_normalized_dpo"):
-    knobs = {"length_normalize": True} if name == "ipo" else {}
-    sequences = make_sequences(2)
-    sequences = sequences.replace(num_tokens=sequences.num_tokens.at[0].set(0))
-    assert jnp.isfinite(losses_of(build(name, **knobs), sequences)).all()
+@pytest.mark.parametrize(
+  ("name", "knobs"),
+  [
+    ("simpo", {}),
+    ("ipo", {"length_normalize": True}),
+    ("orpo", {}),
+    ("length_normalized_dpo", {}),
+  ],
+)
+def test_a_response_without_tokens_counts_as_one_token(name, knobs):
+  sequences = make_sequences(2)
+  num_tokens = sequences.num_tokens
+  none, one, two = (
+    losses_of(
+      build(name, **knobs),
+      sequences.replace(num_tokens=num_tokens.at[0].set(count)),
+    )
+    for count in (0.0, 1.0, 2.0)
+  )
+  np.testing.assert_array_equal(none, one)
+  assert none[0] != two[0]
 
 
 def test_every_default_is_in_range_and_every_knob_has_one():
