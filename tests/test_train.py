@@ -29,6 +29,7 @@ from dpo_jax.training import (
   evaluation,
   initial_state,
   logps_cache,
+  measure,
   reference,
   start,
 )

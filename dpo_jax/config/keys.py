@@ -17,7 +17,7 @@ from dpo_jax.losses import KNOBS
 def loss_config(name: str) -> ml_collections.ConfigDict:
   """A loss by name; every knob is a placeholder until it is set."""
   config = ml_collections.ConfigDict({"name": name})
-  # Names in losses/rewards.py and losses/links.py, to replace the row's own.
+  # Names in losses/rewards.py and losses/links/, to replace the row's own.
   config.reward = config_dict.placeholder(str)
   config.link = config_dict.placeholder(str)
   for knob, meaning in KNOBS.items():

@@ -1,18 +1,17 @@
-"""What a policy-gradient loop is made of: PPO and RLOO as pure functions.
+"""Parts of PPO and RLOO as pure functions.
 
-Arrays are [B, T], one row a sampled response and one column a token, beside a
-bool `mask` of the tokens that count; a masked token, whatever it holds, is as
-if it were not there, be it padding, prompt, or a gap. What only compares
-figures elementwise takes [B, K] as well, one figure a response.
+Arrays are [B, T]: one row for each sampled response, one column for each token.
+A bool `mask` says which tokens count. The values of other tokens (padding,
+prompt, gaps) are ignored. Functions that work elementwise also take [B, K], one
+value for each response.
 
-Losses are f32 of the mask's shape, to be minimised, 0 where masked: the caller
-divides their sum by the tokens of the global batch (`masked_mean` does it for
-arrays that are that batch). What was measured while sampling, and all that is
-worked out of it, is data: no gradient flows through it.
+Losses are f32 of the mask's shape, to be minimised, and 0 where masked. The
+caller divides their sum by the tokens of the global batch; `masked_mean` does
+so for arrays that are the whole batch. No gradient flows through values
+measured while sampling, or through what is computed from them.
 
-The log-ratio of a token has no bound, and its exp does: above e^20 a ratio goes
-on along its tangent (`safe_exp`), so that sums stay finite, with a gradient
-that still points back.
+Above e^20 a probability ratio continues along its tangent (`safe_exp`). Sums
+stay finite, and the gradient still points back.
 """
 
 import chex
@@ -25,17 +24,17 @@ from dpo_jax.losses.numerics import safe_exp
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 _LARGEST_LOG_RATIO = 20.0
-# Keeps whitening finite where all advantages are the same.
+# Keeps whitening finite if all advantages are equal.
 _SMALLEST_VARIANCE = 1e-8
-# Ziegler et al. bound the relative error of the KL by it.
+# Bound on the relative error of the KL, from Ziegler et al.
 _LARGEST_KL_ERROR = 0.2
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-  """Mean of the counted entries: f32 [], 0 where there are none.
+  """Mean of the counted entries: f32 [], 0 if there are none.
 
-  One sum over one count, not a mean of row means: a token counts the same in
-  a short response and in a long one, and in whichever part of the batch.
+  It is one sum over one count, not a mean of row means: every token has the
+  same weight, in a short response and in a long one.
   """
   chex.assert_equal_shape((values, mask))
   return numerics.masked_mean(values.astype(jnp.float32), mask)
@@ -53,18 +52,18 @@ def gae(
   """Generalised advantages, and the returns that a value head is fitted to.
 
   Schulman et al. 2015 (arXiv:1506.02438), eq. 16: A_t = sum_l (gamma lambda)^l
-  delta_{t+l} with delta_t = r_t + gamma V_{t+1} - V_t (eq. 10). "Next" is the
-  next token that counts.
+  delta_{t+l} with delta_t = r_t + gamma V_{t+1} - V_t (eq. 10). Token t + 1 is
+  the next token that counts.
 
   Args:
-    rewards: f32 [B, T], given for a token.
+    rewards: f32 [B, T], reward of each token.
     values: f32 [B, T], V of the state in which that token was chosen.
     mask: bool [B, T].
-    last_values: f32 [B], V after a row's last token: 0, the default, where the
-      response ended of itself, a bootstrap where it was cut off.
+    last_values: f32 [B], V after a row's last token: 0, the default, if the
+      response ended by itself, a bootstrap if it was cut off.
     discount: gamma, in [0, 1].
     gae_lambda: lambda, in [0, 1]: 0 is the one-step error, 1 is the sum of
-      what follows, less the baseline.
+      later rewards minus the baseline.
 
   Returns:
     advantages: f32 [B, T], 0 where masked.
@@ -100,20 +99,20 @@ def gae(
 def whiten(
   advantages: jax.Array, mask: jax.Array, *, shift_mean: bool
 ) -> jax.Array:
-  """Advantages over their standard deviation, about 0 if `shift_mean`.
+  """Advantages divided by their standard deviation, centred if `shift_mean`.
 
-  Mean and variance are of all counted entries together: given the global batch,
-  before it is cut into microbatches, the same on any number of devices. PPO's
-  paper does not mention it, its implementations do it.
+  Mean and variance are over all counted entries together. Given the global
+  batch, before it is split into microbatches, they are the same on any number
+  of devices. PPO's paper does not mention whitening; its implementations do it.
 
   Args:
     advantages: f32 [B, T] or [B, K].
     mask: bool of that shape.
-    shift_mean: False keeps the mean where it was, for rewards whose sign says
-      something.
+    shift_mean: whether the mean becomes 0; False keeps it, for rewards whose
+      sign has a meaning.
 
   Returns:
-    f32, of that shape, 0 where masked. All the same gives 0 (or the mean).
+    f32, of that shape, 0 where masked. Equal advantages give 0 (or the mean).
   """
   advantages = _data(advantages, mask)
   mean = masked_mean(advantages, mask)
@@ -124,11 +123,11 @@ def whiten(
 
 
 def leave_one_out(rewards: jax.Array, valid: jax.Array) -> jax.Array:
-  """RLOO's advantages: a reward less the mean of its siblings' rewards.
+  """RLOO's advantages: a reward minus the mean of its siblings' rewards.
 
   Ahmadian et al. 2024 (arXiv:2402.14740), sec. 3; Kool et al. 2019. The
-  baseline does not depend on the response it is held against, so the gradient
-  stays unbiased. A response without siblings has no baseline and gets 0.
+  baseline does not depend on the response it is subtracted from, so the
+  gradient is unbiased. A response without siblings has no baseline and gets 0.
 
   Args:
     rewards: f32 [B, K], of whole responses to a prompt, penalties included.
@@ -141,8 +140,8 @@ def leave_one_out(rewards: jax.Array, valid: jax.Array) -> jax.Array:
   chex.assert_equal_shape((rewards, valid))
   rewards = _data(rewards, valid)
   others = valid.sum(-1, keepdims=True) - 1
-  # r - (sum - r) / (n - 1), without the difference of two large figures; of a
-  # response alone it is r - r.
+  # r - (sum - r) / (n - 1) without a difference of two large numbers. It is
+  # r - r for a single response.
   centred = rewards - rewards.sum(-1, keepdims=True) / jnp.maximum(
     others + 1, 1
   )
@@ -180,8 +179,8 @@ def clipped_surrogate(
 ) -> jax.Array:
   """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), ratio = pi / pi_old.
 
-  Schulman et al. 2017 (arXiv:1707.06347), eq. 7, as a loss. The lower of the
-  two is a bound: the clip takes away what a token gains by going further, never
+  Schulman et al. 2017 (arXiv:1707.06347), eq. 7, as a loss. The minimum is a
+  lower bound: the clip removes what a token gains by moving further, never
   what it loses.
 
   Args:
@@ -214,9 +213,9 @@ def clipped_value_loss(
 ) -> jax.Array:
   """1/2 max((V - R)^2, (V_clipped - R)^2), V_clipped within eps of V_old.
 
-  Schulman et al. 2017 (arXiv:1707.06347), eq. 9, has the plain square; the clip
-  is that of its code, studied by Engstrom et al. 2020 (arXiv:2005.12729,
-  sec. 2), and so is the half, which the value loss's weight takes up.
+  Schulman et al. 2017 (arXiv:1707.06347), eq. 9, has the plain square. The
+  clip and the factor 1/2 are those of its code; Engstrom et al. 2020
+  (arXiv:2005.12729, sec. 2) study the clip.
 
   Args:
     values: f32 [B, T], the value head now.
@@ -240,7 +239,7 @@ def clipped_value_loss(
 def kl_penalty(
   logps: jax.Array, ref_logps: jax.Array, mask: jax.Array, *, estimator: str
 ) -> jax.Array:
-  """An estimate of KL(pi || pi_ref) from one sample of pi, token by token.
+  """Estimate of KL(pi || pi_ref) from one sample of pi, token by token.
 
   Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html),
   with x = log pi - log pi_ref:
@@ -249,8 +248,8 @@ def kl_penalty(
     k2: x^2 / 2, biased, its gradient that of the KL on samples of pi;
     k3: exp(-x) - 1 + x, unbiased and never below 0.
 
-  k1's own gradient says nothing of the KL (its expectation is 0): it belongs
-  into a reward, k2 and k3 may be a term of the loss.
+  The gradient of k1 has expectation 0, so k1 belongs in a reward; k2 and k3 may
+  be a term of the loss.
 
   Args:
     logps: f32 [B, T] of tokens, or [B, K] of responses, nats.
@@ -262,7 +261,7 @@ def kl_penalty(
     f32 of that shape, nats, 0 where masked.
 
   Raises:
-    ValueError: no such estimator.
+    ValueError: unknown estimator.
   """
   chex.assert_equal_shape((logps, ref_logps, mask))
   x = _log_ratio(logps, ref_logps, mask)
@@ -287,25 +286,25 @@ def shape_rewards(
   kl_coef: float | jax.Array,
   estimator: str,
 ) -> jax.Array:
-  """Rewards of tokens: the KL's price for each, the score on the last.
+  """Rewards of tokens: a KL penalty on each, the score added on the last.
 
   Ziegler et al. 2019 (arXiv:1909.08593), eq. 2, R = r - beta log(pi / rho),
-  spread over the tokens that its log-ratio is a sum over.
+  with the log-ratio split into its tokens.
 
   Args:
-    scores: f32 [B], what a judge gives a response.
+    scores: f32 [B], a judge's score of each response.
     logps: f32 [B, T], under the policy that sampled the tokens, nats.
     ref_logps: f32 [B, T], under the reference.
-    mask: bool [B, T]. A row without tokens has no last one: its score is lost.
-    kl_coef: beta, >= 0, score units a nat.
-    estimator: of `kl_penalty`; "k1" in the paper.
+    mask: bool [B, T]. A row without tokens has no last one and loses its score.
+    kl_coef: beta, >= 0, units of the score per nat.
+    estimator: one of KL_ESTIMATORS; "k1" in the paper.
 
   Returns:
     f32 [B, T], 0 where masked.
   """
   chex.assert_shape(scores, mask.shape[:1])
   kl = kl_penalty(logps, ref_logps, mask, estimator=estimator)
-  # Counted from the end, the last token is the first.
+  # The last counted token is the first when counted from the end.
   is_last = mask & (jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 1)
   rewards = jnp.where(is_last, scores[:, None], 0.0) - kl_coef * kl
   return jax.lax.stop_gradient(rewards)
@@ -314,17 +313,18 @@ def shape_rewards(
 def update_kl_coef(
   kl_coef: jax.Array, kl: jax.Array, *, target: float, gain: float
 ) -> jax.Array:
-  """The price of a nat for the next batch: higher where the KL was too high.
+  """Updates the KL coefficient: raises it if the KL exceeds its target.
 
   Ziegler et al. 2019 (arXiv:1909.08593), sec. 2.2: e = clip(KL / target - 1,
-  -0.2, 0.2), beta <- beta (1 + K e). The paper has K = 0.1; its code has the
-  batch's responses over a horizon of 10,000, which gives `gain` here.
+  -0.2, 0.2), beta <- beta (1 + K e). The paper has K = 0.1. Its code has K =
+  the batch's responses over a horizon of 10,000.
 
   Args:
     kl_coef: f32 [], beta of the batch just seen, > 0.
-    kl: f32 [], its mean KL to the reference, summed over a response, nats.
-    target: the KL to hold, > 0, nats.
-    gain: K, in (0, 5): beyond that the price may fall below 0.
+    kl: f32 [], that batch's mean KL to the reference, summed over a response,
+      nats.
+    target: target KL, > 0, nats.
+    gain: K, in (0, 5); a larger one may turn the coefficient negative.
 
   Returns:
     f32 [].
@@ -350,8 +350,8 @@ def _log_ratio(
 def _exp_above_tangent(x: jax.Array) -> jax.Array:
   """exp(x) - 1 - x, which is near x^2 / 2 about 0.
 
-  There the plain formula is a difference of nearly equal figures: float32
-  leaves none of it at x = 1e-4, the size of a step's log-ratios.
+  There the plain formula is a difference of nearly equal numbers. At x = 1e-4,
+  the size of a step's log-ratios, float32 would lose all digits.
   """
   is_near = jnp.abs(x) < 0.1
   near = jnp.where(is_near, x, 0.0)

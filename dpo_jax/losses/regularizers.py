@@ -1,6 +1,7 @@
 """Terms added to a link's loss, in nats: Sequences -> f32 [B].
 
-Keyword-only arguments are knobs.
+Keyword-only arguments are knobs. The row of a loss in
+`dpo_jax.losses.catalogue` has its formula and paper.
 """
 
 import jax
@@ -14,11 +15,10 @@ from dpo_jax.types import Sequences
 def likelihood(
   sequences: Sequences, *, sft_weight: float, sft_per_token: bool
 ) -> jax.Array:
-  """-lambda lp_w: SLiC (arXiv:2305.10425); CPO (arXiv:2401.08417).
+  """Weighted NLL of the chosen response.
 
-  With `sft_per_token` the mean over all chosen tokens of the global batch
-  takes the place of the mean over groups of sums: a group's share of it is
-  its sum times groups / tokens.
+  With `sft_per_token` the mean over groups becomes the mean over all chosen
+  tokens of the global batch: a group's NLL is multiplied by groups / tokens.
   """
   loss = -sft_weight * sequences.logps[:, 0]
   if not sft_per_token:
@@ -29,21 +29,21 @@ def likelihood(
 
 
 def mean_likelihood(sequences: Sequences, *, sft_weight: float) -> jax.Array:
-  """-alpha lp_w / n_w: Pang et al. 2024, RPO (arXiv:2404.19733)"""
+  """Weighted NLL of the chosen response, divided by its number of tokens."""
   return -sft_weight * rewards.mean_logps(sequences)[:, 0]
 
 
 def mean_nll(sequences: Sequences) -> jax.Array:
-  """-lp_w / n_w: ORPO's (arXiv:2403.07691) SFT term, eq. 6."""
+  """NLL of the chosen response, divided by its number of tokens."""
   return -rewards.mean_logps(sequences)[:, 0]
 
 
 def calibration(sequences: Sequences, *, beta: float) -> jax.Array:
-  """[(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2] / 2.
+  """Half the squared distances of both log-ratios from their targets.
 
-  Xiao et al. 2024, Cal-DPO (arXiv:2412.14516), as the authors' code has it
+  The targets are +1 / (2 beta) and -1 / (2 beta), as in the authors' code
   (tengxiao1/Cal-DPO, scripts/dpo_trainer.py).
   """
-  # Slots without a response must not square into the gradient.
+  # Blank slots must not reach the gradient through the square.
   log_ratios = jnp.where(sequences.valid, rewards.log_ratio(sequences), 0.0)
   return 0.5 * pairs.two_squares(log_ratios, sequences, beta=beta)

@@ -1,11 +1,13 @@
-"""A response's reward, in nats: the quantity that a link compares.
+"""Rewards of responses, in nats: the quantities that a link compares.
 
 Every function takes `Sequences` with [B, K] fields and returns f32 [B, K].
-Keyword-only arguments are knobs. Slots that hold no response give a finite
-number, which links must not read.
+Keyword-only arguments are knobs. Slots without a response give a finite number
+that links must not read. The row of a loss in `dpo_jax.losses.catalogue` has
+its formula and paper.
 
-An anchored reward is 0 where the policy equals its reference, so that a link
-may hold it against a constant; any other says something only in a margin.
+An anchored reward is 0 where the policy equals its reference, so a link may
+compare it with a constant. Other rewards are defined up to a constant: only
+their margins mean something.
 """
 
 from collections.abc import Callable
@@ -22,7 +24,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-  """A reward and what it asks for.
+  """A reward and what it requires.
 
   Attributes:
     function: Sequences -> f32 [B, K].
@@ -42,17 +44,14 @@ def _lengths(sequences: Sequences) -> jax.Array:
 def log_ratio(sequences: Sequences) -> jax.Array:
   """log pi(y|x) / pi_ref(y|x), the implicit reward of DPO without its beta.
 
-  Rafailov et al. 2023 (arXiv:2305.18290), eq. 5; the log-partition term that
-  it leaves out is the same for all responses of a prompt.
+  Rafailov et al. 2023 (arXiv:2305.18290), eq. 5, without the log-partition
+  term, which is the same for all responses to a prompt.
   """
   return sequences.logps - sequences.ref_logps
 
 
 def mean_log_ratio(sequences: Sequences) -> jax.Array:
-  """`log_ratio` divided by the response's number of scored tokens.
-
-  Lambert et al. 2024, Tulu 3 (arXiv:2411.15124)
-  """
+  """`log_ratio` divided by the response's number of scored tokens."""
   return log_ratio(sequences) / _lengths(sequences)
 
 
@@ -61,8 +60,8 @@ def summed_or_mean_log_ratio(
 ) -> jax.Array:
   """`log_ratio`, or `mean_log_ratio` if `length_normalize`.
 
-  For losses whose published implementations disagree on the two: the same
-  strength of regularisation is a different objective under each.
+  Published implementations of a loss disagree on the two. The same strength of
+  regularisation is a different objective under each.
   """
   return mean_log_ratio(sequences) if length_normalize else log_ratio(sequences)
 
@@ -70,19 +69,19 @@ def summed_or_mean_log_ratio(
 def penalized_log_ratio(
   sequences: Sequences, *, beta: float, alpha: float
 ) -> jax.Array:
-  """Log-ratio of the optimum for the reward r - alpha |y|, times 1 / beta.
+  """Reward over beta, if the policy is optimal for a reward minus alpha |y|.
 
-  Park et al. 2024 (arXiv:2403.19159). The optimum of E[r - alpha |y|] - beta
-  KL has r = beta log_ratio + alpha |y| + const, so the length enters with a
-  plus: a chosen response that is longer needs less of a log-ratio.
+  The optimum of E[r - alpha |y|] - beta KL has r = beta log_ratio + alpha |y|
+  + const. So the length has a plus sign: a longer chosen response needs a
+  smaller log-ratio.
   """
   return log_ratio(sequences) + alpha / beta * sequences.num_tokens
 
 
 def desensitized_log_ratio(sequences: Sequences, *, alpha: float) -> jax.Array:
-  """Log-ratio whose tokens beyond the pair's shorter length count alpha.
+  """Log-ratio that weights tokens beyond the pair's shorter length by alpha.
 
-  Liu et al. 2024 (arXiv:2409.06411), policy and reference alike.
+  Policy and reference are weighted alike.
   """
   head = sequences.head_logps - sequences.ref_head_logps
   return alpha * log_ratio(sequences) + (1.0 - alpha) * head
@@ -91,8 +90,7 @@ def desensitized_log_ratio(sequences: Sequences, *, alpha: float) -> jax.Array:
 def sampled_log_ratio(sequences: Sequences) -> jax.Array:
   """Log-ratio summed over as many tokens as the shorter response has.
 
-  Lu et al. 2024 (arXiv:2406.10957) The tokens are drawn once for
-  each response, by the data pipeline, so that a reference can be cached.
+  The data pipeline draws the tokens once for each response, at random.
   """
   return sequences.sampled_logps - sequences.ref_sampled_logps
 
@@ -100,10 +98,10 @@ def sampled_log_ratio(sequences: Sequences) -> jax.Array:
 def f_divergence(
   sequences: Sequences, *, divergence: str, alpha: float
 ) -> jax.Array:
-  """f'(u), u = pi / pi_ref: the reward whose optimum an f-divergence has.
+  """f'(u), u = pi / pi_ref: implicit reward under an f-divergence.
 
-  Wang et al. 2023 (arXiv:2309.16240), additive constants dropped.
-  Worked out in r = log u, so that no r overflows.
+  Additive constants are dropped. It is computed from r = log u, so that no r
+  overflows.
   """
   r = log_ratio(sequences)
   if divergence == "reverse_kl":
@@ -116,15 +114,14 @@ def f_divergence(
 
 
 def forward_kl(sequences: Sequences) -> jax.Array:
-  """-pi_ref / pi + 1: `f_divergence` of the forward KL, anchored."""
+  """1 - pi_ref / pi: `f_divergence` of the forward KL, anchored."""
   return 1.0 - safe_exp(-log_ratio(sequences))
 
 
 def chi_squared(sequences: Sequences) -> jax.Array:
-  """u + log u: the link function of mixed chi-squared regularisation.
+  """u + log u: implicit reward under mixed chi-squared regularisation.
 
-  Huang et al. 2024 (arXiv:2407.13399) The constant 1 that would
-  anchor it cancels in every margin.
+  The constant -1 that would anchor it cancels in every margin.
   """
   r = log_ratio(sequences)
   return safe_exp(r) + r
@@ -136,27 +133,26 @@ def logps(sequences: Sequences) -> jax.Array:
 
 
 def mean_logps(sequences: Sequences) -> jax.Array:
-  """log pi(y|x) / |y|: Meng et al. 2024 (arXiv:2405.14734)"""
+  """log pi(y|x) / |y|: mean over the response's tokens."""
   return sequences.logps / _lengths(sequences)
 
 
 def summed_or_mean_logps(
   sequences: Sequences, *, per_sequence: bool
 ) -> jax.Array:
-  """`logps`, or `mean_logps` if every sequence is to count the same."""
+  """`logps`, or `mean_logps` if `per_sequence`."""
   return mean_logps(sequences) if per_sequence else logps(sequences)
 
 
 def mean_prob(sequences: Sequences) -> jax.Array:
-  """Inverse perplexity: Xiao et al. 2025 (arXiv:2502.00883)"""
+  """Inverse perplexity: exp of the mean log-prob of a token."""
   return jnp.exp(mean_logps(sequences))
 
 
 def power_mean_prob(sequences: Sequences, *, alpha: float) -> jax.Array:
-  """(1 - p^-alpha) / alpha, p the length-mean probability.
+  """(1 - p^-alpha) / alpha, p = exp of the mean log-prob of a token.
 
-  Gupta et al. 2025, AlphaPO (arXiv:2501.03884); alpha -> 0 is log p, which
-  a traced alpha must not reach.
+  It is log p at alpha = 0, the limit. A traced alpha must not be 0.
   """
   log_p = mean_logps(sequences)
   if not isinstance(alpha, jax.core.Tracer) and alpha == 0.0:
@@ -165,16 +161,13 @@ def power_mean_prob(sequences: Sequences, *, alpha: float) -> jax.Array:
 
 
 def log_odds(sequences: Sequences) -> jax.Array:
-  """log p / (1 - p), p the length-mean probability.
-
-  Hong et al. 2024, ORPO (arXiv:2403.07691)
-  """
+  """log p / (1 - p), p = exp of the mean log-prob of a token."""
   log_p = mean_logps(sequences)
   return log_p - log1mexp(log_p)
 
 
 def values(sequences: Sequences) -> jax.Array:
-  """What a value head gives for the response's last token."""
+  """Output of the value head at the response's last token."""
   return sequences.values
 
 

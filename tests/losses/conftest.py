@@ -1,4 +1,4 @@
-"""In a loss, [B] against [B, K] must never broadcast by accident."""
+"""Makes broadcasting of [B] with [B, K] an error in tests of losses."""
 
 import jax
 import pytest

@@ -1,7 +1,7 @@
-"""Every loss again, by loops in float64, from the papers' formulas.
+"""Oracles: every loss as float64 loops, from the papers' formulas.
 
-Nothing here uses dpo_jax. `groups` is a list of groups; a group is a dict of
-lists over its responses (lp, ref, n, score and what else a loss reads).
+Nothing here uses dpo_jax. `groups` is a list of groups. A group is a dict of
+lists over its responses: lp, ref, n, score and others that a loss reads.
 """
 
 import math
@@ -230,7 +230,7 @@ def ranking(z, score):
   return total
 
 
-# Losses that see the whole batch: lists of groups -> list, or one figure.
+# Losses that see the whole batch: list of groups -> list.
 
 
 def sft(groups, per_sequence):
@@ -305,7 +305,7 @@ def beta_dpo(groups, beta, alpha):
 
 
 def ppo(groups, clip, value_clip, value_weight):
-  """Per token of the batch; the tokens are those of `num_tokens`."""
+  """Mean over the tokens that `num_tokens` counts."""
   sums = []
   for g in groups:
     total = 0.0
@@ -356,7 +356,7 @@ OF_A_BATCH = [
 
 
 def loss(name, groups, knobs):
-  """The loss of every group of a batch, float64."""
+  """Returns the loss of every group of a batch."""
   function = globals()[name]
   if name in OF_A_BATCH:
     return function(groups, **knobs)

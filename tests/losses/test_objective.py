@@ -1,4 +1,4 @@
-"""build_objective: strict, and composed by config."""
+"""build_objective: what it refuses, composes and counts."""
 
 import jax.numpy as jnp
 import ml_collections
@@ -39,7 +39,7 @@ def losses_of(objective, sequences):
     ({"name": "dpo", "link": "nca"}, "is unknown"),
     ({"name": "dpo", "link": "noise_contrastive"}, "is a group link"),
     ({"name": "dpo", "link": "squared"}, "no default for tau"),
-    # A reward and a link bring their ranges into another row.
+    # A reward and a link keep their ranges in another row.
     (
       {"name": "dpo", "link": "exact", "label_smoothing": 0.0},
       "infinite loss",
@@ -84,7 +84,7 @@ def test_bad_configs_are_refused(config, message):
     build_objective(config)
 
 
-def test_a_divergence_without_a_knob_needs_none_in_another_row():
+def test_an_unread_knob_of_a_divergence_need_not_be_set_in_another_row():
   sequences = make_sequences(2, scale=1.0)
   knobs = {"divergence": "forward_kl", "beta": 0.3}
   ours = build_objective({"name": "dpo", "reward": "f_divergence", **knobs})
@@ -95,8 +95,8 @@ def test_a_divergence_without_a_knob_needs_none_in_another_row():
   assert build_objective(ours.to_dict() | {"alpha": None}) == ours
 
 
-def test_tokens_are_counted_in_groups_that_count():
-  """The first response's, but for samples; half a pair does not count."""
+def test_scored_tokens_are_those_of_valid_groups():
+  """Of the first response, or of all samples; half a pair does not count."""
   num_tokens = jnp.array([[5.0, 7.0], [11.0, 13.0], [17.0, 19.0]])
   valid = jnp.array([[True, True], [True, False], [True, True]])
   terms = [{"name": "dpo", "weight": 1.0}, {"name": "sft", "weight": 1.0}]
@@ -110,7 +110,7 @@ def test_tokens_are_counted_in_groups_that_count():
     assert objective.scored_tokens(num_tokens, valid) == wanted
 
 
-def test_a_config_dict_with_placeholders_is_read():
+def test_placeholders_of_a_config_dict_count_as_not_set():
   config = ml_collections.ConfigDict({"name": "ipo"})
   config.tau = ml_collections.config_dict.placeholder(float)
   config.beta = ml_collections.config_dict.placeholder(float)
@@ -120,7 +120,7 @@ def test_a_config_dict_with_placeholders_is_read():
   }
 
 
-def test_combinations_that_no_paper_printed():
+def test_links_combine_with_other_rewards():
   sequences = make_sequences(2)
   r = np.asarray(sequences.logps - sequences.ref_logps, np.float64)
   n = np.asarray(sequences.num_tokens, np.float64)
@@ -137,7 +137,7 @@ def test_combinations_that_no_paper_printed():
   np.testing.assert_allclose(ours, np.maximum(0, 1 - 0.1 * margin), rtol=1e-4)
 
 
-def test_reference_free_dpo_is_a_reward():
+def test_reward_logps_makes_dpo_reference_free():
   objective = build_objective({"name": "dpo", "reward": "logps"})
   assert not objective.needs_reference
   sequences = make_sequences(2).replace(ref_logps=None)
@@ -147,7 +147,7 @@ def test_reference_free_dpo_is_a_reward():
   )
 
 
-def test_a_list_is_the_weighted_sum():
+def test_a_list_of_losses_is_their_weighted_sum():
   sequences = make_sequences(2)
   objective = build_objective(
     [
@@ -167,8 +167,8 @@ def test_a_list_is_the_weighted_sum():
   }
   wanted = 0.8 * parts["dpo"] + 0.2 * parts["bco_pair"] + parts["sft"]
   np.testing.assert_allclose(per_group, wanted, rtol=1e-5)
-  for name, figure in parts.items():
-    np.testing.assert_allclose(metrics[f"loss/{name}"], figure, rtol=1e-6)
+  for name, value in parts.items():
+    np.testing.assert_allclose(metrics[f"loss/{name}"], value, rtol=1e-6)
   assert objective.is_coupled
   assert float(state[1]["count"]) == 1.0
 
@@ -215,7 +215,7 @@ def test_groups_of_another_size_are_refused(name, num_slots):
   ],
   ids=str,
 )
-def test_groups_that_teach_a_loss_nothing_are_found_by_reason(config, wanted):
+def test_unusable_groups_are_found_by_reason(config, wanted):
   score = np.array([[1, 0], [2, 2], [0, 1], [1, 0], [0, 0]], np.float32)
   present = np.array([[1, 1], [1, 1], [1, 1], [1, 0], [1, 0]], bool)
   found = build_objective(config).unusable(score, present)
@@ -223,7 +223,7 @@ def test_groups_that_teach_a_loss_nothing_are_found_by_reason(config, wanted):
   assert {k: v for k, v in rows.items() if v} == wanted
 
 
-def test_a_tie_within_a_longer_ranking_stays():
+def test_a_tie_within_a_longer_ranking_is_kept():
   objective = build_objective({"name": "plackett_luce"})
   score = np.array([[2, 2, 1], [1, 1, 1], [3, 3, 9]], np.float32)
   present = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 0]], bool)

@@ -1,4 +1,4 @@
-"""Policy-gradient parts against float64 loops over tokens, one at a time."""
+"""Policy-gradient functions against float64 loops over tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def counted(row):
 
 
 def gae_loop(rewards, values, mask, last, gamma, lam):
-  """Eq. 16 as it is written: a sum over l of what is to come."""
+  """Eq. 16 as printed: a sum over l of later errors."""
   advantages = np.zeros(mask.shape)
   for b in range(len(mask)):
     at = counted(mask[b])
@@ -91,13 +91,13 @@ def agree(ours, wanted, rtol=1e-5):
   np.testing.assert_allclose(ours, wanted, rtol=rtol, atol=1e-6)
 
 
-# Figures.
+# Values.
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 @pytest.mark.parametrize("is_cut_off", [False, True])
-def test_gae_is_a_loop_over_the_tokens_to_come(gamma, lam, is_cut_off):
+def test_gae_equals_a_loop_over_later_tokens(gamma, lam, is_cut_off):
   rewards, values = draw(B, T, seed=1), draw(B, T, seed=2)
   last = draw(B, seed=3) if is_cut_off else None
   advantages, returns = pg.gae(
@@ -123,7 +123,7 @@ def test_gae_by_hand():
 
 
 @pytest.mark.parametrize("clip", [0.1, 0.2])
-def test_clipped_surrogate_is_a_loop(clip):
+def test_clipped_surrogate_equals_a_loop(clip):
   logps, old = draw(B, T, seed=1), draw(B, T, seed=2)
   advantages = draw(B, T, seed=3)
   ours = pg.clipped_surrogate(logps, old, advantages, MASK, clip=clip)
@@ -131,7 +131,7 @@ def test_clipped_surrogate_is_a_loop(clip):
 
 
 @pytest.mark.parametrize("clip", [0.2, np.inf])
-def test_clipped_value_loss_is_a_loop(clip):
+def test_clipped_value_loss_equals_a_loop(clip):
   values, old, returns = (draw(B, T, seed=s) for s in (1, 2, 3))
   ours = pg.clipped_value_loss(values, old, returns, MASK, clip=clip)
   agree(ours, value_loop(values, old, returns, MASK, clip))
@@ -139,7 +139,7 @@ def test_clipped_value_loss_is_a_loop(clip):
 
 @pytest.mark.parametrize("scale", [1e-4, 0.05, 0.1, 1.0, 5.0])
 @pytest.mark.parametrize("estimator", pg.KL_ESTIMATORS)
-def test_kl_penalty_is_a_loop(estimator, scale):
+def test_kl_penalty_equals_a_loop(estimator, scale):
   logps, ref = draw(B, T, seed=1, scale=scale), np.zeros((B, T), "f4")
   ours = pg.kl_penalty(logps, ref, MASK, estimator=estimator)
   wanted = kl_loop(logps, ref, MASK, estimator)
@@ -164,7 +164,7 @@ def test_an_unknown_estimator_is_refused():
 
 
 @pytest.mark.parametrize("estimator", pg.KL_ESTIMATORS)
-def test_shaped_rewards_are_a_loop(estimator):
+def test_shaped_rewards_equal_a_loop(estimator):
   scores, logps, ref = draw(B, seed=1), draw(B, T, seed=2), draw(B, T, seed=3)
   ours = pg.shape_rewards(
     scores, logps, ref, MASK, kl_coef=0.3, estimator=estimator
@@ -185,7 +185,7 @@ def test_shaped_rewards_sum_to_the_penalised_score():
   agree(ours, scores - 0.3 * (logps - ref).sum(-1))
 
 
-def test_leave_one_out_is_a_loop():
+def test_leave_one_out_equals_a_loop():
   rewards = draw(B, T, seed=1, scale=3.0)
   agree(pg.leave_one_out(rewards, MASK), leave_one_out_loop(rewards, MASK))
 
@@ -207,7 +207,7 @@ def test_whitening_is_over_all_counted_tokens_at_once(shift_mean):
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_whitening_what_is_all_the_same(shift_mean):
+def test_whitening_equal_advantages_gives_their_mean_or_zero(shift_mean):
   ours = pg.whiten(jnp.full((1, 3), 2.0), MASK[:1, :3], shift_mean=shift_mean)
   agree(ours, np.full((1, 3), 0.0 if shift_mean else 2.0))
 
@@ -248,7 +248,7 @@ def test_gradients_equal_finite_differences():
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("log_ratio", [-1.0, -0.1, 0.0, 0.1, 1.0])
-def test_the_clip_stops_gains_and_never_a_way_back(advantage, log_ratio):
+def test_clip_stops_gains_but_not_the_way_back(advantage, log_ratio):
   slope = jax.grad(
     lambda x: pg.clipped_surrogate(
       x, jnp.zeros((1, 1)), jnp.full((1, 1), advantage), MASK[:1, :1], clip=0.2
@@ -259,7 +259,7 @@ def test_the_clip_stops_gains_and_never_a_way_back(advantage, log_ratio):
   agree(slope, [[wanted]])
 
 
-def test_the_first_step_of_ppo_is_reinforce():
+def test_first_step_of_ppo_is_reinforce():
   logps, advantages = draw(B, T, seed=1), draw(B, T, seed=2)
   surrogate = jax.grad(
     lambda x: pg.clipped_surrogate(x, logps, advantages, MASK, clip=0.2).sum()
@@ -286,7 +286,7 @@ def test_rloo_has_the_gradient_of_the_expected_reward():
   agree(jax.grad(loss)(logits), wanted)
 
 
-def test_what_was_sampled_is_data():
+def test_no_gradient_flows_through_sampled_values():
   def total(old_logps, values, rewards, ref):
     shaped = pg.shape_rewards(
       rewards[:, 0], old_logps, ref, MASK, kl_coef=0.1, estimator="k3"
@@ -310,18 +310,18 @@ def test_what_was_sampled_is_data():
     np.testing.assert_array_equal(slope, 0.0)
 
 
-# Laws that every function is under.
+# Properties of every function.
 
 
 def chain(logps, other, values, scores, mask):
-  """Every function once: per-token figures, and a differentiable total."""
+  """Calls every function once: outputs by token, and a differentiable total."""
   rewards = pg.shape_rewards(
     scores, other, logps, mask, kl_coef=0.1, estimator="k1"
   )
   advantages, returns = pg.gae(
     rewards, values, mask, discount=0.99, gae_lambda=0.95
   )
-  figures = {
+  outputs = {
     "rewards": rewards,
     "gae": advantages,
     "returns": returns,
@@ -330,24 +330,24 @@ def chain(logps, other, values, scores, mask):
   }
   losses = {
     "surrogate": pg.clipped_surrogate(
-      logps, other, figures["white"], mask, clip=0.2
+      logps, other, outputs["white"], mask, clip=0.2
     ),
     "value": pg.clipped_value_loss(values, other, returns, mask, clip=0.2),
-    "reinforce": pg.reinforce(logps, figures["white"], mask),
+    "reinforce": pg.reinforce(logps, outputs["white"], mask),
     **{
       k: pg.kl_penalty(logps, other, mask, estimator=k)
       for k in pg.KL_ESTIMATORS
     },
   }
   total = sum(pg.masked_mean(x, mask) for x in losses.values())
-  return total, figures | losses
+  return total, outputs | losses
 
 
-def figures_and_slopes(*arrays, mask):
-  (total, figures), slopes = jax.value_and_grad(
+def outputs_and_slopes(*arrays, mask):
+  (total, outputs), slopes = jax.value_and_grad(
     chain, argnums=(0, 2), has_aux=True
   )(*arrays, mask)
-  return total, figures, slopes
+  return total, outputs, slopes
 
 
 def inputs():
@@ -355,63 +355,63 @@ def inputs():
 
 
 @pytest.mark.parametrize("junk", [7.0, np.inf, np.nan])
-def test_what_a_masked_token_holds_changes_nothing(junk):
+def test_content_of_masked_tokens_does_not_change_results(junk):
   arrays = inputs()
   spoilt = [np.where(MASK, x, np.float32(junk)) for x in arrays[:3]]
-  wanted = figures_and_slopes(*arrays, mask=MASK)
-  ours = figures_and_slopes(*spoilt, arrays[3], mask=MASK)
+  wanted = outputs_and_slopes(*arrays, mask=MASK)
+  ours = outputs_and_slopes(*spoilt, arrays[3], mask=MASK)
   jax.tree.map(np.testing.assert_array_equal, ours, wanted)
 
 
-def test_masked_is_dropped():
-  """A row alone, its masked tokens cut out, has the figures that it had."""
+def test_masking_equals_dropping():
+  """A row alone, without its masked tokens, has the outputs of the batch."""
   arrays = inputs()
-  _, figures = chain(*arrays, MASK)
+  _, outputs = chain(*arrays, MASK)
   for b in range(B - 1):
     at = counted(MASK[b])
     cut = [x[b : b + 1, at] for x in arrays[:3]]
     _, alone = chain(*cut, arrays[3][b : b + 1], np.ones((1, len(at)), bool))
     for name in ("rewards", "gae", "returns", "value", "k1", "k2", "k3"):
-      agree(figures[name][b, at], alone[name][0])
+      agree(outputs[name][b, at], alone[name][0])
 
 
-def test_padding_changes_nothing():
+def test_padding_does_not_change_results():
   arrays = inputs()
   more = [np.pad(x, ((0, 2), (1, 3)), constant_values=9.0) for x in arrays[:3]]
   mask = np.pad(MASK, ((0, 2), (1, 3)))
-  total, figures = chain(*arrays, MASK)
+  total, outputs = chain(*arrays, MASK)
   padded_total, padded = chain(*more, np.pad(arrays[3], (0, 2)), mask)
   agree(padded_total, total)
-  for name, figure in figures.items():
-    agree(padded[name][:B, 1:-3], figure)
+  for name, output in outputs.items():
+    agree(padded[name][:B, 1:-3], output)
     np.testing.assert_array_equal(padded[name][~mask], 0.0)
 
 
 def test_a_batch_of_masked_rows_gives_zeros():
-  total, figures, slopes = figures_and_slopes(
+  total, outputs, slopes = outputs_and_slopes(
     *inputs(), mask=np.zeros((B, T), bool)
   )
-  for figure in jax.tree.leaves((total, figures, slopes)):
-    np.testing.assert_array_equal(figure, 0.0)
+  for output in jax.tree.leaves((total, outputs, slopes)):
+    np.testing.assert_array_equal(output, 0.0)
 
 
-def test_one_token():
+def test_responses_of_one_token():
   logps, other, values, scores = inputs()
   mask = np.ones((B, 1), bool)
-  total, figures, slopes = figures_and_slopes(
+  total, outputs, slopes = outputs_and_slopes(
     logps[:, :1], other[:, :1], values[:, :1], scores, mask=mask
   )
   assert all(np.isfinite(x).all() for x in jax.tree.leaves((total, slopes)))
   kl = other[:, :1] - logps[:, :1]
-  agree(figures["gae"], scores[:, None] - 0.1 * kl - values[:, :1])
+  agree(outputs["gae"], scores[:, None] - 0.1 * kl - values[:, :1])
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("size", [30.0, 100.0, 500.0])
-def test_extreme_log_ratios_stay_finite_and_pull_back(size, sign):
+def test_extreme_log_ratios_have_finite_gradients_that_point_back(size, sign):
   arrays = inputs()
   arrays[0] = arrays[1] + np.float32(sign * size)
-  outcome = figures_and_slopes(*arrays, mask=MASK)
+  outcome = outputs_and_slopes(*arrays, mask=MASK)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(outcome))
 
   def penalty(logps, estimator):
@@ -422,12 +422,12 @@ def test_extreme_log_ratios_stay_finite_and_pull_back(size, sign):
     assert (np.sign(pull[MASK]) == sign).all(), estimator
 
 
-def test_four_devices_give_the_figures_of_one():
+def test_four_devices_give_the_values_of_one():
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
   rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
   arrays = inputs()
-  wanted = figures_and_slopes(*arrays, mask=MASK)
-  ours = jax.jit(lambda *x: figures_and_slopes(*x[:4], mask=x[4]))(
+  wanted = outputs_and_slopes(*arrays, mask=MASK)
+  ours = jax.jit(lambda *x: outputs_and_slopes(*x[:4], mask=x[4]))(
     *jax.device_put((*arrays, MASK), rows)
   )
   jax.tree.map(agree, ours, wanted)
