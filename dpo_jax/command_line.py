@@ -1,7 +1,7 @@
-"""Start, log and end of every command.
+"""Start, logging and end of every command.
 
-A mistake of the user is one message and exit code 1; `--debug` shows the
-traceback too. Imports nothing slow, so that `--help` answers at once.
+A mistake of the user gives one message and exit code 1; `--debug` also shows
+the traceback. This module imports nothing slow, so `--help` answers at once.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import sys
 from absl import app, flags
 from absl import logging as absl_logging
 
-# What a config, data, a workdir or a machine can be blamed for. Any other
-# exception is a fault of the code, whose traceback is wanted.
+# Errors that a config, data, a workdir or a machine causes. Any other exception
+# is a fault of the code, and shows its traceback.
 _MISTAKES = (
   ValueError,
   OSError,
@@ -36,7 +36,7 @@ class _Lines(logging.Handler):
 
 
 class _Format(logging.Formatter):
-  """The message alone; with the time where stderr is not a terminal."""
+  """Formats the message, with the time if stderr is not a terminal."""
 
   def __init__(self, host: str):
     stamp = "" if sys.stderr.isatty() else "%(asctime)s "
@@ -49,11 +49,11 @@ class _Format(logging.Formatter):
 
 
 def show_logs(process_index: int = 0) -> None:
-  """Shows our log on stderr, and only warnings of other libraries.
+  """Shows our log on stderr, and warnings of other libraries.
 
   Args:
-    process_index: index of this process; those above 0 show warnings only,
-      and name their host.
+    process_index: index of this process; those above 0 show only warnings, with
+      the host.
   """
   is_first = process_index == 0
   root = logging.getLogger()
@@ -119,7 +119,7 @@ def _tell(error: BaseException) -> None:
 
 
 def _unknown_keys(argv: list[str]) -> list[str]:
-  """A line for each --config.KEY that no config has."""
+  """Returns a line for each --config.KEY that does not exist."""
   # Imported here: only a mistake needs them.
   from dpo_jax.config import default_config, flatten
   from dpo_jax.names import did_you_mean

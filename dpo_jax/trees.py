@@ -1,4 +1,4 @@
-"""Trees of parameters: names of leaves, parts, digests."""
+"""Parameter trees: names of leaves, joining, digests."""
 
 import hashlib
 import json
@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Nested dict of arrays, or of their shapes or shardings.
+Params = dict[str, Any]
+
 
 def path_name(path: Any) -> str:
-  """'layers/query/kernel' from a key path."""
+  """Returns the name of a key path, such as 'layers/query/kernel'."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def join_trees(one: Any, other: Any) -> Any:
-  """Joins two nested dicts that have no leaf in common."""
+def join_trees(one: Params, other: Params | None) -> Params:
+  """Joins two nested dicts without a common leaf."""
   if other is None:
     return one
   joined = dict(other)
@@ -25,11 +28,11 @@ def join_trees(one: Any, other: Any) -> Any:
   return joined
 
 
-def params_digest(params: Any) -> str:
-  """Computes a digest of parameters that does not depend on their sharding.
+def params_digest(params: Params) -> str:
+  """Computes a digest of parameters that is independent of their sharding.
 
-  Checksums are taken on the devices, in integers modulo 2^32, whose sum has
-  no rounding and no order; only they travel to the host.
+  Checksums are computed on the devices, in integers modulo 2^32, whose sum does
+  not round and does not depend on the order. Only they are sent to the host.
   """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -44,17 +47,17 @@ def params_digest(params: Any) -> str:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-  """Sums mixed bits and positions in two ways: u32 [2]."""
+  """Computes two sums of bits mixed with their indices: u32 [2]."""
   width = x.dtype.itemsize * 8
   bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
   bits = bits.astype(jnp.uint32)
-  # Positions are added axis by axis: flattening a sharded array would gather
-  # all of it on every device.
-  positions = jnp.zeros((), jnp.uint32)
+  # Flat indices, computed axis by axis: flattening a sharded array would gather
+  # it on every device.
+  indices = jnp.zeros((), jnp.uint32)
   for axis in range(x.ndim):
     stride = math.prod(x.shape[axis + 1 :]) % 2**32
     iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    positions = positions + iota * jnp.uint32(stride)
-  mixed = (bits ^ (positions * jnp.uint32(2654435761))) * jnp.uint32(0x85EBCA6B)
+    indices = indices + iota * jnp.uint32(stride)
+  mixed = (bits ^ (indices * jnp.uint32(2654435761))) * jnp.uint32(0x85EBCA6B)
   mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE35)
   return jnp.stack([mixed.sum(), (mixed ^ (mixed >> 13)).sum()])

@@ -1,4 +1,4 @@
-"""The three structures that everything else passes around.
+"""Batch, Sequences and TrainState, the structures that all modules share.
 
 Shape letters, here and in every docstring:
 
@@ -29,8 +29,8 @@ class Batch:
   """Packed rows of preference groups.
 
   A row holds several groups; a group is its prompt, once, followed by its
-  responses. Group arrays carry the row as their first axis, so that the sums
-  from tokens to responses stay inside a row, hence inside a device.
+  responses. The first axis of group arrays is the row, so sums from tokens to
+  responses stay inside a row and inside a device.
 
   Attributes:
     tokens: i32 [R, T], 0 where padded.
@@ -49,14 +49,13 @@ class Batch:
     valid: bool [R, G, K], False where a slot holds no response.
     example_ids: i32 [R, G], index of the group in its dataset, -1 if none.
     last_tokens: i32 [R, G, K], index in the row of each response's last token.
-    ref_logps: f32 [R, G, K] log-probs under the reference, nats, where they
-      were cached; else None.
-    token_masks: name -> bool [R, S], scored tokens that a field of Sequences
-      is restricted to, where the loss reads one. "head": the first n of a
-      response, n the length of its group's shortest; "sampled": n of them,
-      drawn at random.
-    on_policy: fields of Sequences that on-policy batches bring with them,
-      f32 [R, G, K] or [R, G, K, M] each; {} of other data.
+    ref_logps: f32 [R, G, K] cached log-probs under the reference, nats, or
+      None.
+    token_masks: name -> bool [R, S], scored tokens that a field of Sequences is
+      restricted to, if the loss reads one. "head": the first n of a response, n
+      the length of its group's shortest; "sampled": n of them, drawn at random.
+    on_policy: fields of Sequences that on-policy batches have, f32 [R, G, K] or
+      [R, G, K, M] each; {} for other data.
   """
 
   tokens: Array
@@ -76,7 +75,7 @@ class Batch:
 
   @property
   def max_tokens(self) -> int:
-    """M of what it brings of single tokens; 0 if that is nothing."""
+    """M of its fields of single tokens; 0 without such a field."""
     return max(
       (x.shape[3] for x in self.on_policy.values() if x.ndim == 4), default=0
     )
@@ -84,17 +83,18 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """Says how an optional field of Sequences is computed.
+  """Describes how an optional field of Sequences is computed.
 
   Attributes:
-    source: "policy", every forward pass gives it; "reference", of a cache or
-      of a live reference; "live_reference", of one that runs in the step, as a
-      cache holds summed log-probs only; "mismatched", see `data.mismatched`;
-      "values", of a value head; "tokens", single tokens, on-policy only;
-      "on_policy", brought by the batch.
-    sums: figure of `logps.chunked_token_figures` that it sums over the scored
-      tokens of a response; "" for a field that is not such a sum.
-    mask: of `Batch.token_masks`, which tokens it sums; "" for all.
+    source: "policy", computed in every forward pass; "reference", from a cache
+      or a live reference; "live_reference", from a reference that runs in the
+      step, because a cache has only summed log-probs; "mismatched", see
+      `data.mismatched`; "values", from a value head; "tokens", single tokens,
+      on-policy only; "on_policy", from the batch.
+    sums: name of the statistic of `logps.chunked_token_figures` that it sums
+      over the scored tokens of a response; "" for a field that is not such a
+      sum.
+    mask: name in `Batch.token_masks` of the tokens to sum; "" for all.
     is_mean: whether the sum is divided by the number of tokens.
     reads_value_head: whether the model needs a value head.
   """
@@ -113,10 +113,10 @@ def _optional(source: str, **properties: Any) -> Any:
 
 @flax.struct.dataclass
 class Sequences:
-  """What a loss sees: one figure for each response of each group.
+  """Inputs of a loss: one value for each response of each group.
 
-  Fields below `valid` are optional; a loss that reads one says so, and only
-  then is it computed. FIELDS tells how.
+  Fields below `valid` are optional. They are computed only for losses that read
+  them, as FIELDS describes.
 
   Attributes:
     logps: f32 [B, K], log pi(y|x) summed over scored tokens, nats.
@@ -197,17 +197,17 @@ FIELDS: dict[str, Field] = {
 
 
 def fields_where(holds: Callable[[Field], Any]) -> frozenset[str]:
-  """Names of the optional fields for which `holds`."""
+  """Returns the names of the optional fields for which `holds` is true."""
   return frozenset(name for name, field in FIELDS.items() if holds(field))
 
 
 def fields_of(*sources: str) -> frozenset[str]:
-  """Names of the optional fields from these sources, see `Field.source`."""
+  """Returns the names of optional fields by `Field.source`."""
   return fields_where(lambda field: field.source in sources)
 
 
 def token_masks(fields: frozenset[str]) -> frozenset[str]:
-  """Names of the token masks that some fields of Sequences need."""
+  """Returns the names of the token masks that fields of Sequences need."""
   masks = (FIELDS[name].mask for name in fields)
   return frozenset(mask for mask in masks if mask)
 
@@ -216,19 +216,18 @@ def token_masks(fields: frozenset[str]) -> frozenset[str]:
 class TrainState:
   """Everything that a step changes, and the parameters that it does not.
 
-  A checkpoint holds all but `frozen_params`, which are read again from where
-  they came.
+  A checkpoint has all but `frozen_params`, which are read from their source
+  again.
 
   Attributes:
     step: i32 [], optimizer steps taken.
-    params: the parameters that are trained, a nested dict: the policy's, or
-      its adapters, or what `policy.frozen` leaves.
+    params: trained parameters, a nested dict: all of the policy, its adapters,
+      or those that `policy.frozen` does not match.
     opt_state: optax state.
     loss_state: state of the objective (running means), or ().
-    ref_params: the reference's parameters where they live on the device, as
-      far as they are not frozen ones: a copy of what is trained
-      (`reference.kind` "frozen" or "ema"), nothing ("adapter_off"); None for
-      a reference that does not run in a step.
+    ref_params: parameters of a reference that runs in a step, without frozen
+      ones: a copy of the trained ones (`reference.kind` "frozen" or "ema"), or
+      {} ("adapter_off"). None for a reference that does not run in a step.
     frozen_params: the policy's other parameters, or None.
   """
 
@@ -246,7 +245,7 @@ class TrainState:
 
   @property
   def reference_params(self) -> Any:
-    """All parameters of the reference, or None where it does not run."""
+    """All parameters of the reference, or None if it does not run."""
     if self.ref_params is None:
       return None
     return join_trees(self.ref_params, self.frozen_params)

@@ -15,7 +15,7 @@ from dpo_jax.losses import KNOBS
 
 
 def loss_config(name: str) -> ml_collections.ConfigDict:
-  """A loss by name; every knob is a placeholder until it is set."""
+  """Returns the config of a loss; every knob is a placeholder until set."""
   config = ml_collections.ConfigDict({"name": name})
   # Names in losses/rewards.py and losses/links/, to replace the row's own.
   config.reward = config_dict.placeholder(str)
@@ -25,10 +25,11 @@ def loss_config(name: str) -> ml_collections.ConfigDict:
   return config
 
 
+# Over 60 lines: a table of all keys, with a comment for each.
 def default_config() -> ml_collections.ConfigDict:
-  """The complete config."""
+  """Returns the complete config."""
   config = ml_collections.ConfigDict()
-  config.seed = 0  # of initial weights, data order and sampling
+  config.seed = 0  # seed of initial weights, data order and sampling
   # Optimizer steps, or passes over the training groups: one of the two may be
   # set. Neither: 1,000 steps.
   config.total_steps = config_dict.placeholder(int)
@@ -42,7 +43,7 @@ def default_config() -> ml_collections.ConfigDict:
   # Compiled programs, for the next start; "": ~/.cache/dpo_jax/compiled,
   # "off": none. JAX_COMPILATION_CACHE_DIR comes first.
   config.compilation_cache_dir = ""
-  # Scored tokens of a row projected at once; 0: as suits the device.
+  # Scored tokens of a row projected at once; 0: chosen by the device.
   config.logps_chunk = 0
 
   config.policy = ml_collections.ConfigDict()
@@ -51,15 +52,16 @@ def default_config() -> ml_collections.ConfigDict:
   # best checkpoint, adapters merged).
   config.policy.init = "random"
   config.policy.preset = "1m"  # shape of random weights: models/presets.py
-  # Of what is not trained: the base under adapters, what `frozen` finds. What
-  # is trained is float32; "bfloat16" where nothing is frozen is refused.
+  # Dtype of parameters that are not trained: the base of adapters, and those
+  # that `frozen` matches. Trained ones are float32, so "bfloat16" is refused if
+  # nothing is frozen.
   config.policy.param_dtype = "float32"
-  config.policy.compute_dtype = "float32"  # of matmuls and activations
+  config.policy.compute_dtype = "float32"  # dtype of matmuls and activations
   config.policy.remat = "dots"  # or "none", "attention", "full"
   # "auto" by platform and length; or "xla", "splash" (TPU), "cudnn" (GPU),
-  # "dense": models/attention.py
+  # "dense": models/attention/rows.py
   config.policy.attention = "auto"
-  # Regular expression; parameters whose path it finds are not trained.
+  # Regular expression; parameters whose path it matches are not trained.
   config.policy.frozen = ""
 
   # Adapters (arXiv:2106.09685): only they are trained. rank 0, or lora=None,
@@ -113,16 +115,16 @@ def default_config() -> ml_collections.ConfigDict:
 
   config.loss = loss_config("dpo")
 
-  # Responses that the policy itself gives: online.py. The prompts are those of
-  # data.source. A kind fills in the knobs it reads; other knobs are refused.
+  # Responses sampled from the policy: online/loader.py. Their prompts are those
+  # of data.source. A kind fills in the knobs it reads; other knobs are refused.
   config.online = ml_collections.ConfigDict()
   # "none"; "pairs": labelled by a judge, for a loss of pairs; "rollouts":
   # rewarded by a judge, for `ppo` and `reinforce`.
   config.online.kind = "none"
-  config.online.judge = config_dict.placeholder(str)  # see judges.py
+  config.online.judge = config_dict.placeholder(str)  # judges/get_judge.py
   config.online.every_steps = config_dict.placeholder(int)  # between samplings
-  config.online.epochs = config_dict.placeholder(int)  # over what was sampled
-  config.online.num_samples = config_dict.placeholder(int)  # of a prompt
+  config.online.epochs = config_dict.placeholder(int)  # over the samples
+  config.online.num_samples = config_dict.placeholder(int)  # per prompt
   config.online.max_response_tokens = config_dict.placeholder(int)  # with EOS
   config.online.max_kl = config_dict.placeholder(float)  # nats; stops above it
   config.online.temperature = config_dict.placeholder(float)  # pairs only
@@ -140,8 +142,8 @@ def default_config() -> ml_collections.ConfigDict:
   # "cached": log-probs computed once; "frozen": a copy runs in every step;
   # "adapter_off": the policy without its adapters, at no memory; "ema": a copy
   # that follows the policy (TR-DPO); "none": for losses that read no reference.
-  # "auto" is "none" where it can be, "cached" where a loss reads no more of the
-  # reference than sums, and else "adapter_off" or "frozen".
+  # "auto" is "none" if the loss reads no reference, "cached" if it reads only
+  # summed log-probs, and otherwise "adapter_off" or "frozen".
   config.reference.kind = "auto"
   # TR-DPO (arXiv:2404.09656): every so many steps the reference becomes
   # alpha * policy + (1 - alpha) * reference; 1 is a hard update.
@@ -164,7 +166,7 @@ def default_config() -> ml_collections.ConfigDict:
   config.eval = ml_collections.ConfigDict()
   config.eval.every_steps = 100  # 0: at the start and the end only
   config.eval.batch_size = 64  # groups
-  # Losses to measure besides, from the same forward pass: ("ipo", "kto").
+  # Other losses to measure, from the same forward pass: ("ipo", "kto").
   config.eval.losses = ()
   config.eval.save_logps = True  # of every group: see experiments/replay.py
   config.eval.max_groups = 0  # held-out groups to read; 0: all
@@ -173,12 +175,12 @@ def default_config() -> ml_collections.ConfigDict:
   config.eval.temperature = 1.0  # 0: greedy
   config.eval.top_k = 0  # 0: all tokens
   config.eval.top_p = 1.0  # nucleus mass
-  config.eval.judge = ""  # judges.py; "": samples are written, not judged
+  config.eval.judge = ""  # as online.judge; "": samples are not judged
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_steps = 500  # 0: at the end only
-  # Latest ones, and the best besides. At least 2: the one before stays until
-  # the latest has its manifest.
+  # Number of latest checkpoints to keep, in addition to the best. At least 2,
+  # because the one before stays until the latest has its manifest.
   config.checkpoint.keep = 2
   # Metric of the best checkpoint: "eval/loss", or "NAME:loss" of a held-out set
   # with a name. Unset: the accuracy on the first set; of SFT the lowest loss;
@@ -197,7 +199,9 @@ def default_config() -> ml_collections.ConfigDict:
   return config
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple]:
+def flatten(
+  config: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
   """Yields ('loss.beta', 0.1) for every leaf."""
   for key, value in config.items():
     if isinstance(value, Mapping | ml_collections.ConfigDict):

@@ -1,6 +1,6 @@
-"""resolve(config): defaults filled in, ranges and combinations checked, once.
+"""Resolves a config: fills in defaults, checks ranges and combinations.
 
-All that can be known of a config without its data, model or devices.
+Checks all that does not depend on data, model or devices.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ _GAE = dict(discount=1.0, gae_lambda=0.95)  # arXiv:1707.06347, sec. 5
 def resolve(
   config: ml_collections.ConfigDict,
 ) -> ml_collections.FrozenConfigDict:
-  """Fills in what a config leaves open, and checks it.
+  """Fills in the keys that a config leaves open, and checks it.
 
   Args:
     config: complete; not changed.

@@ -1,6 +1,6 @@
-"""Values that each key may have: one table of types, ranges and choices.
+"""Allowed values of each key: one table of types, ranges and choices.
 
-Modules below offer what the choices name; a test compares them.
+The modules that implement the choices are below this one; a test compares them.
 """
 
 import re

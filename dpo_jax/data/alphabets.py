@@ -58,24 +58,24 @@ class ByteTokenizer(_WithoutTemplate):
 
 
 class LetterTokenizer(_WithoutTemplate):
-  """The first letters of the alphabet, for tasks that can be enumerated.
+  """Tokenizer of the first letters of the alphabet, for enumerable tasks.
 
-  All texts of such a task have one length, so that no response needs an end:
-  EOS is an id that the model's vocabulary does not have, and data.max_tokens
-  cuts it off. So probabilities of all texts of that length sum to 1.
+  All texts of such a task have one length, so responses need no end. EOS is an
+  id outside the model's vocabulary, and data.max_tokens cuts it off. The
+  probabilities of all texts of that length therefore sum to 1.
   """
 
   bos_id = None
   pad_id = None
 
   def __init__(self, num_letters: int):
-    """Letters "a", "b", ... are ids 0, 1, ...
+    """Assigns ids 0, 1, ... to the letters "a", "b", ...
 
     Args:
-      num_letters: of them, up to 26.
+      num_letters: number of letters, 2 to 26.
 
     Raises:
-      ValueError: more letters than there are.
+      ValueError: another number of letters.
     """
     if not 1 < num_letters <= 26:
       raise ValueError(f"letters:{num_letters} must have 2 to 26 letters")

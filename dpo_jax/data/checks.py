@@ -18,14 +18,14 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """A check of the table.
+  """Check of the table.
 
   Attributes:
     measure: report of a source, or loaders of a training and a held-out set,
       -> value.
     limit: value above which it acts.
     message: what was found, with {value} as a number and {share} in per cent,
-      and how to mend it.
+      and how to fix it.
   """
 
   measure: Callable[[Any], float]
@@ -43,7 +43,7 @@ class Result:
     value: measure.
     limit: value above which the check acts.
     action: "off", "warn" or "stop".
-    message: what was found and how to mend it; "" within the limit.
+    message: what was found and how to fix it; "" within the limit.
   """
 
   name: str
@@ -69,7 +69,7 @@ SOURCE_CHECKS: dict[str, Check] = {
   "broken": Check(
     _share("broken", "records"),
     0.0,
-    "{share} of the records are broken, and are dropped: mend the file, or"
+    "{share} of the records are broken, and are dropped: fix the file, or"
     " lower data.max_broken_records to stop at them",
   ),
   "identical": Check(

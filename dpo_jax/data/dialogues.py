@@ -1,4 +1,4 @@
-"""Conversations -> text, and which of its characters are scored."""
+"""Renders conversations as text, and finds the characters that are scored."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -15,10 +15,10 @@ from dpo_jax.data.messages import (
 
 
 class Request(NamedTuple):
-  """What a chat template is asked to render.
+  """Request to render a conversation with a chat template.
 
   Attributes:
-    messages: of a conversation.
+    messages: messages of the conversation.
     header: whether to end with the header of the assistant's turn.
     extras: further variables of the template, such as `tools`.
   """
@@ -28,27 +28,27 @@ class Request(NamedTuple):
   extras: Mapping[str, Any]
 
 
-# Renders conversations, with an error in the place of those that fail.
+# Renders conversations; gives an error in place of each that fails.
 Render = Callable[[Sequence[Request]], list[str | RecordError]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """A prompt with its responses.
+  """Prompt with its responses.
 
   Attributes:
     prompt: text that the policy is given.
     responses: K texts, best first.
-    score: K figures, higher is better; a pair without scores of its own has
+    score: K scores, higher is better; a pair without scores of its own has
       (1, 0), unpaired feedback 1 or 0.
-    is_rendered: whether a chat template made the text, so that special tokens
-      are written in it; those that messages spell are hidden, see `Spellings`.
-      Elsewhere such a spelling is plain text.
-    scored: ranges of characters of each response that are scored, ascending;
-      what is between them, a user's turn or a tool's output, is only read.
-      None where every response is scored as a whole.
-    truncated: which responses were cut off while they were sampled, so that
-      no EOS belongs behind them; None where none was.
+    is_rendered: whether a chat template made the text, so that it spells
+      special tokens; those that messages spell are hidden, see `Spellings`. In
+      other text such a spelling is plain text.
+    scored: ranges of characters of each response that are scored, ascending.
+      Text between them, a user's turn or a tool's output, is not scored. None
+      if all responses are scored as a whole.
+    truncated: for each response, whether its sampler cut it off, so that it
+      gets no EOS; None if none was cut off.
   """
 
   prompt: str
@@ -61,7 +61,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-  """A record of messages, until its chat template has rendered them."""
+  """Record of messages that its chat template has not rendered yet."""
 
   prompt: list[Message]
   responses: list[list[Message]]
@@ -94,14 +94,17 @@ class Dialogue:
     return [i for i, turn in enumerate(turns) if is_answer(turn)]
 
   def _borders(self, turns: Sequence[Message]) -> list[tuple[int, bool]]:
-    """What to render to find the scored turns: how many turns, and header."""
+    """Returns the prefixes that bound the scored turns.
+
+    Each is a number of turns, and whether the assistant's header follows.
+    """
     scored = self._scored(turns)
     starts = [(i, True) for i in scored if i]
     ends = [(i + 1, False) for i in scored if i + 1 < len(turns)]
     return sorted(starts + ends)
 
   def requests(self) -> list[Request]:
-    """What to render: the prompt, then of each response all and its parts."""
+    """Returns what to render: prompt, then each response and its prefixes."""
     needed: list[tuple[list[Message], bool]] = [(self.prompt, True)]
     for turns in self.responses:
       needed.append((self.prompt + turns, False))
@@ -110,11 +113,11 @@ class Dialogue:
     return [Request(*one, self.extras) for one in needed]
 
   def finish(self, rendered: Sequence[str | RecordError]) -> Example:
-    """The example of what was rendered.
+    """Makes the example from the rendered texts.
 
     Raises:
-      RecordError: the template fails, or writes a beginning differently once
-        more turns follow it.
+      RecordError: the template fails, or renders a prefix differently if more
+        turns follow.
     """
     for text in rendered:
       if isinstance(text, RecordError):
@@ -129,12 +132,12 @@ class Dialogue:
       if not whole.startswith(prefix):
         raise RecordError(
           f"{self.where}: the chat template writes the prompt differently once"
-          f" an answer follows, so the policy would be trained behind another"
-          f" text than it answers.\n{_show_parting(prefix, whole)}\nSet"
+          " an answer follows, so the policy would be trained on another prompt"
+          f" than it answers.\n{_show_parting(prefix, whole)}\nSet"
           " data.chat_template to a template that agrees, or what it reads in"
           " a column chat_template_kwargs"
         )
-      places = {(0, True): len(prefix), (len(turns), False): len(whole)}
+      borders = {(0, True): len(prefix), (len(turns), False): len(whole)}
       for border, text in zip(self._borders(turns), texts, strict=False):
         if not whole.startswith(text):
           raise RecordError(
@@ -144,13 +147,13 @@ class Dialogue:
             f"{_show_parting(text, whole)}\nSet data.scored_turns='last', or"
             " data.chat_template to a template that keeps its turns"
           )
-        places[border] = len(text)
+        borders[border] = len(text)
       responses.append(whole[len(prefix) :])
       scored.append(
         tuple(
           (
-            places[i, True] - len(prefix),
-            places[i + 1, False] - len(prefix),
+            borders[i, True] - len(prefix),
+            borders[i + 1, False] - len(prefix),
           )
           for i in self._scored(turns)
         )
@@ -166,7 +169,7 @@ class Dialogue:
 
 
 def _show_parting(alone: str, whole: str) -> str:
-  """Both texts around the place where they part."""
+  """Shows both texts around the first difference."""
   at = next(
     (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b),
     min(len(alone), len(whole)),

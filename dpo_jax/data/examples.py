@@ -32,7 +32,7 @@ def parse_record(
     record: columns by name.
     where: file and line, for errors.
     render: the tokenizer's chat template, or None if it has none.
-    reading: how; the defaults unless given.
+    reading: how records are read; the defaults unless given.
 
   Returns:
     The example, its responses best first.
@@ -77,17 +77,17 @@ def parse_records(
   that its sampler cut off gets no EOS, which would teach to stop there.
 
   Args:
-    records: what `shape_records` yields.
+    records: results of `shape_records`.
     render: the tokenizer's chat template, or None if it has none.
     scored_turns: one of SCORED_TURNS.
-    counts: is increased: `prompts_repeated`, records whose prompt stood in
-      their responses again; `messages_cut`, prompts and responses that were
-      cut to MAX_CHARS; `chosen_scores_lower`, pairs whose chosen response has
-      the lower score.
+    counts: counters that are increased: `prompts_repeated`, records whose
+      responses repeat the prompt; `messages_cut`, prompts and responses that
+      were cut to MAX_CHARS; `chosen_scores_lower`, pairs whose chosen response
+      has the lower score.
     hide: hides what messages spell, see `Spellings.hide`; None hides nothing.
 
   Returns:
-    Examples, responses best first, or what is wrong with a record.
+    Examples, responses best first, or the error of a record.
   """
   parsed: list[Example | Unusable | RecordError | Dialogue] = []
   for record in records:
@@ -231,7 +231,7 @@ def _scores(responses: Any, scores: Any, where: str) -> list[float]:
 def _truncated(
   record: Mapping[str, Any], num: int, where: str
 ) -> tuple[bool, ...] | None:
-  """The column `truncated`, in the record's order; None where all is whole."""
+  """Reads the column `truncated`; None if no response was cut off."""
   value = record.get("truncated")
   if value is None:
     return None

@@ -83,7 +83,7 @@ def _choose(record: Record, name: str, allowed: Mapping[Any, Any]) -> Any:
 
 
 def _list(value: Any, name: str) -> list[Any]:
-  """A list, or JSON text of one."""
+  """Reads a list, or JSON text of one."""
   if isinstance(value, str):
     try:
       value = json.loads(value)
@@ -142,7 +142,7 @@ def _sharegpt(record: Record) -> Record:
 
 
 def _from_value(message: Any) -> Any:
-  """A message with `from` and `value` as one with role and content."""
+  """Converts a message with `from` and `value` to role and content."""
   if not isinstance(message, Mapping) or "from" not in message:
     return message
   rest = {k: v for k, v in message.items() if k not in ("from", "value")}

@@ -52,14 +52,14 @@ Splits = dict[str, list[str]]
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """A split of a data set.
+  """Split of a data set.
 
   Attributes:
     spec: ORG/NAME/CONFIG@COMMIT:SPLIT.
     name: ORG/NAME.
     commit: 40 hexadecimal digits.
     paths: files in the repository, in the order in which they are read.
-    digest: of the content of the files.
+    digest: digest of the content of the files.
   """
 
   spec: str
@@ -162,7 +162,7 @@ def _advice(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Repository:
-  """A commit of a data set.
+  """Commit of a data set.
 
   Attributes:
     commit: 40 hexadecimal digits.

@@ -12,11 +12,11 @@ MAX_CHARS = 2_000_000
 
 
 class RecordError(ValueError):
-  """A broken record; the message names file and line."""
+  """Broken record; the message names file and line."""
 
 
 class Unusable(Exception):
-  """A record that is well formed but teaches nothing; dropped and counted."""
+  """Well-formed record that teaches nothing; dropped and counted."""
 
   def __init__(self, reason: str):
     super().__init__(reason)
@@ -182,7 +182,7 @@ def is_messages(value: Any) -> bool:
 
 
 def has_content(message: Message) -> bool:
-  """Whether a message says something: text, or calls of tools."""
+  """Returns whether a message has text or tool calls."""
   values = [v for k, v in message.items() if k not in ("role", "name")]
   return any(v.strip() if isinstance(v, str) else _is_filled(v) for v in values)
 

@@ -20,7 +20,7 @@ def add_slot(store: Store, *, seed: int, max_tokens: int) -> Store:
 
   Args:
     store: N groups of K responses.
-    seed: of the draw.
+    seed: seed of the draw.
     max_tokens: prompt and response together; a longer response is cut, and
       may lose all that is scored of it where it has unscored turns.
 
@@ -31,7 +31,7 @@ def add_slot(store: Store, *, seed: int, max_tokens: int) -> Store:
     ValueError: fewer than two groups.
   """
   # A group without a response, such as the half of a pair that is none, has
-  # nothing to give: its log-ratio of 0 would pull the estimate.
+  # nothing to give: its log-ratio of 0 would bias the estimate.
   present = np.flatnonzero(store.lengths[:, 1] > 0)
   if len(present) < 2:
     raise ValueError("mismatched responses need at least two groups")
@@ -55,7 +55,8 @@ def take_slot(fields: dict[str, jax.Array]) -> dict[str, jax.Array]:
   """Makes the last slot's log-probs fields of their own.
 
   Args:
-    fields: of Sequences, [B, K + 1] each, `logps` and `ref_logps` among them.
+    fields: fields of Sequences, [B, K + 1] each, including `logps` and
+      `ref_logps`.
 
   Returns:
     The same [B, K], with `mismatched_logps` and `mismatched_ref_logps`,

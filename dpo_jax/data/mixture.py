@@ -60,7 +60,7 @@ class Mixture:
 
   @property
   def smallest(self) -> int:
-    """Groups of the smallest source, after which one comes again."""
+    """Number of groups of the smallest source, which repeat first."""
     return min(map(len, self.indices))
 
   def probabilities(self, indices: np.ndarray) -> np.ndarray:
@@ -96,7 +96,7 @@ class Mixture:
 
   @functools.cached_property
   def counts(self) -> np.ndarray:
-    """i64 [S], draws of each source in a cycle, by largest remainder."""
+    """Draws of each source in a cycle, by largest remainder: i64 [S]."""
     shares = np.array(self.weights) / sum(self.weights) * _CYCLE
     counts = np.floor(shares).astype(np.int64)
     rest = np.argsort(counts - shares, kind="stable")
@@ -126,7 +126,7 @@ class Mixture:
     return drawn
 
   def _cycle(self, seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source of each position of a cycle, and its rank among that source."""
+    """Returns the source of each position of a cycle, and its rank in it."""
     in_order = np.repeat(np.arange(len(self.counts)), self.counts)
     sources = in_order[_shuffled((seed, cycle, 0), _CYCLE)]
     ranks = np.empty(_CYCLE, np.int64)

@@ -1,10 +1,11 @@
-"""Data of a run: stores of tokens, seen as the loss reads them; loaders."""
+"""Builds the data of a run: stores as the loss reads them, and loaders."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
 import logging
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from dpo_jax import config as config_lib
@@ -31,8 +32,8 @@ class Data:
     train: groups; for on-policy training, their prompts.
     eval: held-out groups by the name of their set; "" for the one without a
       name. Empty where nothing is held out.
-    measured: held-out sets that the loss is measured on; of the others only
-      the prompts are used.
+    measured: names of held-out sets that the loss is measured on; only the
+      prompts of the others are used.
     checks: results of the checks.
   """
 
@@ -61,7 +62,7 @@ class Data:
     return reports
 
   def identity(self) -> dict[str, Any]:
-    """Returns what all hosts, and all starts of a run, must have in common."""
+    """Returns the identity of the data, equal on all hosts and starts."""
     loaders = {"train": self.train} | {
       config_lib.split_name(name): loader for name, loader in self.eval.items()
     }
@@ -83,8 +84,8 @@ class Groups:
   Attributes:
     store: groups.
     reports: report of each source, see `groups.tokenize`.
-    is_usable: bool [N], from which of them the loss learns.
-    source: i64 [N], index of the source of each.
+    is_usable: bool [N], whether the loss learns from a group.
+    source: i64 [N], index of each group's source.
   """
 
   store: store.Store
@@ -106,7 +107,7 @@ class Pipeline:
     placement: mesh.
   """
 
-  config: Any
+  config: ml_collections.FrozenConfigDict
   tokenizer: Tokenizer
   objective: Objective | WeightedSum
   needs: frozenset[str]
@@ -115,7 +116,7 @@ class Pipeline:
 
   @property
   def is_offline(self) -> bool:
-    """Whether responses are read, and not sampled."""
+    """Whether responses are read from data, not sampled."""
     return self.config.online.kind == "none"
 
   def build(self) -> Data:
@@ -189,7 +190,7 @@ class Pipeline:
     return train, chosen
 
   def _can_measure(self, held_out: store.Store) -> bool:
-    """Whether the loss can read held-out groups, and not only their prompts."""
+    """Returns whether the loss can be measured on held-out groups."""
     is_pair = held_out.num_slots == 2
     return self.is_offline or (self.objective.group != "samples" and is_pair)
 
@@ -322,7 +323,7 @@ class Pipeline:
   def _drop_unusable(
     self, reasons: Mapping[str, np.ndarray], spec: str
   ) -> np.ndarray:
-    """Returns which groups teach the loss something, and logs the others.
+    """Returns the groups that the loss learns from, and logs the others.
 
     Args:
       reasons: reason -> bool [N].

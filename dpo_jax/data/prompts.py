@@ -69,7 +69,7 @@ def settle_prompt(
 
 
 def _is_conversation(turns: Sequence[Message]) -> bool:
-  """Whether a response starts with what the user asks."""
+  """Returns whether a response starts with the user's question."""
   roles = [m["role"] for m in turns if m["role"] not in ("system", "developer")]
   return len(roles) > 1 and roles[0] == "user"
 

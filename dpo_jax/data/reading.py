@@ -1,4 +1,4 @@
-"""How records are read: names, roles and shapes, before they are parsed."""
+"""Renames columns and roles of records, and finds their shapes."""
 
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
@@ -34,7 +34,7 @@ _INPUTS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """How records are read, as the keys of `config.data` say.
+  """Settings for reading records, from `config.data`.
 
   Attributes:
     format: name in SHAPES; "" finds it by a record's columns.
@@ -88,11 +88,11 @@ class Reading:
 
 @dataclasses.dataclass
 class Seen:
-  """Notes on what was read.
+  """Notes on the records that were read.
 
   Attributes:
     records: number of them.
-    shapes: how many had each of SHAPES.
+    shapes: number of records of each of SHAPES.
     unread: columns that were not read.
   """
 
@@ -103,7 +103,7 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Shaped:
-  """A record of one of FORMATS.
+  """Record of one of FORMATS.
 
   Attributes:
     where: file and line.
@@ -137,7 +137,7 @@ def shape_records(
     seen: is filled with notes.
 
   Yields:
-    A record of one of FORMATS, or what is wrong with it. Neighbouring records
+    A record of one of FORMATS, or its error. Neighbouring records
     of one prompt become one record where their shape says so.
   """
   columns, roles = reading.column_names(), reading.role_names()

@@ -1,4 +1,4 @@
-"""Where records come from: `kind:what` -> records with their addresses.
+"""Sources of records: `kind:what` -> records with their addresses.
 
 jsonl:PATH                   a file or a glob, .jsonl, .jsonl.gz or .jsonl.zst;
                              also .json, an array of objects
@@ -51,7 +51,7 @@ class Source:
 
   Attributes:
     spec: `kind:what`; of the Hub with config, commit and split.
-    digest: of the content, not of the path.
+    digest: digest of the content, not of the path.
   """
 
   spec: str
@@ -141,7 +141,7 @@ def _read_jsonl(paths: _Files) -> Iterator[Record]:
 
 
 class _ZstdError(Exception):
-  """A .zst file that breaks off or is damaged."""
+  """Raised for a .zst file that breaks off or is damaged."""
 
 
 class _ZstdReader(io.RawIOBase):

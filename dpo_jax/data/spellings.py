@@ -11,8 +11,8 @@ letters again when the text is encoded.
 Marks around whole messages would show more, but templates trim messages and
 look at how they begin. A second rendering, to compare with, would follow other
 branches of the template. A template that looks for a special token in messages
-does not find it; "<think>" and the like, where they are no special tokens, are
-not hidden.
+does not find it. "<think>" and the like are not hidden unless they are special
+tokens.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -55,7 +55,7 @@ class Spellings:
     """Hides what strings spell, at every depth of messages.
 
     Args:
-      value: what JSON can hold.
+      value: value that JSON can hold.
       where: file and line, for errors.
 
     Returns:
@@ -82,11 +82,11 @@ class Spellings:
     return value
 
   def is_hidden_in(self, text: str) -> bool:
-    """Whether anything is hidden in a template's text."""
+    """Returns whether a template's text has hidden tokens."""
     return self._is_hidden.search(text) is not None
 
   def is_spelled_in(self, text: str, *, is_rendered: bool) -> bool:
-    """Whether plain text, or messages in rendered text, spell a token."""
+    """Returns whether text, or messages in rendered text, spell a token."""
     pattern = self._is_hidden_token if is_rendered else self._token
     return pattern.search(text) is not None
 

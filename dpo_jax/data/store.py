@@ -1,7 +1,7 @@
-"""Tokenize once: a content-addressed store of token ids with their lengths.
+"""Content-addressed store of token ids and lengths; data are tokenized once.
 
-The folder's name is a digest of everything that decides its content, so a
-store is never stale and runs that share data share it.
+The folder's name is a digest of everything that decides its content. So a store
+is never stale, and runs with the same data share it.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ from dpo_jax.data.sources import Source
 from dpo_jax.data.tokenizers import Tokenizer
 from dpo_jax.system import files
 
-# Raise it when the same input would give other arrays or another report.
+# Increase it when the same input gives other arrays or another report.
 FORMAT = 6
 _ARRAYS = ("tokens", "starts", "lengths", "score", "prompt_hashes")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Chain:
-  """Arrays one after the other, sliced without being copied together.
+  """Concatenated arrays, sliced without a copy.
 
   Attributes:
-    parts: [n_i] each.
-    ends: i64 [S], where each of them ends. No slice crosses one.
+    parts: S arrays, [n_i] each.
+    ends: i64 [S], end of each part. Slices must not cross one.
   """
 
   parts: tuple["np.ndarray | _Chain", ...]
@@ -55,15 +55,15 @@ class Store:
 
   Attributes:
     tokens: i32 [total], every group's prompt and then its responses.
-    starts: i64 [N, 1 + K], where each part starts in `tokens`.
-    lengths: i32 [N, 1 + K], tokens of the prompt and of each response; 0
-      where there is no response.
+    starts: i64 [N, 1 + K], index in `tokens` at which each part starts.
+    lengths: i32 [N, 1 + K], tokens of the prompt and of each response; 0 for an
+      empty slot.
     score: f32 [N, K].
-    digest: of the content.
-    report: counts of what was read, dropped and cut.
-    prompt_hashes: u32 [N], of each prompt's text before anything was cut;
-      None for groups that are not split.
-    scored: bool [total], which of `tokens` are scored; None where all tokens
+    digest: digest of the content.
+    report: counts of records that were read, dropped and cut.
+    prompt_hashes: u32 [N], hash of each prompt's text before any cut; None for
+      groups that are not split into training and held-out ones.
+    scored: bool [total], whether each of `tokens` is scored; None if all tokens
       of responses are.
   """
 
@@ -84,13 +84,13 @@ class Store:
     *,
     digest: str = "in memory",
   ) -> "Store":
-    """Makes a store of ids that are in memory.
+    """Makes a store in memory.
 
     Args:
-      groups: N times a prompt and its K responses, i32 ids; an empty array
-        where there is no response.
+      groups: prompt and K responses of N groups, i32 ids; an empty array for an
+        empty slot.
       score: f32 [N, K].
-      digest: names the content where log-probs of it are cached.
+      digest: identifies the content in a cache of log-probs.
     """
     lengths = np.array([[len(p) for p in g] for g in groups], np.int32)
     tokens = np.concatenate([part for group in groups for part in group])
@@ -105,13 +105,13 @@ class Store:
 
   @classmethod
   def join(cls, stores: Sequence["Store"]) -> "Store":
-    """Puts stores one after the other, without reading their tokens.
+    """Concatenates stores, without reading their tokens.
 
     Args:
-      stores: S of them; groups with fewer slots get empty ones.
+      stores: S stores; groups with fewer slots get empty ones.
 
     Returns:
-      A store of all groups. Its report has those of its parts in "sources".
+      A store of all groups. Its report has theirs under "sources".
     """
     num_slots = max(store.num_slots for store in stores)
     ends = np.cumsum([len(store.tokens) for store in stores])
@@ -156,13 +156,13 @@ class Store:
     return self.score.shape[1]
 
   def group(self, index: int) -> list[np.ndarray]:
-    """Prompt and responses of a group: K + 1 arrays of ids, i32."""
+    """Returns prompt and responses of a group: K + 1 arrays of ids, i32."""
     parts = zip(self.starts[index], self.lengths[index], strict=True)
     return [self.tokens[start : start + length] for start, length in parts]
 
   @functools.cached_property
   def num_scored(self) -> np.ndarray:
-    """i32 [N, K], scored tokens of each response."""
+    """Number of scored tokens of each response: i32 [N, K]."""
     if self.scored is None:
       return self.lengths[:, 1:]
     starts, lengths = self.starts[:, 1:], self.lengths[:, 1:]
@@ -173,14 +173,14 @@ class Store:
     return np.where(lengths > 0, sums.reshape(lengths.shape), 0)
 
   def masks(self, index: int) -> list[np.ndarray]:
-    """Which tokens of a group's K responses are scored, bool."""
+    """Returns masks of the scored tokens of a group's K responses, bool."""
     parts = zip(self.starts[index, 1:], self.lengths[index, 1:], strict=True)
     if self.scored is None:
       return [np.ones(length, bool) for _, length in parts]
     return [self.scored[start : start + length] for start, length in parts]
 
   def first_slots(self, num_slots: int) -> "Store":
-    """The same groups with their first responses only."""
+    """Returns a store with the first responses of each group."""
     if num_slots >= self.num_slots:
       return self
     return dataclasses.replace(
@@ -192,18 +192,19 @@ class Store:
     )
 
   def tied_pairs(self) -> np.ndarray:
-    """bool [N], whether a group is a pair whose responses score the same."""
+    """Returns whether each group is a pair with equal scores: bool [N]."""
     is_pair = (self.lengths[:, 1:3] > 0).all(1)
     return is_pair & (self.score[:, 0] == self.score[:, 1])
 
   def split_pairs(self) -> "Store":
-    """Every pair as two groups of one response: label 1 chosen, 0 rejected.
+    """Splits every pair into two groups of one response.
 
-    A group of one response keeps its label, and the group beside it is empty.
+    The chosen response gets the label 1, the rejected one 0. A group of one
+    response keeps its label and gets an empty second group.
     """
 
-    def apart(x: np.ndarray) -> np.ndarray:
-      # [N, 1 + 2] -> [2 N, 1 + 1]: each response behind the pair's prompt.
+    def split(x: np.ndarray) -> np.ndarray:
+      # [N, 1 + 2] -> [2 N, 1 + 1]: each response after the prompt.
       return np.stack([x[:, [0, 1]], x[:, [0, 2]]], 1).reshape(-1, 2)
 
     hashes = self.prompt_hashes
@@ -211,18 +212,18 @@ class Store:
     score = np.where(is_pair, np.array([[1.0, 0.0]], np.float32), self.score)
     return dataclasses.replace(
       self,
-      starts=apart(self.starts),
-      lengths=apart(self.lengths),
+      starts=split(self.starts),
+      lengths=split(self.lengths),
       score=score.reshape(-1, 1),
       digest=f"{self.digest}/split_pairs",
       prompt_hashes=None if hashes is None else np.repeat(hashes, 2),
     )
 
   def split(self, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of training and held-out groups.
+    """Returns the indices of training and held-out groups.
 
-    A group's side is decided by a hash of its prompt, so a prompt is never on
-    both, and stays where it is when other data are added.
+    A hash of the prompt decides, so a prompt is never in both, and adding other
+    data does not move it.
     """
     if not 0.0 <= eval_fraction < 1.0:
       raise ValueError(f"data.eval_fraction={eval_fraction} must be in [0, 1)")
@@ -238,12 +239,12 @@ def build_store(
   cache_dir: str,
   reading: Reading | None = None,
 ) -> Store:
-  """Opens the store of this data, tokenizing it first if it is not there.
+  """Opens the store of a source, and tokenizes it first if there is none.
 
   Args:
     source: records.
-    tokenizer: ids.
-    limits: lengths.
+    tokenizer: encodes texts.
+    limits: maximum lengths.
     cache_dir: folder of stores.
     reading: how records are read; the defaults unless given.
 
@@ -252,12 +253,12 @@ def build_store(
 
   Raises:
     RecordError: a broken record, with its file and line.
-    ValueError: no usable group; says what became of the records.
+    ValueError: no usable group; the message has the counts of records.
   """
   if files.is_remote(cache_dir):
     raise ValueError(
-      f"data.cache_dir={cache_dir!r} must be a folder of this machine: stores"
-      " are mapped into memory"
+      f"data.cache_dir={cache_dir!r} must be a local folder: stores are"
+      " mapped into memory"
     )
   reading = reading or Reading()
   key = [FORMAT, source.digest, tokenizer.digest, dataclasses.astuple(limits)]
@@ -268,7 +269,7 @@ def build_store(
     groups = tokenize(source, tokenizer, limits, reading)
     _write(groups, cache_dir, folder)
   with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
-    # The same content may have been read from another place.
+    # The same content may have been read from another path.
     report = json.load(file) | {
       "source": source.spec,
       "content": source.digest,
@@ -285,13 +286,13 @@ def build_store(
 
 
 def part_starts(lengths: np.ndarray) -> np.ndarray:
-  """Where parts start that lie end to end: [N, P] lengths -> i64 [N, P]."""
+  """Returns the starts of concatenated parts: lengths [N, P] -> i64 [N, P]."""
   ends = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape)
   return ends - lengths
 
 
 def _write(groups: Groups, cache_dir: str, folder: str) -> None:
-  """Writes to another folder, then renames: no half store is seen."""
+  """Writes to a temporary folder and renames it, so a store is complete."""
   lengths, scores = groups.lengths, groups.scores
   num_slots = max(len(score) for score in scores)
   padded_lengths = np.zeros((len(lengths), 1 + num_slots), np.int32)
@@ -317,7 +318,7 @@ def _write(groups: Groups, cache_dir: str, folder: str) -> None:
       os.path.join(temporary, "report.json"), "w", encoding="utf-8"
     ) as file:
       json.dump(groups.report, file, indent=2)
-    # Where another process was faster, its folder has the same content.
+    # If another process was faster, its folder has the same content.
     if not os.path.exists(folder):
       os.replace(temporary, folder)
   except OSError:

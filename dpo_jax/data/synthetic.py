@@ -1,4 +1,4 @@
-"""A built-in task with a known reward: short film reviews.
+"""Built-in task with a known reward: short film reviews.
 
 Prompts are beginnings of reviews, responses their ends, both drawn from a
 small grammar; the ground-truth reward is the sentiment of the response, read

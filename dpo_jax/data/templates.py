@@ -1,4 +1,4 @@
-"""Chat templates, rendered where they can do no harm.
+"""Renders chat templates in a sandboxed child process.
 
 A template is a program that came with a checkpoint. jinja2's sandbox keeps it
 from files and from the process, but stops neither nested loops nor a string of
@@ -7,7 +7,7 @@ The child serves many renders over pipes, one after the other; a render that
 breaks a cap ends the child, and the next one starts another.
 
 `python -m dpo_jax.data.templates` is the child. It imports little, so that it
-starts fast, and is no fork of a process that runs jax.
+starts fast, and is not a fork of a process that runs jax.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,19 +38,19 @@ from dpo_jax.data.messages import RecordError
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _LENGTH = struct.Struct(">Q")
-# How much longer than its time a render may take on a machine that is busy.
+# Wall-clock time that a render may take, as a multiple of its processor time.
 _PATIENCE = 3.0
 _BATCH = 256  # requests sent at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Caps:
-  """What one render may take.
+  """Limits of one render.
 
   Attributes:
-    chars: of text.
-    seconds: of processor time; of the wall clock, three times that.
-    mebibytes: of memory, the child's own 40 or so included.
+    chars: characters of text.
+    seconds: processor time; the wall-clock limit is three times that.
+    mebibytes: memory, including about 40 of the child's own.
   """
 
   chars: int = 4_500_000  # a prompt and a response of `messages.MAX_CHARS`
@@ -59,7 +59,7 @@ class Caps:
 
 
 class ChatTemplate:
-  """A template and the child process that renders it.
+  """Chat template, and the child process that renders it.
 
   Attributes:
     source: jinja2, as `transformers` reads it: loop controls, `tojson`,
@@ -78,10 +78,10 @@ class ChatTemplate:
 
     Args:
       source: the template.
-      variables: that it always sees, such as `bos_token`.
-      date: what `strftime_now` says. It is fixed so that the same data are
-        the same tokens on another day.
-      caps: of a render; the defaults unless given.
+      variables: variables of every render, such as `bos_token`.
+      date: date of `strftime_now`; fixed, so that the same data give the same
+        tokens on another day.
+      caps: limits of a render; the defaults unless given.
     """
     self.source = source
     self._caps = caps or Caps()
@@ -95,14 +95,14 @@ class ChatTemplate:
     self._child: _Child | None = None
 
   def render(self, requests: Sequence[Request]) -> list[str | RecordError]:
-    """Conversations as text.
+    """Renders conversations.
 
     Args:
-      requests: what to render; each has the caps for itself.
+      requests: conversations; the caps apply to each.
 
     Returns:
-      A text for each, or the error in its place: the template raises, or
-      breaks a cap, and it says which.
+      A text for each, or an error in its place if the template raises or
+      exceeds a cap.
     """
     replies: list[str | RecordError] = []
     with self._lock:
@@ -118,7 +118,10 @@ class ChatTemplate:
       self._child = None
 
   def _ask(self, requests: Sequence[Request]) -> list[str | RecordError]:
-    """Replies to the first requests, one at least: a fault may end a child."""
+    """Returns replies to the first requests, at least one.
+
+    A fault may end the child before the last request.
+    """
     if self._child is None:
       self._child = _Child(self._setting)
       weakref.finalize(self, self._child.end)
@@ -137,7 +140,7 @@ class ChatTemplate:
           self.close()
           break
     except BaseException:
-      # Replies that nobody read would answer the next requests.
+      # Unread replies would be taken for those to the next requests.
       self.close()
       raise
     return replies
@@ -163,7 +166,7 @@ def _error(reply: Mapping[str, Any], request: Request) -> RecordError:
 
 
 class _Child:
-  """A running child and its pipes."""
+  """Running child process and its pipes."""
 
   def __init__(self, setting: Mapping[str, Any]):
     path = os.pathsep.join([str(_ROOT), *filter(None, sys.path)])
@@ -182,7 +185,7 @@ class _Child:
     self._setting: Mapping[str, Any] | None = setting
 
   def send(self, batch: Any) -> None:
-    """Sends what JSON can hold; a child that is gone is noticed later."""
+    """Sends JSON. A child that has ended is noticed by `receive`."""
     try:
       message = json.dumps(batch, default=_to_plain).encode()
     except (TypeError, ValueError) as error:
@@ -194,7 +197,7 @@ class _Child:
       _send(self._stdin, message)
 
   def receive(self, deadline: float) -> Mapping[str, Any]:
-    """The next reply.
+    """Receives the next reply.
 
     Raises:
       TimeoutError: none came before the deadline.
@@ -217,7 +220,7 @@ class _Child:
     return b"".join(pieces)
 
   def explain_end(self, caps: Caps) -> str:
-    """What a child died of."""
+    """Returns why the child ended."""
     code = self._process.wait()
     if code == -signal.SIGXCPU:
       return f"took longer than {caps.seconds} s"
@@ -227,7 +230,7 @@ class _Child:
     return f"ended its process with exit code {code}: {last}"
 
   def end(self) -> None:
-    """Kills the child and waits for it: no zombie stays."""
+    """Kills the child and waits for it, so that no zombie remains."""
     self._process.kill()
     self._process.wait()
     self._selector.close()
@@ -243,7 +246,7 @@ def _opened(pipe: IO[bytes] | None) -> IO[bytes]:
 def _to_plain(value: Any) -> Any:
   if isinstance(value, Mapping):
     return dict(value)
-  raise TypeError(f"{type(value).__name__} is none of its types")
+  raise TypeError(f"{type(value).__name__} is not a type of JSON")
 
 
 def _send(file: IO[bytes], message: bytes) -> None:

@@ -1,4 +1,4 @@
-"""A tokenizer as files that transformers opens."""
+"""Writes a tokenizer as files that transformers opens."""
 
 import json
 
@@ -60,7 +60,7 @@ def _bytes_json() -> str:
 
 
 def _letters_of_bytes() -> list[str]:
-  """The letter that stands for each byte: GPT-2's table.
+  """Returns the letter that stands for each byte, by GPT-2's table.
 
   Printable bytes are themselves; the others come after them from 256 on.
   """

@@ -1,4 +1,4 @@
-"""tokenizer.json, and what other files of a tokenizer's folder add to it."""
+"""Reads tokenizer.json, and tokens that other files of its folder add."""
 
 from collections.abc import Collection, Mapping, Sequence
 import functools
@@ -13,7 +13,7 @@ from dpo_jax.data.spellings import Spellings
 
 
 class Encoder:
-  """The tokenizer of a tokenizer.json.
+  """Tokenizer of a tokenizer.json.
 
   Attributes:
     plain: the tokenizer; special tokens in a text are letters to it.
@@ -67,7 +67,7 @@ class Encoder:
 
   @functools.cached_property
   def _marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-    """A tokenizer that knows marks, and the ids that they stand for."""
+    """Tokenizer that knows marks, and the ids that they stand for."""
     tokenizer = _build(self._text)
     tokenizer.encode_special_tokens = True
     added = self.plain.get_added_tokens_decoder().values()
@@ -97,7 +97,7 @@ def _build(text: str) -> tokenizers.Tokenizer:
 def _same_kind(
   token: tokenizers.AddedToken, content: str, *, special: bool
 ) -> tokenizers.AddedToken:
-  """A token that takes the spaces around it as another does."""
+  """Makes a token that strips the spaces around it as another does."""
   return tokenizers.AddedToken(
     content,
     lstrip=token.lstrip,

@@ -1,7 +1,7 @@
-"""Text to token ids: byte-level, or any Hugging Face tokenizer.json.
+"""Encodes text as token ids: bytes, or any Hugging Face tokenizer.json.
 
-Prompt and response are encoded apart and their ids joined, so that no token
-straddles the border and the split is exact by construction.
+Prompt and response are encoded separately and their ids joined. So no token
+straddles their border.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,29 +24,29 @@ from dpo_jax.system import files
 
 _LOG = logging.getLogger(__name__)
 
-# Names that a template may read.
+# Special tokens that a template may read.
 _SPECIAL_TOKENS = tuple(
   f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
-# What strftime_now says where nothing else is asked for.
+# Default date of strftime_now.
 DEFAULT_DATE = "2024-07-26"
 # Tokenizers in formats that are not read here.
 _UNREAD_FILES = ("tokenizer.model", "spiece.model", "vocab.txt", "*.tiktoken")
 
 
 class Tokenizer(Protocol):
-  """What the data pipeline asks of a tokenizer.
+  """Interface of a tokenizer.
 
   Attributes:
-    vocab_size: ids are below it.
-    bos_id: put before every prompt, or None.
-    eos_id: put after every response that has no end of its own.
-    pad_id: what the tokenizer's files name for padding, or None.
+    vocab_size: upper bound of the ids, exclusive.
+    bos_id: id put before every prompt, or None.
+    eos_id: id put after every response that has no end of its own.
+    pad_id: padding id that the tokenizer's files name, or None.
     stop_ids: ids that end a response when it is sampled, `eos_id` first.
-    digest: of everything that decides the ids.
-    parts: the same by part, digests by name: `vocabulary`, `chat_template`.
+    digest: digest of everything that decides the ids.
+    parts: digests of its parts by name: `vocabulary`, `chat_template`.
     has_chat_template: whether `render` works.
-    spellings: its special tokens.
+    spellings: special tokens.
   """
 
   @property
@@ -71,19 +71,19 @@ class Tokenizer(Protocol):
   def encode(
     self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
   ) -> list[list[int]]:
-    """Ids of each text, without BOS or EOS of the tokenizer's own.
+    """Encodes texts, without adding BOS or EOS.
 
     Args:
-      texts: what to encode.
-      is_rendered: whether special tokens spelled in the text are meant,
-        except those that `spellings` hid. In plain text they are letters: a
-        user cannot write an EOS.
-      is_continuation: whether the text follows a prompt, so that a tokenizer
-        that marks the beginning of a text must not mark it.
+      texts: texts.
+      is_rendered: whether special tokens that the text spells become tokens,
+        except those that `spellings` hid. In plain text they are letters, so
+        that a user cannot write an EOS.
+      is_continuation: whether the text follows a prompt. A tokenizer that marks
+        the beginning of a text must not mark it then.
     """
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Text of ids, special tokens left out."""
+    """Decodes ids, without special tokens."""
 
   def render(
     self,
@@ -91,20 +91,20 @@ class Tokenizer(Protocol):
     header: bool,
     extras: Mapping[str, Any] | None = None,
   ) -> str:
-    """Messages as text, by the chat template; see `Request`."""
+    """Renders messages with the chat template; see `Request`."""
 
   def render_batch(
     self, requests: Sequence[Request]
   ) -> list[str | RecordError]:
-    """The same for many at once, with the error where one fails."""
+    """Renders many at once; gives an error in place of each that fails."""
 
 
 class HFTokenizer:
-  """A folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt.
+  """Tokenizer of tokenizer.json, or of GPT-2's vocab.json and merges.txt.
 
-  What else is there is read as `transformers` reads it: tokenizer_config.json,
-  special_tokens_map.json, and a model's config.json and generation_config.json
-  for the ids of BOS and EOS.
+  Other files of the folder are read as `transformers` reads them:
+  tokenizer_config.json, special_tokens_map.json, and a model's config.json and
+  generation_config.json for the ids of BOS and EOS.
   """
 
   def __init__(
@@ -118,15 +118,15 @@ class HFTokenizer:
     """Reads the tokenizer.
 
     Args:
-      folder: of the tokenizer.
-      chat_template: path of a jinja file to use instead of the folder's own.
-      eos_token: spelling of the EOS, instead of what the folder says.
-      template_date: YYYY-MM-DD, what a template's `strftime_now` says.
+      folder: folder of the tokenizer.
+      chat_template: path of a jinja file to use instead of the folder's.
+      eos_token: spelling of the EOS, instead of the folder's.
+      template_date: YYYY-MM-DD, date of a template's `strftime_now`.
 
     Raises:
-      FileNotFoundError: no tokenizer there.
-      ValueError: no EOS token is named, or it is not in the vocabulary; or a
-        date that is none.
+      FileNotFoundError: a folder without a tokenizer.
+      ValueError: no EOS token, or one that is not in the vocabulary; or an
+        invalid date.
     """
     root = epath.Path(folder)
     config, names, model, generation = (
@@ -153,11 +153,11 @@ class HFTokenizer:
     if eos_token:
       self._special["eos_token"] = eos_token
     elif "eos_token" not in self._special and (root / "merges.txt").exists():
-      # Whose own class knows it without being told.
+      # GPT-2's files do not name it; its class in transformers does.
       self._special["eos_token"] = "<|endoftext|>"
     self.eos_id = self._find_eos(folder)
     continuing = tokenizer_json.without_beginnings(text)
-    # The same object where a text's beginning is not marked.
+    # Both are the same if a text's beginning is not marked.
     self._continuing = self._encoder
     if continuing:
       self._continuing = tokenizer_json.Encoder(continuing)
@@ -197,7 +197,7 @@ class HFTokenizer:
     return dict(self._special)
 
   def _fill_special(self, name: str, *configs: Mapping[str, Any]) -> None:
-    """Names a token that only a model's config knows, by its id."""
+    """Adds a special token that only a model's config names, by its id."""
     if f"{name}_token" in self._special:
       return
     for config in configs:
@@ -220,7 +220,7 @@ class HFTokenizer:
   def _find_bos(self, folder: str, config: Mapping[str, Any]) -> int | None:
     """Returns the BOS that the steps of tokenizer.json put before a text.
 
-    `add_bos_token` beside a tokenizer.json adds nothing, as in transformers 5.
+    `add_bos_token` has no effect with a tokenizer.json, as in transformers 5.
     """
     name = self._special.get("bos_token")
     bos_id = self._plain.token_to_id(name) if name else None
@@ -250,7 +250,7 @@ class HFTokenizer:
     return tuple(dict.fromkeys([self.eos_id, *known, *turn_end]))
 
   def _find_turn_end(self) -> list[int]:
-    """The special token that the template puts behind an answer, if any."""
+    """Returns the special token that the template puts after an answer."""
     if not self.has_chat_template:
       return []
     asked = {"role": "user", "content": "a"}
@@ -258,7 +258,7 @@ class HFTokenizer:
     try:
       text = self.render([asked, answer], False)
     except RecordError:
-      return []  # what it refuses of real records will be told there
+      return []  # errors are reported for real records
     ids = self.encode([text], is_rendered=True, is_continuation=False)[0]
     added = self._plain.get_added_tokens_decoder()
     for i in reversed(ids):
@@ -306,7 +306,7 @@ class HFTokenizer:
 
   @functools.cached_property
   def _needs_parts(self) -> bool:
-    """Whether the template writes no content that is text, only parts."""
+    """Whether the template writes content only if it is a list of parts."""
     message = {"role": "user", "content": "probe"}
     is_written = []
     for one in (message, _in_parts(message)):
@@ -318,7 +318,7 @@ class HFTokenizer:
 
 
 def _in_parts(message: Message) -> Message:
-  """A message whose content is a list of one part, if it is text."""
+  """Converts text content to a list of one part."""
   content = message.get("content")
   if not isinstance(content, str):
     return message
@@ -331,7 +331,7 @@ def _digest(value: Any) -> str:
 
 
 def _ids(value: Any) -> list[int]:
-  """Ids of a config that may name none, one or several."""
+  """Returns the ids of a key that may have none, one or several."""
   if value is None:
     return []
   return list(value) if isinstance(value, list) else [value]
@@ -368,7 +368,7 @@ def has_tokenizer(folder: epath.PathLike) -> bool:
 
 
 def unread_file(folder: epath.PathLike) -> str:
-  """Name of a tokenizer's file that is not read here, or ''."""
+  """Returns the name of a tokenizer file in an unsupported format, or ''."""
   root = epath.Path(folder)
   if not root.exists():
     return ""
@@ -383,13 +383,13 @@ def load_tokenizer(
   eos_token: str = "",
   template_date: str = DEFAULT_DATE,
 ) -> Tokenizer:
-  """'bytes', 'letters:N', or the folder of a Hugging Face tokenizer.
+  """Loads a tokenizer.
 
   Args:
-    spec: which.
+    spec: 'bytes', 'letters:N', or the folder of a Hugging Face tokenizer.
     chat_template: path of a jinja file; "" for the folder's own.
     eos_token: spelling of the EOS; "" for the folder's own.
-    template_date: YYYY-MM-DD, what a template's `strftime_now` says.
+    template_date: YYYY-MM-DD, date of a template's `strftime_now`.
   """
   if spec == "bytes":
     if eos_token:

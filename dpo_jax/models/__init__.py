@@ -1,1 +1,1 @@
-"""The policy: a Flax decoder, its log-probs, sampling and checkpoints."""
+"""Policy: Flax decoder, log-probs, sampling and checkpoints."""

@@ -1,4 +1,4 @@
-"""What a decoder looks like: the few fields in which families differ."""
+"""ModelConfig: the shape of a decoder, and the options of its computation."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -6,8 +6,8 @@ import math
 import re
 from typing import Any
 
-# What the backward pass may find kept of a layer, by these names, and what
-# each policy of `remat` keeps; "none" keeps everything.
+# Names of activations that a layer may save for the backward pass, and the
+# names that each value of `remat` saves; "none" saves all activations.
 ATTENDED, PROJECTED = "attended", "projected"
 REMAT_POLICIES = {
   "none": None,
@@ -19,7 +19,7 @@ ATTENTION_BACKENDS = ("auto", "xla", "splash", "cudnn", "dense")
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 QK_NORMS = ("", "head", "full")
-# Projections of a layer, which adapters may be put on.
+# Projections of a layer, which may have adapters.
 PROJECTIONS = (
   "query",
   "key",
@@ -33,17 +33,17 @@ PROJECTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """How rotary frequencies are stretched for contexts beyond training.
+  """Scaling of rotary frequencies for contexts longer than in training.
 
   Attributes:
     kind: "linear" divides all frequencies by `factor`; "llama3" divides the
       slow ones and blends between (Llama 3.1's report, sec. 3.4.2).
     factor: above 1.
-    low_freq_factor: llama3: wavelengths longer than original_positions over
-      this are divided.
-    high_freq_factor: llama3: those shorter than original_positions over this
-      are left alone.
-    original_positions: llama3: context of pre-training.
+    low_freq_factor: llama3: frequencies with wavelengths above
+      original_positions / low_freq_factor are divided.
+    high_freq_factor: llama3: frequencies with wavelengths below
+      original_positions / high_freq_factor are unchanged.
+    original_positions: llama3: context length of pre-training.
   """
 
   kind: str
@@ -66,10 +66,10 @@ class Lora:
   Attributes:
     rank: columns of A and rows of B.
     alpha: scale is alpha / rank, or alpha / sqrt(rank).
-    targets: regular expression; projections that it matches whole get an
+    targets: regular expression; projections whose whole name it matches get an
       adapter.
-    is_rank_stabilized: scale by the root of the rank, so that it need not be
-      tuned with it (Kalajdzievski 2023, rsLoRA, arXiv:2312.03732).
+    is_rank_stabilized: divide by the root of the rank, so that alpha need not
+      be tuned for each rank (Kalajdzievski 2023, rsLoRA, arXiv:2312.03732).
   """
 
   rank: int
@@ -87,7 +87,7 @@ class Lora:
       pattern = re.compile(self.targets)
     except re.error as error:
       raise ValueError(
-        f"lora.targets={self.targets!r} is no regular expression: {error}"
+        f"lora.targets={self.targets!r} is not a regular expression: {error}"
       ) from error
     if not any(pattern.fullmatch(name) for name in PROJECTIONS):
       raise ValueError(
@@ -101,7 +101,7 @@ class Lora:
     return self.alpha / root
 
   def has(self, projection: str) -> bool:
-    """Whether a projection gets an adapter."""
+    """Returns whether a projection has an adapter."""
     return re.fullmatch(self.targets, projection) is not None
 
 
@@ -117,47 +117,48 @@ class ModelConfig:
     num_kv_heads: key and value heads; divides num_heads.
     head_dim: width of a head.
     d_ff: width of the feed-forward layer.
-    max_positions: longest prompt + response that the model was made for.
-    family: whose Hugging Face names and config an export has: families.py.
+    max_positions: maximum length of prompt + response.
+    family: name in huggingface/families.py; an export has its format.
     norm: "rms", or "layer" with mean and bias.
     norm_eps: added to the variance.
     norm_offset: added to a norm's scale; 1 in Gemma.
-    pre_norm: whether attention and feed-forward read normed states.
-    post_norm: whether what they write is normed.
-    is_parallel: whether both read the same states and are added together.
-    is_norm_shared: whether, in parallel, they share one norm.
-    activation: of the feed-forward layer, one of ACTIVATIONS.
-    is_gated: whether it has a gate.
+    pre_norm: whether the inputs of attention and feed-forward are normed.
+    post_norm: whether their outputs are normed.
+    is_parallel: whether both have the same input, and their outputs are added.
+    is_norm_shared: whether they share one norm, if parallel.
+    activation: activation of the feed-forward network, one of ACTIVATIONS.
+    is_gated: whether the feed-forward network has a gate.
     qkv_bias: whether query, key and value have a bias.
-    out_bias: whether the attention's output has.
-    mlp_bias: whether the feed-forward layer's have.
-    head_bias: whether the output projection has.
-    qk_norm: queries and keys normed: "" not, "head" each head by itself,
-      "full" all heads together.
-    attention_scale: of the scores; None is head_dim ** -0.5.
-    attention_soft_cap: scores become cap * tanh(scores / cap); None: none.
+    out_bias: whether the attention's output projection has a bias.
+    mlp_bias: whether the feed-forward projections have a bias.
+    head_bias: whether the projection to logits has a bias.
+    qk_norm: norm of queries and keys: "" none, "head" over each head, "full"
+      over all heads together.
+    attention_scale: factor of the scores; None is head_dim ** -0.5.
+    attention_soft_cap: scores become cap * tanh(scores / cap); None: no cap.
     logits_soft_cap: the same for logits.
-    has_learned_positions: an embedding of positions in place of a rotation.
-    rotary_dim: channels of a head that are turned; None is all.
+    has_learned_positions: whether positions are learned, not rotary.
+    rotary_dim: channels of a head that are rotated; None is all.
     rope_theta: base of the rotary embedding.
     rope_scaling: see RopeScaling.
-    local_rope_theta: base in local layers, which are not scaled; None is as
-      elsewhere.
-    window: positions that a local layer sees, itself included.
+    local_rope_theta: base in local layers, without scaling; None is as in the
+      others.
+    window: positions that a local layer sees, the token's own included.
     local_layers: bool for every layer, whether it is local; () is none.
-    is_embedding_scaled: embeddings times sqrt(D).
+    is_embedding_scaled: whether embeddings are multiplied by sqrt(D).
     tie_embeddings: whether the output projection is the embedding.
-    value_head: whether a scalar is read off the hidden states.
-    param_dtype: dtype of the parameters that are not trained; of all where
-      nothing is frozen, as in a model that is only read.
-    compute_dtype: dtype of matmuls and activations; norms, softmax and
-      log-probs are float32 whatever it is.
-    remat: what the backward pass recomputes in a layer: "none"; "dots", all
-      but projections and what attention gives (the dense and cudnn backends
-      score once more); "attention", all but what attention gives; or "full".
+    value_head: whether there is a scalar head on the hidden states.
+    param_dtype: dtype of the parameters that are not trained. If nothing is
+      frozen, dtype of all parameters, for a model that is not trained.
+    compute_dtype: dtype of matmuls and activations. Norms, softmax and
+      log-probs are always float32.
+    remat: activations that the backward pass recomputes: "none"; "dots", all
+      but the outputs of projections and attention (the dense and cudnn backends
+      recompute scores); "attention", all but those of attention; or "full".
     attention: one of ATTENTION_BACKENDS, see `attention.make_rows`.
     lora: adapters, or None.
-    frozen: regular expression; parameters whose path it finds are not trained.
+    frozen: regular expression; parameters whose path it matches anywhere are
+      not trained.
   """
 
   vocab_size: int
@@ -213,7 +214,7 @@ class ModelConfig:
     if rotary_dim % 2 or not 0 < rotary_dim <= self.head_dim:
       raise ValueError(
         f"rotary_dim={rotary_dim} must be even and at most"
-        f" head_dim={self.head_dim}: rotary embeddings turn pairs of channels"
+        f" head_dim={self.head_dim}: rotary embeddings rotate pairs of channels"
       )
     for field, known in (
       ("remat", REMAT_POLICIES),
@@ -239,7 +240,7 @@ class ModelConfig:
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-    """Undoes `dataclasses.asdict` and a trip through JSON."""
+    """Makes a config from `dataclasses.asdict`, or from its JSON."""
     fields = dict(fields)
     for name, kind in (("rope_scaling", RopeScaling), ("lora", Lora)):
       if isinstance(fields.get(name), Mapping):
@@ -249,13 +250,13 @@ class ModelConfig:
 
   @property
   def scale(self) -> float:
-    """Of attention scores."""
+    """Factor of attention scores."""
     return self.attention_scale or self.head_dim**-0.5
 
   def projection_shapes(
     self,
   ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Input and output axes of a layer's projections, by name."""
+    """Returns the input and output axes of a layer's projections, by name."""
     heads = (self.num_heads, self.head_dim)
     kv_heads = (self.num_kv_heads, self.head_dim)
     shapes = {
@@ -272,13 +273,13 @@ class ModelConfig:
     return shapes
 
   def has_bias(self, projection: str) -> bool:
-    """Whether a layer's projection has a bias."""
+    """Returns whether a layer's projection has a bias."""
     if projection in ("query", "key", "value"):
       return self.qkv_bias
     return self.out_bias if projection == "attention_out" else self.mlp_bias
 
   def layer_norms(self) -> tuple[str, ...]:
-    """Names of a layer's norms over D."""
+    """Returns the names of a layer's norms over D."""
     names = []
     if self.pre_norm:
       names += ["attention_norm"]
@@ -288,7 +289,7 @@ class ModelConfig:
     return tuple(names)
 
   def num_params(self) -> int:
-    """Parameters, counted from the shapes; adapters are not."""
+    """Counts the parameters without adapters, from their shapes."""
     norm = self.d_model * (2 if self.norm == "layer" else 1)
     layer = norm * len(self.layer_norms())
     for name, (inputs, outputs) in self.projection_shapes().items():

@@ -24,6 +24,7 @@ from dpo_jax.models import attention, lora, rotary
 from dpo_jax.models.config import REMAT_POLICIES, ModelConfig
 from dpo_jax.models.layers import NO_WINDOW, Cache, Layer, Norm, SharedInputs
 from dpo_jax.parallel import active_mesh
+from dpo_jax.trees import Params
 
 
 class Decoder(nnx.Module):
@@ -156,7 +157,7 @@ class Readout:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """The decoder as functions of a parameter tree.
+  """Decoder as functions of a parameter tree.
 
   Parameters without adapters give the policy with its adapters off.
   """
@@ -169,7 +170,7 @@ class Policy:
       nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
     )
 
-  def abstract_params(self) -> Any:
+  def abstract_params(self) -> Params:
     """Returns a nested dict of ShapeDtypeStructs.
 
     If some parameters are frozen, the trained ones are float32 for any
@@ -182,7 +183,7 @@ class Policy:
     tree = nnx.to_pure_dict(self._graph_and_state[1])
     return jax.tree_util.tree_map_with_path(with_dtype, tree)
 
-  def init(self, key: jax.Array) -> Any:
+  def init(self, key: jax.Array) -> Params:
     """Draws random parameters, a nested dict."""
     decoder = Decoder(self.config, rngs=nnx.Rngs(params=key))
     tree = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
@@ -201,10 +202,10 @@ class Policy:
 
   @property
   def without_adapters(self) -> "Policy":
-    """The same decoder with its adapters off."""
+    """Decoder with its adapters off."""
     return Policy(dataclasses.replace(self.config, lora=None))
 
-  def _bind(self, params: Any) -> Decoder:
+  def _bind(self, params: Params) -> Decoder:
     if self.config.lora is not None and not lora.has_adapters(params):
       return self.without_adapters._bind(params)
     graph, abstract = self._graph_and_state
@@ -214,7 +215,7 @@ class Policy:
 
   def hidden_states(
     self,
-    params: Any,
+    params: Params,
     tokens: jax.Array,
     positions: jax.Array,
     segments: jax.Array,
@@ -243,7 +244,7 @@ class Policy:
     return zeros, zeros
 
   def extend(
-    self, params: Any, tokens: jax.Array, positions: jax.Array, cache: Cache
+    self, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache
   ) -> tuple[jax.Array, Cache]:
     """Extends a cache by tokens.
 
@@ -259,7 +260,7 @@ class Policy:
     """
     return self._bind(params)(tokens, positions, None, cache)
 
-  def readout(self, params: Any) -> Readout:
+  def readout(self, params: Params) -> Readout:
     """Returns the output projection."""
     config = self.config
     kernel = params["embedding"].T if config.tie_embeddings else params["head"]

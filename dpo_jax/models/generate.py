@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 
 from dpo_jax.models.decoder import Policy
 from dpo_jax.system import progress
+from dpo_jax.trees import Params
 
 
 def filter_logits(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
@@ -52,7 +52,7 @@ def filter_logits(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
   ),
 )
 def _sample(
-  params: Any,
+  params: Params,
   prompts: jax.Array,
   lengths: jax.Array,
   keys: jax.Array,
@@ -113,7 +113,7 @@ def _sample(
 # Over 60 lines for its 12 arguments; the body is one loop over batches.
 def sample(
   policy: Policy,
-  params: Any,
+  params: Params,
   prompts: Sequence[Sequence[int]],
   *,
   seed: int,

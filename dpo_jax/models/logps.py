@@ -6,7 +6,6 @@ backward pass recomputes the logits of a chunk, so [S, V] never exists.
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from dpo_jax.losses.numerics import log1mexp
 from dpo_jax.models import online_softmax, vocabulary_blocks
 from dpo_jax.models.decoder import Policy, Readout
 from dpo_jax.parallel import active_mesh
+from dpo_jax.trees import Params
 from dpo_jax.types import FIELDS, Batch, Field
 
 # Consecutive tokens that are summed first; then these partial sums are summed.
@@ -188,7 +188,7 @@ def num_tokens(batch: Batch) -> jax.Array:
 
 
 def response_logps(
-  policy: Policy, params: Any, batch: Batch, *, chunk_size: int
+  policy: Policy, params: Params, batch: Batch, *, chunk_size: int
 ) -> jax.Array:
   """Computes log pi(y|x) of every response, summed over its scored tokens.
 
@@ -208,8 +208,8 @@ def response_logps(
 
 def response_figures(
   policy: Policy,
-  params: Any,
-  ref_params: Any,
+  params: Params,
+  ref_params: Params | None,
   batch: Batch,
   *,
   chunk_size: int,
@@ -269,7 +269,7 @@ def response_figures(
 
 
 def _hidden_states(
-  policy: Policy, params: Any, batch: Batch
+  policy: Policy, params: Params, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
   """Computes hidden states [R, T, D], and those that predict, [R, S, D]."""
   hidden = policy.hidden_states(
@@ -293,7 +293,7 @@ def _sum_field(field: Field, values: jax.Array, batch: Batch) -> jax.Array:
   return total
 
 
-def _values(params: Any, hidden: jax.Array, batch: Batch) -> jax.Array:
+def _values(params: Params, hidden: jax.Array, batch: Batch) -> jax.Array:
   """Applies the value head at the last token of every response: [R, G, K]."""
   indices = batch.last_tokens.reshape(batch.last_tokens.shape[0], -1)
   last = take_positions(hidden, indices).astype(jnp.float32)
@@ -302,7 +302,10 @@ def _values(params: Any, hidden: jax.Array, batch: Batch) -> jax.Array:
 
 
 def _single_tokens(
-  params: Any, predicting: jax.Array, tokens: dict[str, jax.Array], needs: Any
+  params: Params,
+  predicting: jax.Array,
+  tokens: dict[str, jax.Array],
+  needs: frozenset[str],
 ) -> list[tuple[str, jax.Array]]:
   """Returns the fields of Sequences that are not summed: [R, S] each."""
   found = [

@@ -1,8 +1,8 @@
 """Low-rank adapters as part of a parameter tree.
 
-Hu et al. 2021 (arXiv:2106.09685). An adapter is a pair of leaves beside its
-kernel; `layers.Projection` applies it without a merged copy. A tree without
-them is the same policy with its adapters off, which is what it started from.
+Hu et al. 2021 (arXiv:2106.09685). An adapter is two leaves next to its kernel;
+`layers.Projection` applies it without a merged copy. A tree without adapters is
+the policy with its adapters off, which is the policy it started from.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.config import ModelConfig
+from dpo_jax.trees import Params
 
 ADAPTER_LEAVES = ("lora_a", "lora_b")
 
 
-def has_adapters(params: Mapping[str, Any]) -> bool:
-  """Whether a nested dict holds adapters."""
+def has_adapters(params: Params) -> bool:
+  """Returns whether a nested dict has adapters."""
   return any(
     key in ADAPTER_LEAVES or (isinstance(x, Mapping) and has_adapters(x))
     for key, x in params.items()
@@ -30,9 +31,10 @@ def is_trained(name: str, *, has_adapters: bool, frozen: str) -> bool:
 
   Args:
     name: its path, such as "layers/query/kernel".
-    has_adapters: whether the policy has adapters: then they and a value head
-      are trained and nothing else.
-    frozen: regular expression; what it finds is not trained; "" freezes none.
+    has_adapters: whether the policy has adapters. If so, only they and a value
+      head are trained.
+    frozen: regular expression; parameters whose path it matches anywhere are
+      not trained. "" freezes none.
   """
   if frozen and re.search(frozen, name):
     return False
@@ -40,8 +42,8 @@ def is_trained(name: str, *, has_adapters: bool, frozen: str) -> bool:
   return not has_adapters or is_adapter or name == "value_head"
 
 
-def without_adapters(params: Mapping[str, Any]) -> dict[str, Any]:
-  """The base: every leaf that is no adapter's."""
+def without_adapters(params: Params) -> Params:
+  """Returns the base: all leaves except those of adapters."""
   return {
     key: without_adapters(x) if isinstance(x, Mapping) else x
     for key, x in params.items()
@@ -49,16 +51,15 @@ def without_adapters(params: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def merge_adapters(params: Any, config: ModelConfig) -> Any:
-  """W + scale A B in place of W: what a policy without adapters computes.
+def merge_adapters(params: Params, config: ModelConfig) -> Params:
+  """Replaces W by W + scale A B, for a policy without adapters.
 
   Args:
-    params: with adapters, as `config` describes.
-    config: of the policy.
+    params: parameters with adapters.
+    config: shape of the policy, with its adapters.
 
   Returns:
-    The tree without adapters, kernels in their own dtype. The products are
-    float32.
+    The tree without adapters. Kernels keep their dtype; products are float32.
   """
   shapes, scale = config.projection_shapes(), config.lora.scale
 
@@ -66,7 +67,7 @@ def merge_adapters(params: Any, config: ModelConfig) -> Any:
     base = {k: x for k, x in leaves.items() if k not in ADAPTER_LEAVES}
     if "lora_a" not in leaves:
       return base
-    # Layers lead: [L, *inputs, r] and [L, r, *outputs].
+    # Shapes with the layer axis: [L, *inputs, r] and [L, r, *outputs].
     inputs, outputs = shapes[name]
     kernel, low, high = (leaves[k] for k in ("kernel", *ADAPTER_LEAVES))
     rank = low.shape[-1]

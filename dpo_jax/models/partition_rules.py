@@ -1,4 +1,4 @@
-"""Partition rules of the decoder's parameters, and shardings by them."""
+"""Partition rules of the decoder's parameters."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r"^position_embedding$", PartitionSpec(None, "fsdp")),
   (r"^layers/(query|key|value|gate|up)/bias$", PartitionSpec(None, "tensor")),
   (r"^head_bias$", PartitionSpec("tensor")),
-  # Adapters lie as the axes of their kernels do.
+  # Adapters are sharded as their kernels are.
   (
     r"^layers/(query|key|value|gate|up)/lora_a$",
     PartitionSpec(None, "fsdp", None),

@@ -1,7 +1,7 @@
-"""Shapes by name: those that papers train, and small ones for trials.
+"""Shapes of models by name: those of papers, and small ones for trials.
 
-The vocabulary of a preset is that of its checkpoint, and gives way to the
-tokenizer's where random weights are trained.
+A preset has the vocabulary size of its checkpoint. Random weights take that of
+the tokenizer.
 """
 
 from typing import Any

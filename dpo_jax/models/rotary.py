@@ -14,35 +14,37 @@ Rotation = tuple[jax.Array, jax.Array]
 def rotations(
   config: ModelConfig, positions: jax.Array
 ) -> tuple[Rotation | None, Rotation | None]:
-  """What all layers turn by: in global layers, and in local ones.
+  """Computes the rotary embeddings of global and of local layers.
 
   Args:
-    config: of the model.
+    config: shape of the model.
     positions: i32 [B, T].
 
   Returns:
-    The two rotations; the second None where local layers turn as the others,
-    both None where positions are learned.
+    The two rotations. The second is None if local layers use the first; both
+    are None if positions are learned.
   """
   if config.has_learned_positions:
     return None, None
   size = config.rotary_dim or config.head_dim
-  whole = rotation(positions, size, config.rope_theta, config.rope_scaling)
+  everywhere = rotation(positions, size, config.rope_theta, config.rope_scaling)
   if config.local_rope_theta is None:
-    return whole, None
-  return whole, rotation(positions, size, config.local_rope_theta, None)
+    return everywhere, None
+  return everywhere, rotation(positions, size, config.local_rope_theta, None)
 
 
 def rotation(
   positions: jax.Array, size: int, theta: float, scaling: RopeScaling | None
 ) -> Rotation:
-  """Angles of positions. They are float32: in bfloat16 those above 256 collide.
+  """Computes cos and sin of the angles of positions.
+
+  Angles are float32, because positions above 256 collide in bfloat16.
 
   Args:
     positions: i32 [B, T].
-    size: channels that are turned.
+    size: number of channels that are rotated.
     theta: base of the frequencies.
-    scaling: of the frequencies, or None.
+    scaling: scaling of the frequencies, or None.
 
   Returns:
     cos and sin, f32 [B, T, 1, size / 2].
@@ -57,7 +59,7 @@ def rotation(
 def scale_frequencies(
   frequencies: jax.Array, scaling: RopeScaling | None
 ) -> jax.Array:
-  """f32 [size / 2] radians a position -> the same, stretched."""
+  """Scales frequencies: f32 [size / 2], radians per position."""
   if scaling is None:
     return frequencies
   slow = frequencies / scaling.factor
@@ -69,24 +71,24 @@ def scale_frequencies(
   return (1.0 - blend) * slow + blend * frequencies
 
 
-def rotate(x: jax.Array, by: Rotation) -> jax.Array:
-  """Turns the first channels of every head, i paired with i + size / 2.
+def rotate(x: jax.Array, angles: Rotation) -> jax.Array:
+  """Rotates the first channels of every head, i paired with i + size / 2.
 
   The pairing is that of Hugging Face's Llama checkpoints.
 
   Args:
     x: [B, T, H, head_dim].
-    by: from `rotation`.
+    angles: from `rotation`.
 
   Returns:
     Like x.
   """
-  cos, sin = by
+  cos, sin = angles
   size = 2 * cos.shape[-1]
   first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate(
+  rotated = jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], -1
   ).astype(x.dtype)
   if size == x.shape[-1]:
-    return turned
-  return jnp.concatenate([turned, x[..., size:]], -1)
+    return rotated
+  return jnp.concatenate([rotated, x[..., size:]], -1)

@@ -1,55 +1,48 @@
-"""Parameters that are trained, and those that stay as they are."""
+"""Splits parameters into those that are trained and those that are not."""
 
-from collections.abc import Mapping
 import re
-from typing import Any
 
-import jax
+from flax import traverse_util
 
 from dpo_jax.models import lora
-from dpo_jax.trees import path_name
+from dpo_jax.trees import Params
 
 
-def split_params(
-  params: Mapping[str, Any], frozen: str
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-  """Parameters that are trained, and those that are not.
+def split_params(params: Params, frozen: str) -> tuple[Params, Params | None]:
+  """Splits parameters into trained and frozen ones.
 
   Args:
-    params: a nested dict. Where it holds adapters, they and a value head are
-      trained and nothing else.
-    frozen: regular expression; a parameter whose path it finds is not trained;
-      "" freezes none.
+    params: nested dict. If it has adapters, only they and a value head are
+      trained.
+    frozen: regular expression; parameters whose path it matches anywhere are
+      not trained. "" freezes none.
 
   Returns:
     Two nested dicts with each leaf in one of them; None for the second if
-    there are none.
+    all are trained.
 
   Raises:
-    ValueError: an expression that finds no parameter, or all of them.
+    ValueError: an expression that matches no parameter, or all of them.
   """
   has_adapters = lora.has_adapters(params)
   try:
     pattern = re.compile(frozen)
   except re.error as error:
     raise ValueError(
-      f"policy.frozen={frozen!r} is no regular expression: {error}"
+      f"policy.frozen={frozen!r} is not a regular expression: {error}"
     ) from error
-  parts: tuple[dict, dict] = ({}, {})
-  names = []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    name = path_name(path)
-    names.append(name)
-    is_trained = lora.is_trained(name, has_adapters=has_adapters, frozen=frozen)
-    node = parts[not is_trained]
-    *outer, last = name.split("/")
-    for key in outer:
-      node = node.setdefault(key, {})
-    node[last] = leaf
-  if frozen and not any(pattern.search(name) for name in names):
+  leaves = traverse_util.flatten_dict(params, sep="/")
+  if frozen and not any(pattern.search(name) for name in leaves):
     raise ValueError(
-      f"policy.frozen={frozen!r} finds none of {', '.join(names)}"
+      f"policy.frozen={frozen!r} matches none of {', '.join(sorted(leaves))}"
     )
-  if not parts[0]:
+  trained, rest = {}, {}
+  for name, leaf in leaves.items():
+    is_trained = lora.is_trained(name, has_adapters=has_adapters, frozen=frozen)
+    (trained if is_trained else rest)[name] = leaf
+  if not trained:
     raise ValueError(f"policy.frozen={frozen!r} leaves nothing to train")
-  return parts[0], parts[1] or None
+  return (
+    traverse_util.unflatten_dict(trained, sep="/"),
+    traverse_util.unflatten_dict(rest, sep="/") or None,
+  )

@@ -1,1 +1,1 @@
-"""The machine below: JAX, files, caches, progress on a terminal."""
+"""Access to the system: JAX internals, files, caches, progress bars."""

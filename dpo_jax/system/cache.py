@@ -1,4 +1,4 @@
-"""Cache of compiled programs, which runs of this machine share."""
+"""Cache of compiled programs, shared by the runs of a machine."""
 
 import os
 
@@ -12,8 +12,8 @@ def use_compilation_cache(directory: str) -> None:
   """Keeps compiled programs for later runs.
 
   Args:
-    directory: "" for the default, "off" for none. One that JAX was already
-      told, by JAX_COMPILATION_CACHE_DIR or in code, stays.
+    directory: folder; "" for the default, "off" for none. A folder that JAX
+      already has, from JAX_COMPILATION_CACHE_DIR or code, is kept.
   """
   if directory == "off" or jax.config.jax_compilation_cache_dir:
     return
@@ -21,5 +21,5 @@ def use_compilation_cache(directory: str) -> None:
   jax.config.update("jax_compilation_cache_dir", directory)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-  # JAX decides at its first compilation whether there is a cache.
+  # JAX fixes its cache at the first compilation; reset it.
   compilation_cache.reset_cache()

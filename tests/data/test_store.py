@@ -357,7 +357,7 @@ def test_a_line_that_is_not_json_stops_the_run_and_is_named(tmp_path):
 
 def test_a_cache_in_a_bucket_is_refused():
   source = sources.open_source("synthetic:review_pairs:3")
-  with pytest.raises(ValueError, match="must be a folder of this machine"):
+  with pytest.raises(ValueError, match="must be a local folder"):
     build_store(source, BYTES, Limits(20, 10), "gs://b")
 
 

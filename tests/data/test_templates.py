@@ -334,7 +334,7 @@ def test_the_child_loads_no_jax():
 
 def test_what_json_cannot_hold_is_an_error():
   template = make("{{ messages[0].content }}")
-  with pytest.raises(RecordError, match="datetime is none of its types"):
+  with pytest.raises(RecordError, match="datetime is not a type of JSON"):
     render(template, [{"role": "user", "content": datetime.datetime.now()}])
   assert render(template) == USER["content"]
 

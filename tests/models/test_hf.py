@@ -142,7 +142,7 @@ def test_all_faults_of_a_checkpoint_are_named_at_once(folder):
     "3 faults",
     "missing model.norm.weight",
     "unexpected model.layers.0.self_attn.q_proj.bias",
-    "lm_head.weight is [40, 12], wanted [48, 12]",
+    "lm_head.weight is [40, 12], expected [48, 12]",
   ):
     assert part in str(error.value)
 

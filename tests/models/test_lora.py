@@ -97,9 +97,9 @@ def test_freezing_by_regex_leaves_the_rest():
     np.testing.assert_array_equal, join_trees(trained, frozen), params
   )
   for pattern, message in (
-    ("no_such", "finds none"),
+    ("no_such", "matches none"),
     (".", "nothing to train"),
-    ("(", "no regular expression"),
+    ("(", "is not a regular expression"),
   ):
     with pytest.raises(ValueError, match=message):
       trainable.split_params(params, pattern)
@@ -124,7 +124,7 @@ def test_adapters_lie_on_a_mesh_as_their_kernels_do():
     ({"rank": 0, "alpha": 1.0}, "rank=0"),
     ({"rank": 2, "alpha": 0.0}, "alpha=0"),
     ({"rank": 2, "alpha": 1.0, "targets": "q_proj"}, "matches none of query"),
-    ({"rank": 2, "alpha": 1.0, "targets": "("}, "no regular expression"),
+    ({"rank": 2, "alpha": 1.0, "targets": "("}, "is not a regular expression"),
   ],
 )
 def test_impossible_adapters_are_refused(fields, message):

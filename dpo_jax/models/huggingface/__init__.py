@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face formats, read and written."""
+"""Reads and writes Hugging Face checkpoints."""
 
 from dpo_jax.models.huggingface.read import download, load_config, load_params
 from dpo_jax.models.huggingface.write import save_params

@@ -1,8 +1,8 @@
-"""Adapters as a folder that `peft` loads.
+"""Writes adapters as a folder that `peft` loads.
 
-peft knows the modules of the checkpoint, some of which hold several of our
-projections. Adapters of such a one are joined: A one below the other, B block
-by block, at a rank and an alpha of their own that keep the scale.
+peft has adapters on the modules of the checkpoint, some of which hold several
+of our projections. Adapters of such a module are joined: A is stacked, B is
+block-diagonal. The module gets its own rank and alpha, which keep the scale.
 """
 
 import json
@@ -19,13 +19,14 @@ from dpo_jax.models.huggingface.tensor_map import (
   tensor_map,
 )
 from dpo_jax.system import files
+from dpo_jax.trees import Params
 
 _PREFIX = "base_model.model."
 
 
 def save_adapter(
   folder: epath.PathLike,
-  params: Any,
+  params: Params,
   config: ModelConfig,
   *,
   base: str,
@@ -34,11 +35,11 @@ def save_adapter(
   """Writes adapter_config.json and adapter_model.safetensors.
 
   Args:
-    folder: to write to.
-    params: with adapters; only they are read.
-    config: of the policy.
-    base: name or folder of the model that they belong on.
-    revision: of a model of the Hub.
+    folder: folder to write to.
+    params: parameters; only adapters are read.
+    config: shape of the policy, with its adapters.
+    base: name or folder of the base model.
+    revision: revision of a base model of the Hub.
 
   Raises:
     ValueError: a policy without adapters.
@@ -76,7 +77,7 @@ def save_adapter(
 def _join(
   tensor: Tensor, adapted: list[bool], layers: Any, layer: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """A [r, in] and B [out, r] of one module of one layer, float32."""
+  """Computes A [r, in] and B [out, r] of one module of a layer, float32."""
   lows, columns = [], []
   num_adapted = sum(adapted)
   for part, is_adapted in zip(tensor.parts, adapted, strict=True):
@@ -88,19 +89,19 @@ def _join(
     rank = low.shape[-1]
     columns.append(np.asarray(leaves["lora_b"][layer], np.float32))
     lows.append(low.reshape(-1, rank).T)
-  # A kernel's own way from ours to theirs, taken by each row of B.
+  # Each row of B is converted as a row of the kernel is.
   ranks = [slice(i * rank, (i + 1) * rank) for i in range(num_adapted)]
   high_parts = {}
-  place = iter(ranks)
+  next_ranks = iter(ranks)
   for part, column in zip(tensor.parts, columns, strict=True):
     whole = np.zeros((rank * num_adapted, *part.outputs), np.float32)
     if column is not None:
-      whole[next(place)] = column
+      whole[next(next_ranks)] = column
     high_parts[part.key] = whole
   high = tensor.with_inputs((rank * num_adapted,)).write(high_parts)
   if not tensor.is_transposed:
     high = high.T
-  # safetensors writes the buffer as it lies, whatever the strides say.
+  # safetensors writes the buffer and ignores its strides.
   low = np.ascontiguousarray(np.concatenate(lows))
   return low, np.ascontiguousarray(high)
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and safetensors -> policy."""
+"""Reads a Hugging Face folder: config.json and safetensors."""
 
 from collections.abc import Mapping
 import contextlib
@@ -19,25 +19,19 @@ from dpo_jax.models.decoder import Policy
 from dpo_jax.models.huggingface import config_json
 from dpo_jax.models.huggingface.tensor_map import Tensor, tensor_map
 from dpo_jax.system import files
+from dpo_jax.trees import Params
 
 _LOG = logging.getLogger(__name__)
 
-
 INDEX = "model.safetensors.index.json"
-
-
-# Buffers that older exports store, and that say nothing.
+# Buffers of older exports, which are not parameters.
 _SPARE = re.compile(
   r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|"
   r"attention\.(masked_)?bias)$"
 )
-
-
 # Rows of a tensor that are compared at once.
 _ROWS = 8192
-
-
-# tokenizer.model is not read, but tells that the model has a tokenizer.
+# tokenizer.model is not read; it shows that the model has a tokenizer.
 _FETCHED = [
   "*.safetensors",
   "*.json",
@@ -52,14 +46,15 @@ def load_config(folder: str, **overrides: Any) -> ModelConfig:
 
   Args:
     folder: a local Hugging Face model folder.
-    **overrides: fields of ModelConfig that are ours to choose, such as dtypes.
+    **overrides: fields of ModelConfig that config.json does not decide, such as
+      dtypes.
 
   Returns:
-    The model's shape.
+    Shape of the model.
 
   Raises:
-    FileNotFoundError: no config.json there.
-    ValueError: a field that we would have to honour and do not.
+    FileNotFoundError: a folder without config.json.
+    ValueError: a key whose value this decoder does not support.
   """
   path = epath.Path(folder) / "config.json"
   if not path.exists():
@@ -71,8 +66,8 @@ def load_config(folder: str, **overrides: Any) -> ModelConfig:
   config = ModelConfig(**fields, **overrides)
   if config.tie_embeddings and _has_own_head(epath.Path(folder), config):
     _LOG.warning(
-      "%s: config.json ties the output projection to the embedding, and the"
-      " checkpoint has another one: it is kept untied, as in transformers 5",
+      "%s: config.json ties the output projection to the embedding, but the"
+      " checkpoint has a different one: kept untied, as in transformers 5",
       folder,
     )
     config = dataclasses.replace(config, tie_embeddings=False)
@@ -87,7 +82,7 @@ def _has_own_head(root: epath.Path, config: ModelConfig) -> bool:
     try:
       where = _open_files(root, stack)
     except FileNotFoundError:
-      return False  # only config.json is here, as for a plan
+      return False  # a folder with config.json alone, as for a plan
     head, embedding = (
       name if name in where else name.partition(".")[2]
       for name in (by_key["head"], by_key["embedding"])
@@ -105,16 +100,16 @@ def _has_own_head(root: epath.Path, config: ModelConfig) -> bool:
 
 
 def download(spec: str) -> str:
-  """Fetches a model of the Hub: safetensors and json only, never code.
+  """Fetches a model from the Hub: safetensors and json, never code.
 
   Args:
-    spec: "ORG/NAME@REVISION"; the revision pins what is fetched.
+    spec: "ORG/NAME@REVISION".
 
   Returns:
-    The local folder. A token is read from the environment alone.
+    The local folder. A token is read only from the environment.
 
   Raises:
-    ValueError: no revision.
+    ValueError: a spec without a revision.
   """
   name, _, revision = spec.partition("@")
   if not name or not revision:
@@ -138,24 +133,24 @@ def _read_json(path: epath.Path) -> Any:
     raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def load_params(folder: str, policy: Policy, shardings: Any) -> Any:
+def load_params(folder: str, policy: Policy, shardings: Params) -> Params:
   """Streams a checkpoint's tensors onto the devices.
 
-  A device's slice of a tensor is read, converted and placed by itself, layer
-  by layer, so that the host never holds more than one tensor.
+  Each device's slice of a tensor is read, converted and placed separately,
+  layer by layer, so the host never holds more than one tensor.
 
   Args:
     folder: a local Hugging Face model folder.
-    policy: the decoder, of the folder's shape; without adapters or a value
-      head, which a checkpoint does not have.
-    shardings: tree like the parameters, of Shardings.
+    policy: decoder of the folder's shape, without adapters or a value head,
+      which a checkpoint does not have.
+    shardings: tree of Shardings, like the parameters.
 
   Returns:
     The parameters in `policy.config.param_dtype`.
 
   Raises:
-    ValueError: files that are damaged; tensors missing, unexpected or
-      misshapen, all listed at once; or one with a non-finite value.
+    ValueError: damaged files; missing, unexpected or misshapen tensors, all
+      listed at once; or a tensor with a non-finite value.
   """
   tensors = tensor_map(policy.config)
   with contextlib.ExitStack() as stack:
@@ -197,7 +192,7 @@ def _put_layer(stacked: jax.Array, layer: jax.Array, index: Any) -> jax.Array:
 def _stack_on_devices(
   abstract: Any, sharding: Any, names: list[str], read: Any
 ) -> jax.Array:
-  """Stacks layers where they will live: a host need not hold them all."""
+  """Stacks layers on their devices, so that the host holds one at a time."""
   devices: dict[Any, list[Any]] = {}
   for device, index in sharding.addressable_devices_indices_map(
     abstract.shape
@@ -228,7 +223,7 @@ def _stack_on_devices(
 def _open_files(
   root: epath.Path, stack: contextlib.ExitStack
 ) -> dict[str, Any]:
-  """Tensor names -> open files."""
+  """Opens all files; returns the file of each tensor by name."""
   where: dict[str, Any] = {}
   for path in _weight_files(root):
     local = files.local(path)
@@ -277,10 +272,10 @@ def _match_names(
   tensors: list[Tensor],
   config: ModelConfig,
 ) -> dict[str, str]:
-  """Names that we expect -> names in the files.
+  """Maps expected names of tensors to names in the files.
 
   Raises:
-    ValueError: what is missing, unexpected or misshapen, all at once.
+    ValueError: missing, unexpected or misshapen tensors, all at once.
   """
   wanted = {
     name: tensor.shape
@@ -293,7 +288,7 @@ def _match_names(
     short = name.partition(".")[2]
     names[name] = name if name in where or short not in where else short
   faults = [f"missing {n}" for n in wanted if names[n] not in where]
-  # Some repeat the tied projection.
+  # Some exports repeat the tied output projection.
   spare = {"lm_head.weight", "embed_out.weight"}
   spare = spare if config.tie_embeddings else set()
   faults += [
@@ -305,7 +300,7 @@ def _match_names(
     if names[name] in where:
       found = where[names[name]].get_slice(names[name]).get_shape()
       if tuple(found) != shape:
-        faults.append(f"{name} is {list(found)}, wanted {list(shape)}")
+        faults.append(f"{name} is {list(found)}, expected {list(shape)}")
   if faults:
     shown = "\n  ".join(faults[:20])
     more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""

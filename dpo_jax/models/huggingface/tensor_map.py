@@ -1,9 +1,9 @@
-"""Tensors of a Hugging Face checkpoint <-> our parameters.
+"""Maps tensors of a Hugging Face checkpoint to our parameters, and back.
 
-Ours are [in, out] kernels with heads apart and layers stacked; theirs are
-[out, in] matrices a layer, with some projections fused into one. The map is a
-list of rows, read in both directions, and by parts: a device asks for its own
-slice of a parameter, and that slice of the file is all that is read.
+Ours are [in, out] kernels with an axis for heads and one for layers. Theirs are
+[out, in] matrices for each layer, with some projections fused. The map is a
+list of tensors, used in both directions. A device reads its slice of a
+parameter: only that slice of the file is read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,20 +19,21 @@ Index = tuple[slice, ...]
 
 
 class Sliceable(Protocol):
-  """A tensor in a file: reads what is asked for."""
+  """Tensor in a file; indexing reads a slice."""
 
   def __getitem__(self, index: Any) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """One of our parameters, as a share of a tensor's outputs.
+  """One of our parameters, which holds some outputs of a tensor.
 
   Attributes:
     key: path in the parameter tree.
-    inputs: axes that the kernel contracts; () of a vector.
-    outputs: axes that it makes.
-    permutation: of the last output axis: ours[i] is theirs[permutation[i]].
+    inputs: axes that the kernel contracts; () for a vector.
+    outputs: output axes.
+    permutation: permutation of the last output axis: ours[i] is
+      theirs[permutation[i]].
   """
 
   key: str
@@ -42,26 +43,26 @@ class Part:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of our parameter, without the layer axis."""
+    """Shape of our parameter, without the layer axis."""
     return self.inputs + self.outputs
 
   @property
   def size(self) -> int:
-    """Outputs that it takes in the tensor."""
+    """Number of outputs of the tensor that it holds."""
     return math.prod(self.outputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """One tensor a layer, or one in all.
+  """A tensor of each layer, or one tensor outside the layers.
 
   Attributes:
-    name: in the checkpoint; "{}" stands for the layer.
-    parts: what it holds.
+    name: name in the checkpoint; "{}" stands for the layer.
+    parts: parameters that it holds.
     is_transposed: whether it is [out, in], as torch's Linear is.
-    by_head: whether parts alternate head by head (GPT-NeoX), and do not
-      follow each other whole.
-    is_plain: whether it has the shape of ours.
+    by_head: whether parts alternate head by head (GPT-NeoX); otherwise they are
+      concatenated.
+    is_plain: whether it has the shape of our parameter.
   """
 
   name: str
@@ -85,22 +86,22 @@ class Tensor:
     return (outputs, inputs) if self.is_transposed else (inputs, outputs)
 
   def with_inputs(self, inputs: tuple[int, ...]) -> "Tensor":
-    """The tensor of a kernel that contracts other axes."""
+    """Returns the tensor of a kernel with other input axes."""
     parts = tuple(dataclasses.replace(p, inputs=inputs) for p in self.parts)
     return dataclasses.replace(self, parts=parts)
 
   def names(self, num_layers: int) -> list[str]:
-    """Its names in the checkpoint."""
+    """Returns its names in the checkpoint."""
     if not self.is_stacked:
       return [self.name]
     return [self.name.format(i) for i in range(num_layers)]
 
   def read(self, source: Sliceable, which: int, index: Index) -> np.ndarray:
-    """A slice of one of our parameters.
+    """Reads a slice of one of our parameters.
 
     Args:
-      source: the tensor in its file.
-      which: of `parts`.
+      source: tensor in its file.
+      which: index into `parts`.
       index: a slice for every axis of that part's shape.
 
     Returns:
@@ -128,7 +129,7 @@ class Tensor:
     found = found.reshape(*in_shape, *outputs)
     if part.permutation:
       found = found[..., list(part.permutation)]
-    # Leading axes are cut already.
+    # The leading axes are sliced already.
     rest = [slice(None), *index[1:num_inputs]] if part.inputs else []
     rest += [slice(None), *index[num_inputs + 1 :]]
     return found[tuple(rest)]
@@ -136,7 +137,7 @@ class Tensor:
   def _output_rows(
     self, which: int, index: Index
   ) -> tuple[tuple[int, ...], slice]:
-    """Shape of the outputs that are read, and their place in the tensor."""
+    """Returns the shape of the outputs to read, and their rows in the file."""
     part = self.parts[which]
     rows, lead = _flat_range(part.outputs, index[0])
     if self.by_head:
@@ -148,7 +149,7 @@ class Tensor:
     return (lead, *part.outputs[1:]), rows
 
   def write(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Undoes `read`: our parameters by key, of one layer -> the tensor."""
+    """Makes the tensor of one layer from our parameters, by key."""
     if self.is_plain:
       return params[self.parts[0].key]
     flat = []
@@ -169,7 +170,7 @@ class Tensor:
 
 
 def _flat_range(shape: Sequence[int], leading: slice) -> tuple[slice, int]:
-  """Where a slice of the first axis lies once the axes are flattened."""
+  """Returns a slice of the first axis as one of the flattened axes."""
   start, stop, _ = leading.indices(shape[0])
   inner = math.prod(shape[1:])
   return slice(start * inner, stop * inner), stop - start
@@ -177,7 +178,7 @@ def _flat_range(shape: Sequence[int], leading: slice) -> tuple[slice, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-  """What a family calls things; "{}" is the layer."""
+  """Names of a family's tensors; "{}" stands for the layer."""
 
   embedding: str
   final_norm: str
@@ -271,25 +272,25 @@ _NAMES = {
   "gemma3_text": _SANDWICH,
   "olmo2": _SANDWICH,
 }
-# Torch's Conv1D holds [in, out].
+# Families with Conv1D layers, which hold [in, out].
 _CONV_FAMILIES = ("gpt2",)
 
 
 def projection_names(config: ModelConfig) -> dict[str, str]:
-  """Our projections -> the module that holds each, within a layer."""
+  """Returns the module of a layer that holds each of our projections."""
   names = _NAMES.get(config.family, _LLAMA).projections
   return {name: names[name] for name in config.projection_shapes()}
 
 
 def layer_prefix(config: ModelConfig) -> str:
-  """What a layer's names begin with; "{}" is the layer."""
+  """Returns the prefix of a layer's names; "{}" stands for the layer."""
   return _NAMES.get(config.family, _LLAMA).layer
 
 
 def tensor_map(config: ModelConfig) -> list[Tensor]:
-  """All tensors of a checkpoint of that shape, in the order of a forward pass.
+  """Returns all tensors of a checkpoint, in the order of a forward pass.
 
-  Adapters and a value head are not among them.
+  Adapters and a value head have none.
   """
   c, names = config, _NAMES.get(config.family, _LLAMA)
   embedding = Part("embedding", (), (c.vocab_size, c.d_model))
@@ -342,7 +343,7 @@ def _projections(config: ModelConfig, names: _Names) -> list[Tensor]:
     by_module.setdefault(theirs, []).append(ours)
   shapes, tensors = config.projection_shapes(), []
   for module, projections in by_module.items():
-    knobs = dict(
+    settings = dict(
       is_transposed=config.family not in _CONV_FAMILIES,
       by_head=config.family == "gpt_neox" and len(projections) > 1,
     )
@@ -351,19 +352,22 @@ def _projections(config: ModelConfig, names: _Names) -> list[Tensor]:
       for name in projections
     )
     theirs = names.layer + module
-    tensors.append(Tensor(f"{theirs}.weight", kernels, **knobs))
+    tensors.append(Tensor(f"{theirs}.weight", kernels, **settings))
     if config.has_bias(projections[0]):
       biases = tuple(
         Part(f"layers/{name}/bias", (), shapes[name][1]) for name in projections
       )
-      tensors.append(Tensor(f"{theirs}.bias", biases, **knobs))
+      tensors.append(Tensor(f"{theirs}.bias", biases, **settings))
   return tensors
 
 
 def _permutation(config: ModelConfig, projection: str) -> tuple[int, ...]:
-  """GPT-J turns neighbouring channels, and we channels half a head apart."""
+  """Returns the permutation for GPT-J, which rotates neighbouring channels.
+
+  We rotate channels that are half a head apart.
+  """
   if config.family != "gptj" or projection not in ("query", "key"):
     return ()
   size = config.rotary_dim or config.head_dim
-  turned = (*range(0, size, 2), *range(1, size, 2))
-  return (*turned, *range(size, config.head_dim))
+  rotated = (*range(0, size, 2), *range(1, size, 2))
+  return (*rotated, *range(size, config.head_dim))

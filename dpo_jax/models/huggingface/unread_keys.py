@@ -1,10 +1,9 @@
-"""Keys of config.json that a family does not read.
+"""Decides about keys of config.json that a family does not read.
 
-Such a key says nothing about the model (metadata), or has the value with which
-it changes nothing, or would change what the model computes. The last kind is
-refused, whatever a family's own class does with it. What is left is reported,
-so that the log shows what was not used; the tensors of the checkpoint decide
-what the model holds.
+Such a key is metadata, or has a value that changes nothing, or changes what the
+model computes. The last kind is refused, even if the family's class in
+transformers ignores it. Other keys are reported in the log as not used; the
+tensors of the checkpoint decide which parameters the model has.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,13 +34,13 @@ _METADATA = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """What the keys that are read say, to compare the others with.
+  """Values of the keys that are read, to compare the others with.
 
   Attributes:
     max_positions: longest sequence.
     head_dim: width of a head.
     window: positions that a local layer sees, or None.
-    rope_theta: base of the rotation, or None without one.
+    rope_theta: base of the rotary embedding, or None without one.
     has_qk_norm: whether queries and keys are normed.
   """
 
@@ -58,7 +57,7 @@ def _is_off(value: Any, facts: Facts) -> bool:
 
 
 def _is_one(value: Any, facts: Facts) -> bool:
-  """A factor of 1, or a list of them."""
+  """Returns whether a value is 1, or a list of ones."""
   del facts
   values = value if isinstance(value, list) else [value]
   return all(v == 1 for v in values)
@@ -70,7 +69,7 @@ def _is_on(value: Any, facts: Facts) -> bool:
 
 
 def _sees_all(value: Any, facts: Facts) -> bool:
-  """A window that is read under another name, or hides nothing."""
+  """Returns whether a window is already read, or hides nothing."""
   if value is False or value == facts.window:
     return True
   return _is_number(value) and value >= facts.max_positions
@@ -80,8 +79,8 @@ def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# What changes the computation: names, and whether a value leaves it as it is.
-# null always does.
+# Keys that change the computation: pattern of the key, and whether a value
+# changes nothing. null never does.
 _COMPUTED: tuple[tuple[str, Callable[[Any, Facts], bool]], ...] = (
   (r".*quant.*", _is_off),
   (r"(.*_)?(experts?|moe)(_.*)?", _is_off),
@@ -126,16 +125,16 @@ _COMPUTED: tuple[tuple[str, Callable[[Any, Facts], bool]], ...] = (
 def sort_unread(
   raw: Mapping[str, Any], read: frozenset[str], facts: Facts
 ) -> tuple[list[str], list[str]]:
-  """Sorts the keys that a family does not read.
+  """Sorts the keys that a family does not read into refused and ignored ones.
 
   Args:
     raw: the parsed config.json.
     read: keys that the family reads.
-    facts: what those say.
+    facts: values of those keys.
 
   Returns:
-    "key=value" of keys that change what the model computes, and of keys that
-    are ignored and are worth a line in the log.
+    "key=value" of keys that change what the model computes, and of ignored keys
+    that are worth a line in the log.
   """
   refused, ignored = [], []
   for key, value in raw.items():

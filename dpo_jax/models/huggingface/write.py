@@ -1,4 +1,4 @@
-"""Policy -> a Hugging Face folder: config.json and safetensors."""
+"""Writes a policy as a Hugging Face folder: config.json and safetensors."""
 
 from collections.abc import Iterator, Mapping
 import json
@@ -15,6 +15,7 @@ from dpo_jax.models.huggingface import config_json
 from dpo_jax.models.huggingface.read import INDEX
 from dpo_jax.models.huggingface.tensor_map import Tensor, tensor_map
 from dpo_jax.system import files
+from dpo_jax.trees import Params
 
 _MAX_SHARD_BYTES = 5 * 10**9
 
@@ -22,30 +23,30 @@ _MAX_SHARD_BYTES = 5 * 10**9
 def save_params(
   folder: epath.PathLike,
   policy: Policy,
-  params: Any,
+  params: Params,
   *,
   dtype: str,
   token_ids: Mapping[str, Any] | None = None,
   max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> None:
-  """Writes config.json and safetensors, in shards where they are large.
+  """Writes config.json and safetensors; large models in several files.
 
   Args:
-    folder: to write to.
-    policy: the decoder; adapters must be merged before.
+    folder: folder to write to.
+    policy: the decoder, without adapters; merge them first.
     params: its parameters.
-    dtype: of the weights in the files.
+    dtype: dtype of the weights in the files.
     token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id` for
-      config.json; None where there is none.
-    max_shard_bytes: the host holds one shard at a time.
+      config.json; None for a token that does not exist.
+    max_shard_bytes: maximum bytes of a file; the host holds one at a time.
 
   Raises:
-    ValueError: a model that its family cannot express.
+    ValueError: a model that its family's config.json cannot describe.
   """
   root = epath.Path(folder)
   config = policy.config
   raw = config_json.write_config(config) | {"torch_dtype": dtype}
-  # Said even where there is none: families have defaults for them.
+  # Written even if null, because families have defaults for them.
   raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
   raw |= token_ids or {}
   root.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ def save_params(
     if len(shards) > 1:
       file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     tensors = {
-      # safetensors writes the buffer as it lies, whatever the strides say.
+      # safetensors writes the buffer and ignores its strides.
       name: np.ascontiguousarray(
         _export_tensor(tensor, params, layer).astype(dtype)
       )
@@ -99,7 +100,7 @@ def _plan_shards(
   return shards
 
 
-def _export_tensor(tensor: Tensor, params: Any, layer: int | None) -> Any:
+def _export_tensor(tensor: Tensor, params: Params, layer: int | None) -> Any:
   arrays = {}
   for part in tensor.parts:
     array = params
