@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks import interleave, workload
 from dpo_jax.config import default_config
+from dpo_jax.data import batch_plan, packing
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import packing
 from dpo_jax.losses import build_objective
 from dpo_jax.models import partition_rules
 from dpo_jax.models.config import ModelConfig
@@ -51,7 +51,7 @@ class Trainer:
     )
     if grid is None:
       grid = mesh.make_mesh(dict.fromkeys(mesh.AXES, 1), jax.devices()[:1])
-    self.placement = Placement(grid, "jit")
+    self.placement = Placement(grid)
     self.program = _build_program(options, policy, self.placement)
     shardings = partition_rules.param_shardings(policy.abstract_params(), grid)
     self.params = jax.jit(
@@ -62,7 +62,7 @@ class Trainer:
     self.loader = loader_lib.Loader(
       self.store,
       indices,
-      loader_lib.make_plan(
+      batch_plan.make_plan(
         self.store,
         indices,
         batch_size=options.batch_size,

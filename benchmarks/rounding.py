@@ -19,6 +19,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from dpo_jax.data import batch_plan
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.store import Store
 from dpo_jax.models.config import ModelConfig
@@ -26,8 +27,7 @@ from dpo_jax.models.decoder import Policy
 from dpo_jax.parallel import mesh
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.records.metrics import format_table
-from dpo_jax.training import reference
-from dpo_jax.training import step as step_lib
+from dpo_jax.training import forward, reference
 
 _VOCAB = 8192
 _PAIRS, _SCORED, _TRAINED = 16, 4, 8
@@ -67,7 +67,7 @@ def measure(tokens: int, *, is_live: bool) -> np.ndarray:
   params = jax.tree.map(
     lambda x: 2.5 * x if x.ndim > 1 else x, policy.init(jax.random.key(0))
   )
-  placement = Placement(mesh.make_mesh({"data": 1}, jax.devices()[:1]), "jit")
+  placement = Placement(mesh.make_mesh({"data": 1}, jax.devices()[:1]))
   scoring, training = (
     _make_loader(make_store(tokens), size) for size in (_SCORED, _TRAINED)
   )
@@ -78,9 +78,7 @@ def measure(tokens: int, *, is_live: bool) -> np.ndarray:
       ref_logps=reference.compute_logps(score, params, scoring, placement),
     )
   step = jax.jit(
-    step_lib.make_eval_step(
-      policy, chunk_size=0, needs=frozenset({"ref_logps"})
-    )
+    forward.make_eval_step(policy, chunk_size=0, needs=frozenset({"ref_logps"}))
   )
   found = []
   for index in range(_PAIRS // _TRAINED):
@@ -93,7 +91,7 @@ def measure(tokens: int, *, is_live: bool) -> np.ndarray:
 
 def _make_loader(store: Store, batch_size: int) -> loader_lib.Loader:
   indices = np.arange(len(store))
-  plan = loader_lib.make_plan(
+  plan = batch_plan.make_plan(
     store,
     indices,
     batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""How every command starts, logs and ends.
+"""Start, log and end of every command.
 
 A mistake of the user is one message and exit code 1; `--debug` shows the
 traceback too. Imports nothing slow, so that `--help` answers at once.

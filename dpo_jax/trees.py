@@ -16,7 +16,7 @@ def path_name(path: Any) -> str:
 
 
 def join_trees(one: Any, other: Any) -> Any:
-  """The leaves of two nested dicts that have none in common."""
+  """Joins two nested dicts that have no leaf in common."""
   if other is None:
     return one
   joined = dict(other)
@@ -26,17 +26,17 @@ def join_trees(one: Any, other: Any) -> Any:
 
 
 def params_digest(params: Any) -> str:
-  """A digest of parameters that does not depend on their sharding.
+  """Computes a digest of parameters that does not depend on their sharding.
 
   Checksums are taken on the devices, in integers modulo 2^32, whose sum has
   no rounding and no order; only they travel to the host.
   """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    figures = np.asarray(_checksum(leaf)).tolist()
+    sums = np.asarray(_checksum(leaf)).tolist()
     digest.update(
       json.dumps(
-        [path_name(path), list(leaf.shape), str(leaf.dtype), figures]
+        [path_name(path), list(leaf.shape), str(leaf.dtype), sums]
       ).encode()
     )
   return digest.hexdigest()
@@ -44,17 +44,17 @@ def params_digest(params: Any) -> str:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-  """Two sums of mixed bits and places: u32 [2]."""
+  """Sums mixed bits and positions in two ways: u32 [2]."""
   width = x.dtype.itemsize * 8
   bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
   bits = bits.astype(jnp.uint32)
-  # Places are added up axis by axis: to flatten a sharded array would bring
-  # all of it to every device.
-  places = jnp.zeros((), jnp.uint32)
+  # Positions are added axis by axis: flattening a sharded array would gather
+  # all of it on every device.
+  positions = jnp.zeros((), jnp.uint32)
   for axis in range(x.ndim):
     stride = math.prod(x.shape[axis + 1 :]) % 2**32
     iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    places = places + iota * jnp.uint32(stride)
-  mixed = (bits ^ (places * jnp.uint32(2654435761))) * jnp.uint32(0x85EBCA6B)
+    positions = positions + iota * jnp.uint32(stride)
+  mixed = (bits ^ (positions * jnp.uint32(2654435761))) * jnp.uint32(0x85EBCA6B)
   mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE35)
   return jnp.stack([mixed.sum(), (mixed ^ (mixed >> 13)).sum()])

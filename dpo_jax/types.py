@@ -16,8 +16,12 @@ from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
 
 from dpo_jax.trees import join_trees
+
+# Array of a batch: numpy on the host that makes it, jax on the devices.
+Array = jax.Array | np.ndarray
 
 
 @flax.struct.dataclass
@@ -55,20 +59,20 @@ class Batch:
       f32 [R, G, K] or [R, G, K, M] each; {} of other data.
   """
 
-  tokens: jax.Array
-  positions: jax.Array
-  segments: jax.Array
-  branches: jax.Array
-  targets: jax.Array
-  predictors: jax.Array
-  slots: jax.Array
-  score: jax.Array
-  valid: jax.Array
-  example_ids: jax.Array
-  last_tokens: jax.Array
-  ref_logps: jax.Array | None = None
-  token_masks: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-  on_policy: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  tokens: Array
+  positions: Array
+  segments: Array
+  branches: Array
+  targets: Array
+  predictors: Array
+  slots: Array
+  score: Array
+  valid: Array
+  example_ids: Array
+  last_tokens: Array
+  ref_logps: Array | None = None
+  token_masks: dict[str, Array] = dataclasses.field(default_factory=dict)
+  on_policy: dict[str, Array] = dataclasses.field(default_factory=dict)
 
   @property
   def max_tokens(self) -> int:

@@ -36,7 +36,7 @@ from dpo_jax.data import synthetic, tokenizers
 from dpo_jax.judges.classifier import fit_classifier
 from dpo_jax.models import generate
 from dpo_jax.system.files import write_atomically
-from dpo_jax.training import evaluation
+from dpo_jax.training import samples
 from experiments import exact_sweep, harness, trained
 from experiments.harness import Row, Run, Settings
 
@@ -323,7 +323,7 @@ def _write_pairs(folder: str, *, plan: _Plan) -> None:
 
 
 def _order_pairs(
-  samples: evaluation.Samples, group: Sequence[int], stop_ids: Sequence[int]
+  samples: samples.Samples, group: Sequence[int], stop_ids: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
   """Records of every two samples of a prompt that are not worth the same."""
   for one, other in itertools.combinations(group, 2):

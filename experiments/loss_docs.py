@@ -1,64 +1,74 @@
-"""Writes docs/losses.md and docs/losses.png from the catalogue.
+"""Writes what follows from the catalogue of losses.
 
   python -m experiments.loss_docs
 
-A test keeps both current: run this after a change to the table of losses.
+These are docs/losses.md with its plots in docs/losses.png, docs/api.md, and
+dpo_jax/losses/functions.py. Run it after a change to the table of losses; a
+test fails while one of them is out of date.
 """
 
 import math
 import pathlib
+import textwrap
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from dpo_jax import command_line
+from dpo_jax import command_line, losses
 from dpo_jax.losses import CATALOGUE, KNOBS, Loss, build_objective
 from dpo_jax.types import Sequences
+from experiments import loss_functions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FOLDER = pathlib.Path(__file__).parents[1] / "docs"
-_KINDS = {
-  "pair": "Pairs",
-  "single": "Single responses with a label",
-  "first": "Demonstrations",
-  "ranking": "Rankings, best first (two are a pair)",
-  "samples": "Rewarded samples of the policy (`online.kind=rollouts`)",
-}
+FUNCTIONS = pathlib.Path(losses.__file__).with_name("functions.py")
+_WIDTH = 99
 _INTRODUCTION = """# Losses
 
-Written by `python -m experiments.loss_docs` from
-`dpo_jax/losses/catalogue.py`; do not edit.
+Written by `python -m experiments.loss_docs` from `dpo_jax/losses/catalogue/`;
+do not edit.
 
-`--config.loss.name=NAME` trains a loss with the defaults below,
-`--config.loss.KNOB=VALUE` sets a knob, and a knob that the loss does not read
-is an error. `--config.loss.reward=` and `--config.loss.link=` put another
-reward or link into a row, where that makes sense. Several losses are a list:
-`config.loss = [{"name": "dpo", "weight": 0.8}, {"name": "sft", "weight":
-1.0}]`.
+- `--config.loss.name=NAME` trains a loss with the defaults below.
+- `--config.loss.KNOB=VALUE` sets a knob. A knob that the loss does not read is
+  an error.
+- `--config.loss.reward=` and `--config.loss.link=` replace the reward or the
+  link of a row, where the combination is defined.
+- Several losses are a list: `config.loss = [{"name": "dpo", "weight": 0.8},
+  {"name": "sft", "weight": 1.0}]`.
+- [api.md](api.md) lists the losses as functions of plain arrays.
 
-lp is log pi(y|x) summed over the response's tokens, n their number, EOS
-included; r = lp - ref; u = exp(r); w chosen, l rejected; D = r_w - r_l; s the
-sigmoid; sg a stop-gradient; b is beta and e is label_smoothing. A loss is per
-group, and the step takes the mean over the global batch. A loss marked
-*couples* depends on the whole batch: its value is the same on any mesh and
-with any number of accumulation steps, and `pmap` refuses it.
+| symbol | meaning |
+|---|---|
+| lp | log pi(y\\|x) summed over the response's tokens |
+| n | number of those tokens, EOS included |
+| r | log-ratio lp - log pi_ref(y\\|x) |
+| u | exp(r) |
+| w, l | chosen and rejected response |
+| D | margin r_w - r_l |
+| s | sigmoid |
+| sg | stop-gradient |
+| e | label_smoothing |
+
+A loss is per group; a training step takes the mean over the global batch. A
+loss marked *couples the batch* depends on all groups. Its value is the same on
+any mesh and with any number of accumulation steps; `pmap` refuses it.
 
 ![losses and gradients](losses.png)
 
-Loss (solid) and its derivative (dashed) against the margin D in nats, half of
-it on the chosen and half on the rejected response, both of 10 tokens and at
--10 nats under the reference; a single response has all of D.
+Loss (solid) and its derivative (dashed) against the margin D in nats. Half of
+D is on the chosen and half on the rejected response; a single response has all
+of it. Both have 10 tokens, and -10 nats under the reference.
 """
 
 
 def render() -> str:
-  """docs/losses.md."""
+  """Returns the text of docs/losses.md."""
   parts = [_INTRODUCTION]
-  for group, title in _KINDS.items():
+  for group, title in loss_functions.KINDS.items():
     parts.append(f"\n## {title}\n")
     parts += [_section(r) for r in CATALOGUE.values() if r.group == group]
   parts.append("\n## Knobs\n\n| knob | meaning | range |\n|---|---|---|")
@@ -72,42 +82,43 @@ def _range(knob) -> str:
     return ", ".join(f"`{c}`" for c in knob.choices)
   if knob.type is bool:
     return "True, False"
-  low = "-inf" if knob.low is None else f"{knob.low:g}"
-  high = "inf" if knob.high is None else f"{knob.high:g}"
-  opening = "(" if knob.above or knob.low is None else "["
-  closing = ")" if knob.below or knob.high is None else "]"
-  return f"{opening}{low}, {high}{closing}"
+  return knob.interval
 
 
 def _section(row: Loss) -> str:
   knobs = ", ".join(f"`{k}={v}`" for k, v in row.defaults.items()) or "none"
   needs = sorted(row.needs(row.defaults))
-  lines = [
-    f"### `{row.name}`",
-    "",
-    f"`{row.formula}`",
-    "",
-    f"- {row.paper}",
-    f"- reward `{row.reward}`, link `{row.link}`"
+  items = [
+    row.paper,
+    f"reward `{row.reward}`, link `{row.link}`"
     + "".join(f", plus `{f.__name__}`" for f in row.regularizers),
-    f"- knobs: {knobs}",
-    "- reads: " + (", ".join(f"`{n}`" for n in needs) or "no reference"),
+    f"knobs: {knobs}",
+    "reads: " + (", ".join(f"`{n}`" for n in needs) or "no reference"),
   ]
-  if row.link_row.is_coupled:
-    lines.append("- couples the batch")
+  if row.is_coupled:
+    items.append("couples the batch")
   if row.peers:
-    lines.append(f"- elsewhere: {row.peers}")
+    items.append(f"elsewhere: {row.peers}")
+  lines = [f"### `{row.name}`", "", *_wrapped(f"`{row.formula}`"), ""]
+  for item in items:
+    lines += _wrapped(f"- {item}", indent="  ")
   return "\n".join(lines) + "\n"
 
 
+def _wrapped(text: str, indent: str = "") -> list[str]:
+  return textwrap.wrap(
+    text, _WIDTH, subsequent_indent=indent, break_on_hyphens=False
+  )
+
+
 def curve(name: str, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Loss and its derivative by the margin, one margin at a time."""
+  """Returns a loss and its derivative at each margin, f32 like `margins`."""
   objective = build_objective({"name": name})
   width = {"first": 1, "single": 1, "pair": 2, "ranking": 2}[objective.group]
   ref_logps = jnp.full((1, width), -10.0)
 
   def loss(margin):
-    # Half up, half down: a loss that reads single rewards shows both sides.
+    # A loss that reads single rewards then shows both sides.
     sides = jnp.array([[0.5, -0.5]]) if width == 2 else jnp.ones((1, 1))
     logps = ref_logps + margin * sides
     shape = (1, width)
@@ -135,8 +146,8 @@ def curve(name: str, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot(path: pathlib.Path) -> None:
-  """One small panel a loss."""
-  # Of a pair's margin: what learns from rewarded samples has none.
+  """Draws one small panel for each loss."""
+  # Losses of rewarded samples have no margin.
   names = [name for name, row in CATALOGUE.items() if row.group != "samples"]
   columns = 8
   rows = math.ceil(len(names) / columns)
@@ -159,10 +170,16 @@ def plot(path: pathlib.Path) -> None:
 
 
 def main() -> None:
-  FOLDER.mkdir(exist_ok=True)
-  (FOLDER / "losses.md").write_text(render(), encoding="utf-8")
+  files = {
+    FUNCTIONS: loss_functions.render_functions(),
+    FOLDER / "losses.md": render(),
+    FOLDER / "api.md": loss_functions.render_api(),
+  }
+  for path, text in files.items():
+    path.write_text(text, encoding="utf-8")
+    print(path)
   plot(FOLDER / "losses.png")
-  print(f"{FOLDER / 'losses.md'}: {len(CATALOGUE)} losses")
+  print(FOLDER / "losses.png")
 
 
 if __name__ == "__main__":

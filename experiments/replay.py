@@ -29,15 +29,12 @@ from dpo_jax.losses import (
   build_objective,
   mean_over_groups,
 )
+from dpo_jax.records.eval_logps import Records, read_records
 from dpo_jax.records.metrics import format_table
 from dpo_jax.records.workdir import Workdir
-from dpo_jax.training.evaluation import (
-  Records,
-  displacement,
-  read_records,
-  wilson_interval,
-)
-from dpo_jax.training.step import measure
+from dpo_jax.training.evaluation import displacement
+from dpo_jax.training.intervals import wilson_interval
+from dpo_jax.training.measure import measure
 from dpo_jax.types import Sequences
 
 matplotlib.use("Agg")

@@ -20,7 +20,7 @@ from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.records.checkpoint import open_checkpoints
 from dpo_jax.records.workdir import Workdir
-from dpo_jax.training import evaluation, reference
+from dpo_jax.training import reference, samples
 
 
 def one_mesh() -> Any:
@@ -87,7 +87,7 @@ class Bench:
 
   def sample(
     self, policy: Policy, params: Any, *, seed: int, count: int = 1
-  ) -> evaluation.Samples:
+  ) -> samples.Samples:
     """`count` samples to every prompt, those of a prompt side by side."""
     prompts = [p for p in self.prompts for _ in range(count)]
     responses = generate.sample(
@@ -103,23 +103,23 @@ class Bench:
 
   def judge(
     self, prompts: list[list[int]], responses: Sequence[Sequence[int]]
-  ) -> evaluation.Samples:
+  ) -> samples.Samples:
     prompt_texts = [self.tokenizer.decode(prompt) for prompt in prompts]
     texts = [self.tokenizer.decode(response) for response in responses]
     rewards = judges.ask(self.gold, prompt_texts, texts, key="the gold judge")
-    return evaluation.Samples(
+    return samples.Samples(
       prompts, [list(r) for r in responses], prompt_texts, texts, rewards
     )
 
   def figures(
-    self, policy: Policy, params: Any, samples: evaluation.Samples
+    self, policy: Policy, params: Any, samples: samples.Samples
   ) -> dict[str, float]:
     """Gold reward, p(positive) = sigmoid of it, and KL to the reference."""
-    placement = Placement(one_mesh(), "jit")
+    placement = Placement(one_mesh())
     # A value head adds nothing to log-probs, and the reference may have none.
     headless = {k: v for k, v in params.items() if k != "value_head"}
     bare = dataclasses.replace(policy.config, value_head=False)
-    kl = evaluation.sampled_kl(
+    kl = samples.sampled_kl(
       reference.make_logps_step(Policy(bare), placement, 128),
       headless,
       self.ref_params,
@@ -140,7 +140,7 @@ def reward_figures(rewards: np.ndarray) -> dict[str, float]:
 
 
 def write_samples(
-  path: str, step: int, samples: evaluation.Samples, num: int
+  path: str, step: int, samples: samples.Samples, num: int
 ) -> None:
   """Appends the first `num` as JSON lines."""
   with epath.Path(path).open("a") as file:

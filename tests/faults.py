@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from dpo_jax import train
+from dpo_jax.training import stops
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -51,7 +51,7 @@ def environment(num_devices: int = 1) -> dict[str, str]:
 def stop_at(monkeypatch, *steps: int) -> None:
   """Lets runs end as if SIGTERM had come in the middle of these steps."""
   monkeypatch.setattr(
-    train._StopSignal, "reached", lambda self, step: step in steps
+    stops.StopSignal, "reached", lambda self, step: step in steps
   )
 
 

@@ -21,7 +21,7 @@ from dpo_jax.config import (
 from dpo_jax.data import packing, reading
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
 from dpo_jax.models import config as model_config
-from dpo_jax.parallel.placement import PARALLELISMS
+from dpo_jax.parallel.pmap import PARALLELISMS
 from dpo_jax.records import resume
 from dpo_jax.records.metrics import read_metrics
 from dpo_jax.records.workdir import Workdir

@@ -24,15 +24,7 @@ _NOT_YET: tuple[str, ...] = (
   "parallel",
   "models",
   "data",
-  "records",
-  "model_sources",
-  "judges",
   "training",
-  "online",
-  "planning",
-  "train",
-  "export",
-  "plan",
   "experiments",
   "benchmarks",
   "scripts",
@@ -45,7 +37,7 @@ _ENTRY = re.compile(
   r"^ {2,}\*{0,2}\w+: (of|that|what|who|whose|where)\b", re.M | re.I
 )
 # Words before which "else" and "behind" are what a reader expects.
-_NOT_ELSE = r"(?<!\bnothing )(?<!\banything )(?<!\bsomething )(?<!\bwhat )"
+_NOT_ELSE = r"(?<!thing )(?<!\bwhat )"
 _NOT_BEHIND = r"(?<!\bleft )(?<!\bleaves )(?<!\bstays )(?<!\bfar )"
 _BANNED: dict[str, str] = {
   r"anew": "again",

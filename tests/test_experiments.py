@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 
 from dpo_jax.losses import CATALOGUE, build_objective
+from dpo_jax.records import eval_logps
+from dpo_jax.records.eval_logps import read_records
 from dpo_jax.records.metrics import MetricsWriter, read_metrics
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.train import train
-from dpo_jax.training import evaluation
-from dpo_jax.training.evaluation import displacement, read_records
-from experiments import exact_sweep, loss_docs, loss_table, quickstart, replay
+from dpo_jax.training.evaluation import displacement
+from experiments import (
+  exact_sweep,
+  loss_docs,
+  loss_table,
+  quickstart,
+  replay,
+)
 from tests.tiny import make_config
 
 pytestmark = pytest.mark.usefixtures("in_haste")
@@ -202,7 +209,7 @@ def test_displacement_by_hand():
 
 def test_records_come_back_as_they_were(tmp_path):
   records = {"logps": np.array([[1.5, -2.0]], np.float32)}
-  evaluation.write_records(Workdir.at(tmp_path), 7, records)
+  eval_logps.write_records(Workdir.at(tmp_path), 7, records)
   back = read_records(tmp_path)
   assert list(back) == [7]
   np.testing.assert_array_equal(back[7]["logps"], records["logps"])

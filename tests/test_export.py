@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import tokenizer_files, tokenizers
-from dpo_jax.export import export
 from dpo_jax.model_sources import TrainedRun
+from dpo_jax.model_sources.export import export
 from dpo_jax.models import huggingface
 from dpo_jax.models.config import Lora
 from dpo_jax.models.decoder import Policy

@@ -11,7 +11,7 @@ from dpo_jax.data import packing, sources, store, tokenizers
 from dpo_jax.losses import build_objective
 from dpo_jax.models import huggingface
 from dpo_jax.models.decoder import Policy
-from dpo_jax.training import step as step_lib
+from dpo_jax.training import forward
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -24,7 +24,7 @@ def loss_and_grads(policy, params, batch):
   objective = build_objective({"name": "dpo", "beta": 0.3})
 
   def loss(params):
-    sequences = step_lib.read_sequences(
+    sequences = forward.read_sequences(
       policy, params, None, batch, chunk_size=32
     )
     per_group, _, _ = objective.apply(sequences, ())
@@ -115,7 +115,7 @@ def test_unscored_tokens_add_nothing_and_are_read(layout):
   ]
   batch = tiny.pack(groups, layout, scored=scored)
   sequences = jax.jit(
-    lambda: step_lib.read_sequences(policy, params, None, batch, chunk_size=32)
+    lambda: forward.read_sequences(policy, params, None, batch, chunk_size=32)
   )()
   beginnings = [
     [g[0], *(r[:cut] for r, cut in zip(g[1:], c, strict=True))]

@@ -11,7 +11,7 @@ from dpo_jax.config import resolve
 from dpo_jax.data import sources, store, tokenizers
 from dpo_jax.judges.classifier import Classifier
 from dpo_jax.losses import CATALOGUE, build_objective
-from dpo_jax.training import evaluation
+from dpo_jax.training import samples
 from experiments import harness, imdb_sentiment, loss_ablation
 
 NAMES = (
@@ -65,7 +65,7 @@ def test_the_best_trial_of_a_loss_counts():
 def test_a_sample_that_was_cut_short_teaches_no_eos(tmp_path):
   """Of four samples of a prompt one reached its end, id 257 of bytes."""
   responses = [[*b" a", 257], [*b" bcd"], [*b" efg"], [*b" hij"]]
-  samples = evaluation.Samples(
+  drawn = samples.Samples(
     prompts=[list(b"p")] * 4,
     responses=responses,
     prompt_texts=["p"] * 4,
@@ -73,9 +73,7 @@ def test_a_sample_that_was_cut_short_teaches_no_eos(tmp_path):
     rewards=np.array([1.0, 3.0, 2.0, 2.0]),
   )
   tokenizer = tokenizers.load_tokenizer("bytes")
-  rows = list(
-    imdb_sentiment._order_pairs(samples, range(4), tokenizer.stop_ids)
-  )
+  rows = list(imdb_sentiment._order_pairs(drawn, range(4), tokenizer.stop_ids))
   pairs = [(row["chosen"], row["rejected"]) for row in rows]
   assert pairs == [
     (" bcd", " a"),
@@ -92,7 +90,7 @@ def test_a_sample_that_was_cut_short_teaches_no_eos(tmp_path):
     store.Limits(100, 50),
     str(tmp_path / "cache"),
   )
-  ids = dict(zip(samples.texts, responses, strict=True))
+  ids = dict(zip(drawn.texts, responses, strict=True))
   for index, (chosen, rejected) in enumerate(pairs):
     parts = [part.tolist() for part in opened.group(index)[1:]]
     assert parts == [ids[chosen], ids[rejected]]

@@ -15,7 +15,6 @@ import pytest
 
 from dpo_jax import command_line, model_sources
 from dpo_jax import config as config_lib
-from dpo_jax import train as train_lib
 from dpo_jax.data import store
 from dpo_jax.data.loader import Loader
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
@@ -26,7 +25,13 @@ from dpo_jax.records.metrics import read_metrics
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.cache import use_compilation_cache
 from dpo_jax.train import NonFiniteError, Preempted, train
-from dpo_jax.training import evaluation, reference, start, step
+from dpo_jax.training import (
+  evaluation,
+  initial_state,
+  logps_cache,
+  reference,
+  start,
+)
 from dpo_jax.training.setup import build_run
 from dpo_jax.types import FIELDS
 from tests import faults, tiny
@@ -398,10 +403,10 @@ def test_bfloat16_starts_with_cached_log_probs_and_tells_their_rounding(
 def change_cache(folder, change):
   """Writes what is cached anew, with a manifest that agrees with it."""
   [path] = folder.glob("*.npy")
-  layout = reference.read_layout(folder, path.stem)
-  logps = reference.load_cache(folder, path.stem)
+  layout = logps_cache.read_layout(folder, path.stem)
+  logps = logps_cache.load_cache(folder, path.stem)
   change(logps)
-  reference.write_cache(folder, path.stem, logps, layout)
+  logps_cache.write_cache(folder, path.stem, logps, layout)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -1190,7 +1195,7 @@ def test_every_loss_trains(tmp_path, monkeypatch, group):
   `tests/online/test_online.py` trains those on samples.
   """
   # Tested above, and one more program to compile.
-  monkeypatch.setattr(train_lib._Loop, "_check_step_zero", lambda *args: None)
+  monkeypatch.setattr(initial_state, "check_first_loss", lambda *args: None)
   kinds = {group, "first"} if group == "pair" else {group}
   names = [name for name, row in CATALOGUE.items() if row.group in kinds]
   write_groups(tmp_path / "data.jsonl", group)
@@ -1215,7 +1220,7 @@ def test_every_loss_trains(tmp_path, monkeypatch, group):
 
   @jax.jit
   def measure(sequences):
-    return [step.measure(o, keep_needed(o, sequences)) for o in objectives]
+    return [measure.measure(o, keep_needed(o, sequences)) for o in objectives]
 
   for name, figures in zip(names, measure(sequences), strict=True):
     assert np.isfinite(figures[f"{name}/loss"]).all(), name

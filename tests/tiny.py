@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from dpo_jax import config as config_lib
+from dpo_jax.data import batch_plan, packing
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import packing
 from dpo_jax.data.packing import RowShape
 from dpo_jax.data.store import Store
 from dpo_jax.losses import build_objective
@@ -21,10 +21,10 @@ from dpo_jax.models.presets import PRESETS
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.records import resume
+from dpo_jax.training import forward, reference
 from dpo_jax.training import program as program_lib
-from dpo_jax.training import reference, step
 from dpo_jax.training import setup as run
-from dpo_jax.types import Batch
+from dpo_jax.types import Batch, Sequences
 
 
 def make_config(**overrides):
@@ -89,7 +89,7 @@ def shared_programs():
       reference, "make_logps_step", functools.cache(reference.make_logps_step)
     ),
     mock.patch.object(
-      step, "make_eval_step", functools.cache(step.make_eval_step)
+      forward, "make_eval_step", functools.cache(forward.make_eval_step)
     ),
   ):
     yield
@@ -156,6 +156,58 @@ def pack(
   )
 
 
+def make_sequences(
+  num_slots: int, num: int = 6, seed: int = 0, scale: float = 5.0
+) -> Sequences:
+  """Random groups with every optional field, f32.
+
+  Args:
+    num_slots: K.
+    num: B.
+    seed: of the random numbers.
+    scale: standard deviation of the log-ratios, nats.
+  """
+  rng = np.random.default_rng(seed)
+  shape = (num, num_slots)
+  n = rng.integers(1, 40, shape).astype(np.float32)
+  logps = -n * rng.uniform(0.2, 2.0, shape)
+  gaps = {k: rng.normal(0, scale, shape) for k in ("ref", "head", "sampled")}
+  score = -np.sort(-rng.uniform(0, 4, shape), axis=1)
+  if num_slots == 1:
+    score = (np.arange(num) % 2).astype(float)[:, None]
+  fields = {
+    "logps": logps,
+    "num_tokens": n,
+    "score": score,
+    "ref_logps": logps + gaps["ref"],
+    "head_logps": 0.5 * logps,
+    "ref_head_logps": 0.5 * logps + gaps["head"],
+    "sampled_logps": 0.4 * logps,
+    "ref_sampled_logps": 0.4 * logps + gaps["sampled"],
+    "mismatched_logps": logps[:, 0] - 3.0,
+    "mismatched_ref_logps": logps[:, 0] - 3.0 - rng.normal(4, 2, num),
+    "complement_logps": -rng.uniform(0.1, 3.0, shape) * n,
+    "alignment": -rng.uniform(0.0, 1.0, shape),
+    "kl": rng.uniform(0, 3, shape),
+    "values": rng.normal(0, 2, shape),
+    "old_logps": logps + rng.normal(0, 0.3, shape),
+  }
+  # Four tokens of each response, the last of some of them padding.
+  fields |= {
+    "token_logps": rng.uniform(-3, 0, (*shape, 4)),
+    "old_token_logps": rng.uniform(-3, 0, (*shape, 4)),
+    "token_values": rng.normal(0, 1, (*shape, 4)),
+    "old_token_values": rng.normal(0, 1, (*shape, 4)),
+    "advantages": rng.normal(0, 1, (*shape, 4)),
+    "returns": rng.normal(0, 1, (*shape, 4)),
+  }
+  fields = {k: jnp.asarray(v, jnp.float32) for k, v in fields.items()}
+  mask = np.arange(4) < rng.integers(1, 5, (*shape, 1))
+  return Sequences(
+    **fields, token_mask=jnp.asarray(mask), valid=jnp.ones(shape, bool)
+  )
+
+
 def make_masks(groups: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
   """Which tokens of each response are scored: a few runs, never none."""
   rng = np.random.default_rng(1)
@@ -182,7 +234,7 @@ def make_loader(
   ranks = np.arange(len(groups[0]) - 1, dtype=np.float32)
   store = Store.from_groups(groups, np.tile(-ranks, (len(groups), 1)))
   indices = np.arange(len(groups)) if indices is None else indices
-  plan = loader_lib.make_plan(
+  plan = batch_plan.make_plan(
     store,
     indices,
     batch_size=batch_size,
@@ -199,7 +251,7 @@ def make_placement(sizes: dict[str, int] | None = None) -> Placement:
   """A mesh of the first devices; of one unless told."""
   sizes = sizes or {"data": 1, "fsdp": 1, "tensor": 1}
   devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-  return Placement(mesh_lib.make_mesh(sizes, devices), "jit")
+  return Placement(mesh_lib.make_mesh(sizes, devices))
 
 
 def make_program(

@@ -61,8 +61,9 @@ def resolve(
   _check_values(settings)
   objective = build_objective(config.loss)
   loss = objective.to_dict()
-  is_one = isinstance(loss, dict)
-  settings["loss"] = {**settings["loss"], **loss} if is_one else loss
+  if isinstance(loss, dict):
+    loss = {**settings["loss"], **loss}
+  settings["loss"] = loss
   _resolve_data(settings["data"])
   _resolve_reference(settings, objective)
   _resolve_online(settings, objective)

@@ -9,8 +9,9 @@ from dpo_jax.data.spellings import Spellings
 
 
 class _WithoutTemplate:
-  """Refuses messages."""
+  """Tokenizer without a chat template: refuses messages."""
 
+  digest: str
   has_chat_template = False
   spellings = Spellings(())
 

@@ -135,8 +135,10 @@ def _overlap(pair: tuple[Loader, Loader | None]) -> float:
   train, held_out = pair
   if held_out is None:
     return 0.0
-  hashes = (x.store.prompt_hashes[x.indices] for x in (held_out, train))
-  return float(np.isin(*hashes).mean())
+  ours, theirs = held_out.store.prompt_hashes, train.store.prompt_hashes
+  assert ours is not None and theirs is not None
+  is_known = np.isin(ours[held_out.indices], theirs[train.indices])
+  return float(is_known.mean())
 
 
 def _missing_groups(pair: tuple[Loader, Loader | None]) -> float:
@@ -232,9 +234,10 @@ def run_checks(
     _run(name, check, train, "train", actions[name])
     for name, check in TRAIN_CHECKS.items()
   ]
-  held_out = {k: v for k, v in loaders.items() if k != "train"} or {
-    "eval": None
+  held_out: dict[str, Loader | None] = {
+    name: loader for name, loader in loaders.items() if name != "train"
   }
+  held_out = held_out or {"eval": None}
   results += [
     _run(name, check, (train, loader), split, actions[name])
     for split, loader in held_out.items()

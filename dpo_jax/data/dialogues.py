@@ -119,8 +119,9 @@ class Dialogue:
     for text in rendered:
       if isinstance(text, RecordError):
         raise RecordError(f"{self.where}: {text}") from text
-    check_unicode(rendered, self.where)
-    texts = iter(rendered)
+    whole_texts = [text for text in rendered if isinstance(text, str)]
+    check_unicode(whole_texts, self.where)
+    texts = iter(whole_texts)
     prefix = next(texts)
     responses, scored = [], []
     for turns in self.responses:

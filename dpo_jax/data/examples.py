@@ -1,7 +1,7 @@
 """One record of any known format -> Example(prompt, responses, score)."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import itertools
 import math
 from typing import Any
@@ -91,25 +91,37 @@ def parse_records(
   """
   parsed: list[Example | Unusable | RecordError | Dialogue] = []
   for record in records:
-    try:
-      if isinstance(record, Shaped):
-        record = _parse(record, render is not None, scored_turns, counts)
-      if isinstance(record, Dialogue) and hide:
-        record = record.hidden(hide)
+    if not isinstance(record, Shaped):
       parsed.append(record)
+      continue
+    try:
+      found = _parse(record, render is not None, scored_turns, counts)
+      if isinstance(found, Dialogue) and hide:
+        found = found.hidden(hide)
+      parsed.append(found)
     except (Unusable, RecordError) as fault:
       parsed.append(fault)
-  dialogues = [one for one in parsed if isinstance(one, Dialogue)]
-  requests = [one.requests() for one in dialogues]
-  texts = iter(render(list(itertools.chain(*requests))) if dialogues else [])
-  for i, one in enumerate(parsed):
-    if isinstance(one, Dialogue):
-      mine = list(itertools.islice(texts, len(one.requests())))
-      try:
-        parsed[i] = one.finish(mine)
-      except RecordError as error:
-        parsed[i] = error
-  return parsed
+  requests = [
+    request
+    for one in parsed
+    if isinstance(one, Dialogue)
+    for request in one.requests()
+  ]
+  texts = iter(render(requests) if requests and render else [])
+  return [
+    _finish(one, texts) if isinstance(one, Dialogue) else one for one in parsed
+  ]
+
+
+def _finish(
+  dialogue: Dialogue, texts: Iterator[str | RecordError]
+) -> Example | RecordError:
+  """Makes the example of a dialogue from the next rendered texts."""
+  count = len(dialogue.requests())
+  try:
+    return dialogue.finish(list(itertools.islice(texts, count)))
+  except RecordError as error:
+    return error
 
 
 def _parse(

@@ -60,7 +60,9 @@ class Shape:
   same: str = ""
 
 
-def _pair(first: Any, second: Any, winner: int | None, strength: float = 1):
+def _pair(
+  first: Any, second: Any, winner: int | None, strength: float = 1
+) -> dict[str, Any]:
   """Columns of a pair; `winner` is 0, 1, or None for a tie."""
   chosen, rejected = (second, first) if winner == 1 else (first, second)
   return {
@@ -199,11 +201,10 @@ _WINNERS = {
 
 
 def _arena(record: Record) -> Record:
-  both = [
+  first, second = (
     _list(record[name], name) for name in ("conversation_a", "conversation_b")
-  ]
-  winner = _choose(record, "winner", _WINNERS)
-  return _pair(*both, winner)
+  )
+  return _pair(first, second, _choose(record, "winner", _WINNERS))
 
 
 def _arena_text(record: Record) -> Record:
@@ -222,7 +223,7 @@ def _arena_turns(record: Record) -> Record:
     raise RecordError("winner_model_a and winner_model_b are both 1")
   winner = flags.index(True) if any(flags) else None
   prompts = _list(record["prompt"], "prompt")
-  both = []
+  both: list[list[dict[str, Any]]] = []
   for name in ("response_a", "response_b"):
     answers = _list(record[name], name)
     if len(answers) != len(prompts) or not prompts:
@@ -236,9 +237,10 @@ def _arena_turns(record: Record) -> Record:
     ]
     both.append(turns)
   if len(prompts) == 1:
-    answers = [turns[1]["content"] for turns in both]
-    return {**_pair(*answers, winner), "prompt": prompts[0] or ""}
-  return _pair(*both, winner)
+    one, other = (turns[1]["content"] for turns in both)
+    return {**_pair(one, other, winner), "prompt": prompts[0] or ""}
+  one, other = both
+  return _pair(one, other, winner)
 
 
 def _summaries(record: Record) -> Record:
@@ -253,8 +255,8 @@ def _summaries(record: Record) -> Record:
     prompt = f"Article:\n{info['article']}\n\nTL;DR:"
   else:
     raise RecordError("info has neither a post nor an article")
-  answers = [" " + summary["text"].strip() for summary in summaries]
-  return {"prompt": prompt, **_pair(*answers, winner)}
+  one, other = (" " + summary["text"].strip() for summary in summaries)
+  return {"prompt": prompt, **_pair(one, other, winner)}
 
 
 def _needs(*names: str) -> frozenset[str]:

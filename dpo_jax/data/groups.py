@@ -1,4 +1,4 @@
-"""Records -> groups of token ids, and a report of what became of them."""
+"""Tokenizes records into groups, and reports what was dropped or cut."""
 
 import array
 from collections import Counter
@@ -20,7 +20,7 @@ from dpo_jax.system import progress
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1000
-# Counts of a report that are above 0 where something is amiss.
+# Counts of a report that are 0 for flawless data.
 COUNTS = (
   *("broken", "prompts_cut", "responses_cut", "messages_cut"),
   *("prompts_repeated", "special_tokens", "duplicates", "contradictions"),
@@ -30,13 +30,13 @@ COUNTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """How long a prompt and its response may be, in tokens.
+  """Maximum lengths of a prompt and its response, in tokens.
 
   Attributes:
     max_tokens: prompt and one response together, BOS and EOS included.
-    max_prompt_tokens: what a prompt keeps, counted from its end, where prompt
-      and response do not fit together. A prompt that leaves its responses
-      room is not cut.
+    max_prompt_tokens: tokens that a prompt keeps, counted from its end, if
+      prompt and response do not fit together. A prompt that leaves its
+      responses room is not cut.
   """
 
   max_tokens: int
@@ -52,15 +52,15 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-  """Groups of ids, end to end.
+  """Groups of token ids, concatenated.
 
   Attributes:
     tokens: i32, every group's prompt and then its responses.
-    scored: a byte for each token, 1 if it is scored; empty where all tokens
-      of responses are.
-    lengths: of each group, tokens of the prompt and of each response.
-    scores: of each group, a score for each response.
-    hashes: 32 bits of each prompt's text before anything was cut.
+    scored: a byte for each token, 1 if it is scored; empty if all tokens of
+      responses are.
+    lengths: for each group, tokens of the prompt and of each response.
+    scores: for each group, a score for each response.
+    hashes: 32 bits of a hash of each prompt's text before any cut.
     report: counts; see `tokenize`.
   """
 
@@ -75,101 +75,153 @@ class Groups:
 def tokenize(
   source: Source, tokenizer: Tokenizer, limits: Limits, reading: Reading
 ) -> Groups:
-  """Reads a source whole.
+  """Reads a whole source.
 
-  The report says of the source:
+  The report has these entries:
 
   * records, and how many have each of `shapes`; `unread` columns; `groups`;
   * dropped: records that teach nothing, by reason; broken: those left out;
   * prompts_cut, responses_cut: to fit the limits; messages_cut: before that;
-  * prompts_repeated: records whose responses held the prompt again;
+  * prompts_repeated: records whose responses repeated the prompt;
   * special_tokens: groups with a special token that is spelled, as letters;
   * duplicates, contradictions: see `Repeats`;
   * ties: groups whose responses score the same; chosen_scores_lower: pairs.
 
   Args:
     source: records.
-    tokenizer: ids.
-    limits: lengths.
+    tokenizer: encodes texts.
+    limits: maximum lengths.
     reading: how records are read.
 
   Raises:
-    RecordError: one more broken record than `reading` allows.
-    ValueError: no usable group; says what became of the records.
+    RecordError: more broken records than `reading` allows.
+    ValueError: no usable group; the message has the counts of records.
   """
-  counts: Counter[str] = Counter()
-  dropped: Counter[str] = Counter()
-  seen, repeats = Seen(), Repeats()
-  tokens, scored = array.array("i"), bytearray()
-  lengths, scores, hashes = [], [], []
-  render = tokenizer.render_batch if tokenizer.has_chat_template else None
   reads_tokens = reading.special_tokens == "read"
   if reads_tokens and not tokenizer.spellings.tokens:
     raise ValueError(
       "data.special_tokens='read': this tokenizer has no special tokens"
     )
+  render = tokenizer.render_batch if tokenizer.has_chat_template else None
   hide = None if reads_tokens else tokenizer.spellings.hide
-  # One iterator, made once: a new one over the bar would end the data early.
+  collected = _Collected(tokenizer, reading, seen=Seen())
+  # One iterator: a second one over the progress bar would end the data early.
   records = progress.track(
     iter(source), "tokenizing", total=None, unit="records"
   )
-  shaped = shape_records(records, reading, seen)
-  for chunk in _chunks(shaped):
-    examples = []
-    for example in parse_records(
-      chunk, render, reading.scored_turns, counts, hide
-    ):
-      if isinstance(example, RecordError):
-        counts["broken"] += 1
-        if counts["broken"] > reading.max_broken_records:
-          raise example
-        _LOG.warning("left out: %s", example)
-      elif isinstance(example, Unusable):
-        dropped[example.reason] += 1
-      elif any(not response.strip() for response in example.responses):
-        dropped["empty_response"] += 1
-      else:
-        examples.append(example)
+  for chunk in _chunks(shape_records(records, reading, collected.seen)):
+    parsed = parse_records(
+      chunk, render, reading.scored_turns, collected.counts, hide
+    )
+    examples = [e for result in parsed for e in collected.usable(result)]
     for example, (prompt, responses) in zip(
       examples, _encode(examples, tokenizer, reads_tokens), strict=True
     ):
       try:
-        prompt, responses = _fit(prompt, responses, limits, counts, tokenizer)
+        prompt, responses = _fit(
+          prompt, responses, limits, collected.counts, tokenizer
+        )
       except Unusable as unusable:
-        dropped[unusable.reason] += 1
-        continue
-      repeats.add(example)
-      counts["special_tokens"] += not reads_tokens and any(
-        tokenizer.spellings.is_spelled_in(t, is_rendered=example.is_rendered)
-        for t in (example.prompt, *example.responses)
+        collected.dropped[unusable.reason] += 1
+      else:
+        collected.add(example, prompt, responses)
+  return collected.groups(source.spec)
+
+
+@dataclasses.dataclass
+class _Collected:
+  """Groups read so far, and counts of what was not used.
+
+  Attributes:
+    tokenizer: encodes texts.
+    reading: how records are read.
+    seen: notes on the records.
+    counts: entries of the report.
+    dropped: records that teach nothing, by reason.
+    repeats: groups that repeat another.
+    tokens, scored, lengths, scores, hashes: see `Groups`.
+  """
+
+  tokenizer: Tokenizer
+  reading: Reading
+  seen: Seen
+  counts: Counter[str] = dataclasses.field(default_factory=Counter)
+  dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+  repeats: Repeats = dataclasses.field(default_factory=Repeats)
+  tokens: array.array = dataclasses.field(
+    default_factory=lambda: array.array("i")
+  )
+  scored: bytearray = dataclasses.field(default_factory=bytearray)
+  lengths: list[list[int]] = dataclasses.field(default_factory=list)
+  scores: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
+  hashes: list[int] = dataclasses.field(default_factory=list)
+
+  def usable(
+    self, result: Example | Unusable | RecordError
+  ) -> Iterator[Example]:
+    """Yields the example, or counts why there is none."""
+    if isinstance(result, RecordError):
+      self.counts["broken"] += 1
+      if self.counts["broken"] > self.reading.max_broken_records:
+        raise result
+      _LOG.warning("left out: %s", result)
+    elif isinstance(result, Unusable):
+      self.dropped[result.reason] += 1
+    elif any(not response.strip() for response in result.responses):
+      self.dropped["empty_response"] += 1
+    else:
+      yield result
+
+  def add(
+    self, example: Example, prompt: list[int], responses: list["_Response"]
+  ) -> None:
+    """Adds a group, and counts its flaws."""
+    self.repeats.add(example)
+    if self.reading.special_tokens != "read":
+      self.counts["special_tokens"] += any(
+        self.tokenizer.spellings.is_spelled_in(
+          text, is_rendered=example.is_rendered
+        )
+        for text in (example.prompt, *example.responses)
       )
-      counts["ties"] += len(set(example.score)) < min(len(example.score), 2)
-      tokens.extend(prompt)
-      scored += bytes(len(prompt))
-      for response in responses:
-        tokens.extend(response.ids)
-        scored += response.scored
-      lengths.append([len(prompt), *(len(r.ids) for r in responses)])
-      scores.append(example.score)
-      hashes.append(_hash(example.prompt))
-  counts.update(repeats.count())
-  report = {
-    "source": source.spec,
-    "records": seen.records,
-    "groups": len(lengths),
-    "dropped": dict(sorted(dropped.items())),
-    **{name: counts[name] for name in COUNTS},
-    "shapes": dict(sorted(seen.shapes.items())),
-    "unread": sorted(seen.unread),
-  }
-  if not lengths:
-    raise ValueError(
-      f"{source.spec} holds no usable group: {seen.records} records read,"
-      f" dropped: {report['dropped']}, broken: {counts['broken']}"
+    num_scores = len(set(example.score))
+    self.counts["ties"] += num_scores < min(len(example.score), 2)
+    self.tokens.extend(prompt)
+    self.scored += bytes(len(prompt))
+    for response in responses:
+      self.tokens.extend(response.ids)
+      self.scored += response.scored
+    self.lengths.append([len(prompt), *(len(r.ids) for r in responses)])
+    self.scores.append(example.score)
+    self.hashes.append(_hash(example.prompt))
+
+  def groups(self, spec: str) -> Groups:
+    """Returns the groups with their report.
+
+    Args:
+      spec: name of the source.
+    """
+    counts = self.counts + Counter(self.repeats.count())
+    report = {
+      "source": spec,
+      "records": self.seen.records,
+      "groups": len(self.lengths),
+      "dropped": dict(sorted(self.dropped.items())),
+      **{name: counts[name] for name in COUNTS},
+      "shapes": dict(sorted(self.seen.shapes.items())),
+      "unread": sorted(self.seen.unread),
+    }
+    if not self.lengths:
+      raise ValueError(
+        f"{spec} holds no usable group: {self.seen.records} records read,"
+        f" dropped: {report['dropped']}, broken: {counts['broken']}"
+      )
+    scored = self.scored
+    if sum(scored) == sum(sum(length[1:]) for length in self.lengths):
+      scored = bytearray()
+    return Groups(
+      self.tokens, scored, self.lengths, self.scores, self.hashes, report
     )
-  if sum(scored) == sum(sum(length[1:]) for length in lengths):
-    scored = bytearray()
-  return Groups(tokens, scored, lengths, scores, hashes, report)
 
 
 def _hash(prompt: str) -> int:
@@ -182,8 +234,12 @@ def _chunks(items: Iterator[Any]) -> Iterator[list[Any]]:
 
 
 class _Response(NamedTuple):
-  """Ids of a response, EOS included unless it was cut off, and a byte for
-  each: 1 if scored."""
+  """A response.
+
+  Attributes:
+    ids: token ids, EOS included unless it was cut off.
+    scored: a byte for each id, 1 if it is scored.
+  """
 
   ids: list[int]
   scored: bytes
@@ -197,14 +253,14 @@ def _encode(
 ) -> list[tuple[list[int], list[_Response]]]:
   """Encodes prompts, with their BOS, and responses, with their EOS.
 
-  A response that is truncated gets no EOS. A response of several turns is
-  encoded turn by turn, as its turns would be sampled: no token straddles a
-  border there either.
+  A truncated response gets no EOS. A response of several turns is encoded turn
+  by turn, as its turns would be sampled: no token straddles their border.
 
   Args:
     examples: texts.
-    tokenizer: ids.
-    reads_tokens: whether special tokens that plain text spells are meant.
+    tokenizer: encodes texts.
+    reads_tokens: whether special tokens that plain text spells become tokens,
+      not letters.
   """
   encoded: list[Any] = [None] * len(examples)
   for is_rendered in (False, True):
@@ -234,7 +290,7 @@ def _encode(
 
 
 def _pieces(example: Example) -> list[list[tuple[str, bool]]]:
-  """Each response in pieces that are scored, or are only read."""
+  """Splits each response into pieces that are scored, and that are not."""
   if example.scored is None:
     return [[(text, True)] for text in example.responses]
   found = []
@@ -253,16 +309,16 @@ def _join(
   has_tokens: bool,
   is_whole: bool,
 ) -> _Response:
-  """Joins a response of pieces, each ended once.
+  """Joins the pieces of a response, so that each has one end.
 
-  A chat template may have ended a turn already, and put a line break after it,
-  which no policy samples.
+  A chat template may have ended a turn already, and may have written a line
+  break after it, which a policy never samples.
 
   Args:
     parts: ids of the pieces, and whether they are scored.
-    tokenizer: whose EOS ends a piece that has no end.
+    tokenizer: its EOS ends a piece without an end.
     has_tokens: whether the ids may hold special tokens.
-    is_whole: whether the last piece ends, or its sampler cut it off.
+    is_whole: whether the last piece ends; otherwise its sampler cut it off.
   """
   ids, scored = [], b""
   for j, (piece, is_scored) in enumerate(parts):
@@ -280,10 +336,10 @@ def _join(
 
 
 def _find_end(ids: list[int], tokenizer: Tokenizer) -> int | None:
-  """Finds where a turn ends: a stop id that no text follows.
+  """Finds the end of a turn: a stop id that is not followed by text.
 
   Returns:
-    How many ids there are, with the stop id; None where no stop id ends it.
+    Number of ids up to and including the stop id; None without one.
   """
   for i, token in enumerate(ids):
     if token in tokenizer.stop_ids and not tokenizer.decode(ids[i:]).strip():
@@ -304,10 +360,10 @@ def _fit(
   counts: Counter[str],
   tokenizer: Tokenizer,
 ) -> tuple[list[int], list[_Response]]:
-  """Cuts a prompt's beginning, then responses' ends, where they do not fit."""
+  """Cuts a prompt's beginning, then responses' ends, to fit the limits."""
   if not prompt:
     raise Unusable("empty_prompt")
-  # Text that the tokenizer has no tokens for leaves an EOS alone, or nothing.
+  # Text without tokens in the tokenizer becomes an EOS alone, or nothing.
   if any(set(r.ids) <= set(tokenizer.stop_ids) for r in responses):
     raise Unusable("empty_response")
   longest = max(len(response.ids) for response in responses)

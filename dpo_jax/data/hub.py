@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from typing import Any
+from typing import Any, cast
 
 from dpo_jax.system import files
 from dpo_jax.system.files import write_atomically
@@ -190,10 +190,13 @@ class _Repository:
     from huggingface_hub import errors
 
     api = huggingface_hub.HfApi()
+    # The base class of the library's HTTP error is httpx's.
+    http_error = cast(type[Exception], errors.HfHubHTTPError.__mro__[1])
     try:
-      commit = revision
+      commit: str | None = revision
       if not re.fullmatch("[0-9a-f]{40}", revision):
         commit = api.dataset_info(name, revision=revision).sha
+      assert commit is not None  # asked for without an expansion
       return cls(commit, **_describe(api, name, commit))
     except errors.RevisionNotFoundError as error:
       raise FileNotFoundError(
@@ -209,8 +212,7 @@ class _Repository:
         f"hub:{name}@{revision} was not read before, and HF_HUB_OFFLINE is set:"
         " name a commit that was"
       ) from error
-    # The base of the library's own is httpx's, which it brings.
-    except errors.HfHubHTTPError.__mro__[1] as error:
+    except http_error as error:
       raise ConnectionError(
         f"the Hub did not answer for hub:{name}@{revision}: {error}. A commit"
         " that was read before needs no Hub"
@@ -263,7 +265,7 @@ def _describe(api: Any, name: str, commit: str) -> dict[str, Any]:
     for entry in tree
     if isinstance(entry, hf_api.RepoFile)
   }
-  header = {}
+  header: dict[str, Any] = {}
   if "README.md" in found:
     readme = api.hf_hub_download(
       name, "README.md", repo_type="dataset", revision=commit
@@ -299,8 +301,8 @@ def find_configs(
   configs: dict[str, Splits] = {}
   parquet = [p for p in _data_files(paths) if p.endswith(".parquet")]
   for layout in _IN_CONFIGS:
-    matches = list(map(layout.fullmatch, parquet))
-    if matches and all(matches):
+    matches = [match for p in parquet if (match := layout.fullmatch(p))]
+    if matches and len(matches) == len(parquet):
       for path, config, split in (m.group(0, 1, 2) for m in matches):
         configs.setdefault(config, {}).setdefault(split, []).append(path)
       return configs

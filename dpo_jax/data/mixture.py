@@ -72,10 +72,27 @@ class Mixture:
     Returns:
       f64 [N]; sums to 1 where `indices` are the groups of all sources.
     """
-    of_group = {}
+    of_group: dict[int, float] = {}
     for own, count in zip(self.indices, self.counts, strict=True):
       of_group |= dict.fromkeys(own.tolist(), count / _CYCLE / len(own))
     return np.array([of_group[i] for i in indices.tolist()])
+
+  def keep(self, indices: np.ndarray) -> "Mixture":
+    """Returns the mixture of some of the groups.
+
+    Args:
+      indices: i64 [N], groups to keep.
+
+    Raises:
+      ValueError: a source without any of them.
+    """
+    parts = tuple(part[np.isin(part, indices)] for part in self.indices)
+    for number, part in enumerate(parts):
+      if not len(part):
+        raise ValueError(
+          f"data.sources: no group of source {number} can be used: leave it out"
+        )
+    return Mixture(parts, self.weights)
 
   @functools.cached_property
   def counts(self) -> np.ndarray:

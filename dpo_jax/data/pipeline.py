@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax import config as config_lib
-from dpo_jax.data import checks, mismatched, sources, store
+from dpo_jax.data import batch_plan, checks, mismatched, sources, store
 from dpo_jax.data import groups as groups_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.mixture import Mixture
@@ -54,7 +54,7 @@ class Data:
 
   def reports(self) -> dict[str, Mapping[str, Any]]:
     """Returns the report of each source, see `groups.tokenize`."""
-    reports = {}
+    reports: dict[str, Mapping[str, Any]] = {}
     for loader in (self.train, *self.eval.values()):
       report = loader.store.report
       reports |= {r["source"]: r for r in report.get("sources", [report])}
@@ -294,7 +294,7 @@ class Pipeline:
       mixture: shares of several sources, for training.
     """
     settings = self.config.data
-    plan = loader_lib.make_plan(
+    plan = batch_plan.make_plan(
       groups,
       indices,
       batch_size=batch_size,
@@ -353,6 +353,7 @@ class Pipeline:
     return ~is_unusable
 
   def _check_ids(self, groups: store.Store) -> None:
+    assert isinstance(groups.tokens, np.ndarray), "joined before the check"
     largest = int(groups.tokens.max())
     if largest >= self.vocab_size:
       position = int(np.argmax(groups.tokens))

@@ -173,8 +173,8 @@ def _end_group(
     return
   where, name, record = group[0]
   if SHAPES[name].same:
-    needs = SHAPES[name].needs
-    record = record | {key: [r[key] for _, _, r in group] for key in needs}
+    lists = {key: [r[key] for _, _, r in group] for key in SHAPES[name].needs}
+    record = {**record, **lists}
   group.clear()
   try:
     yield _shape(where, name, record, roles, seen)
@@ -198,8 +198,8 @@ def _rename(
       f"{where}: data.columns names {', '.join(sorted(missing))}, and the"
       f" columns are {', '.join(sorted(record))}"
     )
-  taken = {ours for ours, theirs in columns.items() if theirs} & record.keys()
-  if taken := sorted(taken - set(columns.values())):
+  named = {ours for ours, theirs in columns.items() if theirs}
+  if taken := sorted(named & record.keys() - set(columns.values())):
     raise RecordError(
       f"{where}: data.columns gives another column the name {taken[0]!r}, and"
       f" the record has one of that name: rename or delete it in the data"

@@ -1,7 +1,7 @@
 """Runs a compiled step over every group of a loader once."""
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -21,32 +21,32 @@ def score_all(
   label: str = "",
   batches: Collection[int] | None = None,
 ) -> tuple[np.ndarray, Any]:
-  """Collects what a step gives for each group, in one order.
+  """Collects a step's output for every group, in the order of their indices.
 
   Args:
-    step: compiled; a batch -> tree of arrays [B, ...], replicated.
-    loader: which groups; its evaluation batches hold each of them once.
+    step: compiled function of a batch; returns a tree of arrays [B, ...],
+      replicated.
+    loader: groups; its evaluation batches hold each of them once.
     placement: mesh.
     label: name of the work for `progress.track`; "" shows nothing.
     batches: indices of the evaluation batches to run; None: all.
 
   Returns:
     ids: i64 [n], the groups' indices in the store, ascending.
-    scores: the tree, numpy [n, ...]; the same however the groups are cut into
-      batches.
+    scores: the tree, numpy [n, ...]; independent of the division into batches.
   """
   if batches is None:
     batches = range(loader.num_eval_batches())
-  ids, scores = [], []
+  found_ids, scores = [], []
   for index in progress.track(
     sorted(batches), label, total=len(batches), unit="batches"
   ):
     batch = placement.place_rows(loader.eval_batch(index))
-    found = step(batch)
-    its_ids = to_host(batch.example_ids).reshape(-1)
-    is_group = its_ids >= 0
-    scores.append(jax.tree.map(lambda x, i=is_group: to_host(x)[i], found))
-    ids.append(its_ids[is_group])
-  ids = np.concatenate(ids)
+    out = step(batch)
+    batch_ids = to_host(cast(jax.Array, batch.example_ids)).reshape(-1)
+    is_group = batch_ids >= 0
+    scores.append(jax.tree.map(lambda x, i=is_group: to_host(x)[i], out))
+    found_ids.append(batch_ids[is_group])
+  ids = np.concatenate(found_ids)
   order = np.argsort(ids)
   return ids[order], jax.tree.map(lambda *x: np.concatenate(x)[order], *scores)

@@ -37,7 +37,8 @@ _SPELLINGS = (
   "synthetic:TASK[:NUM[:SEED]]",
 )
 KINDS = tuple(spelling.partition(":")[0] for spelling in _SPELLINGS)
-Record = tuple[str, dict[str, Any]]
+# Address and columns, or the error of a line without a record.
+Record = tuple[str, dict[str, Any] | RecordError]
 # Name and local path of files.
 _Files = Sequence[tuple[str, str]]
 # Bytes of a file that is one JSON array, which is read as a whole.
@@ -56,7 +57,7 @@ class Source:
   spec: str
   digest: str
 
-  def __iter__(self) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
+  def __iter__(self) -> Iterator[Record]:
     """Yields (address, record) in a fixed order.
 
     A record that cannot be read is a RecordError, which names its address, and
@@ -161,7 +162,7 @@ class _ZstdReader(io.RawIOBase):
       raise _ZstdError(str(error)) from error
 
 
-def _open_lines(path: str) -> io.BufferedReader:
+def _open_lines(path: str) -> io.BufferedReader | gzip.GzipFile:
   if path.endswith(".zst"):
     return io.BufferedReader(_ZstdReader(path))
   return gzip.open(path) if path.endswith(".gz") else open(path, "rb")

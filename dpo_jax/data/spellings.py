@@ -36,9 +36,8 @@ class Spellings:
     """
     self.tokens = _longest_first(set(tokens))
     # A message that ends with "</" must not become "</s>" by what follows it.
-    beginnings = {t[:i] for t in self.tokens for i in range(1, len(t))}
-    beginnings = sorted(
-      beginnings - set(self.tokens), key=lambda t: (-len(t), t)
+    beginnings = _longest_first(
+      {t[:i] for t in self.tokens for i in range(1, len(t))} - set(self.tokens)
     )
     hidden = [*self.tokens, *beginnings]
     self._hidden = {text: chr(_TOP - i) for i, text in enumerate(hidden)}

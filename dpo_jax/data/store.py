@@ -36,7 +36,7 @@ class _Chain:
     ends: i64 [S], where each of them ends. No slice crosses one.
   """
 
-  parts: tuple[np.ndarray, ...]
+  parts: tuple["np.ndarray | _Chain", ...]
   ends: np.ndarray
 
   def __len__(self) -> int:
@@ -67,7 +67,7 @@ class Store:
       of responses are.
   """
 
-  tokens: np.ndarray
+  tokens: np.ndarray | _Chain
   starts: np.ndarray
   lengths: np.ndarray
   score: np.ndarray
@@ -208,7 +208,7 @@ class Store:
 
     hashes = self.prompt_hashes
     is_pair = self.lengths[:, 2:] > 0
-    score = np.where(is_pair, np.float32([[1.0, 0.0]]), self.score)
+    score = np.where(is_pair, np.array([[1.0, 0.0]], np.float32), self.score)
     return dataclasses.replace(
       self,
       starts=apart(self.starts),
@@ -226,8 +226,8 @@ class Store:
     """
     if not 0.0 <= eval_fraction < 1.0:
       raise ValueError(f"data.eval_fraction={eval_fraction} must be in [0, 1)")
-    threshold = int(eval_fraction * 2**32)
-    is_eval = self.prompt_hashes < threshold
+    assert self.prompt_hashes is not None
+    is_eval = self.prompt_hashes < int(eval_fraction * 2**32)
     return np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
 
 

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, BinaryIO
+from typing import IO, Any
 import weakref
 
 import jinja2
@@ -122,13 +122,14 @@ class ChatTemplate:
     if self._child is None:
       self._child = _Child(self._setting)
       weakref.finalize(self, self._child.end)
+    child = self._child
     replies: list[str | RecordError] = []
     try:
       # Replies start when the whole batch is read: neither side waits for
       # the other to empty a full pipe.
-      self._child.send([request._asdict() for request in requests])
+      child.send([request._asdict() for request in requests])
       for request in requests:
-        reply = self._reply()
+        reply = self._reply(child)
         replies.append(
           reply["text"] if "text" in reply else _error(reply, request)
         )
@@ -141,14 +142,14 @@ class ChatTemplate:
       raise
     return replies
 
-  def _reply(self) -> Mapping[str, Any]:
+  def _reply(self, child: "_Child") -> Mapping[str, Any]:
     deadline = time.monotonic() + _PATIENCE * self._caps.seconds
     try:
-      return self._child.receive(deadline)
+      return child.receive(deadline)
     except TimeoutError:
       fault = f"took longer than {self._caps.seconds} s"
     except EOFError:
-      fault = self._child.explain_end(self._caps)
+      fault = child.explain_end(self._caps)
     return {"fault": fault, "ends": True}
 
 
@@ -174,9 +175,11 @@ class _Child:
       env={**os.environ, "PYTHONPATH": path},
       bufsize=0,
     )
+    pipes = (self._process.stdin, self._process.stdout, self._process.stderr)
+    self._stdin, self._stdout, self._stderr = (_opened(pipe) for pipe in pipes)
     self._selector = selectors.DefaultSelector()
-    self._selector.register(self._process.stdout, selectors.EVENT_READ)
-    self._setting = setting
+    self._selector.register(self._stdout, selectors.EVENT_READ)
+    self._setting: Mapping[str, Any] | None = setting
 
   def send(self, batch: Any) -> None:
     """Sends what JSON can hold; a child that is gone is noticed later."""
@@ -186,9 +189,9 @@ class _Child:
       raise RecordError(f"a message holds what JSON cannot: {error}") from error
     with contextlib.suppress(BrokenPipeError):
       if self._setting:
-        _send(self._process.stdin, json.dumps(self._setting).encode())
+        _send(self._stdin, json.dumps(self._setting).encode())
         self._setting = None
-      _send(self._process.stdin, message)
+      _send(self._stdin, message)
 
   def receive(self, deadline: float) -> Mapping[str, Any]:
     """The next reply.
@@ -206,7 +209,7 @@ class _Child:
       left = deadline - time.monotonic()
       if left <= 0 or not self._selector.select(left):
         raise TimeoutError
-      piece = os.read(self._process.stdout.fileno(), min(missing, 1 << 20))
+      piece = os.read(self._stdout.fileno(), min(missing, 1 << 20))
       if not piece:
         raise EOFError
       pieces.append(piece)
@@ -218,7 +221,7 @@ class _Child:
     code = self._process.wait()
     if code == -signal.SIGXCPU:
       return f"took longer than {caps.seconds} s"
-    last = self._process.stderr.read().decode(errors="replace").strip()[-300:]
+    last = self._stderr.read().decode(errors="replace").strip()[-300:]
     if "MemoryError" in last:
       return f"needed more memory than {caps.mebibytes} MiB"
     return f"ended its process with exit code {code}: {last}"
@@ -228,9 +231,13 @@ class _Child:
     self._process.kill()
     self._process.wait()
     self._selector.close()
-    pipes = (self._process.stdin, self._process.stdout, self._process.stderr)
-    for pipe in pipes:
+    for pipe in (self._stdin, self._stdout, self._stderr):
       pipe.close()
+
+
+def _opened(pipe: IO[bytes] | None) -> IO[bytes]:
+  assert pipe is not None
+  return pipe
 
 
 def _to_plain(value: Any) -> Any:
@@ -239,7 +246,7 @@ def _to_plain(value: Any) -> Any:
   raise TypeError(f"{type(value).__name__} is none of its types")
 
 
-def _send(file: BinaryIO, message: bytes) -> None:
+def _send(file: IO[bytes], message: bytes) -> None:
   rest = memoryview(_LENGTH.pack(len(message)) + message)
   while rest:
     rest = rest[file.write(rest) :]
@@ -251,7 +258,7 @@ def _send(file: BinaryIO, message: bytes) -> None:
 class _Generation(Extension):
   """{% generation %}: marks what a model wrote, and changes no text."""
 
-  tags = frozenset({"generation"})
+  tags = {"generation"}
 
   def parse(self, parser: Any) -> jinja2.nodes.Node:
     line = next(parser.stream).lineno
@@ -317,7 +324,7 @@ def _render(
   return {"text": "".join(pieces)}
 
 
-def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
+def _serve(requests: IO[bytes], replies: IO[bytes]) -> None:
   setting = _receive(requests)
   caps = Caps(**setting["caps"])
   date = datetime.date.fromisoformat(setting["date"])
@@ -349,7 +356,7 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
       _send(replies, json.dumps(reply).encode())
 
 
-def _receive(file: BinaryIO) -> Any:
+def _receive(file: IO[bytes]) -> Any:
   head = file.read(_LENGTH.size)
   if len(head) < _LENGTH.size:
     return None  # the parent is gone

@@ -76,10 +76,14 @@ class Encoder:
     tokenizer.add_tokens(
       [_same_kind(tokens[t], mark, special=False) for t, mark in marks.items()]
     )
-    own = {
-      tokenizer.token_to_id(mark): self.plain.token_to_id(token)
-      for token, mark in marks.items()
-    }
+    own = {}
+    for token, mark in marks.items():
+      mark_id, own_id = (
+        tokenizer.token_to_id(mark),
+        self.plain.token_to_id(token),
+      )
+      assert mark_id is not None and own_id is not None
+      own[mark_id] = own_id
     return tokenizer, own
 
 

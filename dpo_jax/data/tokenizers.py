@@ -49,15 +49,24 @@ class Tokenizer(Protocol):
     spellings: its special tokens.
   """
 
-  vocab_size: int
-  bos_id: int | None
-  eos_id: int
-  pad_id: int | None
-  stop_ids: tuple[int, ...]
-  digest: str
-  parts: Mapping[str, str]
-  has_chat_template: bool
-  spellings: Spellings
+  @property
+  def vocab_size(self) -> int: ...
+  @property
+  def bos_id(self) -> int | None: ...
+  @property
+  def eos_id(self) -> int: ...
+  @property
+  def pad_id(self) -> int | None: ...
+  @property
+  def stop_ids(self) -> tuple[int, ...]: ...
+  @property
+  def digest(self) -> str: ...
+  @property
+  def parts(self) -> Mapping[str, str]: ...
+  @property
+  def has_chat_template(self) -> bool: ...
+  @property
+  def spellings(self) -> Spellings: ...
 
   def encode(
     self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
@@ -148,9 +157,12 @@ class HFTokenizer:
       self._special["eos_token"] = "<|endoftext|>"
     self.eos_id = self._find_eos(folder)
     continuing = tokenizer_json.without_beginnings(text)
-    self._continuing = continuing and tokenizer_json.Encoder(continuing)
-    for encoder in filter(None, (self._encoder, self._continuing)):
-      encoder.name_special(self._special.values())
+    # The same object where a text's beginning is not marked.
+    self._continuing = self._encoder
+    if continuing:
+      self._continuing = tokenizer_json.Encoder(continuing)
+      self._continuing.name_special(self._special.values())
+    self._encoder.name_special(self._special.values())
     self.spellings = self._encoder.spellings
     pad = self._special.get("pad_token")
     self.pad_id = self._plain.token_to_id(pad) if pad else None
@@ -161,7 +173,12 @@ class HFTokenizer:
     self._template = ChatTemplate(
       self.chat_template or "", self._special, date=_parse_date(template_date)
     )
-    decisive = [text, self._special, self.bos_id, self.chat_template]
+    decisive: list[Any] = [
+      text,
+      self._special,
+      self.bos_id,
+      self.chat_template,
+    ]
     if self.has_chat_template:
       decisive += [self._generation_stops, template_date]
     self.digest = _digest(decisive)
@@ -254,8 +271,7 @@ class HFTokenizer:
   def encode(
     self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
   ) -> list[list[int]]:
-    is_middle = is_continuation and self._continuing is not None
-    encoder = self._continuing if is_middle else self._encoder
+    encoder = self._continuing if is_continuation else self._encoder
     return encoder.encode(texts, is_rendered=is_rendered)
 
   def decode(self, ids: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ Judge = Callable[[Sequence[str], Sequence[str]], Any]
 
 
 def per_text(function: Callable[[str, str], float]) -> Judge:
-  """A judge of a function of one prompt and one response."""
+  """Makes a judge of a function of one prompt and one response."""
 
   def judge(prompts, responses):
     pairs = zip(prompts, responses, strict=True)
@@ -26,19 +26,19 @@ def ask(
   *,
   key: str = "eval.judge",
 ) -> np.ndarray:
-  """Rewards of responses, or an error that says what the judge did.
+  """Asks a judge for the rewards of responses, and checks its answer.
 
   Args:
-    judge: who is asked.
+    judge: judge to ask.
     prompts: texts.
-    responses: texts, one to each prompt.
-    key: of the config, for errors.
+    responses: texts, one for each prompt.
+    key: config key of the judge, for errors.
 
   Returns:
     f64 [n], finite.
 
   Raises:
-    ValueError: not one finite number for each response.
+    ValueError: the answer is not one finite number for each response.
   """
   given = judge(prompts, responses)
   try:

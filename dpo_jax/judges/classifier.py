@@ -1,7 +1,7 @@
-"""A text classifier: bag of n-grams, logistic regression, one file.
+"""A text classifier: logistic regression on a bag of n-grams, in one file.
 
-What a sentiment experiment needs for gold rewards and for labels, trained on
-labelled texts in seconds, without a download.
+It gives a sentiment experiment its gold rewards and labels. Training on
+labelled texts takes seconds, without a download.
 """
 
 from collections.abc import Sequence
@@ -24,21 +24,21 @@ _WORD = re.compile(r"[a-z']+|[!?]")
 class Classifier:
   """Logistic regression on the words and pairs of words of a text.
 
-  A text is the set of its n-grams, hashed into buckets, each weighing
-  1 / sqrt(number of them), so that a long text does not count for more.
+  A text is the set of its n-grams, hashed into buckets. Each weighs
+  1 / sqrt(number of n-grams), so a long text does not count for more.
   """
 
   def __init__(self, weights: np.ndarray, bias: float):
-    """Takes what `fit_classifier` found.
+    """Takes weights, as `fit_classifier` finds them.
 
     Args:
       weights: f32 [num_buckets].
-      bias: of the logit.
+      bias: bias of the logit.
     """
     self.weights, self.bias = weights, float(bias)
 
   def logits(self, texts: Sequence[str]) -> np.ndarray:
-    """log p / (1 - p) of the positive class: f64 [n]."""
+    """Computes log p / (1 - p) of the positive class: f64 [n]."""
     out = np.empty(len(texts))
     for i, text in enumerate(texts):
       buckets = text_buckets(text, len(self.weights))
@@ -53,11 +53,11 @@ class Classifier:
 
   @classmethod
   def read(cls, path: str) -> "Classifier":
-    """What `write` wrote.
+    """Reads the file of a classifier.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: it is damaged, or no classifier.
+      ValueError: the file is damaged, or does not hold a classifier.
     """
     if not epath.Path(path).exists():
       raise FileNotFoundError(f"classifier:{path}: no such file")
@@ -66,7 +66,7 @@ class Classifier:
         weights, bias = file["weights"], float(file["bias"])
     except Exception as error:  # zip, zlib, numpy and KeyError alike
       raise ValueError(
-        f"classifier:{path} is damaged, or is no classifier: {error!r}"
+        f"classifier:{path} is damaged, or not a classifier: {error!r}"
       ) from error
     if weights.ndim != 1 or not np.isfinite(weights).all():
       raise ValueError(f"classifier:{path} holds weights that are not finite")
@@ -74,13 +74,13 @@ class Classifier:
 
 
 def text_buckets(text: str, num_buckets: int) -> np.ndarray:
-  """Buckets of a text's words and pairs of words, each once: i64 [n]."""
+  """Returns the buckets of a text's words and pairs of words: i64 [n]."""
   words = _WORD.findall(text.lower())
   grams = {
     *words,
     *(f"{a} {b}" for a, b in itertools.pairwise(words)),
   }
-  # Not Python's hash, which differs from process to process.
+  # Python's hash differs from process to process.
   found = {zlib.crc32(gram.encode()) % num_buckets for gram in grams}
   return np.array(sorted(found), np.int64)
 
@@ -96,11 +96,11 @@ def fit_classifier(
   """Fits a `Classifier`: logistic loss and a ridge, by Adam on all texts.
 
   Args:
-    texts: to learn from.
+    texts: texts to learn from.
     labels: whether each is positive.
-    num_buckets: of the hashed n-grams.
+    num_buckets: buckets of the hashed n-grams.
     num_steps: full-batch steps.
-    penalty: on the squared weights.
+    penalty: weight of the squared weights.
 
   Returns:
     The classifier.

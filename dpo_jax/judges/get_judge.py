@@ -1,9 +1,9 @@
-"""Reads how a config spells a judge.
+"""Parses the spelling of a judge in a config.
 
 sentiment          the true reward of the built-in reviews
 table:FILE         rewards by prompt and response: a JSONL file
 reward:WORKDIR     a run that was trained with loss `reward_model`
-classifier:FILE    a text classifier trained here, see classifier.py
+classifier:FILE    a text classifier trained here, see `judges.classifier`
 """
 
 from dpo_jax.data import synthetic
@@ -16,11 +16,11 @@ KINDS = ("sentiment", "table:FILE", "reward:WORKDIR", "classifier:FILE")
 
 
 def get_judge(name: str, *, key: str = "eval.judge") -> Judge | None:
-  """Looks a judge up; '' is none.
+  """Returns the judge that a config names; '' is none.
 
   Args:
     name: one of KINDS.
-    key: of the config, for errors.
+    key: config key, for errors.
 
   Returns:
     The judge. A reward model's weights are loaded when it is first asked.

@@ -11,12 +11,14 @@ from dpo_jax.judges.base import shorten
 def bootstrap_interval(
   values: Sequence[float], *, seed: int = 0, num_draws: int = 2000
 ) -> tuple[float, float]:
-  """95 % interval of a mean: the percentile bootstrap, Efron 1979.
+  """Computes the 95 % interval of a mean by the percentile bootstrap.
+
+  Efron 1979; prompts are resampled.
 
   Args:
-    values: one for each prompt, which are what is drawn again.
-    seed: of the draws.
-    num_draws: of them.
+    values: one value for each prompt.
+    seed: seed of the resampling.
+    num_draws: resamples.
 
   Returns:
     Lower and upper bound.
@@ -39,24 +41,25 @@ def compare_in_both_orders(
   responses: Sequence[str],
   others: Sequence[str],
 ) -> dict[str, float]:
-  """Win rate by a judge that sees both, and may favour the first it sees.
+  """Computes the win rate by a judge that compares two responses at once.
 
-  Each pair is shown in both orders and its result is the mean of the two, so a
-  judge that always takes the first gives every pair a half.
+  Such a judge may favour the first response it sees. So each pair is shown in
+  both orders and its result is the mean of the two: a judge that always takes
+  the first gives every pair a half.
 
   Args:
     compare: (prompt, first, second) -> probability in [0, 1] that the first
       is better.
     prompts: texts.
-    responses: one to each prompt.
-    others: what they are held against.
+    responses: texts, one for each prompt.
+    others: texts to compare them with, one for each prompt.
 
   Returns:
-    `win_rate` with its 95 % bootstrap bounds, and `order_bias`: how much more
-    often a response wins as the first than as the second.
+    `win_rate` with its 95 % bootstrap bounds, and `order_bias`: win rate of a
+    response shown first minus that of one shown second.
 
   Raises:
-    ValueError: a judge that gives no probability.
+    ValueError: the judge's answer is not a probability.
   """
   firsts, seconds = [], []
   for prompt, ours, theirs in zip(prompts, responses, others, strict=True):

@@ -25,7 +25,7 @@ class RewardModel:
     """Checks that the run is one of a reward model.
 
     Args:
-      workdir: of the run.
+      workdir: run directory.
 
     Raises:
       FileNotFoundError: no run there.
@@ -63,7 +63,7 @@ class RewardModel:
         needs=frozenset({"values"}),
       )["values"]
 
-    placement = Placement(mesh, "jit")
+    placement = Placement(mesh)
     jitted = jax.jit(step, out_shardings=placement.replicated)
     return tokenizer, params, placement, on_mesh(mesh)(jitted)
 
@@ -81,7 +81,7 @@ class RewardModel:
       strict=True,
     ):
       response = [*response, tokenizer.eos_id]
-      # As the store cuts: a prompt's beginning, then a response's end.
+      # As the store truncates: a prompt's beginning, then a response's end.
       keep = max(
         self._config["data"]["max_prompt_tokens"], limit - len(response)
       )
@@ -96,7 +96,7 @@ class RewardModel:
     rewards = []
     for start in range(0, len(groups), num_rows):
       part = groups[start : start + num_rows]
-      # One shape for all: what is over is empty rows.
+      # One shape for all batches: rows left over are empty.
       rows = [[i] for i in range(len(part))]
       batch = packing.fill_rows(
         rows + [[]] * (num_rows - len(part)),
@@ -107,7 +107,7 @@ class RewardModel:
         layout="padded",
         ref_logps=None,
       )
-      # Every process has all rows, and gives its own devices its share.
+      # Every process holds all rows, and places its own share.
       shares = jax.tree.map(
         lambda x: np.array_split(x, jax.process_count())[jax.process_index()],
         batch,

@@ -7,16 +7,16 @@ from dpo_jax.system import files
 
 
 def read_table(path: str) -> Judge:
-  """The judge that knows its rewards by heart.
+  """Returns a judge that looks rewards up in a JSONL table.
 
   Args:
     path: JSONL of {"prompt", "response", "reward"}.
 
   Returns:
-    A judge that refuses what the table does not hold.
+    A judge that raises ValueError for a response that the table lacks.
 
   Raises:
-    ValueError: a line that is no such object.
+    ValueError: a line that is not such an object.
   """
   table: dict[tuple[str, str], float] = {}
   with files.existing(path).open("r") as file:

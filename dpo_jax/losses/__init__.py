@@ -1,14 +1,22 @@
-"""What is optimised: pure functions of arrays."""
+"""Losses as pure functions of arrays.
 
+`dpo_loss`, `ipo_loss` and the others in `functions` take plain arrays.
+`build_objective` makes an objective from a config: the form that training
+uses, and the only one for a loss that has a state or couples the batch.
+"""
+
+from dpo_jax.losses import functions
+from dpo_jax.losses.build import build_objective
 from dpo_jax.losses.catalogue import CATALOGUE, Loss
+
+# Generated, and with a list of its own names.
+from dpo_jax.losses.functions import *  # noqa: F403
 from dpo_jax.losses.knobs import KNOBS, Knob
 from dpo_jax.losses.objective import (
   Objective,
   WeightedSum,
-  build_objective,
   mean_over_groups,
 )
-from dpo_jax.losses.preference import dpo_loss
 
 __all__ = [
   "CATALOGUE",
@@ -18,6 +26,6 @@ __all__ = [
   "Objective",
   "WeightedSum",
   "build_objective",
-  "dpo_loss",
   "mean_over_groups",
+  *functions.__all__,
 ]

@@ -1,4 +1,4 @@
-"""Knobs: the type, range and meaning of a value that a config may set."""
+"""Knob: the type, range and meaning of a value that a config may set."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ class Knob:
 
   Attributes:
     type: bool, int, float or str.
-    doc: meaning and unit, "" to say nothing in errors.
+    doc: meaning and unit; errors omit it if "".
     low: smallest value; exclusive if `above`.
     high: largest value; exclusive if `below`.
     above: whether `low` itself is refused.
@@ -43,10 +43,10 @@ class Knob:
 
     Args:
       key: path in the config, for errors: "loss.beta".
-      value: what is set there.
+      value: value set there.
 
     Raises:
-      ValueError: another type, or out of range.
+      ValueError: wrong type, or out of range.
     """
     about = f": {self.doc}" if self.doc else ""
     wanted = int | float if self.type is float else self.type
@@ -70,7 +70,7 @@ class Knob:
 
   @property
   def interval(self) -> str:
-    """Range as mathematics writes it: '[0, 0.5)'."""
+    """Range in mathematical notation: '[0, 0.5)'."""
     is_closed_below = self.low is not None and not self.above
     is_closed_above = not self.finite if self.high is None else not self.below
     low = "-inf" if self.low is None else f"{self.low:g}"
@@ -97,10 +97,10 @@ KNOBS: dict[str, Knob] = {
   "length_normalize": Knob(
     bool, "divide a log-ratio by the response's number of tokens"
   ),
-  "delta": Knob(float, "margin asked for, nats", low=0),
+  "delta": Knob(float, "target margin, nats", low=0),
   "sft_weight": Knob(float, "weight of the chosen response's NLL", low=0),
   "sft_per_token": Knob(
-    bool, "that NLL's mean over the batch's chosen tokens, not its sum"
+    bool, "average that NLL over the batch's chosen tokens, not its pairs"
   ),
   "gamma_over_beta": Knob(float, "target margin over beta, nats", low=0),
   "alpha": Knob(float, "see the loss's formula"),
@@ -111,17 +111,24 @@ KNOBS: dict[str, Knob] = {
   "shift": Knob(float, "weight of the rejected reward", low=0, high=1),
   "clip": Knob(
     float,
-    "bound R of the clipped margin (chi_po), or of a ratio's distance from 1",
+    "bound on a ratio's distance from 1; in chi_po, half that of the margin",
     low=0,
     above=True,
   ),
   "value_clip": Knob(
-    float, "how far a value may move from its old one", low=0, above=True
+    float,
+    "bound on the distance of a value from its old one",
+    low=0,
+    above=True,
   ),
   "value_weight": Knob(float, "weight of the value head's error", low=0),
-  "divergence": Knob(str, "the f-divergence", choices=DIVERGENCES),
-  "token_level": Knob(bool, "unlikelihood by tokens, not by sequences"),
+  "divergence": Knob(str, "f-divergence", choices=DIVERGENCES),
+  "token_level": Knob(
+    bool, "unlikelihood of the rejected tokens, not of the whole response"
+  ),
   "desirable_weight": Knob(float, "weight of desirable responses", low=0),
-  "undesirable_weight": Knob(float, "weight of undesirable ones", low=0),
-  "per_sequence": Knob(bool, "mean over sequences of their token means"),
+  "undesirable_weight": Knob(float, "weight of undesirable responses", low=0),
+  "per_sequence": Knob(
+    bool, "average over sequences their token means, not over all tokens"
+  ),
 }

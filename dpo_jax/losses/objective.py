@@ -1,6 +1,6 @@
-"""From a config to the function that the step differentiates."""
+"""Objective: a loss with its knobs set, the function a step differentiates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
 import functools
 import operator
@@ -10,14 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.losses.catalogue import CATALOGUE, Loss, knobs_of
-from dpo_jax.losses.knobs import KNOBS
-from dpo_jax.losses.links import LINKS
-from dpo_jax.losses.rewards import REWARDS
-from dpo_jax.names import did_you_mean
+from dpo_jax.losses.catalogue.row import Loss, knobs_of
+from dpo_jax.losses.groups import GROUPS, Group, Metrics
 from dpo_jax.types import Sequences
-
-Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Objective:
     return self.loss.name
 
   def to_dict(self) -> dict[str, Any]:
-    """What `build_objective` makes this objective of."""
+    """Config from which `build_objective` makes this objective."""
     row, knobs = self.loss, self.knobs
     read = {k: v for k, v in knobs.items() if row.is_read(k, knobs)}
     return {"name": row.name, "reward": row.reward, "link": row.link, **read}
@@ -53,17 +48,22 @@ class Objective:
 
   @property
   def is_coupled(self) -> bool:
-    """Whether a group's loss depends on the rest of the batch."""
-    return self.loss.link_row.is_coupled
+    """Returns whether a group's loss depends on the rest of the batch."""
+    return self.loss.is_coupled
 
   @property
   def group(self) -> str:
+    """Name of the kind of group, in `groups.GROUPS`."""
     return self.loss.group
 
   @property
+  def _group(self) -> Group:
+    return GROUPS[self.loss.group]
+
+  @property
   def num_slots(self) -> int | None:
-    """Responses of a group that the loss reads; None is all of them."""
-    return {"first": 1, "single": 1, "pair": 2}.get(self.loss.group)
+    """Responses of a group that the loss reads; None for all."""
+    return self._group.num_slots
 
   def init(self) -> Any:
     """State that the loss carries from step to step: a tree, () if none."""
@@ -71,63 +71,54 @@ class Objective:
     return make() if make else ()
 
   def valid_groups(self, valid: jax.Array) -> jax.Array:
-    """Which groups the loss can read: bool [B, K] -> bool [B].
+    """Returns which groups the loss can read: bool [B, K] -> bool [B].
 
-    A ranking needs two responses, samples one, every other loss all that it
-    reads.
+    A ranking needs two responses, samples one, and every other loss all slots
+    that it reads.
     """
-    if self.loss.group == "ranking":
-      return valid.sum(-1) >= 2
-    if self.loss.group == "samples":
-      return valid.any(-1)
-    return valid[:, : self.num_slots].all(-1)
+    return self._group.valid_groups(valid)
 
   def unusable(
     self, score: np.ndarray, present: np.ndarray
   ) -> dict[str, np.ndarray]:
-    """Groups of a data set from which this loss learns nothing, by reason.
+    """Finds groups of a data set from which this loss learns nothing.
 
     Args:
       score: f32 [N, K].
       present: bool [N, K], which slots hold a response.
 
     Returns:
-      reason -> bool [N]; a group counts under the first reason that it meets.
-      "too_few_responses"; "tied_scores", where all responses score the same;
+      reason -> bool [N]; a group counts under the first reason that applies.
+      "too_few_responses"; "tied_scores", if all responses score the same;
       "chosen_scores_lower", for a loss that needs the chosen to score higher;
       "undesirable_response", a single response with label False, for a loss
-      that makes responses more likely. A tie within a longer ranking stays.
+      that makes responses more likely. A tie within a longer ranking is kept.
     """
     reasons = {"too_few_responses": ~self.valid_groups(present)}
-    if self.group in ("pair", "ranking"):
+    if self._group.is_ordered:
       highest = np.where(present, score, -np.inf).max(1)
       lowest = np.where(present, score, np.inf).min(1)
       reasons["tied_scores"] = highest == lowest
     if self.loss.link_row.needs_ordered_scores:
       reasons["chosen_scores_lower"] = score[:, 0] < score[:, 1]
-    if self.group == "first":
+    if self._group.needs_desirable:
       is_alone = present.sum(1) == 1
       reasons["undesirable_response"] = is_alone & (score[:, 0] == 0.0)
     return first_reasons(reasons)
 
   def scored_tokens(self, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
-    """Tokens that a per-token mean divides by: [B, K] each -> f32 [].
-
-    Those of all samples; of any other group the first response's, which is
-    all that a per-token term reads.
-    """
+    """Sums the tokens that a per-token mean divides by: [B, K] -> f32 []."""
     is_counted = valid & self.valid_groups(valid)[:, None]
-    slots = None if self.loss.group == "samples" else 1
-    return jnp.where(is_counted, num_tokens, 0.0)[:, :slots].sum()
+    return self._group.scored_tokens(num_tokens, is_counted)
 
   def apply(
     self, sequences: Sequences, loss_state: Any
   ) -> tuple[jax.Array, Metrics, Any]:
-    """Loss of every group.
+    """Computes the loss and the metrics of every group.
 
-    The objective is `mean_over_groups` of it, over the valid groups of the
-    global batch. Where `sequences` is a part of that batch, its `num_groups`
-    and `total_tokens` say how large the whole is.
+    The objective is `mean_over_groups` of the losses, over the valid groups of
+    the global batch. If `sequences` is a part of that batch, its `num_groups`
+    and `total_tokens` give the size of the whole.
 
     Args:
       sequences: fields f32 [B, K].
@@ -135,20 +126,32 @@ class Objective:
 
     Returns:
       per_group: f32 [B] loss, 0 for a group that is not valid.
-      metrics: name -> f32 [B], one figure a group, nats; NaN where a group
-        has none.
+      metrics: name -> f32 [B], nats; NaN where a group has no value.
       loss_state: for the next step.
 
     Raises:
       ValueError: K does not suit the loss, or a field that it reads is None.
     """
+    sequences, rewards, per_group, loss_state = self._evaluate(
+      sequences, loss_state
+    )
+    return per_group, self._metrics(sequences, rewards), loss_state
+
+  def losses(self, sequences: Sequences) -> jax.Array:
+    """Computes the losses alone, of a loss without state: f32 [B]."""
+    return self._evaluate(sequences, ())[2]
+
+  def _evaluate(
+    self, sequences: Sequences, loss_state: Any
+  ) -> tuple[Sequences, jax.Array, jax.Array, Any]:
+    """Returns the sequences, blanked, their rewards, losses and next state."""
     self.check_group_size(sequences.valid.shape[1])
     self._check_fields(sequences)
     is_valid = self.valid_groups(sequences.valid)
     sequences = _blank(self._counted(sequences, is_valid))
     reward = self.loss.reward_row.function
     rewards = reward(sequences, **self._knobs_for(reward))
-    # A reward of what is blank need not be 0.
+    # A reward of blank fields need not be 0.
     rewards = jnp.where(sequences.valid, rewards, 0.0)
     per_group, loss_state = self._link(rewards, sequences, loss_state)
     for regularizer in self.loss.regularizers:
@@ -158,27 +161,13 @@ class Objective:
       total_tokens = jnp.maximum(sequences.total_tokens, 1.0)
       per_group = per_group * (sequences.num_groups / total_tokens)
     per_group = jnp.where(is_valid, per_group, 0.0)
-    return per_group, self._metrics(sequences, rewards, is_valid), loss_state
+    return sequences, rewards, per_group, loss_state
 
   def check_group_size(self, num_responses: int) -> None:
     """Raises ValueError unless groups of that size suit the loss."""
-    fits = {
-      "first": num_responses >= 1,
-      "single": num_responses == 1,
-      "pair": num_responses == 2,
-      "ranking": num_responses >= 2,
-      "samples": num_responses >= 1,
-    }[self.loss.group]
-    if not fits:
-      wanted = {
-        "first": "at least 1 response",
-        "single": "1 response with a label",
-        "pair": "2 responses, the chosen first",
-        "ranking": "2 or more responses, best first",
-        "samples": "at least 1 response of the policy",
-      }[self.loss.group]
+    if not self._group.fits(num_responses):
       raise ValueError(
-        f"loss {self.name!r} reads groups of {wanted}, and these hold"
+        f"loss {self.name!r} reads groups of {self._group.wanted}; these hold"
         f" {num_responses}: choose a loss for groups of that size, or other"
         " data"
       )
@@ -189,13 +178,13 @@ class Objective:
     )
     if "ref_logps" in missing:
       raise ValueError(
-        f"loss {self.name!r} compares with a reference, and ref_logps is None:"
+        f"loss {self.name!r} compares with a reference, but ref_logps is None:"
         " set reference.kind to 'cached' or 'frozen'"
       )
     if missing:
       raise ValueError(
-        f"loss {self.name!r} reads {', '.join(missing)} of the sequences, and"
-        " they are None"
+        f"loss {self.name!r} reads {', '.join(missing)} of the sequences, which"
+        " must not be None"
       )
 
   def _knobs_for(self, function: Any) -> dict[str, Any]:
@@ -213,7 +202,7 @@ class Objective:
     return link.function(rewards, sequences, **knobs), loss_state
 
   def _counted(self, sequences: Sequences, is_valid: jax.Array) -> Sequences:
-    """Fills in the size of the batch where these sequences are all of it."""
+    """Fills in the size of the batch if these sequences are all of it."""
     if sequences.num_groups is not None:
       return sequences
     return sequences.replace(
@@ -221,34 +210,26 @@ class Objective:
       total_tokens=self.scored_tokens(sequences.num_tokens, sequences.valid),
     )
 
-  def _metrics(
-    self, sequences: Sequences, rewards: jax.Array, is_valid: jax.Array
-  ) -> Metrics:
+  def _metrics(self, sequences: Sequences, rewards: jax.Array) -> Metrics:
+    is_valid = self.valid_groups(sequences.valid)
     sequences, rewards = jax.lax.stop_gradient((sequences, rewards))
+    group = self._group
     scale = self.knobs[self.loss.scale] if self.loss.scale else 1.0
-    figures = {"logps": sequences.logps}
-    if self.loss.group == "samples":
-      figures["score"] = sequences.score
-    elif self.loss.group != "first":
-      figures["reward"] = scale * rewards
+    values = {"logps": sequences.logps}
+    if group.measures == "score":
+      values["score"] = sequences.score
+    elif group.measures == "reward":
+      values["reward"] = scale * rewards
     if sequences.ref_logps is not None:
-      figures["log_ratio"] = sequences.logps - sequences.ref_logps
-    if self.loss.group == "samples":
-      metrics = _sample_metrics(figures, sequences)
-    elif self.loss.group == "first":
-      metrics = {f"{k}/chosen": v[:, 0] for k, v in figures.items()}
-    elif self.loss.group == "single":
-      metrics = _label_metrics(figures, sequences)
-    else:
-      metrics = _order_metrics(figures, sequences)
+      values["log_ratio"] = sequences.logps - sequences.ref_logps
     return {
-      name: jnp.where(is_valid, figure, jnp.nan)
-      for name, figure in metrics.items()
+      name: jnp.where(is_valid, value, jnp.nan)
+      for name, value in group.metrics(values, sequences).items()
     }
 
 
 def first_reasons(reasons: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Keeps each group under the first reason that it meets: bool [N] each."""
+  """Keeps each group under the first reason that applies: bool [N] each."""
   seen: np.ndarray | bool = False
   first = {}
   for reason, mask in reasons.items():
@@ -258,10 +239,10 @@ def first_reasons(reasons: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _blank(sequences: Sequences) -> Sequences:
-  """0 wherever a slot holds no response, whatever stood there.
+  """Sets every field to 0 in slots that hold no response.
 
-  What is masked afterwards only would still send NaN through the gradient of
-  the branch that `where` drops.
+  Masking the loss alone would still send NaN through the gradient of the
+  branch that `where` drops.
   """
   valid = sequences.valid
 
@@ -281,66 +262,16 @@ def _blank(sequences: Sequences) -> Sequences:
   )
 
 
-def _label_metrics(
-  figures: Mapping[str, jax.Array], sequences: Sequences
-) -> Metrics:
-  """Chosen are the desirable responses, rejected the others."""
-  is_desirable = sequences.score[:, 0] > 0.5
-  metrics = {}
-  for name, figure in figures.items():
-    figure = figure[:, 0]
-    metrics[f"{name}/chosen"] = jnp.where(is_desirable, figure, jnp.nan)
-    metrics[f"{name}/rejected"] = jnp.where(is_desirable, jnp.nan, figure)
-  sign = jnp.where(is_desirable, 1.0, -1.0)
-  metrics["reward/accuracy"] = 0.5 * (
-    jnp.sign(sign * figures["reward"][:, 0]) + 1.0
-  )
-  return metrics
-
-
-def _sample_metrics(
-  figures: Mapping[str, jax.Array], sequences: Sequences
-) -> Metrics:
-  """Means over a prompt's samples, of which none is chosen."""
-  count = jnp.maximum(sequences.valid.sum(-1), 1)
-  return {
-    f"{name}/mean": jnp.where(sequences.valid, figure, 0.0).sum(-1) / count
-    for name, figure in figures.items()
-  }
-
-
-def _order_metrics(
-  figures: Mapping[str, jax.Array], sequences: Sequences
-) -> Metrics:
-  """Chosen is slot 0, rejected the mean of the others; ties count a half."""
-  others = sequences.valid.at[:, 0].set(False)
-  count = jnp.maximum(others.sum(-1), 1)
-  metrics = {}
-  for name, figure in figures.items():
-    metrics[f"{name}/chosen"] = figure[:, 0]
-    metrics[f"{name}/rejected"] = jnp.where(others, figure, 0.0).sum(-1) / count
-  metrics["reward/margin"] = (
-    metrics["reward/chosen"] - metrics["reward/rejected"]
-  )
-  reward, num_slots = figures["reward"], sequences.valid.shape[1]
-  is_pair = jnp.triu(jnp.ones((1, num_slots, num_slots), bool), 1)
-  is_pair &= sequences.valid[:, :, None] & sequences.valid[:, None, :]
-  if num_slots > 2:
-    is_pair &= sequences.score[:, :, None] != sequences.score[:, None, :]
-  wins = 0.5 * (jnp.sign(reward[:, :, None] - reward[:, None, :]) + 1.0)
-  num_pairs = is_pair.sum((1, 2))
-  accuracy = jnp.where(is_pair, wins, 0.0).sum((1, 2)) / num_pairs
-  metrics["reward/accuracy"] = jnp.where(num_pairs > 0, accuracy, jnp.nan)
-  return metrics
-
-
 @dataclasses.dataclass(frozen=True)
 class WeightedSum:
-  """Several losses on the same sequences: sum of weight times loss.
+  """Weighted sum of several losses on the same sequences.
 
   Wang et al. 2024, MPO (arXiv:2411.10442). It has the interface of
-  `Objective`; metrics are those of the first term, with each term's own loss
-  beside them.
+  `Objective`. A metric that several terms have is the first one's; each
+  term's own loss is a metric too.
+
+  Attributes:
+    terms: (weight, objective) each.
   """
 
   terms: tuple[tuple[float, Objective], ...]
@@ -350,7 +281,7 @@ class WeightedSum:
     return "+".join(term.name for _, term in self.terms)
 
   def to_dict(self) -> list[dict[str, Any]]:
-    """What `build_objective` makes this objective of."""
+    """Config from which `build_objective` makes this objective."""
     return [{**term.to_dict(), "weight": w} for w, term in self.terms]
 
   @property
@@ -385,7 +316,7 @@ class WeightedSum:
   def unusable(
     self, score: np.ndarray, present: np.ndarray
   ) -> dict[str, np.ndarray]:
-    """As `Objective.unusable`: a group that one term cannot use."""
+    """As `Objective.unusable`: groups that some term cannot use."""
     reasons: dict[str, np.ndarray] = {}
     for _, term in self.terms:
       for reason, mask in term.unusable(score, present).items():
@@ -395,8 +326,7 @@ class WeightedSum:
   def scored_tokens(self, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
     """As `Objective.scored_tokens`."""
     is_counted = valid & self.valid_groups(valid)[:, None]
-    slots = None if self.group == "samples" else 1
-    return jnp.where(is_counted, num_tokens, 0.0)[:, :slots].sum()
+    return GROUPS[self.group].scored_tokens(num_tokens, is_counted)
 
   def check_group_size(self, num_responses: int) -> None:
     for _, term in self.terms:
@@ -407,7 +337,7 @@ class WeightedSum:
   ) -> tuple[jax.Array, Metrics, Any]:
     """As `Objective.apply`."""
     is_valid = self.valid_groups(sequences.valid)
-    # A group counts only where every term can read it.
+    # A group counts only if every term can read it.
     sequences = sequences.replace(valid=sequences.valid & is_valid[:, None])
     total = jnp.zeros(is_valid.shape)
     metrics, states = {}, []
@@ -422,166 +352,10 @@ class WeightedSum:
 
 
 def mean_over_groups(per_group: jax.Array, num_groups: jax.Array) -> jax.Array:
-  """A part's share of the objective: f32 [].
+  """Share of the objective that part of a batch contributes: f32 [].
 
   Args:
-    per_group: f32 [B] losses, 0 for a group that is not valid.
+    per_group: f32 [B] losses of the part, 0 for a group that is not valid.
     num_groups: f32 [], valid groups of the global batch.
   """
   return per_group.sum() / jnp.maximum(num_groups, 1.0)
-
-
-def build_objective(config: Any) -> Objective | WeightedSum:
-  """Looks a loss up and fills in its defaults, strictly.
-
-  Args:
-    config: `name`, any knobs of that loss, and `reward` or `link` to replace
-      the row's by another; a dict or a ConfigDict. A value of None counts as
-      not set. Or a list of such, each with a `weight`.
-
-  Returns:
-    The objective, every knob of its loss set.
-
-  Raises:
-    ValueError: unknown loss, reward or link; a combination that makes no
-      sense, with the reason; a knob that does not exist, that this loss does
-      not read, or whose value is out of range.
-  """
-  if not isinstance(config, Sequence):
-    return _build_one(config)
-  if not config:
-    raise ValueError("a list of losses must hold at least one")
-  terms = []
-  for entry in config:
-    settings = dict(entry.items())
-    weight = settings.pop("weight", None)
-    if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-      raise ValueError(
-        f"loss {settings.get('name')!r} of a list needs a weight above 0, and"
-        f" has {weight!r}"
-      )
-    terms.append((float(weight), _build_one(settings)))
-  if len({term.name for _, term in terms}) != len(terms):
-    raise ValueError("a list of losses names one of them twice")
-  kinds = {term.group for _, term in terms} - {"first"}
-  if len(kinds) > 1:
-    raise ValueError(
-      f"the losses of a list read groups of different kinds: {sorted(kinds)}"
-    )
-  kinds = {term.group for _, term in terms}
-  if kinds in ({"first", "single"}, {"first", "samples"}):
-    which = "undesirable responses" if "single" in kinds else "every sample"
-    raise ValueError(
-      f"a loss on groups of the kind {max(kinds)!r} cannot be summed with one"
-      f" that makes each first response more likely: {which} would become more"
-      " likely too"
-    )
-  return WeightedSum(tuple(terms))
-
-
-def _build_one(config: Mapping[str, Any]) -> Objective:
-  given = {k: v for k, v in config.items() if v is not None}
-  name = given.pop("name", None)
-  if name not in CATALOGUE:
-    raise ValueError(
-      f"loss.name={name!r} is not in the catalogue."
-      f"{did_you_mean(str(name), CATALOGUE)} Known: {', '.join(CATALOGUE)}"
-    )
-  loss = _recombine(
-    CATALOGUE[name], given.pop("reward", None), given.pop("link", None)
-  )
-  for key, value in given.items():
-    if key not in KNOBS:
-      raise ValueError(
-        f"loss.{key} is not a hyper-parameter of any loss."
-        f"{did_you_mean(key, KNOBS)} {name!r} reads: {_listed(loss.knobs)}"
-      )
-    if key not in loss.knobs:
-      raise ValueError(
-        f"loss.{key}={value} is set, but loss {name!r} does not read it."
-        f" It reads: {_listed(loss.knobs)}"
-      )
-    KNOBS[key].check(f"loss.{key}", value)
-    if key in loss.ranges:
-      loss.ranges[key].check(f"loss.{key}", value)
-  knobs = {k: v for k, v in loss.defaults.items() if k in loss.knobs} | given
-  unset = [key for key in loss.knobs if key not in knobs]
-  if unset:
-    raise ValueError(
-      f"loss {name!r} with reward {loss.reward!r} and link {loss.link!r} has"
-      f" no default for {_listed(unset)}: set it"
-    )
-  for key in given:
-    if not loss.is_read(key, knobs):
-      raise ValueError(
-        f"loss.{key}={given[key]} is set, but loss {name!r} reads it only with"
-        + ", ".join(
-          f" {knob}={value!r}"
-          for what, knob, value in loss.conditions
-          if what == key
-        )
-      )
-  return Objective(loss, knobs)
-
-
-def _recombine(loss: Loss, reward: str | None, link: str | None) -> Loss:
-  """A row with another reward or link, if that makes sense."""
-  for kind, chosen, known in (
-    ("reward", reward, REWARDS),
-    ("link", link, LINKS),
-  ):
-    if chosen is not None and chosen not in known:
-      raise ValueError(
-        f"loss.{kind}={chosen!r} is unknown.{did_you_mean(chosen, known)}"
-        f" Known: {', '.join(known)}"
-      )
-  if reward in (None, loss.reward) and link in (None, loss.link):
-    return loss
-  row = dataclasses.replace(
-    loss, reward=reward or loss.reward, link=link or loss.link
-  )
-  if link is not None and LINKS[link].kind != loss.link_row.kind:
-    raise ValueError(
-      f"loss {loss.name!r} cannot take link {link!r}: it is a"
-      f" {LINKS[link].kind} link, and the row's is a {loss.link_row.kind} link"
-    )
-  if row.link_row.kind == "pooled":
-    raise ValueError(
-      f"link {row.link!r} sorts log-probs themselves, so it takes no other"
-      " reward"
-    )
-  if row.link_row.needs_anchor and not row.reward_row.is_anchored:
-    raise ValueError(
-      f"link {row.link!r} holds each reward by itself against a constant, so"
-      f" 0 must mean that policy and reference agree; reward {row.reward!r} has"
-      " no such zero. A margin link would do"
-    )
-  scale = loss.scale if loss.scale in row.knobs else None
-  return dataclasses.replace(row, scale=scale, **_limits(row))
-
-
-def _limits(row: Loss) -> dict[str, Any]:
-  """Ranges and conditions that a reward and a link have in their own rows.
-
-  A knob that is read only sometimes keeps its default there: it could neither
-  be set nor left out.
-  """
-  ranges, conditions, defaults = {}, [], dict(row.defaults)
-  for part in ("reward", "link"):
-    name = getattr(row, part)
-    own = knobs_of(getattr(row, f"{part}_row").function)
-    homes = [r for r in CATALOGUE.values() if getattr(r, part) == name]
-    for home in homes:
-      ranges |= {k: v for k, v in home.ranges.items() if k in own}
-      conditions += [c for c in home.conditions if c[1] in own]
-      sometimes = {what for what, *_ in home.conditions if what in own}
-      defaults = {k: home.defaults[k] for k in sometimes} | defaults
-  return {
-    "ranges": ranges,
-    "conditions": tuple(dict.fromkeys(conditions)),
-    "defaults": defaults,
-  }
-
-
-def _listed(names: Sequence[str]) -> str:
-  return ", ".join(names) if names else "no hyper-parameters"

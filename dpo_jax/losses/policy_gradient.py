@@ -19,6 +19,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.losses import numerics
 from dpo_jax.losses.numerics import safe_exp
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -37,7 +38,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
   a short response and in a long one, and in whichever part of the batch.
   """
   chex.assert_equal_shape((values, mask))
-  return _counted(values, mask).sum() / jnp.maximum(mask.sum(), 1)
+  return numerics.masked_mean(values.astype(jnp.float32), mask)
 
 
 def gae(

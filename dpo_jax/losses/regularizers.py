@@ -6,7 +6,8 @@ Keyword-only arguments are knobs.
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.losses import links, rewards
+from dpo_jax.losses import rewards
+from dpo_jax.losses.links import pairs
 from dpo_jax.types import Sequences
 
 
@@ -45,4 +46,4 @@ def calibration(sequences: Sequences, *, beta: float) -> jax.Array:
   """
   # Slots without a response must not square into the gradient.
   log_ratios = jnp.where(sequences.valid, rewards.log_ratio(sequences), 0.0)
-  return 0.5 * links.two_squares(log_ratios, sequences, beta=beta)
+  return 0.5 * pairs.two_squares(log_ratios, sequences, beta=beta)

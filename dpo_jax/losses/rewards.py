@@ -155,10 +155,11 @@ def mean_prob(sequences: Sequences) -> jax.Array:
 def power_mean_prob(sequences: Sequences, *, alpha: float) -> jax.Array:
   """(1 - p^-alpha) / alpha, p the length-mean probability.
 
-  Gupta et al. 2025, AlphaPO (arXiv:2501.03884); alpha -> 0 is log p.
+  Gupta et al. 2025, AlphaPO (arXiv:2501.03884); alpha -> 0 is log p, which
+  a traced alpha must not reach.
   """
   log_p = mean_logps(sequences)
-  if alpha == 0.0:
+  if not isinstance(alpha, jax.core.Tracer) and alpha == 0.0:
     return log_p
   return (1.0 - safe_exp(-alpha * log_p)) / alpha
 

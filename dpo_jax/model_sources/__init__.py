@@ -1,4 +1,4 @@
-"""Where a model comes from: its shape, its tokenizer and its weights."""
+"""Model sources: the shape, tokenizer and weights that a run starts from."""
 
 from dpo_jax.model_sources.base import (
   TOKENIZER_KEYS,

@@ -1,4 +1,4 @@
-"""What every model source answers: shape, tokenizer and weights."""
+"""Base class of the model sources."""
 
 import abc
 from collections.abc import Mapping
@@ -19,8 +19,7 @@ from dpo_jax.trees import join_trees
 
 _LOG = logging.getLogger(__name__)
 
-
-# What names a tokenizer, in `config.data`. An empty value stands for the
+# Keys of `config.data` that name a tokenizer. An empty value stands for the
 # model's own.
 TOKENIZER_KEYS = ("tokenizer", "chat_template", "eos_token", "template_date")
 
@@ -30,7 +29,7 @@ class ModelSource(abc.ABC):
   """Source of a model: its shape, its tokenizer and its weights.
 
   Attributes:
-    init: how a config spells it; of the Hub with the commit.
+    init: spelling in a config; a model of the Hub has its commit.
   """
 
   init: str
@@ -43,7 +42,7 @@ class ModelSource(abc.ABC):
   @property
   @abc.abstractmethod
   def has_value_head(self) -> bool:
-    """Whether its weights have a value head."""
+    """Whether the weights have a value head."""
 
   @abc.abstractmethod
   def model_config(
@@ -110,8 +109,8 @@ class ModelSource(abc.ABC):
 
     Args:
       policy: the decoder, of the source's shape.
-      mesh: where they go.
-      seed: of random weights, adapters among them.
+      mesh: mesh for the parameters.
+      seed: seed of random weights and of adapters.
 
     Returns:
       Nested dict of arrays, sharded by the partition rules. Adapters, and a
@@ -135,10 +134,10 @@ class ModelSource(abc.ABC):
     return self._load(policy, mesh, seed)
 
   def tokenizer_settings(self, data: Mapping[str, Any]) -> dict[str, str]:
-    """Fills in which tokenizer a run reads and writes with.
+    """Returns the settings of the tokenizer of a run.
 
     Args:
-      data: `config.data`, or the part of a config.json; keys that it lacks are
+      data: `config.data`, or that part of a config.json; absent keys count as
         empty.
 
     Returns:
@@ -162,7 +161,7 @@ class ModelSource(abc.ABC):
     return settings
 
   def _check_tokenizer(self, given: str, own: str) -> None:
-    """Refuses ids that the model has never seen."""
+    """Raises ValueError for ids that the model was not trained on."""
     if not given or not own or given == own:
       return
     if is_plain(given) or is_plain(own):
@@ -178,8 +177,8 @@ class ModelSource(abc.ABC):
     """Warns where a tokenizer gives other ids than the model's own.
 
     Args:
-      settings: from `tokenizer_settings`.
-      tokenizer: what they open.
+      settings: settings from `tokenizer_settings`.
+      tokenizer: tokenizer that they open.
     """
     own_settings = self.own_tokenizer()
     if own_settings["tokenizer"] in ("", settings["tokenizer"]):
@@ -191,8 +190,8 @@ class ModelSource(abc.ABC):
     if other:
       _LOG.warning(
         "data.tokenizer=%r gives %d of the %d tokens of policy.init=%r another"
-        " id, or none (%r is the first): the model reads other words than the"
-        " text has. Leave data.tokenizer empty for the model's own",
+        " id, or none (%r is the first): the model would read other words than"
+        " the text has. Leave data.tokenizer empty for the model's own",
         settings["tokenizer"],
         len(other),
         len(own),
@@ -202,7 +201,7 @@ class ModelSource(abc.ABC):
 
 
 def is_plain(tokenizer: str) -> bool:
-  """Whether ids are bytes or letters, and not those of a vocabulary."""
+  """Returns whether ids are bytes or letters, not entries of a vocabulary."""
   return tokenizer == "bytes" or tokenizer.startswith("letters:")
 
 
@@ -219,7 +218,7 @@ def open_tokenizer(settings: Mapping[str, str]) -> tokenizers.Tokenizer:
 
 
 def with_dtypes(params: Any, policy: Policy) -> Any:
-  """Casts parameters to the dtypes that the policy has them in."""
+  """Casts parameters to the dtypes of the policy."""
   return jax.tree.map(
     lambda x, wanted: x.astype(wanted.dtype), params, policy.abstract_params()
   )

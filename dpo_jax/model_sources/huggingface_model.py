@@ -16,9 +16,9 @@ class HuggingFaceModel(ModelSource):
   """A Hugging Face folder, on this machine or from the Hub.
 
   Attributes:
-    folder: on this machine.
-    tokenizer: how `data.tokenizer` spells it.
-    name: of the model: its folder, or ORG/NAME.
+    folder: folder on this machine.
+    tokenizer: spelling of its tokenizer in `data.tokenizer`.
+    name: name of the model: its folder, or ORG/NAME.
     revision: commit of the Hub, or None.
   """
 

@@ -1,11 +1,11 @@
-"""Reads how a config spells where a model comes from.
+"""Parses the spelling of a model source in a config.
 
 random                 random weights, of the shape `policy.preset`
 hf:FOLDER              a Hugging Face folder
 hub:ORG/NAME@REVISION  the same from the Hub, pinned to a commit
 run:WORKDIR            the best checkpoint of a run, its adapters merged
 
-A run started from one of these itself, so both stand in one module.
+A run started from one of these itself, so its class is in this module too.
 """
 
 import dataclasses
@@ -37,17 +37,17 @@ KINDS = ("random", "hf:FOLDER", "hub:ORG/NAME@REVISION", "run:WORKDIR")
 
 
 def parse(init: str, key: str = "policy.init") -> "ModelSource":
-  """Reads where a model comes from.
+  """Parses the spelling of a model source.
 
   Args:
     init: one of KINDS.
-    key: of the config, for errors.
+    key: config key, for errors.
 
   Returns:
     The source. A branch or tag of the Hub is resolved to its commit.
 
   Raises:
-    ValueError: another spelling, or a workdir of another format.
+    ValueError: an unknown spelling, or a workdir of another format.
     FileNotFoundError: a folder, or a run, that does not exist.
   """
   kind, _, where = init.partition(":")
@@ -82,7 +82,7 @@ class TrainedRun(ModelSource):
   """The best checkpoint of a run.
 
   Attributes:
-    workdir: of the run.
+    workdir: run directory.
   """
 
   workdir: Workdir
@@ -132,14 +132,14 @@ class TrainedRun(ModelSource):
     return open_tokenizer(self.own_tokenizer())
 
   def load_trained(self, policy: Policy, mesh: Any) -> Any:
-    """Loads what the run trained, and nothing else.
+    """Loads the parameters that the run trained.
 
     Args:
-      policy: its decoder, with its adapters.
-      mesh: where the parameters go.
+      policy: decoder of the run, with its adapters.
+      mesh: mesh for the parameters.
 
     Returns:
-      Nested dict of arrays, of the best checkpoint.
+      Nested dict of arrays from the best checkpoint.
 
     Raises:
       FileNotFoundError: no finished checkpoint.
@@ -161,17 +161,17 @@ class TrainedRun(ModelSource):
       checkpoints.close()
 
   def load_base(self, policy: Policy, mesh: Any) -> Any:
-    """Loads what the run did not train: the base under adapters, or a part.
+    """Loads the parameters that the run did not train, such as a LoRA base.
 
     Args:
-      policy: its decoder, with its adapters.
-      mesh: where the parameters go.
+      policy: decoder of the run, with its adapters.
+      mesh: mesh for the parameters.
 
     Returns:
-      Nested dict of arrays, read from where the run read them.
+      Nested dict of arrays, from the same source as the run's.
 
     Raises:
-      ValueError: they have changed since.
+      ValueError: the source has changed since.
     """
     whole = self.start.load(policy, mesh, seed=self.config["seed"])
     base = split_params(whole, self.trained_model.frozen)[1]
@@ -179,7 +179,7 @@ class TrainedRun(ModelSource):
     return base
 
   def _load(self, policy: Policy, mesh: Any, seed: int) -> Any:
-    # In its own dtypes, which the digest of what it did not train covers.
+    # In the run's dtypes: the digest of its frozen parameters covers them.
     theirs = Policy(
       dataclasses.replace(
         policy.config,
@@ -193,7 +193,7 @@ class TrainedRun(ModelSource):
     if untrained is not None:
       params = join_trees(params, self.load_base(theirs, mesh))
     if theirs.config.lora is not None:
-      # In float32: an adapter's part of a weight is lost in bfloat16.
+      # In float32: in bfloat16 the adapter's share of a weight is lost.
       wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
       params = jax.jit(
         lambda params: lora.merge_adapters(params, theirs.config),
@@ -203,21 +203,21 @@ class TrainedRun(ModelSource):
 
 
 def check_frozen(frozen: Any, workdir: Workdir, init: str) -> None:
-  """Compares parameters that a run does not save with those it began with.
+  """Checks that the frozen parameters of a run are those it began with.
 
   Args:
-    frozen: as they are read now.
-    workdir: of the run.
-    init: where they are read from.
+    frozen: frozen parameters, as they are now.
+    workdir: run directory.
+    init: model source that they were read from.
 
   Raises:
-    ValueError: they are others.
+    ValueError: they have changed.
   """
   before = workdir.read_digest(workdir.frozen_digest)
   digest = params_digest(frozen)
   if before and before != digest:
     raise ValueError(
       f"{workdir} trained parts of another model: {workdir.frozen_digest} says"
-      f" {before[:12]}, and {init} is {digest[:12]} now. Adapters mean nothing"
-      " on another base: bring the old weights back"
+      f" {before[:12]}, and {init} is {digest[:12]} now. Adapters fit"
+      " their own base only: restore the old weights"
     )

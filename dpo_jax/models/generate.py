@@ -14,10 +14,10 @@ from dpo_jax.system import progress
 
 
 def filter_logits(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
-  """Sets what top-k and nucleus sampling leave out to -inf.
+  """Sets the logits that top-k and nucleus sampling exclude to -inf.
 
   Nucleus sampling: Holtzman et al. 2019 (arXiv:1904.09751). The most likely
-  token always stays, and so does the token that crosses the threshold.
+  token is always kept, and so is the token that crosses the threshold.
 
   Args:
     logits: f32 [B, V].
@@ -65,7 +65,7 @@ def _sample(
   stop_ids: tuple[int, ...],
   rows: jax.sharding.NamedSharding | None,
 ) -> jax.Array:
-  """Responses i32 [B, max_response_tokens]; -1 after the end."""
+  """Samples responses, i32 [B, max_response_tokens]; -1 after the end."""
   batch_size, prompt_length = prompts.shape
   readout = policy.readout(params)
 
@@ -103,11 +103,14 @@ def _sample(
   responses = jax.lax.while_loop(is_running, step, carry)[3]
   if rows is None:
     return responses
-  # Every host reads all of them.
-  whole = jax.sharding.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())
-  return jax.lax.with_sharding_constraint(responses, whole)
+  # Replicated, because every host reads all responses.
+  replicated = jax.sharding.NamedSharding(
+    rows.mesh, jax.sharding.PartitionSpec()
+  )
+  return jax.lax.with_sharding_constraint(responses, replicated)
 
 
+# Over 60 lines for its 12 arguments; the body is one loop over batches.
 def sample(
   policy: Policy,
   params: Any,
@@ -126,54 +129,44 @@ def sample(
 ) -> list[list[int]]:
   """Samples one response to every prompt.
 
-  The randomness of a response depends on `seed` and on the index of its
-  prompt alone, so neither the batch size nor the other prompts change it.
+  The randomness of a response depends only on `seed` and the index of its
+  prompt: neither the batch size nor the other prompts change it.
 
   Args:
     policy: the decoder.
     params: its parameters, on any mesh.
     prompts: token ids, none empty.
-    seed: of the whole call.
+    seed: seed of the whole call.
     max_response_tokens: longest response, EOS included.
-    temperature: 0 is greedy.
-    stop_ids: each ends a response.
-    top_k: most likely tokens to sample from; 0 is all.
-    top_p: nucleus mass, in (0, 1].
+    temperature: at least 0; 0 is greedy.
+    stop_ids: token ids that end a response.
+    top_k: number of most likely tokens to sample from; 0 is all.
+    top_p: probability mass of the nucleus, in (0, 1].
     batch_size: prompts sampled at once.
     first_index: index of the first prompt, for the randomness.
-    rows: how the prompts of a batch lie on the mesh of the parameters; None
+    rows: sharding of a batch's prompts over the mesh of the parameters; None
       leaves it to the compiler.
     label: name of the work for `progress.track`; "" shows nothing.
 
   Returns:
-    Token ids of every response; a stop id is its last where one was reached.
+    Token ids of every response; the last is a stop id if one was sampled.
 
   Raises:
     ValueError: an empty prompt, a temperature below 0, a top_p outside
       (0, 1], or prompts that leave the model no positions.
   """
-  empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
-  if empty:
-    raise ValueError(
-      f"prompts {empty[:5]} hold no tokens: a model without BOS needs at"
-      " least one to predict from"
-    )
-  if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-    raise ValueError(
-      f"temperature={temperature} must be >= 0, top_p={top_p} in (0, 1] and"
-      f" top_k={top_k} >= 0"
-    )
+  _check_settings(prompts, temperature=temperature, top_k=top_k, top_p=top_p)
   if not prompts:
     return []
-  # One shape for all batches: one compilation.
   longest = max(len(prompt) for prompt in prompts)
-  length = -(-longest // 16) * 16
   if longest + max_response_tokens > policy.config.max_positions:
     raise ValueError(
       f"the longest prompt ({longest} tokens) and"
       f" max_response_tokens={max_response_tokens} exceed the model's"
       f" max_positions={policy.config.max_positions}: shorten one of them"
     )
+  # One shape for all batches, so that one program is compiled.
+  length = -(-longest // 16) * 16
   batch_size = min(batch_size, len(prompts))
   if rows is not None:
     shards = math.prod(rows.mesh.shape[axis] for axis in rows.spec[0])
@@ -182,20 +175,15 @@ def sample(
   responses: list[list[int]] = []
   starts = range(0, len(prompts), batch_size)
   for start in progress.track(starts, label, total=len(starts), unit="batches"):
-    part = list(prompts[start : start + batch_size])
-    padded = np.zeros((batch_size, length), np.int32)
-    lengths = np.ones(batch_size, np.int32)
-    for row, prompt in enumerate(part):
-      padded[row, : len(prompt)] = prompt
-      lengths[row] = len(prompt)
+    part = prompts[start : start + batch_size]
     indices = first_index + start + np.arange(batch_size)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(base, indices)
-    given = (padded, lengths, keys)
+    batch = (*_pad(part, batch_size, length), keys)
     if rows is not None:
-      given = jax.device_put(given, rows)
+      batch = jax.device_put(batch, rows)
     out = _sample(
       params,
-      *given,
+      *batch,
       policy=policy,
       max_response_tokens=max_response_tokens,
       temperature=temperature,
@@ -207,3 +195,38 @@ def sample(
     for row in np.asarray(out)[: len(part)]:
       responses.append(row[row >= 0].tolist())
   return responses
+
+
+def _check_settings(
+  prompts: Sequence[Sequence[int]],
+  *,
+  temperature: float,
+  top_k: int,
+  top_p: float,
+) -> None:
+  empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
+  if empty:
+    raise ValueError(
+      f"prompts {empty[:5]} have no tokens: a model without BOS needs at least"
+      " one to predict from"
+    )
+  if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+    raise ValueError(
+      f"temperature={temperature} must be >= 0, top_p={top_p} in (0, 1] and"
+      f" top_k={top_k} >= 0"
+    )
+
+
+def _pad(
+  prompts: Sequence[Sequence[int]], batch_size: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Pads prompts to i32 [batch_size, length]; returns their lengths too.
+
+  A row without a prompt has length 1.
+  """
+  padded = np.zeros((batch_size, length), np.int32)
+  lengths = np.ones(batch_size, np.int32)
+  for row, prompt in enumerate(prompts):
+    padded[row, : len(prompt)] = prompt
+    lengths[row] = len(prompt)
+  return padded, lengths

@@ -1,7 +1,7 @@
 """Low-rank adapters as part of a parameter tree.
 
 Hu et al. 2021 (arXiv:2106.09685). An adapter is a pair of leaves beside its
-kernel; `decoder.Projection` applies it without a merged copy. A tree without
+kernel; `layers.Projection` applies it without a merged copy. A tree without
 them is the same policy with its adapters off, which is what it started from.
 """
 

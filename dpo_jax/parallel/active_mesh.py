@@ -1,4 +1,4 @@
-"""What of the mesh the models ask for."""
+"""Mesh queries used by the models: free axes, platform, row shards."""
 
 import math
 
@@ -12,7 +12,7 @@ ROW_AXES = ("data", "fsdp")
 
 
 def free_axes() -> dict[str, int]:
-  """Sizes of the mesh axes that the partitioner divides work over."""
+  """Returns the mesh axes that the partitioner divides work over, and sizes."""
   mesh = jax.sharding.get_abstract_mesh()
   return {
     name: mesh.shape[name]
@@ -22,23 +22,23 @@ def free_axes() -> dict[str, int]:
 
 
 def platform() -> str:
-  """Names what is compiled for, which need not be what this machine has."""
+  """Names the platform that is compiled for; this machine may have another."""
   return compat.mesh_platform() or jax.default_backend()
 
 
 def num_row_shards(num_rows: int) -> int:
-  """Devices among which rows are divided; 1 where they cannot be."""
+  """Counts the devices that rows are split over; 1 where they cannot be."""
   sizes = free_axes()
   size = math.prod(sizes.get(name, 1) for name in ROW_AXES)
   return size if num_rows % size == 0 else 1
 
 
 def gathered(kernel: jax.Array, split: int | None) -> jax.Array:
-  """A kernel with all of its axis `split`, which `fsdp` splits, if any.
+  """Gathers a kernel along its axis `split`, which `fsdp` splits, if any.
 
-  Said outright, since the partitioner of a TPU else overlaps the products on
-  few chips with the gather of their kernel, piece by piece: at twice the
-  bytes, for every product gathers anew.
+  Explicit, because XLA:TPU otherwise overlaps the matmuls with the all-gather
+  of their kernel in pieces on few chips. Every matmul then gathers the kernel
+  again: twice the bytes.
   """
   if split is None or free_axes().get("fsdp", 1) == 1:
     return kernel

@@ -1,7 +1,7 @@
-"""Several hosts: how they find each other, and that they agree.
+"""Several hosts: joined, and held to the same config and data.
 
-On a TPU pod `initialize()` needs nothing; elsewhere the three flags say who is
-who. What differs between hosts is named before anything is compiled.
+On a TPU pod `initialize()` needs no flags; elsewhere three flags identify the
+processes. A difference between hosts is named before anything is compiled.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,10 +27,10 @@ class OtherHostError(RuntimeError):
 
 
 def is_tpu_pod() -> bool:
-  """Whether this machine is one host of a TPU slice that has several.
+  """Returns whether this machine is one host of a TPU slice of several.
 
-  Looks at the environment and the devices only: to ask Google's metadata
-  server, as JAX does, would hang on other machines.
+  Reads the environment and the devices only. JAX itself asks Google's metadata
+  server, which would hang on other machines.
   """
   if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("", "tpu"):
     return False
@@ -52,9 +52,9 @@ def initialize(
   """Joins the processes of a run; does nothing on a machine by itself.
 
   Args:
-    coordinator_address: HOST:PORT of process 0, where this is no TPU pod.
-    num_processes: how many there are.
-    process_id: which this one is, from 0.
+    coordinator_address: HOST:PORT of process 0; None on a TPU pod.
+    num_processes: number of processes.
+    process_id: index of this process, from 0.
 
   Raises:
     ValueError: some of the three are given, or out of range.
@@ -79,7 +79,7 @@ def initialize(
 
 
 def gather_texts(text: str) -> list[str]:
-  """A text of every process, in their order; all must call it."""
+  """Gathers a text from every process, in their order; all must call it."""
   if jax.process_count() == 1:
     return [text]
   raw = np.frombuffer(text.encode(), np.uint8)
@@ -93,14 +93,14 @@ def gather_texts(text: str) -> list[str]:
   ]
 
 
-def check_same(figures: Mapping[str, Any], what: str) -> None:
-  """Raises HostsDifferError, on every host, unless all have the same figures.
+def check_same(values: Mapping[str, Any], what: str) -> None:
+  """Raises HostsDifferError, on every host, unless all have the same values.
 
   Args:
-    figures: by name; what `json` can write.
-    what: they describe, for the message.
+    values: values by name, which `json` can write.
+    what: name of what they describe, for the message.
   """
-  mine = json.dumps(dict(figures), sort_keys=True, default=str)
+  mine = json.dumps(dict(values), sort_keys=True, default=str)
   rows = [json.loads(text) for text in gather_texts(mine)]
   differences = [
     f"  {name}: {rows[0].get(name)!r} on host 0, {row.get(name)!r} on host {i}"
@@ -117,19 +117,19 @@ def check_same(figures: Mapping[str, Any], what: str) -> None:
 
 
 def together(function: Callable[[], T]) -> T:
-  """Runs what may fail on one host only, and fails on all if it does.
+  """Runs a function that may fail on one host, and fails on all if it does.
 
-  Without it the others would wait for the one that is gone.
+  Otherwise the other hosts would wait for the one that failed.
 
   Args:
-    function: no argument; must not wait for other hosts itself.
+    function: takes no argument; must not wait for other hosts itself.
 
   Returns:
-    What it returns.
+    The function's result.
 
   Raises:
-    OtherHostError: it failed on another host, whose message it gives. A host
-      where it fails raises that error itself.
+    OtherHostError: the function failed on another host; gives its message. A
+      host where it fails raises the error itself.
   """
   if jax.process_count() == 1:
     return function()

@@ -1,4 +1,8 @@
-"""Devices -> mesh. Its axes are data, fsdp, tensor and context."""
+"""The mesh of devices.
+
+`data` and `fsdp` split the rows of a batch, `fsdp` also the parameters,
+`tensor` heads and features, `context` the tokens of a row.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 import functools
@@ -16,7 +20,6 @@ from dpo_jax.system import compat
 
 _LOG = logging.getLogger(__name__)
 
-
 AXES = ("data", "fsdp", "tensor", "context")
 
 
@@ -29,7 +32,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
   Args:
     sizes: devices on each axis; one of them may be -1 and takes the rest, and
       an axis that is not there is 1.
-    devices: what to arrange; all devices if None.
+    devices: devices to arrange; None: all.
 
   Returns:
     The mesh.
@@ -60,7 +63,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
 
 
 def settle_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
-  """The size of every axis, -1 and absent ones filled in.
+  """Returns the size of every axis, with -1 and absent axes filled in.
 
   Raises:
     ValueError: see `make_mesh`.
@@ -91,7 +94,7 @@ def settle_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
 
 
 def factorisations(num_devices: int) -> Iterator[dict[str, int]]:
-  """Every mesh of so many devices."""
+  """Yields the sizes of every mesh of `num_devices` devices."""
   divisors = [n for n in range(1, num_devices + 1) if not num_devices % n]
   for sizes in itertools.product(divisors, repeat=len(AXES) - 1):
     rest, remainder = divmod(num_devices, math.prod(sizes))
@@ -104,15 +107,15 @@ def nearest_mesh(
   num_devices: int,
   fits: Callable[[dict[str, int]], bool],
 ) -> dict[str, int] | None:
-  """The mesh of `num_devices` that fits and moves the fewest factors of 2.
+  """Finds the mesh that fits and moves the fewest factors of 2.
 
   Args:
-    sizes: of every axis, what was asked for.
-    num_devices: what the nearest one must multiply to.
-    fits: whether a mesh would do.
+    sizes: size of every axis, as the user asked for them.
+    num_devices: product of the sizes of the mesh to find.
+    fits: returns whether a mesh of these sizes is possible.
 
   Returns:
-    Sizes of every axis, or None if none fits.
+    Size of every axis, or None if no mesh fits.
   """
 
   def distance(other):
@@ -125,18 +128,18 @@ def nearest_mesh(
 def arrange_slices(
   shape: Mapping[str, int], devices: list[Any], num_slices: int
 ) -> np.ndarray:
-  """Devices of several slices, `data` outermost over the network between.
+  """Arranges several slices, with `data` outermost over their network.
 
   Args:
-    shape: of every axis.
-    devices: all of them, each with a slice_index.
-    num_slices: how many there are.
+    shape: size of every axis.
+    devices: all devices, each with a slice_index.
+    num_slices: number of slices.
 
   Returns:
     Devices in the shape of the mesh.
 
   Raises:
-    ValueError: `data` times `fsdp` is no multiple of the slices.
+    ValueError: `data` times `fsdp` is not a multiple of the slices.
   """
   over_data = math.gcd(shape["data"], num_slices)
   over_fsdp = num_slices // over_data
@@ -154,9 +157,9 @@ def arrange_slices(
     )
   if over_fsdp > 1:
     _LOG.warning(
-      "the mesh axis fsdp crosses the network between slices, since data=%d is"
-      " no multiple of the %d slices: parameters are gathered over it in every"
-      " layer",
+      "the mesh axis fsdp crosses the network between slices, because data=%d"
+      " is not a multiple of the %d slices: every layer gathers its parameters"
+      " over that network",
       shape["data"],
       num_slices,
     )

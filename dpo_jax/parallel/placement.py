@@ -1,4 +1,4 @@
-"""Placement: how a run lies on its devices, by jit or pmap."""
+"""Placement of a run on its devices."""
 
 from collections.abc import Callable
 import dataclasses
@@ -7,44 +7,31 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from dpo_jax.parallel.active_mesh import ROW_AXES
-from dpo_jax.parallel.mesh import nearest_mesh
+from dpo_jax.parallel.mesh import nearest_mesh, on_mesh
 from dpo_jax.trees import path_name
 from dpo_jax.types import Batch
 
-# Fields of a batch with a place for every token of a row.
+# Fields of a batch with an entry for each token of a row.
 _TOKEN_FIELDS = frozenset({"tokens", "positions", "segments", "branches"})
-
-
-PARALLELISMS = ("jit", "pmap")
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """How a run lies on its devices.
+  """Placement of batches, states and steps on a mesh, compiled by `jax.jit`.
 
-  Between steps of `jit` a state is a tree of global arrays on the mesh. Under
-  `pmap` it has a leading device axis; `gather_state` takes that off again for
-  checkpoints and evaluation, which always use the mesh.
+  A state is a tree of global arrays on the mesh. `pmap.PmapPlacement` keeps it
+  otherwise between steps: `place_state` and `gather_state` convert, for
+  checkpoints and evaluation always use the mesh.
+
+  Attributes:
+    mesh: from `make_mesh`.
   """
 
   mesh: Mesh
-  parallelism: str
-
-  def __post_init__(self):
-    if self.parallelism not in PARALLELISMS:
-      raise ValueError(
-        f"parallelism={self.parallelism!r} must be one of"
-        f" {', '.join(PARALLELISMS)}"
-      )
-    if self.parallelism == "pmap" and self.mesh.shape["data"] != self.mesh.size:
-      raise ValueError(
-        "parallelism='pmap' replicates the parameters: all devices must be on"
-        f" the mesh axis 'data', and the mesh is {dict(self.mesh.shape)}"
-      )
 
   @property
   def num_row_shards(self) -> int:
@@ -87,26 +74,16 @@ class Placement:
 
   @property
   def axis_name(self) -> str | None:
-    """Axis that a step must sum over by itself."""
-    return "data" if self.parallelism == "pmap" else None
+    """Axis that a step must sum over by itself; None: the compiler does."""
+    return None
 
   @property
   def replicated(self) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec())
 
-  @property
-  def _stacked(self) -> NamedSharding:
-    """Of arrays with pmap's leading device axis.
-
-    On the mesh that pmap makes for itself: the first step would else be
-    traced and compiled for ours, and the second for its own.
-    """
-    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, PartitionSpec("data"))
-
   @functools.cached_property
   def row_reader(self) -> tuple[int, int]:
-    """Which share of a batch's rows this process reads: (index, count).
+    """Share of a batch's rows that this process reads: (index, count).
 
     Processes whose devices hold the same rows, because `tensor` or `context`
     crosses from one to the other, read the same share.
@@ -127,8 +104,8 @@ class Placement:
     return shares.index(tuple(sorted(mine))), len(shares)
 
   def batch_shardings(self, batch: Batch) -> Batch:
-    """How a batch's arrays lie: rows over `data` and `fsdp`, the tokens of a
-    row over `context`."""
+    """Shardings of a batch: rows over `data` and `fsdp`, the tokens of a row
+    over `context`."""
 
     def place(path, _):
       context = "context" if path_name(path) in _TOKEN_FIELDS else None
@@ -138,7 +115,7 @@ class Placement:
 
   @property
   def row_sharding(self) -> NamedSharding:
-    """Of arrays whose first axis is rows, or whatever is as many."""
+    """Sharding of arrays whose first axis is split as rows are."""
     return NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
 
   def place_rows(self, batch: Batch) -> Batch:
@@ -153,42 +130,16 @@ class Placement:
     )
 
   def place_training_batch(self, batch: Batch) -> Batch:
-    """As `place_rows`, with pmap's leading device axis where it needs one."""
-    if self.parallelism == "jit":
-      return self.place_rows(batch)
-    count = jax.local_device_count()
-    return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(
-        self._stacked, x.reshape(count, -1, *x.shape[1:])
-      ),
-      batch,
-    )
+    """Numpy rows of this process -> what the compiled step takes."""
+    return self.place_rows(batch)
 
   def place_state(self, state: Any) -> Any:
     """A state on the mesh -> what the compiled step takes."""
-    if self.parallelism == "jit":
-      return state
-    return jax.tree.map(self._stack, state)
+    return state
 
   def gather_state(self, state: Any) -> Any:
     """What the compiled step gives -> a state on the mesh."""
-    if self.parallelism == "jit":
-      return state
-    return jax.tree.map(self._unstack, state)
-
-  def _stack(self, x: jax.Array) -> jax.Array:
-    return jax.make_array_from_single_device_arrays(
-      (self.mesh.size, *x.shape),
-      self._stacked,
-      [shard.data[None] for shard in x.addressable_shards],
-    )
-
-  def _unstack(self, x: jax.Array) -> jax.Array:
-    return jax.make_array_from_single_device_arrays(
-      x.shape[1:],
-      self.replicated,
-      [shard.data[0] for shard in x.addressable_shards],
-    )
+    return state
 
   def compile_step(
     self, step: Callable[..., Any], shardings: Any
@@ -196,21 +147,20 @@ class Placement:
     """Compiles (state, batch) -> (state, metrics), the state donated.
 
     Args:
-      step: pure; under pmap it sums over `axis_name` itself.
-      shardings: of the state on the mesh.
+      step: pure; it sums over `axis_name` itself, if there is one.
+      shardings: shardings of the state on the mesh.
 
     Returns:
-      The compiled step. Metrics come back replicated; under pmap with a
-      leading device axis, which `fetch` takes off.
+      The compiled step, to be called in `bind`. `fetch` reads its metrics.
     """
-    if self.parallelism == "pmap":
-      return jax.pmap(step, axis_name=self.axis_name, donate_argnums=0)
     return jax.jit(
       step, donate_argnums=0, out_shardings=(shardings, self.replicated)
     )
 
+  def bind(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a compiled step run with the mesh in context."""
+    return on_mesh(self.mesh)(step)
+
   def fetch(self, metrics: Any) -> Any:
-    """Waits for a step's metrics and gives them as numpy scalars."""
-    if self.parallelism == "pmap":
-      metrics = jax.tree.map(lambda x: x.addressable_shards[0].data, metrics)
+    """Waits for a step's metrics and returns them as numpy scalars."""
     return jax.tree.map(lambda x: np.asarray(x).reshape(()), metrics)

@@ -1,6 +1,6 @@
-"""A config's step compiled for a TPU that is not here, and what it takes.
+"""Compiles a config's step for a TPU that is not here, and measures it.
 
-libtpu compiles it; neither weights nor a TPU are read.
+libtpu compiles it, without weights and without a TPU.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dpo_jax import config as config_lib
 from dpo_jax import model_sources
 from dpo_jax.data.loader import Loader
-from dpo_jax.models import online_softmax
+from dpo_jax.models import vocabulary_blocks
 from dpo_jax.parallel import mesh, sharding
 from dpo_jax.planning import hlo, roofline, topology
 from dpo_jax.records.workdir import Workdir
@@ -28,17 +28,17 @@ from dpo_jax.types import Batch, token_masks
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What to plan.
+  """Request for a plan.
 
   Attributes:
     config: complete.
-    topology: to compile for.
-    rows: of a batch, 0: as the data say, or a row for each group.
-    row_tokens: T, 0: as the data say.
-    scored_tokens: S, 0: as the data say, or all of T.
-    vocab_size: of the tokenizer, 0: as it says.
-    mfu: model FLOPs utilisation to expect, a guess of the user.
-    price: of a chip for an hour.
+    topology: topology to compile for.
+    rows: rows of a batch; 0: from the data, or a row for each group.
+    row_tokens: T; 0: from the data.
+    scored_tokens: S; 0: from the data, or all of T.
+    vocab_size: ids of the tokenizer; 0: from the tokenizer.
+    mfu: model FLOPs utilisation to expect, the user's guess.
+    price: price of a chip for an hour.
   """
 
   config: Any
@@ -52,7 +52,7 @@ class Request:
 
   @property
   def is_stand_in(self) -> bool:
-    """Whether shapes are given, and data not read."""
+    """Whether shapes are given instead of data."""
     return bool(self.rows or self.row_tokens or self.vocab_size)
 
 
@@ -62,8 +62,8 @@ class Subject:
 
   Attributes:
     config: resolved.
-    program: on the topology's mesh.
-    batch: abstract, laid over the mesh.
+    program: program on the topology's mesh.
+    batch: abstract batch, placed on the mesh.
   """
 
   config: Any
@@ -73,20 +73,20 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A step that was compiled, or that had no room.
+  """A step that was compiled, or that did not fit into the memory.
 
   Attributes:
-    subject: what was compiled.
+    subject: program and batch that were compiled.
     memory: bytes of a device by kind.
-    peak: bytes of a device, XLA's count; of what it wanted if it had no room,
-      NaN if XLA's message does not say it in words that are known.
-    fits: whether it has room.
-    collectives: of the compiled step; None if it was not compiled for want of
-      room, or its text is unreadable.
-    unread: the words of XLA that were not read; "" if all were.
-    work: by formula.
+    peak: bytes of a device by XLA's count; if it did not fit, the bytes that it
+      needed. NaN if XLA's message cannot be read.
+    fits: whether it fits.
+    collectives: collectives of the compiled step; None if it did not fit, or if
+      its text is unreadable.
+    unread: text of XLA that could not be read; "" if all was read.
+    work: work of the step by formula.
     bounds: seconds a step, see `roofline.lower_bounds`.
-    compile_seconds: how long XLA took.
+    compile_seconds: seconds that XLA took.
   """
 
   subject: Subject
@@ -104,11 +104,11 @@ def build(request: Request, sizes: Mapping[str, int] | None = None) -> Subject:
   """Builds the program on the topology's mesh, and a batch for it.
 
   Args:
-    request: what to plan.
-    sizes: sizes of the mesh, if not the config's.
+    request: request for a plan.
+    sizes: sizes of the mesh; None: the config's.
 
   Raises:
-    ValueError: what would stop the run there.
+    ValueError: a mistake that would stop the run.
   """
   grid = mesh.make_mesh(
     sizes or request.config.mesh, request.topology.devices()
@@ -143,7 +143,7 @@ def build(request: Request, sizes: Mapping[str, int] | None = None) -> Subject:
 
 
 def _first_batch(loader: Loader) -> Batch:
-  """Shapes of a batch: all rows, whichever process would read them."""
+  """Returns the shapes of a batch: the rows of all processes."""
   loader = dataclasses.replace(loader, process_index=0, process_count=1)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loader.batch(0)
@@ -151,7 +151,7 @@ def _first_batch(loader: Loader) -> Batch:
 
 
 def _stand_in(config: Any, program: Program, request: Request) -> Batch:
-  """Shapes of a batch whose rows are full."""
+  """Returns the shapes of a batch whose rows are full."""
   multiple = program.placement.num_row_shards * config.accumulation_steps
   rows = request.rows or -(-config.batch_size // multiple) * multiple
   if rows % multiple:
@@ -189,7 +189,7 @@ def _stand_in(config: Any, program: Program, request: Request) -> Batch:
 
 
 def make_plan(subject: Subject, request: Request) -> Plan:
-  """Compiles the step for the topology and measures what came out."""
+  """Compiles the step for the topology and measures it."""
   program, batch = subject.program, subject.batch
   model = program.policy.config
   memory = known_memory(subject)
@@ -238,7 +238,7 @@ def make_plan(subject: Subject, request: Request) -> Plan:
 def _measure(
   compiled: Any, devices: list[Any]
 ) -> tuple[float, list[hlo.Collective] | None, str]:
-  """Reads a compiled step's peak bytes, its collectives or None, and why."""
+  """Reads peak bytes and collectives; None and the reason if unreadable."""
   peak = float(compat.program_memory(compiled).peak)
   try:
     return peak, read_collectives(compiled.as_text(), devices), ""
@@ -250,12 +250,12 @@ def read_collectives(text: str, devices: list[Any]) -> list[hlo.Collective]:
   """Reads the collectives of a compiled training step.
 
   Args:
-    text: of the compiled step.
-    devices: of the mesh.
+    text: text of the compiled step.
+    devices: devices of the mesh.
 
   Raises:
-    hlo.UnreadableError: see `hlo.collectives`, and where devices or slices
-      seem not to communicate. Those of a training step do.
+    hlo.UnreadableError: see `hlo.collectives`. Also if no device or slice seems
+      to communicate: in a training step they do.
   """
   slices = [compat.slice_index(device) for device in devices]
   found = hlo.collectives(text, len(devices), slices.__getitem__)
@@ -267,7 +267,7 @@ def read_collectives(text: str, devices: list[Any]) -> list[hlo.Collective]:
 
 
 def _compile(subject: Subject) -> tuple[Any, str]:
-  """Returns the compiled step, or None and XLA's message: it has no room."""
+  """Returns the compiled step; or None and XLA's message if it does not fit."""
   program, batch = subject.program, subject.batch
   state, _ = program.abstract_state()
   with jax.set_mesh(program.placement.mesh):
@@ -281,15 +281,15 @@ def _compile(subject: Subject) -> tuple[Any, str]:
 
 
 def wanted_bytes(message: str, arguments: float) -> float:
-  """What a step would have needed, from XLA's message.
+  """Reads the bytes that a step needed from XLA's message.
 
   Args:
     message: '... HLO temporaries (38.08G) exceeds available HBM (15.75G)', or
       '... Used 20.5G of 15.75G hbm'.
-    arguments: bytes of the state and the batch, which are no temporaries.
+    arguments: bytes of the state and the batch, which are not temporaries.
 
   Returns:
-    Bytes of a device; NaN if the message says neither.
+    Bytes of a device; NaN for any other message.
   """
   scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
   found = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
@@ -300,7 +300,7 @@ def wanted_bytes(message: str, arguments: float) -> float:
 
 
 def shard_bytes(tree: Any) -> float:
-  """Bytes of a device's part of abstract arrays."""
+  """Sums the bytes of a device's shards of abstract arrays."""
   return float(
     sum(
       math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -310,7 +310,7 @@ def shard_bytes(tree: Any) -> float:
 
 
 def known_memory(subject: Subject) -> dict[str, float]:
-  """Bytes of a device that follow from shapes and shardings alone."""
+  """Computes the bytes of a device that follow from shapes and shardings."""
   program, batch = subject.program, subject.batch
   state, _ = program.abstract_state()
   sizes = program.placement.mesh.shape
@@ -318,7 +318,7 @@ def known_memory(subject: Subject) -> dict[str, float]:
   rows = batch.tokens.shape[0] / program.accumulation_steps
   rows /= program.placement.num_row_shards
   logits = rows * length * program.policy.config.vocab_size / sizes["tensor"]
-  loops = online_softmax.ACCELERATOR
+  loops = vocabulary_blocks.ACCELERATOR
   chunk = program.chunk_size or loops.chunk(math.ceil(rows), length)
   at_a_time = rows * min(chunk, length)
   block = at_a_time * loops.columns(int(at_a_time))

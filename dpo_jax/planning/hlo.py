@@ -1,10 +1,10 @@
 """Collectives of a compiled program, read from its text.
 
-XLA's own counts take a loop's body once, so they are taken here: each
-collective times the trips of the loops that it is in.
+XLA's own counts take a loop's body once. Here each collective counts as often
+as the loops around it run.
 
-No release of XLA promises this text to the next. What is not as expected is an
-UnreadableError, never a count of 0.
+The text may change with any release of XLA. Unexpected text raises
+UnreadableError; it never counts as 0.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ KINDS = (
   "collective-permute",
 )
 _OPCODE = re.compile(r"\s([a-z][a-z0-9-]*)\(")
-# Any opcode of devices that communicate, also those that KINDS leaves out.
+# Any opcode by which devices communicate, including those not in KINDS.
 _COLLECTIVE = re.compile(
   r"\s((?:ragged-)?all-[a-z-]+?|reduce-scatter|collective-[a-z-]+?)"
   r"(?:-start|-done)?\("
@@ -50,7 +50,7 @@ _CALLED = re.compile(
   r"(calls|to_apply|body|condition|true_computation|false_computation)="
   r"%?([\w.-]+)"
 )
-# Loops that XLA makes itself, of a matmul that overlaps its gather, count in
+# Loops that XLA makes for a matmul that overlaps its all-gather count in
 # unsigned integers.
 _LIMIT = re.compile(r"[su](?:32|64)\[\]\S* constant\((\d+)\)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -70,12 +70,12 @@ class Collective:
 
   Attributes:
     kind: one of KINDS.
-    num_bytes: that a device receives each time, on the best ring there is:
-      (n - 1) / n of what a gather gives or a scatter takes, twice that of an
-      all-reduce.
-    trips: times a step.
-    group_size: n, devices that take part together.
-    crosses: whether a group has devices of several slices.
+    num_bytes: bytes that a device receives each time, on an ideal ring:
+      (n - 1) / n of an all-gather's result or a reduce-scatter's input, twice
+      that for an all-reduce.
+    trips: executions a step.
+    group_size: n, devices of a group.
+    crosses: whether a group spans several slices.
   """
 
   kind: str
@@ -98,17 +98,17 @@ def collectives(
   num_devices: int,
   slice_of: Callable[[int], int] | None = None,
 ) -> list[Collective]:
-  """Every collective of a compiled module.
+  """Reads every collective of a compiled module.
 
   Args:
     text: `compiled.as_text()`.
-    num_devices: of the mesh, for groups that mean all.
+    num_devices: devices of the mesh, for groups that mean all.
     slice_of: partition id -> slice; None for one slice.
 
   Returns:
-    Collectives, those that run asynchronously once: a start, its steps and
-    its end are fusions that each hold it, of one channel and shape. A channel
-    alone does not tell: all that `jax.lax` writes in a shard_map have one.
+    Collectives. An asynchronous one counts once: its start, its steps and its
+    end are fusions that each hold it, with one channel and shape. The channel
+    alone does not identify it: all collectives of a shard_map share one.
 
   Raises:
     UnreadableError: instructions, groups, shapes or loops of collectives that
@@ -240,7 +240,7 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 def _multiplicities(
   computations: dict[str, list[_Instruction]], entry: str
 ) -> dict[str, float]:
-  """How often a step runs each computation; callers come before callees."""
+  """Counts how often a step runs each computation, callers before callees."""
   times = {entry: 1}
   waiting = [entry]
   while waiting:
@@ -365,7 +365,7 @@ def _received_bytes(instruction: _Instruction, kind: str, n: int) -> float:
   size = shape_bytes(instruction.shape)
   is_start = instruction.opcode.endswith("-start")
   if kind == "all-gather":
-    # A start gives its operand back besides.
+    # A start also returns its operand.
     whole = size * n / (n + 1) if is_start else size
     return whole * (n - 1) / n
   if kind == "reduce-scatter":

@@ -1,4 +1,4 @@
-"""What a step costs by formula, and how long that takes at the least.
+"""FLOPs, bytes and lower bounds of a step, by formula.
 
 XLA's own `cost_analysis` counts a loop's body once and is not used.
 """
@@ -31,15 +31,15 @@ logits written and read in every pass of the head."""
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What one step does, over all devices.
+  """Work of one step, over all devices.
 
   Attributes:
-    model_flops: what MFU counts.
-    executed_flops: with what the backward pass computes again.
+    model_flops: FLOPs that MFU counts.
+    executed_flops: FLOPs with those that the backward pass computes again.
     layer_passes: forward and backward passes through the layers' weights.
-    head_passes: through the head's.
+    head_passes: the same through the head's weights.
     layer_entries: matrix entries of all layers.
-    head_entries: of the head.
+    head_entries: matrix entries of the head.
   """
 
   model_flops: float
@@ -59,14 +59,14 @@ def count_work(
   scored_tokens: int,
   has_live_reference: bool,
 ) -> Work:
-  """FLOPs of a training step, by FLOPS_FORMULA.
+  """Computes the FLOPs of a training step by FLOPS_FORMULA.
 
   Args:
     config: ModelConfig.
-    params: abstract; every matrix of a layer multiplies every token.
+    params: abstract parameters; every matrix of a layer multiplies every token.
     num_rows: R.
     row_tokens: T.
-    scored_tokens: S of a row.
+    scored_tokens: S, scored tokens of a row.
     has_live_reference: whether a reference runs in the step.
   """
   layers = sum(
@@ -99,7 +99,7 @@ def count_work(
 
 
 def is_layer_matrix(name: str, shape: tuple[int, ...]) -> bool:
-  """Whether a parameter multiplies every token: a stack of matrices."""
+  """Returns whether a parameter is a stack of matrices of the layers."""
   return (
     name.startswith("layers/") and len(shape) >= 3 and not name.endswith("bias")
   )
@@ -116,7 +116,7 @@ def hbm_bytes(
   row_tokens: int,
   scored_tokens: int,
 ) -> float:
-  """Bytes that a device moves to and from its memory, by BYTES_FORMULA."""
+  """Computes the HBM bytes that a device moves, by BYTES_FORMULA."""
   width = jnp.dtype(config.compute_dtype).itemsize
   rows = num_rows / math.prod(sizes[axis] for axis in ROW_AXES)
   touched = 3 if sizes["fsdp"] > 1 else 1
@@ -143,11 +143,11 @@ def collective_bytes(
   num_rows: int,
   row_tokens: int,
 ) -> float:
-  """Bytes that a device receives, estimated before anything is compiled.
+  """Estimates the bytes that a device receives, without compiling.
 
-  Gathers of weights over fsdp and the scattering of their float32 gradients,
-  the all-reduce of gradients over data, and four all-reduces of activations a
-  layer over tensor, six where the layer is run again.
+  All-gathers of weights over fsdp and reduce-scatters of their float32
+  gradients, the all-reduce of gradients over data, and four all-reduces of
+  activations a layer over tensor, six where the layer is recomputed.
   """
 
   def share(axis):
@@ -172,18 +172,18 @@ def lower_bounds(
   collectives: Iterable[Collective] | None,
   topology: Topology,
 ) -> dict[str, float]:
-  """Seconds a step that each part of the machine needs at the least.
+  """Computes lower bounds of the seconds of a step.
 
   Args:
-    work: of a step, all devices.
-    num_hbm_bytes: of a device.
-    collectives: of a device; None if they are not known.
-    topology: the machine.
+    work: work of a step, over all devices.
+    num_hbm_bytes: bytes that a device moves to and from HBM.
+    collectives: collectives of a device; None if they are not known.
+    topology: TPU slices.
 
   Returns:
     "compute", "HBM", "ICI" (all links of a chip busy at once, one way) and
-    "DCN" (a chip's share of its host's); NaN for networks that carry what is
-    not known.
+    "DCN" (a chip's share of its host's); NaN for networks if the collectives
+    are not known.
   """
   chip = topology.chip
   ici = dcn = math.nan if collectives is None else 0.0

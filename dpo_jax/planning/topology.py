@@ -1,10 +1,9 @@
-"""TPU slices by name: how many chips, how fast, and as JAX devices to compile
-for, on a machine that has none.
+"""TPU slices by name: chips, speeds, and devices to compile for without one.
 
 Cloud's names count TensorCores for v4, v5p and tpu7x (`v5p-128` is 64 chips)
-and chips for v5e (`v5litepod-256`) and v6e; ours are the same, with `v5e-256`
-besides. `v5p:4x4x4` gives the chips along each axis of the torus, and a prefix
-`2x` stands for two slices that only the data center network joins.
+and chips for v5e (`v5litepod-256`) and v6e. These names are used here, and
+`v5e-256` too. `v5p:4x4x4` gives the chips along each axis of the torus. A
+prefix `2x` means two slices, joined by the data center network alone.
 """
 
 import dataclasses
@@ -18,13 +17,13 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one chip can do.
+  """Speed and memory of a chip.
 
   Attributes:
-    flops: bf16, dense, a second.
-    hbm_bytes: memory.
+    flops: dense bf16 FLOPs a second.
+    hbm_bytes: bytes of memory.
     hbm_bandwidth: bytes a second.
-    ici_links: to neighbouring chips.
+    ici_links: links to neighbouring chips.
     ici_bandwidth: bytes a second over one link, one way.
     dcn_bandwidth: bytes a second out of the slice, a chip's share.
     cores_in_name: TensorCores that a name counts for a chip.

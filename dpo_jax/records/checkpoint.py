@@ -1,13 +1,13 @@
-"""Orbax checkpoints that are verified before they are believed.
+"""Orbax checkpoints, verified before they are used.
 
   WORKDIR/checkpoints/STEP/params      the policy
   WORKDIR/checkpoints/STEP/rest        step, optimizer, loss state, reference
   WORKDIR/checkpoints/STEP/manifest.json   sha256 of every file
 
-Orbax commits a step atomically but does not notice a flipped bit in an array
-file, and takes any directory with a number for a checkpoint. So a step counts
-once its manifest is written, and is restored only if every file agrees with
-it; else the one before is taken, and the damaged one is moved aside.
+Orbax commits a step atomically, but it does not notice a flipped bit in an
+array file, and it takes any directory with a number for a checkpoint. So a step
+counts once its manifest is written, and is restored only if every file agrees
+with it. A damaged step is moved aside, and the step before it is used.
 """
 
 from collections.abc import Mapping
@@ -51,15 +51,14 @@ class Checkpoints:
     """Opens the folder, moving aside what is damaged.
 
     Args:
-      workdir: of the run.
-      keep: how many of the latest steps to keep. With 1, a kill between the
-        commit of a step and its manifest would leave none.
-      best_metric: the step that is best by it is kept too; "" for none.
-      best_is_lower: whether a lower figure is better.
-      is_reader: whether only `params` are to be read, of a run that may be
-        another's and under way: damaged and unfinished steps are passed over
-        where they are. A step is verified when it is asked for, and `params`
-        alone.
+      workdir: run directory.
+      keep: number of latest steps to keep. With 1, a kill between the commit of
+        a step and its manifest would leave none.
+      best_metric: metric whose best step is kept too; "" for none.
+      best_is_lower: whether a lower value of the metric is better.
+      is_reader: whether only `params` are read, of a run that another process
+        may be training: damaged and unfinished steps are skipped and left in
+        place. A step is verified when it is asked for, `params` alone.
     """
     self._root = Workdir.at(workdir).checkpoints
     self._best_metric = best_metric
@@ -77,7 +76,7 @@ class Checkpoints:
         [
           _policies.LatestN(keep),
           _policies.BestN(
-            get_metric_fn=self._figure_of_merit,
+            get_metric_fn=self._merit,
             n=1,
             keep_checkpoints_without_metrics=False,
           ),
@@ -89,14 +88,14 @@ class Checkpoints:
     self._pending: tuple[int, Any] | None = None
     self._hashing: concurrent.futures.Future | None = None
 
-  def _figure_of_merit(self, metrics: dict[str, float]) -> float:
-    figure = metrics.get(self._best_metric, math.nan)
-    if math.isnan(figure):
+  def _merit(self, metrics: dict[str, float]) -> float:
+    value = metrics.get(self._best_metric, math.nan)
+    if math.isnan(value):
       return -math.inf
-    return -figure if self._best_is_lower else figure
+    return -value if self._best_is_lower else value
 
   def _is_usable(self, step: int) -> bool:
-    """Whether a reader can use a step; a writer has moved the others aside."""
+    """Returns whether a reader can use a step."""
     if not self._is_reader:
       return True
     if step not in self._faults:
@@ -108,17 +107,17 @@ class Checkpoints:
 
   @property
   def steps(self) -> list[int]:
-    """Steps that are committed, ascending."""
+    """Committed steps, ascending."""
     found = sorted(c.step for c in self._checkpointer.checkpoints)
     return [step for step in found if self._is_usable(step)]
 
   @property
   def best_step(self) -> int | None:
-    """The step that is best by the metric; the latest if none was measured."""
+    """Step with the best metric; the latest if none was measured."""
 
     def rank(checkpoint: Any) -> tuple[bool, float, int]:
       is_measured = bool(checkpoint.metrics)
-      merit = self._figure_of_merit(checkpoint.metrics) if is_measured else 0.0
+      merit = self._merit(checkpoint.metrics) if is_measured else 0.0
       return is_measured, merit, checkpoint.step
 
     ranked = sorted(self._checkpointer.checkpoints, key=rank, reverse=True)
@@ -129,11 +128,11 @@ class Checkpoints:
 
     Args:
       step: optimizer steps taken.
-      state: on the mesh.
-      metrics: figures that `best_metric` is looked up in, or None.
+      state: state on the mesh.
+      metrics: metrics that hold `best_metric`, or None.
 
     Raises:
-      OSError: no room for it.
+      OSError: not enough room on the disk.
     """
     self.wait()
     _check_room(self._root, (state.params, _rest(state)))
@@ -184,7 +183,7 @@ class Checkpoints:
 
     Args:
       abstract_state: ShapeDtypeStructs with shardings.
-      step: which one; the latest if None.
+      step: step to read; None: the latest.
 
     Returns:
       The state, or None if there is no checkpoint.
@@ -204,11 +203,11 @@ class Checkpoints:
     return abstract_state.replace(params=loaded["params"], **loaded["rest"])
 
   def restore_params(self, abstract_params: Any, *, step: int) -> Any:
-    """Reads the policy of a step, and nothing else.
+    """Reads the policy of a step alone.
 
     Args:
       abstract_params: ShapeDtypeStructs with shardings.
-      step: which one.
+      step: step to read.
 
     Returns:
       The parameters.
@@ -224,7 +223,7 @@ class Checkpoints:
     )["params"]
 
   def close(self) -> None:
-    """Finishes the last save and lets go of the folder."""
+    """Finishes the last save and closes the folder."""
     self.wait()
     self._hasher.shutdown()
     self._checkpointer.close()
@@ -257,7 +256,7 @@ def _rest(state: TrainState) -> dict[str, Any]:
 def check_same_tree(wanted: Any, found: Any, where: str) -> None:
   """Raises ValueError unless paths, shapes and dtypes agree.
 
-  Orbax would cast a dtype without a word.
+  Orbax would cast a dtype silently.
   """
 
   def describe(tree):
@@ -303,11 +302,11 @@ def _write_manifest(folder: epath.Path) -> None:
 
 
 def verify(folder: epath.PathLike, part: str = "") -> str:
-  """Says what is wrong with a checkpoint's files, or ''.
+  """Returns what is wrong with a checkpoint's files, or "".
 
   Args:
-    folder: of a step.
-    part: "params" or "rest", to read no files of the other; "" for both.
+    folder: folder of a step.
+    part: "params" or "rest" to verify that one alone; "" for both.
   """
   others = {"params", "rest"} - {part} if part else set()
   folder = epath.Path(folder)
@@ -329,7 +328,7 @@ def verify(folder: epath.PathLike, part: str = "") -> str:
 
 
 def _damaged(root: epath.Path) -> dict[epath.Path, str]:
-  """Folders of steps that are not to be believed, and what is wrong."""
+  """Returns the folders of damaged steps, and what is wrong with each."""
   if not root.exists():
     return {}
   folders = sorted(f for f in root.iterdir() if f.name.isdecimal())
@@ -347,7 +346,7 @@ def _quarantine_damaged(root: epath.Path) -> None:
     folder.rename(target)
     _LOG.warning(
       "checkpoint %s is not used: %s. Moved to %s; the step before it is"
-      " taken instead",
+      " used instead",
       folder,
       fault,
       target,
@@ -357,7 +356,7 @@ def _quarantine_damaged(root: epath.Path) -> None:
 def _check_room(root: epath.Path, arrays: Any) -> None:
   try:
     free = shutil.disk_usage(root).free
-  except OSError:  # not a local folder: a bucket has no end
+  except OSError:  # not a local path; object stores have no capacity limit
     return
   needed = sum(x.nbytes for x in jax.tree.leaves(arrays))
   if needed > free:

@@ -14,10 +14,11 @@ from dpo_jax.records.workdir import Workdir
 
 
 class GrowingFile:
-  """Text that is appended to, also in a bucket, where no file can grow.
+  """A text file to append to, local or in a bucket.
 
-  There the whole is written anew, at most every `_PERIOD_S` and at the end: to
-  open it for appending would begin it again.
+  Objects in a bucket cannot grow, and opening one for appending would truncate
+  it. So the whole text is written again, at most every `_PERIOD_S` and at the
+  end.
   """
 
   _PERIOD_S = 20.0
@@ -52,10 +53,10 @@ class GrowingFile:
 
 
 class MetricsWriter:
-  """Appends a JSON object a line: {"step", "split", then figures}.
+  """Appends a JSON object a line: {"step", "split", then metrics}.
 
-  Only the writer of process 0 writes. A figure that is not finite is written
-  as null, so that every line is JSON.
+  Only process 0 writes. A metric that is not finite is written as null, so
+  every line is JSON.
   """
 
   def __init__(
@@ -68,7 +69,7 @@ class MetricsWriter:
     """Opens the files for appending.
 
     Args:
-      workdir: of the run.
+      workdir: run directory.
       is_writer: whether this process writes.
       tensorboard: whether to write event files too.
     """
@@ -83,11 +84,17 @@ class MetricsWriter:
 
       self._events = SummaryWriter(str(workdir.tensorboard))
 
-  def write(self, step: int, split: str, figures: dict[str, Any]) -> None:
-    """Writes the figures of a step; `split` is train, eval or online."""
+  def write(self, step: int, split: str, metrics: dict[str, Any]) -> None:
+    """Writes the metrics of a step.
+
+    Args:
+      step: steps taken.
+      split: "train", "eval", "eval/NAME" or "online".
+      metrics: metrics by name.
+    """
     if self._file is None:
       return
-    numbers = {name: float(np.asarray(v)) for name, v in figures.items()}
+    numbers = {name: float(np.asarray(v)) for name, v in metrics.items()}
     line = {
       name: number if math.isfinite(number) else None
       for name, number in numbers.items()
@@ -108,9 +115,10 @@ class MetricsWriter:
 def read_metrics(
   workdir: epath.PathLike | Workdir, split: str
 ) -> list[dict[str, Any]]:
-  """Lines of metrics.jsonl, later lines of the same step replacing earlier.
+  """Reads the lines of a split from metrics.jsonl, one for each step.
 
-  A run that went back to a checkpoint writes the steps after it again.
+  A run that resumed from a checkpoint writes the steps after it again; the
+  last line of a step is the one that counts.
   """
   lines = Workdir.at(workdir).metrics.read_text().splitlines()
   by_step = {}
@@ -145,9 +153,12 @@ def read_last_evaluation(
 
 
 class Clock:
-  """Groups and tokens a second while steps run, and the wait for batches."""
+  """Measures groups and tokens a second, and the wait for batches."""
 
   def __init__(self):
+    self._reset()
+
+  def _reset(self) -> None:
     self._totals = {"num_groups": 0.0, "num_tokens": 0.0}
     self._seconds = self._waited = 0.0
     self._since = time.monotonic()
@@ -167,7 +178,7 @@ class Clock:
       yield batch
 
   def leave_out(self, seconds: float) -> None:
-    """Does not count time that went by compiling."""
+    """Subtracts time spent compiling."""
     self._seconds -= seconds
 
   def pause(self) -> None:
@@ -185,12 +196,12 @@ class Clock:
       "tokens_per_second": self._totals["num_tokens"] / seconds,
       "host_wait_fraction": self._waited / seconds,
     }
-    self.__init__()
+    self._reset()
     return rates
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-  """Rows with the same keys as an aligned table, numbers to the right."""
+  """Formats rows with the same keys as an aligned table."""
   if not rows:
     return ""
   names = list(rows[0])

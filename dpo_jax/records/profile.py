@@ -21,13 +21,13 @@ class ProfileWindow:
   def __init__(self, steps: str, workdir: Workdir):
     self._steps = parse_steps(steps)
     self._folder = workdir.profile
-    # The profiler writes to disks only; a bucket gets a copy.
+    # The profiler writes to local disks only; a bucket gets a copy.
     self._is_remote = "://" in str(workdir)
     self._local = ""
 
   @contextlib.contextmanager
   def step(self, step: int) -> Iterator[None]:
-    """Around a step: starts the trace at the window's first."""
+    """Wraps a step; starts the trace at the first of the window."""
     if step not in self._steps:
       yield
       return
@@ -46,7 +46,7 @@ class ProfileWindow:
       self.close()
 
   def close(self) -> None:
-    """Writes a trace that is under way, whole or not."""
+    """Writes the trace, complete or not."""
     if not self._local:
       return
     jax.profiler.stop_trace()

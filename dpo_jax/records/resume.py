@@ -1,4 +1,4 @@
-"""What a resumed run must have in common with the run of its workdir."""
+"""Checks of a resumed run: its config and data are those of its workdir."""
 
 from collections.abc import Mapping
 import json
@@ -16,7 +16,7 @@ from dpo_jax.system.files import read_json, write_json
 
 _LOG = logging.getLogger(__name__)
 
-# Keys, or their beginnings, that do not decide what a run learns.
+# Keys, or prefixes of keys, that do not decide what a run learns.
 _PLACES = (
   "log.",
   "mesh.",
@@ -37,7 +37,7 @@ _COMMIT = "[0-9a-f]{40}"
 
 
 def decides_result(key: str) -> bool:
-  """Whether a key decides what a run learns, but for rounding."""
+  """Returns whether a config key decides what a run learns, beyond rounding."""
   return not key.startswith(_PLACES) and not key.endswith(".cache_dir")
 
 
@@ -76,7 +76,7 @@ def check_same_config(
     raise ValueError(
       f"{workdir} holds a run with another config:\n"
       + "\n".join(changed)
-      + "\nChoose another workdir, or go on with the config that is there"
+      + "\nChoose another workdir, or resume with the config that is there"
     )
 
 
@@ -101,7 +101,7 @@ def record_config(
 def recorded_spellings(
   config: ml_collections.ConfigDict, workdir: Workdir
 ) -> dict[str, str]:
-  """Returns how models and data are spelled, with the commits of a run.
+  """Returns the spellings of models and data, with the commits of a run.
 
   Args:
     config: resolved.
@@ -214,11 +214,11 @@ def check_same_data(identity: Mapping[str, Any], workdir: Workdir) -> None:
       f"{workdir} holds a run on other data, or with another tokenizer or chat"
       " template:\n"
       + "\n".join(changed)
-      + "\nBring the old files back, or choose another workdir"
+      + "\nRestore the old files, or choose another workdir"
     )
 
 
 def record_data(description: Mapping[str, Any], workdir: Workdir) -> None:
-  """Records what a run reads, once; see `Data.description`."""
+  """Records what a run reads, at its first start; see `Data.description`."""
   if not workdir.data.exists():
     write_json(workdir.data, description)

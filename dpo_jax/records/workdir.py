@@ -1,21 +1,21 @@
-"""The record of a run: names, writes and reads the files of its folder.
+"""The files of a run: their names, and those that are written whole.
 
-workdir.json     the format of all the others
-config.json      the resolved config
-model.json       the model's shape
+workdir.json     format of the other files
+config.json      resolved config
+model.json       shape of the model
 data.json        digests of data, tokenizer and template
-git.txt          the commit of the code
+git.txt          commit of the code
 reference.txt    digest of the reference's parameters
 frozen.txt       digest of the parameters that are not trained
 metrics.jsonl    a JSON object a line
 samples.jsonl    prompts and responses
 eval_logps/      STEP.npz, log-probs of held-out groups
-checkpoints/     STEP/, see checkpoint.py
+checkpoints/     STEP/, see `records.checkpoint`
 quarantine/      damaged checkpoints
 reference/       cached log-probs
-online/          STEP.npz, responses that the policy was trained on
+online/          STEP.npz, sampled responses that the policy trains on
 profile/, tensorboard/
-finished.json    written last: the run is over
+finished.json    written last, when the run has finished
 """
 
 from collections.abc import Mapping
@@ -175,7 +175,7 @@ class Workdir:
     return path.read_text().strip() if path.exists() else ""
 
   def write_finished(self, total_steps: int) -> None:
-    """Marks the run as over; to be called after everything else."""
+    """Marks the run as finished; the last file to be written."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     mark = {"total_steps": total_steps, "finished_at": now}
     write_json(self.finished, mark)

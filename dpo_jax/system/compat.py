@@ -1,7 +1,7 @@
 """Names of JAX that its reference does not document, each in one function.
 
-Any release of JAX may change them, so that tests/system/test_compat.py has a test of
-each. Their docstrings compare jax 0.10.2 and 0.12.0.
+Any release of JAX may change them, so tests/system/test_compat.py tests each.
+Their docstrings compare jax 0.10.2 and 0.12.0.
 """
 
 from collections.abc import Callable

@@ -46,7 +46,7 @@ _COLUMNS = (
 )
 _ROWS_A_HEADING = 20
 
-# Main metrics of an evaluation: how they are called, and their digits.
+# Main metrics of an evaluation: label and digits.
 _MAIN = {
   "loss": ("loss", 4),
   "reward/accuracy": ("accuracy", 3),
@@ -62,8 +62,8 @@ def format_number(value: float, digits: int | None = 3) -> str:
 
   Args:
     value: may be NaN.
-    digits: behind the point; a smaller value is a power of ten. None: three
-      that count.
+    digits: digits after the point; a value below them is written as a power of
+      ten. None: three significant digits.
   """
   if digits is None:
     return f"{value:.3g}"
@@ -73,21 +73,21 @@ def format_number(value: float, digits: int | None = 3) -> str:
 
 
 def format_metric(
-  name: str, figures: Mapping[str, float], digits: int = 3
+  name: str, metrics: Mapping[str, float], digits: int = 3
 ) -> str:
   """Formats a metric with its interval, or its standard error, if known."""
-  text = format_number(figures[name], digits)
-  bounds = [figures.get(f"{name}_{end}") for end in ("low", "high")]
-  error = figures.get(f"{name}_error")
+  text = format_number(metrics[name], digits)
+  bounds = [metrics.get(f"{name}_{end}") for end in ("low", "high")]
+  error = metrics.get(f"{name}_error")
   if None not in bounds:
     low, high = map(format_number, bounds)
     return f"{text} ({low} to {high})"
   return text if error is None else f"{text} +- {format_number(error)}"
 
 
-def main_metrics(figures: Mapping[str, float | None]) -> dict[str, str]:
+def main_metrics(metrics: Mapping[str, float | None]) -> dict[str, str]:
   """Formats the main metrics of an evaluation by the name they are shown as."""
-  known = {k: math.nan if v is None else v for k, v in figures.items()}
+  known = {k: math.nan if v is None else v for k, v in metrics.items()}
   return {
     label: format_metric(name, known, digits)
     for name, (label, digits) in _MAIN.items()
@@ -96,10 +96,10 @@ def main_metrics(figures: Mapping[str, float | None]) -> dict[str, str]:
 
 
 def standing(done: int, total: int) -> tuple[str, str]:
-  """Says where a workdir stands: a label and a text.
+  """Describes the progress of a workdir: a label and a text.
 
   Args:
-    done: steps that it holds, above 0.
+    done: steps that the workdir holds, above 0.
     total: `total_steps`.
   """
   if done < total:
@@ -120,14 +120,14 @@ def standing(done: int, total: int) -> tuple[str, str]:
 
 
 def format_step(
-  step: int, total: int, figures: Mapping[str, float], left: str
+  step: int, total: int, metrics: Mapping[str, float], left: str
 ) -> tuple[str, str]:
   """Formats a step of training as a row of a table.
 
   Args:
     step: steps taken.
     total: steps of the run.
-    figures: metrics by name; columns of absent ones are left out.
+    metrics: metrics by name; columns of absent ones are left out.
     left: time to the end.
 
   Returns:
@@ -136,9 +136,9 @@ def format_step(
   width = max(len("step"), 2 * len(f"{total:,}") + 1)
   cells = [("step", f"{step:,}/{total:,}", width)]
   cells += [
-    (heading, format_number(figures[name], digits), width)
+    (heading, format_number(metrics[name], digits), width)
     for name, heading, width, digits in _COLUMNS
-    if name in figures
+    if name in metrics
   ]
   cells.append(("time left", left, 10))
   heading = "  ".join(name.rjust(width) for name, _, width in cells)
@@ -170,7 +170,7 @@ def format_history(
 
 
 class Console:
-  """Shows a run on process 0: a context, while which compilations are told."""
+  """Shows a run on process 0; as a context it also announces compilations."""
 
   def __init__(self, run: Run):
     self._run, self._config = run, run.config
@@ -198,7 +198,7 @@ class Console:
     return work if self._config.log.progress else ""
 
   def begin(self, done: int) -> None:
-    """Shows where the run stands, and what it is.
+    """Shows the progress of the run, and its header.
 
     Args:
       done: steps that the workdir holds.
@@ -222,7 +222,7 @@ class Console:
     """Yields the batches of the steps, timed, and moves the bar.
 
     Args:
-      batches: of the steps from `start` on; closed with this generator.
+      batches: batches of the steps from `start` on; closed with this generator.
       start: steps taken before.
     """
     self._clock, self._start = Clock(), start
@@ -256,7 +256,7 @@ class Console:
   def count(
     self, metrics: Mapping[str, Any], counts: Mapping[str, float]
   ) -> None:
-    """Counts a step, and shows its loss beside the bar."""
+    """Counts a step, and shows its loss next to the bar."""
     self._clock.count(counts)
     shown = {"loss": format_number(float(metrics["loss"]), 4)}
     if "reward/accuracy" in metrics:
@@ -267,34 +267,34 @@ class Console:
     """Returns `Clock.rates` since the last call."""
     return self._clock.rates()
 
-  def show(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
+  def show(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
     """Shows a line of metrics.jsonl: its main metrics.
 
     Args:
       step: steps taken.
       split: "train", "online", "eval" or "eval/NAME".
-      figures: metrics by name.
+      metrics: metrics by name.
     """
     if not self._run.is_writer:
       return
-    figures = {name: float(value) for name, value in figures.items()}
+    metrics = {name: float(value) for name, value in metrics.items()}
     if split == "train":
-      self._show_step(step, figures)
+      self._show_step(step, metrics)
     elif split == "online":
       shown = [
         f"{name.replace('_', ' ')} {format_number(value)}"
-        for name, value in figures.items()
+        for name, value in metrics.items()
       ]
       self._say("samples", f"step {step:,}: {join(shown)}")
     else:
-      self._show_evaluation(step, split, figures)
+      self._show_evaluation(step, split, metrics)
 
-  def _show_step(self, step: int, figures: Mapping[str, float]) -> None:
+  def _show_step(self, step: int, metrics: Mapping[str, float]) -> None:
     total = self._config.total_steps
     done = step - self._start
     seconds = time.monotonic() - self._began - self._compiling
     left = format_seconds(seconds / done * (total - step))
-    heading, row = format_step(step, total, figures, left)
+    heading, row = format_step(step, total, metrics, left)
     if heading != self._heading or self._rows % _ROWS_A_HEADING == 0:
       _LOG.info("%s", heading)
       self._heading, self._rows = heading, 0
@@ -302,15 +302,15 @@ class Console:
     self._rows += 1
 
   def _show_evaluation(
-    self, step: int, split: str, figures: dict[str, float]
+    self, step: int, split: str, metrics: dict[str, float]
   ) -> None:
-    self._history.setdefault(split, {})[step] = figures
-    shown = [f"{k} {v}" for k, v in main_metrics(figures).items()]
+    self._history.setdefault(split, {})[step] = metrics
+    shown = [f"{k} {v}" for k, v in main_metrics(metrics).items()]
     text = f"step {step:,}: {join(shown)}{self._best(split, step)}"
     self._say(split_label(split), text)
 
   def _best(self, split: str, now: int) -> str:
-    """Says which step of a split is best by `checkpoint.best_metric`."""
+    """Returns the step of a split that is best by `checkpoint.best_metric`."""
     metric = self._config.checkpoint.best_metric
     set_name = split.partition("/")[2]
     name = metric.removeprefix(config_lib.metric_prefix(set_name))
@@ -330,7 +330,7 @@ class Console:
     return f"; {join([f'best so far: {label} {value} at step {best:,}'])}"
 
   def end(self, best_step: int) -> None:
-    """Shows what was reached, and which files hold it.
+    """Shows the results of the run, and its files.
 
     Args:
       best_step: step of the best checkpoint.
@@ -361,7 +361,7 @@ class Console:
       _LOG.info("%s", line)
 
   def _on_event(self, event: str, seconds: float, **about: Any) -> None:
-    """Tells of the programs that JAX compiles."""
+    """Announces the programs that JAX compiles."""
     name = str(about.get("fun_name", ""))
     name = name.removeprefix("jit(").removesuffix(")")
     work = _PROGRAMS.get(name)

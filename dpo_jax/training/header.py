@@ -37,7 +37,7 @@ def format_rows(rows: Sequence[tuple[str, str]]) -> list[str]:
   """Formats labels and texts as lines of two aligned columns.
 
   Args:
-    rows: a label and its text; long texts continue below themselves.
+    rows: a label and its text; a long text continues on the next lines.
   """
   lines = []
   for label, text in rows:
@@ -133,7 +133,7 @@ def describe_loss(loss: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
   """Describes a loss by its name and knobs.
 
   Args:
-    loss: from `Objective.to_dict`; or several, each with its weight.
+    loss: loss from `Objective.to_dict`; or several, each with its weight.
   """
   if not isinstance(loss, Mapping):
     return " + ".join(describe_loss(term) for term in loss)

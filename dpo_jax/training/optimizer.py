@@ -10,15 +10,15 @@ from dpo_jax.trees import path_name
 
 
 def build_schedule(config: Any, total_steps: int) -> optax.Schedule:
-  """Linear warm-up, then constant, cosine to zero, or linear to zero.
+  """Builds the schedule: warm-up, then constant, cosine or linear to zero.
 
   Args:
     config: learning_rate, schedule, warmup_steps.
-    total_steps: where a decay ends.
+    total_steps: step at which a decay ends.
 
   Returns:
     Step -> learning rate. Step 0 of a warm-up of n steps has 1/n of the peak,
-    not 0: no step is wasted.
+    because a step at rate 0 would be wasted.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
   if config.schedule == "constant":
@@ -38,14 +38,14 @@ def build_schedule(config: Any, total_steps: int) -> optax.Schedule:
 def build_optimizer(
   config: Any, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-  """Clipping by global norm, then the optimizer.
+  """Builds the optax chain: clipping by global norm, then the optimizer.
 
   Args:
     config: name, max_grad_norm, weight_decay, b1, b2, epsilon.
-    schedule: from `build_schedule`.
+    schedule: schedule from `build_schedule`.
 
   Returns:
-    The chain. Weight decay leaves norm scales and biases alone.
+    The chain. Norm scales and biases have no weight decay.
   """
   decay = {"weight_decay": config.weight_decay, "mask": _is_decayed}
   if config.name == "adamw":
@@ -78,10 +78,10 @@ def build_optimizer(
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-  """optax's clipping, as one factor.
+  """Clips gradients by their global norm, as one factor.
 
-  XLA fuses a product into whatever reads it. The quotients of optax it writes
-  out: one more copy of all gradients.
+  XLA fuses a product into the operation that reads it. It materialises the
+  quotients of optax.clip_by_global_norm: one more copy of all gradients.
   """
 
   def clip(updates, params=None):

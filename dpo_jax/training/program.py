@@ -1,6 +1,6 @@
-"""Program: what is compiled for a run, without its data.
+"""Program: all that is compiled for a run, without its data.
 
-Training, planning and benchmarks compile the same one.
+Training, planning and benchmarks compile the same program.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from dpo_jax.models import partition_rules, trainable
 from dpo_jax.models.decoder import Policy
 from dpo_jax.parallel import mesh, sharding
 from dpo_jax.parallel.placement import Placement
-from dpo_jax.training import optimizer, reference, step
+from dpo_jax.training import forward, measure, optimizer, reference, step
 from dpo_jax.types import FIELDS, TrainState, fields_of
 
 _MANY_STEPS = 10**9
@@ -27,7 +27,7 @@ _MANY_STEPS = 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A policy, its objective and optimizer, laid over devices.
+  """A policy, its objective and optimizer, placed on devices.
 
   Attributes:
     policy: decoder; says which of its parameters are frozen.
@@ -66,14 +66,14 @@ class Program:
     return self.objective.needs.union(*others)
 
   def split_params(self, params: Any) -> tuple[Any, Any]:
-    """Returns what is trained, and what is frozen or None."""
+    """Returns the trained parameters, and the frozen ones or None."""
     return trainable.split_params(params, self.policy.config.frozen)
 
   def fresh_state(self, params: Any, ref_params: Any) -> TrainState:
     """Returns the state before the first step, without frozen parameters.
 
     Args:
-      params: what is trained.
+      params: trained parameters.
       ref_params: the same of the reference, or None.
     """
     if self.reference_kind == "adapter_off" and ref_params is not None:
@@ -102,9 +102,9 @@ class Program:
     """Makes the first state on the mesh.
 
     Args:
-      params: all of the policy's, on the mesh; those that are trained are
+      params: all parameters of the policy, on the mesh; trained ones are
         copied.
-      ref_params: all of the reference's, or None where it does not run.
+      ref_params: all parameters of the reference; None where it does not run.
     """
     trained, frozen = self.split_params(params)
     if ref_params is not None:
@@ -140,7 +140,7 @@ class Program:
   @functools.cached_property
   def eval_step(self) -> Callable[..., Any]:
     """Jitted (params, ref_params, batch) -> Sequences, forward only."""
-    function = step.make_eval_step(
+    function = forward.make_eval_step(
       self.policy, chunk_size=self.chunk_size, needs=self.needs
     )
     return self._on_mesh(function)
@@ -154,8 +154,8 @@ class Program:
 
   @functools.cached_property
   def measure(self) -> Callable[..., Any]:
-    """`step.make_measure` of all objectives."""
-    return step.make_measure(self.objective, self.eval_objectives)
+    """`measure.make_measure` of all objectives."""
+    return measure.make_measure(self.objective, self.eval_objectives)
 
   def _on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
     jitted = jax.jit(function, out_shardings=self.placement.replicated)
@@ -163,11 +163,11 @@ class Program:
 
 
 def build_program(config: Any, policy: Policy, placement: Placement) -> Program:
-  """Builds what a config compiles.
+  """Builds the program of a config.
 
   Args:
     config: resolved.
-    policy: decoder, of `policy.init`.
+    policy: decoder of `policy.init`.
     placement: mesh, and jit or pmap.
 
   Raises:
@@ -197,7 +197,7 @@ def build_program(config: Any, policy: Policy, placement: Placement) -> Program:
 
 
 def needs_value_head(objective: Objective | WeightedSum) -> bool:
-  """Whether a loss reads the value head of the policy."""
+  """Returns whether a loss reads the value head of the policy."""
   return any(FIELDS[name].reads_value_head for name in objective.needs)
 
 
@@ -209,9 +209,9 @@ def _check_frozen(config: Any, policy: Policy) -> None:
   dtype = policy.config.param_dtype
   if frozen is None and dtype != "float32":
     raise ValueError(
-      f"policy.param_dtype={dtype!r} is the dtype of what is not trained, and"
-      " all parameters are trained: in bfloat16 a weight of 0.02 moves in steps"
-      " of 1.2e-4, so that updates of a rate such as 1e-6 are lost. Set it to"
+      f"policy.param_dtype={dtype!r} is the dtype of frozen parameters, and all"
+      " parameters are trained: in bfloat16 a weight of 0.02 moves in steps of"
+      " 1.2e-4, so updates at a rate such as 1e-6 are lost. Set it to"
       " 'float32'. Adapters (lora.rank), policy.frozen, mesh.fsdp and"
       " optimizer.name='adafactor' do save memory"
     )

@@ -1,17 +1,12 @@
-"""Where ref_logps come from, and the cache that computes them once."""
+"""The reference: its log-probs, and how it follows the policy."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 import dataclasses
 import functools
 import hashlib
-import io
 import json
-import os
-import platform
 from typing import Any
-import uuid
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,21 +18,22 @@ from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.parallel.mesh import on_mesh
 from dpo_jax.parallel.placement import Placement
-from dpo_jax.system.files import write_atomically, write_json
 from dpo_jax.trees import params_digest
 
 
 def make_update(config: Any) -> Callable[[Any, Any, jax.Array], Any] | None:
-  """How a reference follows the policy: Gorbatovski et al. 2024, TR-DPO.
+  """Builds the update of a reference that follows the policy: TR-DPO.
 
-  arXiv:2404.09656: soft for alpha < 1, hard for alpha = 1.
+  Gorbatovski et al. 2024 (arXiv:2404.09656): soft for alpha < 1, hard for
+  alpha = 1. optax.incremental_update would mix in the parameters' own dtype;
+  this mixes in float32.
 
   Args:
     config: `config.reference`, resolved.
 
   Returns:
-    (ref_params, params, steps taken) -> ref_params, or None for a reference
-    that stays.
+    (ref_params, params, steps taken) -> ref_params; None for a reference that
+    does not change.
   """
   if config.kind != "ema":
     return None
@@ -59,10 +55,10 @@ def make_update(config: Any) -> Callable[[Any, Any, jax.Array], Any] | None:
 
 
 def cache_key(params: Any, config: ModelConfig, store_digest: str) -> str:
-  """Digest of all that decides cached log-probs.
+  """Computes the digest of all that decides cached log-probs.
 
-  Whatever only changes how they are computed (remat, attention, mesh, layout)
-  is left out; dtypes are in.
+  Settings that change only how they are computed (remat, attention, mesh,
+  layout) are left out; dtypes are included.
   """
   shape = dataclasses.asdict(config)
   del shape["remat"], shape["attention"], shape["frozen"]
@@ -95,12 +91,12 @@ def compute_logps(
   label: str = "",
   batches: Collection[int] | None = None,
 ) -> np.ndarray:
-  """Log-probs of a loader's groups.
+  """Computes the log-probs of a loader's groups.
 
   Args:
-    step: from `make_logps_step`.
-    params: of the model that scores.
-    loader: which groups; its eval batches cover each once.
+    step: step from `make_logps_step`.
+    params: parameters of the model that scores.
+    loader: groups; its eval batches cover each once.
     placement: mesh.
     label: name of the work for `progress.track`; "" shows nothing.
     batches: indices of the batches to score; None: all.
@@ -118,113 +114,3 @@ def compute_logps(
   out = np.full(loader.store.score.shape, np.nan, np.float32)
   out[ids] = logps
   return out
-
-
-def scoring_layout(
-  loader: Loader, policy: Policy, placement: Placement, chunk_size: int
-) -> dict[str, Any]:
-  """Describes what rounding depends on beside the weights and the data.
-
-  Two scorings of the same layout give the same bits. A GPU chooses its
-  algorithms anew in every process, so there only a process's own is the same.
-
-  Args:
-    loader: of the groups that are scored.
-    policy: the decoder.
-    placement: mesh.
-    chunk_size: see `logps.chunked_token_figures`.
-
-  Returns:
-    What `json` can write.
-  """
-  device = placement.mesh.devices.flat[0]
-  return {
-    "batch_size": loader.batch_size,
-    "shapes": [
-      [shape.num_rows, *dataclasses.astuple(shape.row)]
-      for shape in loader.plan.shapes
-    ],
-    "layout": loader.plan.layout,
-    "mesh": dict(placement.mesh.shape),
-    "backend": device.platform,
-    "device": _machine() if device.platform == "cpu" else device.device_kind,
-    "attention": policy.config.attention,
-    "logps_chunk": chunk_size,
-    "jax": [jax.__version__, jax.lib.__version__],
-    "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    "process": _PROCESS if device.platform == "gpu" else "",
-  }
-
-
-# Tells this process from any other.
-_PROCESS = uuid.uuid4().hex
-
-
-def _machine() -> list[Any]:
-  """The processor and the threads that XLA has: it rounds by both."""
-  info = epath.Path("/proc/cpuinfo")
-  lines = info.read_text().splitlines() if info.exists() else []
-  names = {
-    line.partition(":")[2].strip()
-    for line in lines
-    if line.startswith(("model name", "CPU part"))
-  }
-  has_affinity = hasattr(os, "sched_getaffinity")
-  threads = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-  return [
-    sorted(names) or platform.processor(),
-    int(os.environ.get("NPROC") or threads),
-  ]
-
-
-def read_layout(folder: epath.PathLike, key: str) -> dict[str, Any]:
-  """Returns the `scoring_layout` of a cache; {} of an older one."""
-  meta = json.loads((epath.Path(folder) / f"{key}.json").read_text())
-  return meta.get("layout", {})
-
-
-def load_cache(folder: epath.PathLike, key: str) -> np.ndarray | None:
-  """Reads a cache, or None if there is none that is whole.
-
-  Raises:
-    ValueError: the file does not agree with its digest.
-  """
-  path = epath.Path(folder) / f"{key}.npy"
-  meta_path = epath.Path(folder) / f"{key}.json"
-  if not (path.exists() and meta_path.exists()):
-    return None
-  content = path.read_bytes()
-  digest = hashlib.sha256(content).hexdigest()
-  if f'"{digest}"'.encode() not in meta_path.read_bytes():
-    raise ValueError(
-      f"{path} is damaged: its sha256 is not the one in {meta_path}. Delete"
-      " both, and the log-probs are computed again"
-    )
-  return np.load(io.BytesIO(content))
-
-
-def write_cache(
-  folder: epath.PathLike,
-  key: str,
-  logps: np.ndarray,
-  layout: Mapping[str, Any],
-) -> None:
-  """Writes a cache: the array first, then the manifest that vouches for it.
-
-  Args:
-    folder: of caches.
-    key: `cache_key`.
-    logps: f32 [N, K].
-    layout: `scoring_layout`.
-  """
-  folder = epath.Path(folder)
-  buffer = io.BytesIO()
-  np.save(buffer, logps)
-  content = buffer.getvalue()
-  meta = {
-    "sha256": hashlib.sha256(content).hexdigest(),
-    "shape": list(logps.shape),
-    "layout": layout,
-  }
-  write_atomically(folder / f"{key}.npy", content)
-  write_json(folder / f"{key}.json", meta)

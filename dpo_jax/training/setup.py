@@ -1,7 +1,7 @@
-"""A run, built from its config and checked before it starts.
+"""Builds a run from its config, and checks it before it starts.
 
-Mistakes in a config, its data or its mesh are found here, where nothing has
-been compiled, loaded or overwritten yet.
+Mistakes in a config, its data or its mesh are found here, before anything is
+compiled, loaded or overwritten.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from dpo_jax.data import sources
 from dpo_jax.data.pipeline import Data, Pipeline
 from dpo_jax.losses import build_objective
 from dpo_jax.parallel import mesh
-from dpo_jax.parallel.placement import Placement
+from dpo_jax.parallel.pmap import make_placement
 from dpo_jax.records import resume
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.training import evaluation
@@ -26,12 +26,12 @@ from dpo_jax.training.program import Program, build_program, needs_value_head
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """All that is fixed for a run: its program, data and judges.
+  """All that a run consists of: its program, data and judges.
 
   Attributes:
     config: resolved.
     workdir: run directory.
-    program: what is compiled.
+    program: all that is compiled.
     data: batches.
     judge: judge of samples in an evaluation, or None.
     online_judge: judge of sampled responses in training, or None.
@@ -55,7 +55,7 @@ class Run:
 
   @property
   def starts_as_reference(self) -> bool:
-    """Whether policy and reference are the same before the first step."""
+    """Whether policy and reference are equal before the first step."""
     return self.reference_init == self.config.policy.init
 
 
@@ -130,13 +130,15 @@ def program_for(
     config: resolved.
     source: source of the policy.
     vocab_size: ids that the tokenizer may give.
-    on: mesh, where it is not one of this machine's devices.
+    on: mesh of other devices than this machine's.
 
   Raises:
     ValueError: sizes that the model or the mesh cannot take, or see
       `program.build_program`.
   """
-  placement = Placement(on or mesh.make_mesh(config.mesh), config.parallelism)
+  placement = make_placement(
+    on or mesh.make_mesh(config.mesh), config.parallelism
+  )
   policy = source.policy(
     config.policy,
     vocab_size=vocab_size,
@@ -159,7 +161,7 @@ def build_run(config: Any, workdir: Workdir, *, on: Mesh | None = None) -> Run:
   Args:
     config: complete.
     workdir: run directory.
-    on: mesh, where it is not one of this machine's devices.
+    on: mesh of other devices than this machine's.
 
   Raises:
     ValueError: a mistake in the config, its data or its mesh.

@@ -1,11 +1,10 @@
 """Checks that a run starts as its reference: loss log 2, zero margins.
 
-Like is compared with like. Log-probs of two programs, or of two layouts of a
-batch, differ by rounding, and in bfloat16 that rounding is large: up to a nat
-for a response. So cached log-probs are computed again by the program and in
-the layout that they came from, where they must be the same to 1e-5 nats; from
-another layout, policy and reference are compared in float32. The rounding
-between scoring and training is measured and logged.
+Log-probs of two programs, or of two layouts of a batch, differ by rounding. In
+bfloat16 that rounding is large: up to a nat for a response. So cached log-probs
+are computed again by the same program in the same layout, and must agree to
+1e-5 nats. From another layout, policy and reference are compared in float32.
+The rounding between scoring and training is measured and logged.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from dpo_jax.types import Sequences
 
 _LOG = logging.getLogger(__name__)
 
-# What the same program may differ by on the same rows, nats.
+# Largest difference of one program on the same rows, nats.
 _SAME_PROGRAM = 1e-5
 # Groups that are compared in float32.
 _NUM_COMPARED = 64
@@ -43,17 +42,17 @@ def check_in_its_layout(
   logps: np.ndarray,
   placement: Placement,
 ) -> None:
-  """Scores some groups again as the cache was made.
+  """Scores some groups again, in the layout of the cache.
 
   Args:
     step: `reference.make_logps_step`.
-    params: the policy's, without adapters.
+    params: parameters of the policy, without adapters.
     loader: all groups of the cache, in its layout.
     logps: f32 [N, K], the cache.
     placement: mesh.
 
   Raises:
-    StartError: beyond 1e-5 nats, whatever the dtype.
+    StartError: a difference above 1e-5 nats, in any dtype.
   """
   last = loader.num_eval_batches() - 1
   again = reference.compute_logps(
@@ -78,18 +77,18 @@ def check_in_float32(
   placement: Placement,
   chunk_size: int,
 ) -> None:
-  """Scores some groups by policy and reference, in float32 compute.
+  """Scores some groups by policy and reference, computing in float32.
 
   Args:
     policy: the decoder, without adapters.
-    params: the policy's.
-    ref_params: of `reference.init`.
+    params: parameters of the policy.
+    ref_params: parameters of `reference.init`.
     loader: groups.
     placement: mesh.
     chunk_size: see `logps.chunked_token_figures`.
 
   Raises:
-    StartError: they differ by more than float32 rounds.
+    StartError: they differ by more than float32 rounding.
   """
   wide = Policy(dataclasses.replace(policy.config, compute_dtype="float32"))
   step = reference.make_logps_step(wide, placement, chunk_size)
@@ -131,16 +130,16 @@ def check_adapters(params: Any) -> None:
 def rounding_bound(
   num_tokens: np.ndarray, logps: np.ndarray, dtype: str = "float32"
 ) -> np.ndarray:
-  """Bounds what rounding makes of a response's log-prob: nats.
+  """Bounds the rounding error of a response's log-prob, in nats.
 
   Rounding of a token's log-prob is random, so that of a sum grows with the
-  root of its length; the sum itself is float32. Sixteen is some six times
-  what two layouts of the same model differ by in float32.
+  root of its length; the sum itself is float32. The factor of 16 is about six
+  times the difference of two layouts of the same model in float32.
 
   Args:
     num_tokens: [B, K] scored tokens.
     logps: f32 [B, K].
-    dtype: of the matmuls.
+    dtype: dtype of the matmuls.
   """
   allowed = 16 * float(jnp.finfo(dtype).eps)
   allowed = allowed * np.sqrt(np.maximum(num_tokens, 1.0))
@@ -150,17 +149,17 @@ def rounding_bound(
 def check_first_batch(
   sequences: Sequences, loss: float, *, dtype: str, is_live: bool
 ) -> None:
-  """Measures what is left of the log-ratios in the first training batch.
+  """Checks that the log-ratios of the first training batch are rounding.
 
   Args:
-    sequences: of the batch, numpy.
-    loss: its mean.
-    dtype: of the matmuls.
+    sequences: sequences of the batch, numpy.
+    loss: mean loss of the batch.
+    dtype: dtype of the matmuls.
     is_live: whether the reference ran in the same program as the policy.
 
   Raises:
-    StartError: the log-ratios are larger than rounding explains. Of cached
-      log-probs in bfloat16 it is not bounded: they are from another program.
+    StartError: the log-ratios are larger than rounding explains. For cached
+      log-probs in bfloat16, which another program computed, there is no bound.
   """
   log_ratios = np.where(
     sequences.valid, sequences.logps - sequences.ref_logps, 0.0

@@ -1,25 +1,25 @@
 """The loader: a batch is a function of (seed, step)."""
 
 from collections import Counter
+import concurrent.futures
 import dataclasses
 import itertools
 import math
 import threading
-import time
 
 import jax
 import numpy as np
 import pytest
 
-from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import packing
-from dpo_jax.data.loader import Loader, make_plan, prefetch
+from dpo_jax.data import batch_plan, packing
+from dpo_jax.data.batch_plan import make_plan
+from dpo_jax.data.loader import Loader, prefetch
 from dpo_jax.data.store import Store
 from tests import tiny
 
 
 def make_store(groups):
-  """A store in memory; scores tell the groups apart."""
+  """Makes a store in memory; all scores differ."""
   shape = (len(groups), len(groups[0]) - 1)
   return Store.from_groups(groups, np.arange(math.prod(shape)).reshape(shape))
 
@@ -52,7 +52,7 @@ def make_loader(
 
 
 def groups_of(batch):
-  """Which groups a batch holds, ascending."""
+  """Returns the groups of a batch, ascending."""
   return sorted(batch.example_ids[batch.example_ids >= 0].tolist())
 
 
@@ -84,7 +84,7 @@ def test_every_step_has_exactly_batch_size_groups(batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 23, 30])
-def test_every_group_comes_once_an_epoch(batch_size):
+def test_every_epoch_has_every_group_once(batch_size):
   """Epochs follow each other without a gap, also within a batch."""
   num = 23
   loader = make_loader(num=num, batch_size=batch_size)
@@ -103,7 +103,7 @@ def test_only_the_given_groups_are_used():
   assert seen == dict.fromkeys(indices, 2)
 
 
-def test_another_seed_is_another_order():
+def test_seeds_give_different_orders():
   orders = {tuple(make_loader(seed=s).order(0).tolist()) for s in range(20)}
   assert len(orders) == 20
 
@@ -132,9 +132,7 @@ def test_a_loader_without_groups_is_refused():
 
 @pytest.mark.parametrize("layout", packing.LAYOUTS)
 @pytest.mark.parametrize("process_count", [1, 2, 4])
-def test_processes_hold_the_rows_of_the_batch_between_them(
-  process_count, layout
-):
+def test_rows_of_all_processes_are_the_whole_batch(process_count, layout):
   fields = dict(num=23, batch_size=7, row_multiple=4, layout=layout)
   whole = make_loader(**fields)
   parts = [
@@ -153,7 +151,7 @@ def test_processes_hold_the_rows_of_the_batch_between_them(
     assert_equal(joined, whole.eval_batch(index))
 
 
-def test_a_process_may_have_no_groups():
+def test_a_process_without_groups_has_the_same_shape():
   fields = dict(num=3, batch_size=1, row_multiple=4)
   batches = [
     make_loader(**fields, process_index=p, process_count=4).batch(0)
@@ -179,7 +177,7 @@ def test_eval_batches_cover_every_group_once(batch_size):
   assert 1 <= sizes[-1] <= batch_size
 
 
-def test_eval_batches_go_by_length_and_not_by_seed():
+def test_eval_batches_are_sorted_by_length_for_any_seed():
   loaders = [make_loader(seed=s) for s in (0, 1)]
   longest = 0
   totals = loaders[0].store.lengths.sum(1)
@@ -191,8 +189,8 @@ def test_eval_batches_go_by_length_and_not_by_seed():
     longest = found.max()
 
 
-def test_eval_batches_of_flat_rows_take_the_same_tokens():
-  """Lengths are dealt out, so that one shape serves nearly all."""
+def test_eval_batches_of_flat_rows_have_similar_token_counts():
+  """Groups of all lengths are in each batch, so one shape holds nearly all."""
   loader = make_loader(num=64, batch_size=8, row_tokens=0, row_multiple=1)
   sizes = [
     (loader.eval_batch(i).segments > 0).sum()
@@ -232,7 +230,7 @@ def test_shapes_come_from_the_plan(layout, row_tokens, max_shapes):
 
 
 @pytest.mark.parametrize("row_multiple", [1, 4])
-def test_flat_rows_pad_less_than_a_tenth(row_multiple):
+def test_flat_rows_are_less_than_a_tenth_padding(row_multiple):
   """On lengths like those of real preference data."""
   rng = np.random.default_rng(0)
   lengths = np.exp(rng.normal(4.4, 0.6, (256, 3))).astype(int).clip(1, 400)
@@ -247,7 +245,7 @@ def test_flat_rows_pad_less_than_a_tenth(row_multiple):
 @pytest.mark.parametrize("layout", packing.LAYOUTS)
 @pytest.mark.parametrize("row_multiple", [1, 4])
 def test_the_largest_shape_holds_the_worst_batch(layout, row_multiple):
-  """Four groups in 300 are long: no trial draws all of them, and twice."""
+  """Four of 300 groups are long: no trial batch holds all of them twice."""
   big = [np.full(90, 1, np.int32)] * 3
   loader = make_loader(
     groups=[*tiny.make_groups(296), *[big] * 4],
@@ -261,8 +259,8 @@ def test_the_largest_shape_holds_the_worst_batch(layout, row_multiple):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_ladder_wastes_least(seed):
-  """Against every ladder there is."""
+def test_cheapest_ladder_is_optimal(seed):
+  """Against all ladders."""
   rng = np.random.default_rng(seed)
   needs = rng.integers(1, 9, 20)
   sizes = np.unique(needs)
@@ -272,7 +270,7 @@ def test_a_ladder_wastes_least(seed):
     return (ladder[np.searchsorted(ladder, needs)] - needs).sum()
 
   for num_steps in (1, 2, 3, 20):
-    ladder = loader_lib._cheapest_ladder(needs, num_steps)
+    ladder = batch_plan._cheapest_ladder(needs, num_steps)
     assert len(ladder) <= num_steps and ladder == sorted(ladder)
     least = min(
       waste((*steps, sizes[-1]))
@@ -283,7 +281,7 @@ def test_a_ladder_wastes_least(seed):
 
 
 def test_the_largest_row_count_holds_the_worst_batch():
-  """One group in fifty fills a row; a batch of such groups alone must fit."""
+  """One of fifty groups fills a row; a batch of this group alone must fit."""
   small = tiny.make_groups(49)
   big = [np.full(20, 1, np.int32)] * 3
   loader = make_loader(groups=[*small, big], batch_size=6, row_multiple=1)
@@ -294,8 +292,8 @@ def test_the_largest_row_count_holds_the_worst_batch():
   assert batch.tokens.shape[0] == loader.plan.shapes[-1].num_rows == 6
 
 
-def test_groups_of_one_row_are_limited_by_the_plan():
-  """A batch of the shortest groups would put more into a row than trials."""
+def test_plan_limits_the_groups_of_a_row():
+  """A batch of the shortest groups alone would put more into a row."""
   groups = [[np.full(n, 1, np.int32)] * 3 for n in [1] * 6 + [10] * 60]
   loader = make_loader(groups=groups, batch_size=6, row_multiple=1)
   assert loader.plan.shapes[0].row.num_groups < 6
@@ -304,15 +302,32 @@ def test_groups_of_one_row_are_limited_by_the_plan():
   assert groups_of(batch) == list(range(6))
 
 
-def test_a_plan_s_rows_take_the_groups_that_fit():
+def test_plan_has_room_for_the_groups_that_fit_a_row():
   groups = [[np.full(7, 1, np.int32)] * 3] * 20  # 21 tokens: three in 64
   loader = make_loader(groups=groups, batch_size=8, row_multiple=1)
   assert loader.plan.shapes[0].row.num_groups == 3
   assert [shape.num_rows for shape in loader.plan.shapes] == [3, 8]
 
 
-def test_a_plan_is_the_same_on_every_process():
-  assert make_loader(seed=0).plan == make_loader(seed=1).plan
+@pytest.mark.parametrize("row_tokens", [0, 64])
+def test_all_processes_have_the_same_batch_shapes(row_tokens):
+  """Also where numpy's global generator differs between processes."""
+  loaders = []
+  for index in range(2):
+    np.random.seed(index)
+    loaders.append(
+      make_loader(
+        num=60,
+        batch_size=12,
+        row_tokens=row_tokens,
+        process_index=index,
+        process_count=2,
+      )
+    )
+  assert loaders[0].plan == loaders[1].plan
+  for step in range(20):
+    shapes = [jax.tree.map(np.shape, loader.batch(step)) for loader in loaders]
+    assert shapes[0] == shapes[1]
 
 
 def test_a_plan_without_row_tokens_holds_the_longest_group():
@@ -322,7 +337,7 @@ def test_a_plan_without_row_tokens_holds_the_longest_group():
     assert loader.plan.shapes[-1].row.num_tokens >= taken.max()
 
 
-def test_rows_that_are_too_short_are_told_what_would_do():
+def test_error_for_short_rows_suggests_a_length():
   groups = [[np.full(30, 1, np.int32)] * 3, *tiny.make_groups(5)]
   with pytest.raises(ValueError) as caught:
     make_loader(groups=groups, row_tokens=64)
@@ -334,7 +349,7 @@ def test_rows_that_are_too_short_are_told_what_would_do():
   assert loader.plan.shapes[0].row.num_tokens == 128
 
 
-def test_an_unknown_layout_is_told_the_known_ones():
+def test_error_for_an_unknown_layout_lists_the_layouts():
   with pytest.raises(ValueError, match="'sharde' must be one of shared, pack"):
     make_loader(layout="sharde")
 
@@ -349,7 +364,7 @@ def test_prefetch_keeps_the_order(start, stop, depth):
   assert results == [i * i for i in range(start, stop)]
 
 
-def test_prefetch_works_ahead_of_its_reader():
+def test_prefetch_computes_ahead():
   second = threading.Event()
 
   def make(index):
@@ -364,47 +379,62 @@ def test_prefetch_works_ahead_of_its_reader():
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_prefetch_makes_no_more_than_its_depth_ahead(depth):
-  made = []
-  results = prefetch(made.append, 0, 100, depth=depth)
+def test_prefetch_computes_depth_items_ahead(depth):
+  made, all_made = [], threading.Event()
+
+  def make(index):
+    made.append(index)
+    if len(made) == 4 + depth:
+      all_made.set()
+
+  results = prefetch(make, 0, 100, depth=depth)
   for _ in range(4):
     next(results)
-  time.sleep(0.05)
-  assert len(made) <= 4 + depth
-  results.close()
+  assert all_made.wait(10)
+  results.close()  # waits for the thread
+  assert len(made) == 4 + depth
 
 
-def test_prefetch_stops_when_its_reader_does():
+def test_prefetch_stops_when_closed():
   made = []
   before = set(threading.enumerate())
   results = prefetch(made.append, 0, 1000)
   for _ in results:
     break
   results.close()
+  # The thread has ended, so no more can be made.
   assert set(threading.enumerate()) <= before
   assert len(made) <= 3
-  count = len(made)
-  time.sleep(0.05)
-  assert len(made) == count
 
 
-def test_what_was_prefetched_in_vain_is_not_made():
-  made, release = [], threading.Event()
+def test_prefetch_cancels_unstarted_work(monkeypatch):
+  made, started, release = [], threading.Event(), threading.Event()
 
   def make(index):
     made.append(index)
-    if index:
-      release.wait(10)
+    if index == 1:
+      started.set()
+      assert release.wait(10)
+
+  is_cancelled = []
+  cancel = concurrent.futures.Future.cancel
+
+  def spy(future):
+    is_cancelled.append(cancel(future))
+    if len(is_cancelled) == 6:
+      release.set()
+    return is_cancelled[-1]
 
   results = prefetch(make, 0, 100, depth=6)
   next(results)
-  # Closing waits for the one that is being made, and for no other.
-  threading.Timer(0.3, release.set).start()
+  assert started.wait(10)
+  monkeypatch.setattr(concurrent.futures.Future, "cancel", spy)
   results.close()
-  assert made in ([0], [0, 1])
+  assert is_cancelled == [False] + [True] * 5
+  assert made == [0, 1]
 
 
-def test_an_exception_comes_where_its_result_would_have():
+def test_prefetch_raises_in_place_of_the_result():
   def make(index):
     if index == 3:
       raise OSError("Input/output error")
@@ -416,7 +446,7 @@ def test_an_exception_comes_where_its_result_would_have():
     next(results)
 
 
-def test_prefetched_batches_are_the_loader_s():
+def test_prefetched_batches_equal_the_loader_s():
   loader = make_loader()
   batches = list(prefetch(loader.batch, 2, 8))
   for step, batch in zip(range(2, 8), batches, strict=True):

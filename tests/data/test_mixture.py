@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import mixture, packing
-from dpo_jax.data.loader import Loader, make_plan
+from dpo_jax.data.batch_plan import make_plan
+from dpo_jax.data.loader import Loader
 from dpo_jax.data.store import Store
 from tests import tiny
 

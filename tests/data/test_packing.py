@@ -355,7 +355,7 @@ def test_a_group_that_no_row_can_hold_is_named(num_tokens, num_scored, message):
       layout="shared",
     )
   assert message in str(caught.value)
-  assert "a row holds 10 and 5" in str(caught.value)
+  assert "a row holds 10, 5 of them" in str(caught.value)
 
 
 def test_padding_fraction_counts_the_slots_without_tokens():

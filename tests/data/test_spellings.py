@@ -128,7 +128,7 @@ def test_hiding_elsewhere_changes_no_token(kind, is_continuation, tmp_path):
     [tokenizers.AddedToken("<end>", lstrip=True, rstrip=True, special=True)]
   )
   tokenizer = HFTokenizer(folders.write_folder(tmp_path, trained))
-  encoder = (is_continuation and tokenizer._continuing) or tokenizer._encoder
+  encoder = tokenizer._continuing if is_continuation else tokenizer._encoder
   for text in (
     "<s><|user|>the cat</s>\n<|assistant|>",
     "the cat <end> sat</s></s>",

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from dpo_jax.data import loader, mismatched, store
+from dpo_jax.data import batch_plan, loader, mismatched, store
 from dpo_jax.data.examples import RecordError, parse_record
 from dpo_jax.data.reading import Reading
 from dpo_jax.data.tokenizers import HFTokenizer
@@ -200,7 +200,7 @@ def test_a_batch_scores_what_the_store_says(tmp_path, tokenizer):
   opened = build(records, tmp_path, tokenizer, "all")
 
   def plan(view):
-    return loader.make_plan(
+    return batch_plan.make_plan(
       view,
       np.arange(5),
       batch_size=3,

@@ -18,23 +18,9 @@ from dpo_jax.losses import (
 )
 from dpo_jax.types import Sequences
 from tests.losses import oracles
+from tests.losses.cases import NAMES, VARIANTS, WIDTH, as_groups
+from tests.tiny import make_sequences
 
-NAMES = sorted(CATALOGUE)
-WIDTH = {"first": 1, "single": 1, "pair": 2, "ranking": 4, "samples": 3}
-# Knobs beside the defaults that are worth a test of their own.
-VARIANTS = [(name, {}) for name in NAMES] + [
-  ("ipo", {"length_normalize": True}),
-  ("sft", {"per_sequence": True}),
-  ("cpo", {"sft_per_token": True}),
-  ("slic", {"sft_per_token": True}),
-  ("unlikelihood", {"token_level": True}),
-  ("alphapo", {"alpha": -0.25}),
-  ("kto", {"desirable_weight": 1.3, "undesirable_weight": 0.4}),
-  ("f_dpo", {"divergence": "forward_kl"}),
-  ("f_dpo", {"divergence": "jensen_shannon"}),
-  ("f_dpo", {"divergence": "alpha", "alpha": 0.3}),
-  ("aot", {"label_smoothing": 0.2}),
-]
 PAIRS = [name for name in NAMES if CATALOGUE[name].group == "pair"]
 MARGIN_ON_LOG_RATIOS = [
   name
@@ -46,85 +32,6 @@ MARGIN_ON_LOG_RATIOS = [
 LOGISTIC = [
   name for name in MARGIN_ON_LOG_RATIOS if "logistic" in CATALOGUE[name].link
 ]
-
-
-def make_sequences(num_slots, num=6, seed=0, scale=5.0):
-  """Random groups with every optional field, fp32."""
-  rng = np.random.default_rng(seed)
-  shape = (num, num_slots)
-  n = rng.integers(1, 40, shape).astype(np.float32)
-  logps = -n * rng.uniform(0.2, 2.0, shape)
-  gaps = {k: rng.normal(0, scale, shape) for k in ("ref", "head", "sampled")}
-  score = -np.sort(-rng.uniform(0, 4, shape), axis=1)
-  if num_slots == 1:
-    score = (np.arange(num) % 2).astype(float)[:, None]
-  fields = {
-    "logps": logps,
-    "num_tokens": n,
-    "score": score,
-    "ref_logps": logps + gaps["ref"],
-    "head_logps": 0.5 * logps,
-    "ref_head_logps": 0.5 * logps + gaps["head"],
-    "sampled_logps": 0.4 * logps,
-    "ref_sampled_logps": 0.4 * logps + gaps["sampled"],
-    "mismatched_logps": logps[:, 0] - 3.0,
-    "mismatched_ref_logps": logps[:, 0] - 3.0 - rng.normal(4, 2, num),
-    "complement_logps": -rng.uniform(0.1, 3.0, shape) * n,
-    "alignment": -rng.uniform(0.0, 1.0, shape),
-    "kl": rng.uniform(0, 3, shape),
-    "values": rng.normal(0, 2, shape),
-    "old_logps": logps + rng.normal(0, 0.3, shape),
-  }
-  # Four tokens of each response, the last of some of them padding.
-  fields |= {
-    "token_logps": rng.uniform(-3, 0, (*shape, 4)),
-    "old_token_logps": rng.uniform(-3, 0, (*shape, 4)),
-    "token_values": rng.normal(0, 1, (*shape, 4)),
-    "old_token_values": rng.normal(0, 1, (*shape, 4)),
-    "advantages": rng.normal(0, 1, (*shape, 4)),
-    "returns": rng.normal(0, 1, (*shape, 4)),
-  }
-  fields = {k: jnp.asarray(v, jnp.float32) for k, v in fields.items()}
-  mask = np.arange(4) < rng.integers(1, 5, (*shape, 1))
-  return Sequences(
-    **fields, token_mask=jnp.asarray(mask), valid=jnp.ones(shape, bool)
-  )
-
-
-def as_groups(sequences):
-  """The same as float64 lists, for the oracles."""
-  short = {
-    "logps": "lp",
-    "ref_logps": "ref",
-    "num_tokens": "n",
-    "score": "score",
-    "head_logps": "head",
-    "ref_head_logps": "ref_head",
-    "sampled_logps": "sampled",
-    "ref_sampled_logps": "ref_sampled",
-    "mismatched_logps": "other_lp",
-    "mismatched_ref_logps": "other_ref",
-    "complement_logps": "complement",
-    "alignment": "alignment",
-    "kl": "kl",
-    "values": "values",
-    "old_logps": "old_lp",
-    "token_mask": "mask",
-    "token_logps": "tokens",
-    "old_token_logps": "old_tokens",
-    "token_values": "token_values",
-    "old_token_values": "old_values",
-    "advantages": "advantages",
-    "returns": "returns",
-  }
-  num = sequences.logps.shape[0]
-  return [
-    {
-      key: np.asarray(getattr(sequences, field), np.float64)[i].tolist()
-      for field, key in short.items()
-    }
-    for i in range(num)
-  ]
 
 
 def build(name, **knobs):

@@ -1,4 +1,4 @@
-"""Blocked attention, against all scores at once."""
+"""Blockwise and splash attention, against dense attention."""
 
 import functools
 import os
@@ -22,7 +22,7 @@ from tests import tiny
 
 
 def random_batch(seed, num_slots, length, layout="shared", num_groups=0):
-  """Groups of random lengths; some prompts span blocks, some do not."""
+  """Packs groups of random lengths; some prompts span several blocks."""
   rng = np.random.default_rng(seed)
 
   def text(low, high):
@@ -42,7 +42,7 @@ def labels_of(batch):
 
 
 def values_and_grads(attend, batch, *, num_heads, num_kv_heads):
-  """Outputs of real tokens, and the gradients of a random sum of them."""
+  """Computes outputs of real tokens, and gradients of a random sum of them."""
   keys = jax.random.split(jax.random.key(0), 4)
   shape = (*batch.tokens.shape, num_heads, 8)
   kv_shape = (*batch.tokens.shape, num_kv_heads, 8)
@@ -63,17 +63,17 @@ def values_and_grads(attend, batch, *, num_heads, num_kv_heads):
   return out, *grads
 
 
-def spy_on_turns(monkeypatch):
-  """A set that gathers how many blocks of queries go together."""
+def spy_on_batches(monkeypatch):
+  """Returns a set of the numbers of query blocks processed in parallel."""
   seen = set()
-  num_lanes = blockwise._num_lanes
+  num_parallel = blockwise._num_parallel
 
   def spy(*args):
-    lanes = num_lanes(*args)
-    seen.add(lanes)
-    return lanes
+    found = num_parallel(*args)
+    seen.add(found)
+    return found
 
-  monkeypatch.setattr(blockwise, "_num_lanes", spy)
+  monkeypatch.setattr(blockwise, "_num_parallel", spy)
   return seen
 
 
@@ -87,8 +87,8 @@ def spy_on_turns(monkeypatch):
     (4, 256, 16, 12, None, 2, "shared"),
   ],
 )
-@pytest.mark.parametrize("lanes", [1, 3, 1000], ids=["one", "some", "all"])
-def test_blocks_equal_all_scores_at_once(
+@pytest.mark.parametrize("parallel", [1, 3, 1000], ids=["one", "some", "all"])
+def test_blockwise_equals_dense_attention(
   num_slots,
   length,
   size,
@@ -96,13 +96,15 @@ def test_blocks_equal_all_scores_at_once(
   soft_cap,
   kv_heads,
   layout,
-  lanes,
+  parallel,
   monkeypatch,
 ):
-  """Blocks of queries one by one, as on a CPU, or in lanes, as on a GPU."""
-  if lanes > 1:
+  """Query blocks one by one, as on a CPU, or in parallel, as on a GPU."""
+  if parallel > 1:
     monkeypatch.setattr(active_mesh, "platform", lambda: "gpu")
-    monkeypatch.setattr(blockwise, "_SCORES_OF_TURN", lanes * 4 * size**2)
+    monkeypatch.setattr(
+      blockwise, "_MAX_PARALLEL_SCORES", parallel * 4 * size**2
+    )
   batch = random_batch(num_slots, num_slots, length, layout)
   labels = labels_of(batch)
   rows = attention.make_rows(*labels, backend="dense")
@@ -118,7 +120,7 @@ def test_blocks_equal_all_scores_at_once(
     batch,
     **heads,
   )
-  turns = spy_on_turns(monkeypatch)
+  sizes = spy_on_batches(monkeypatch)
   got = values_and_grads(
     lambda q, k, v: blockwise.attend_blocks(q, k, v, blocks, **settings),
     batch,
@@ -127,13 +129,13 @@ def test_blocks_equal_all_scores_at_once(
   for one, other in zip(got, wanted, strict=True):
     np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
   num_blocks = blocks.starts.size
-  num_turns = -(-num_blocks // lanes)
-  assert turns == {-(-num_blocks // num_turns)}
+  num_batches = -(-num_blocks // parallel)
+  assert sizes == {-(-num_blocks // num_batches)}
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_no_block_that_is_needed_is_left_out(seed):
-  """Property, over random groups and windows: what the mask shows is read."""
+def test_key_blocks_cover_the_mask(seed):
+  """For random groups and windows."""
   rng = np.random.default_rng(seed)
   size, window = int(rng.choice([4, 8, 16])), int(rng.integers(1, 40))
   batch = random_batch(seed, int(rng.integers(1, 5)), 256)
@@ -154,7 +156,7 @@ def test_no_block_that_is_needed_is_left_out(seed):
       read[r, n, first_own : first_own + own] += 1
     assert read.max() <= 1, "a block is read twice"
     assert (read >= needed).all()
-    # What is read in vain is at an edge of a window, not whole groups.
+    # Blocks read without need are at the edge of a window, not whole groups.
     assert read.sum() <= 1.5 * needed.sum() + num
 
 
@@ -186,9 +188,7 @@ def test_no_array_of_length_squared(backend):
   ("num_slots", "window", "soft_cap", "kv_heads"),
   [(2, None, None, 4), (3, 20, None, 2), (2, None, 4.0, 1)],
 )
-def test_the_tpu_kernel_equals_all_scores_at_once(
-  num_slots, window, soft_cap, kv_heads
-):
+def test_splash_equals_dense_attention(num_slots, window, soft_cap, kv_heads):
   """Interpreted, in blocks of 128."""
   batch = random_batch(num_slots, num_slots, 256)
   labels = labels_of(batch)
@@ -219,8 +219,8 @@ def test_the_tpu_kernel_equals_all_scores_at_once(
   ("backend", "size"),
   [("xla", 16), pytest.param("splash", 256, marks=pytest.mark.slow)],
 )
-def test_parts_of_a_row_equal_the_whole(backend, size):
-  """What the devices of the axis `context` do, one behind the other."""
+def test_slices_of_queries_equal_the_whole_row(backend, size):
+  """The shards of the mesh axis `context`, one after the other."""
   batch = random_batch(5, 2, 768, num_groups=24)
   labels = labels_of(batch)
   rows = attention.make_rows(*labels, backend="dense")
@@ -260,7 +260,7 @@ def test_parts_of_a_row_equal_the_whole(backend, size):
   [(256, 64), (192, 192)],
   ids=["whole blocks", "parts of blocks"],
 )
-def test_the_context_axis_splits_queries_at_blocks(
+def test_context_axis_shards_queries_between_blocks(
   length, queries, monkeypatch
 ):
   batch = random_batch(5, 2, length)
@@ -292,8 +292,8 @@ def test_the_context_axis_splits_queries_at_blocks(
     np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
 
 
-def test_a_lane_at_its_end_adds_nothing(monkeypatch):
-  """What comes behind it looks like its own: rows of one whole group each."""
+def test_finished_query_block_adds_nothing(monkeypatch):
+  """Its next key blocks belong to another row with the same labels."""
   groups = [
     [np.arange(64), np.arange(96), np.arange(96)],
     [np.arange(100), np.arange(56), np.arange(100)],
@@ -328,7 +328,7 @@ def block_size(length, groups_per_row):
   return rows.blocks.positions.shape[2]
 
 
-def test_long_groups_are_cut_into_large_blocks():
+def test_long_groups_get_large_blocks():
   assert block_size(2752, 8) == 64
   assert block_size(3072, 1) == 256
   assert block_size(3072, 3) == 64
@@ -336,7 +336,7 @@ def test_long_groups_are_cut_into_large_blocks():
   assert block_size(12288, 8) == 128
 
 
-def test_blocks_are_small_enough_for_the_context_axis_to_split_queries():
+def test_block_size_divides_context_shards():
   with jax.set_mesh(tiny.make_placement({"data": 2, "context": 4}).mesh):
     assert block_size(3072, 1) == 256
     assert block_size(3584, 1) == 128  # 896 queries a device
@@ -344,7 +344,7 @@ def test_blocks_are_small_enough_for_the_context_axis_to_split_queries():
     assert block_size(12300, 1) == 512  # no size splits 3,075
 
 
-def test_a_batch_says_how_many_groups_share_a_row(monkeypatch):
+def test_groups_per_row_come_from_the_batch(monkeypatch):
   batch = random_batch(0, 2, 256)
   seen = []
   make_rows = attention.make_rows
@@ -365,7 +365,7 @@ def test_a_batch_says_how_many_groups_share_a_row(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_intervals_are_the_mask(seed):
+def test_splash_intervals_equal_the_mask(seed):
   window = int(np.random.default_rng(seed).integers(1, 40))
   batch = random_batch(seed, 3, 192)
   labels = labels_of(batch)
@@ -428,8 +428,8 @@ assert "custom-call" in compiled.as_text()
 
 
 @pytest.mark.slow
-def test_the_tpu_kernel_compiles_for_a_tpu():
-  """On a mesh that splits rows, heads and queries, with windows and caps."""
+def test_splash_compiles_for_a_tpu():
+  """On a mesh that shards rows, heads and queries, with windows and caps."""
   pytest.importorskip("libtpu")
   quiet = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -450,8 +450,8 @@ def test_the_tpu_kernel_compiles_for_a_tpu():
   assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_backends_agree_on_a_mesh():
-  """Rows and heads split over devices: what one device gives."""
+def test_blockwise_attention_is_the_same_on_a_mesh():
+  """Rows and heads are sharded over devices."""
   batch = random_batch(0, 2, 256)
   batch = jax.tree.map(lambda x: np.concatenate([x, x])[:2], batch)
   labels = labels_of(batch)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.models import attention, decoder, rotary
+from dpo_jax.models import attention, layers, rotary
 from dpo_jax.models.config import Lora
 from tests import tiny
 
@@ -159,7 +159,7 @@ def test_a_projection_has_autodiff_s_gradient(inputs, outputs):
     return jnp.tensordot(x, kernel, len(inputs))
 
   def project(x, kernel):
-    return decoder._project(x, kernel, len(inputs), None)
+    return layers.project(x, kernel, len(inputs), None)
 
   np.testing.assert_allclose(
     project(x, kernel), plain(x, kernel), rtol=1e-5, atol=1e-5

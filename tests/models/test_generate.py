@@ -126,7 +126,7 @@ def test_filters_equal_a_loop():
 @pytest.mark.parametrize(
   ("prompts", "kwargs", "message"),
   [
-    ([[1], []], {}, "hold no tokens"),
+    ([[1], []], {}, "have no tokens"),
     ([[1]], {"temperature": -1.0}, "temperature=-1"),
     ([[1]], {"top_p": 0.0}, "top_p=0"),
     ([[1] * 500], {"max_response_tokens": 20}, "max_positions=512"),
@@ -143,7 +143,7 @@ def test_a_mesh_changes_no_sample(model, temperature):
   policy, params = model
   wanted = sample(policy, params, PROMPTS, temperature=temperature)
   mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-  placement = Placement(mesh, "jit")
+  placement = Placement(mesh)
   placed = jax.device_put(params, partition_rules.param_shardings(params, mesh))
   # Three of them, on four devices that split rows.
   got = sample(

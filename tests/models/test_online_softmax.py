@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.models import logps as logps_lib
-from dpo_jax.models import online_softmax
+from dpo_jax.models import vocabulary_blocks
 from dpo_jax.models.decoder import Readout
 from dpo_jax.parallel import active_mesh
 from dpo_jax.parallel import mesh as mesh_lib
@@ -109,7 +109,9 @@ def assert_close(got, wanted, tolerance=2e-5):
 @pytest.mark.parametrize("chunk_size", [5, 100])
 def test_blocks_equal_the_whole_vocabulary(chunk_size, monkeypatch):
   """1003 columns: three blocks of 256 and a rest."""
-  monkeypatch.setattr(online_softmax, "CPU", online_softmax.Sizes(256, 1))
+  monkeypatch.setattr(
+    vocabulary_blocks, "CPU", vocabulary_blocks.TileSizes(256, 1)
+  )
   x = inputs()
   got = with_gradients(lambda x: blocked_vocabulary(x, chunk_size), x)
   assert_close(got, with_gradients(whole_vocabulary, x))
@@ -118,7 +120,9 @@ def test_blocks_equal_the_whole_vocabulary(chunk_size, monkeypatch):
 def test_the_layout_of_an_accelerator_gives_the_same(monkeypatch):
   monkeypatch.setattr(active_mesh, "platform", lambda: "gpu")
   monkeypatch.setattr(
-    online_softmax, "ACCELERATOR", online_softmax.Sizes(256, 1)
+    vocabulary_blocks,
+    "ACCELERATOR",
+    vocabulary_blocks.TileSizes(256, 1),
   )
   x = inputs(has_bias=True)
   wanted = with_gradients(whole_vocabulary, x)
@@ -127,7 +131,9 @@ def test_the_layout_of_an_accelerator_gives_the_same(monkeypatch):
 
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
 def test_a_bias_and_a_soft_cap_are_part_of_the_logits(soft_cap, monkeypatch):
-  monkeypatch.setattr(online_softmax, "CPU", online_softmax.Sizes(256, 1))
+  monkeypatch.setattr(
+    vocabulary_blocks, "CPU", vocabulary_blocks.TileSizes(256, 1)
+  )
   x = inputs(has_bias=True, soft_cap=soft_cap)
   got = with_gradients(lambda x: blocked_vocabulary(x, 5), x)
   assert {len(arrays) for arrays in got.values()} == {4}
@@ -135,7 +141,9 @@ def test_a_bias_and_a_soft_cap_are_part_of_the_logits(soft_cap, monkeypatch):
 
 
 def test_large_logits_stay_finite(monkeypatch):
-  monkeypatch.setattr(online_softmax, "CPU", online_softmax.Sizes(256, 1))
+  monkeypatch.setattr(
+    vocabulary_blocks, "CPU", vocabulary_blocks.TileSizes(256, 1)
+  )
   x, names = inputs(spread=60.0), ("logps", "kl")
   got = with_gradients(lambda x: blocked_vocabulary(x, 100), x, names)
   for arrays in got.values():
@@ -183,7 +191,9 @@ def on_mesh(x, mesh):
 def test_a_sharded_vocabulary_gives_the_same(
   sizes, num_rows, vocab_size, monkeypatch
 ):
-  monkeypatch.setattr(online_softmax, "CPU", online_softmax.Sizes(256, 1))
+  monkeypatch.setattr(
+    vocabulary_blocks, "CPU", vocabulary_blocks.TileSizes(256, 1)
+  )
   axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
   axes = {axis: axes.get(axis, 1) for axis in mesh_lib.AXES}
   mesh = mesh_lib.make_mesh(axes, jax.devices()[: int(np.prod(sizes))])
@@ -200,7 +210,9 @@ def test_a_sharded_vocabulary_gives_the_same(
 @pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
 def test_devices_meet_once_a_block_whatever_the_chunks(axis, monkeypatch):
   """Each column's gradient is summed once, and gathered once a pass."""
-  monkeypatch.setattr(online_softmax, "CPU", online_softmax.Sizes(256, 1))
+  monkeypatch.setattr(
+    vocabulary_blocks, "CPU", vocabulary_blocks.TileSizes(256, 1)
+  )
   sizes = dict.fromkeys(mesh_lib.AXES, 1) | {axis: 2}
   mesh = mesh_lib.make_mesh(sizes, jax.devices()[:2])
   x = inputs(num_rows=4, length=256, depth=32, vocab_size=4096)
@@ -227,13 +239,13 @@ def test_devices_meet_once_a_block_whatever_the_chunks(axis, monkeypatch):
 
 
 def test_chunks_are_of_equal_size():
-  sizes = online_softmax.Sizes(positions=256, logits=2**20)
+  sizes = vocabulary_blocks.TileSizes(positions=256, logits=2**20)
   assert sizes.chunk(num_rows=1, length=100) == 100
   assert sizes.chunk(num_rows=1, length=512) == 256
   assert sizes.chunk(num_rows=1, length=600) == 200
   assert sizes.chunk(num_rows=8, length=600) == 32
   assert sizes.columns(256) == 4096
-  assert sizes.columns(10**6) == online_softmax.LEAST_COLUMNS
+  assert sizes.columns(10**6) == vocabulary_blocks.MIN_COLUMNS
 
 
 def temporary_bytes(depth, length, vocab_size):

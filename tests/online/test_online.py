@@ -1,5 +1,6 @@
 """On-policy batches: what is sampled, judged, kept, and learned from."""
 
+import json
 import types
 
 from etils import epath
@@ -12,9 +13,12 @@ from dpo_jax.config import resolve
 from dpo_jax.data import tokenizers
 from dpo_jax.judges.classifier import Classifier
 from dpo_jax.models import logps as logps_lib
+from dpo_jax.online import rollouts
 from dpo_jax.records.metrics import read_metrics
+from dpo_jax.records.workdir import Workdir
 from dpo_jax.train import Preempted, train
-from dpo_jax.training import step as step_lib
+from dpo_jax.training import forward, initial_state
+from dpo_jax.training.setup import build_run
 from tests import faults, tiny
 
 pytestmark = pytest.mark.usefixtures("in_haste")
@@ -100,7 +104,7 @@ def test_log_probs_of_single_tokens_sum_to_the_response_s():
   policy = tiny.make_policy(value_head=True)
   params = tiny.make_params(policy)
   batch = tiny.pack(tiny.make_groups(4))
-  sequences = step_lib.read_sequences(
+  sequences = forward.read_sequences(
     policy,
     params,
     None,
@@ -116,18 +120,16 @@ def test_log_probs_of_single_tokens_sum_to_the_response_s():
   assert sequences.token_values.shape == sequences.token_logps.shape
 
 
-def make_source(responses, rewards, **settings):
-  """An OnPolicy that has been told what was sampled; labels only."""
-  source = object.__new__(online.OnPolicy)
-  known = dict(label="argmax", flips=0.0)
-  source._settings = types.SimpleNamespace(**(known | settings))
-  source._config = types.SimpleNamespace(seed=0)
-  return source._label(0, np.array(responses), np.array(rewards, float))
+def label_pairs(responses, rewards, **settings):
+  known = dict(label="argmax", flips=0.0, rng=np.random.default_rng(0))
+  return rollouts.label_pairs(
+    np.array(responses), np.array(rewards, float), **(known | settings)
+  )
 
 
 def test_the_best_is_held_against_the_worst_and_ties_are_left_out():
   responses = [[[1], [2], [3]], [[4], [5], [6]], [[7], [7], [7]]]
-  pairs, score, is_tied = make_source(
+  pairs, score, is_tied = label_pairs(
     responses, [[0.0, 2.0, 1.0], [1.0, 1.0, 1.0], [3.0, 1.0, 2.0]]
   )
   assert pairs[0].tolist() == [[2], [1]]
@@ -140,9 +142,9 @@ def test_bradley_terry_labels_and_flips_have_their_rates():
   num = 4000
   responses = np.tile([[[1], [2]]], (num, 1, 1))
   rewards = np.tile([[1.0, 0.0]], (num, 1))
-  first = make_source(responses, rewards, label="bradley_terry")[0][:, 0, 0]
+  first = label_pairs(responses, rewards, label="bradley_terry")[0][:, 0, 0]
   assert (first == 1).mean() == pytest.approx(1 / (1 + np.exp(-1)), abs=0.03)
-  first = make_source(responses, rewards, flips=0.2)[0][:, 0, 0]
+  first = label_pairs(responses, rewards, flips=0.2)[0][:, 0, 0]
   assert (first == 1).mean() == pytest.approx(0.8, abs=0.03)
 
 
@@ -170,18 +172,12 @@ def test_a_snapshot_comes_back_whole_or_not_at_all(tmp_path):
 
 def test_a_response_that_was_cut_off_goes_on_at_its_last_value():
   """The last return is V after the last token; 0 where it ended of itself."""
-  source = object.__new__(online.OnPolicy)
-  source._tokenizer = types.SimpleNamespace(
-    stop_ids=(9, 7), eos_id=9, vocab_size=10
-  )
+  tokenizer = types.SimpleNamespace(stop_ids=(9, 7), eos_id=9, vocab_size=10)
   responses = np.array([[[1, 9, -1], [1, 2, 3]], [[7, -1, -1], [4, 5, 7]]])
-  is_cut = source._are_cut(responses)
+  is_cut = rollouts.are_cut(responses, tokenizer)
   assert is_cut.tolist() == [[False, True], [False, False]]
   letters = tokenizers.LetterTokenizer(4)  # its texts have one length
-  other = object.__new__(online.OnPolicy)
-  other._tokenizer = letters
-  assert not other._are_cut(np.ones((2, 2, 3), int)).any()
-  source._settings = types.SimpleNamespace(discount=1.0, gae_lambda=1.0)
+  assert not rollouts.are_cut(np.ones((2, 2, 3), int), letters).any()
   mask = responses >= 0
   zeros = np.zeros(responses.shape, np.float32)
   measured = {
@@ -192,7 +188,9 @@ def test_a_response_that_was_cut_off_goes_on_at_its_last_value():
     "values": np.array([[5.0, 5.0], [5.0, 5.0]], np.float32),
   }
   rewards = np.array([[1.0, 2.0], [3.0, 4.0]])
-  fields = source._advantages(rewards, measured, is_cut, 0.0)
+  fields = rollouts.advantage_fields(
+    rewards, measured, is_cut, kl_weight=0.0, discount=1.0, gae_lambda=1.0
+  )
   # Without values and discount a return is the reward, and what comes after.
   wanted = np.where(is_cut, rewards + 5.0, rewards)[..., None] * mask
   np.testing.assert_allclose(fields["returns"], wanted, rtol=1e-6)
@@ -257,6 +255,41 @@ def test_a_resume_between_two_samplings_changes_nothing(
   if loss != "dpo":
     assert sampled[1]["kl_weight"] == pytest.approx(0.05 * (1 - 0.1 * 0.2))
   assert all(row["grad_norm"] > 0 for row in whole if "grad_norm" in row)
+
+
+def test_prompts_of_a_mixture_are_sampled_by_their_weights(tmp_path):
+  """One prompt of two sources is too long; the others keep their shares."""
+  rows = {
+    "a": [
+      {"prompt": f"{i} a", "chosen": " x", "rejected": " y"} for i in range(4)
+    ],
+    "b": [
+      {"prompt": f"{i} b", "chosen": " x", "rejected": " y"} for i in range(9)
+    ],
+  }
+  rows["a"][0]["prompt"] = "0" * 60 + " a"
+  entries = []
+  for (name, records), weight in zip(rows.items(), (3.0, 1.0), strict=True):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in records))
+    entries.append({"source": f"jsonl:{path}", "weight": weight})
+  limit = tiny.make_policy().config.max_positions - 20
+  config = run_config(
+    tmp_path,
+    "dpo",
+    data__source="",
+    data__sources=tuple(entries),
+    online__max_response_tokens=limit,
+  )
+  run = build_run(config, Workdir.at(tmp_path / "run"))
+  params = initial_state.load_params(run, run.config.policy.init)
+  state = run.program.make_state(params, None)
+  loader, _ = online.open_loaders(run, state, label="")
+  loader.begin(0, state.policy_params, oldest=0)
+  drawn = np.concatenate([loader.order(step) for step in range(3)])
+  assert 0 not in drawn  # the long one
+  assert (drawn < 4).sum() > (drawn >= 4).sum()
+  assert all(loader.batch(step).tokens.any() for step in range(3))
 
 
 @pytest.mark.slow

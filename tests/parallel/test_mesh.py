@@ -13,9 +13,11 @@ import pytest
 from dpo_jax.losses import build_objective
 from dpo_jax.models import partition_rules
 from dpo_jax.models.config import Lora
-from dpo_jax.models.decoder import Projection
+from dpo_jax.models.layers import Projection
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel.placement import Placement
+from dpo_jax.parallel.pmap import make_placement
+from dpo_jax.training import gradients
 from dpo_jax.training import step as step_lib
 from dpo_jax.types import TrainState
 from tests import tiny
@@ -58,7 +60,8 @@ def run_step(
 ):
   """Two SGD steps: parameters and metrics on the host."""
   devices = jax.devices()[: np.prod(list(sizes.values()))]
-  placement = Placement(mesh_lib.make_mesh(sizes, devices), parallelism)
+  mesh = mesh_lib.make_mesh(sizes, devices)
+  placement = make_placement(mesh, parallelism)
   policy = tiny.make_policy()
   params = tiny.make_params(policy)
   optimizer = optax.sgd(1e-2)
@@ -82,8 +85,7 @@ def run_step(
     ),
     shardings,
   )
-  if parallelism == "jit":
-    step = mesh_lib.on_mesh(placement.mesh)(step)
+  step = placement.bind(step)
   batch = placement.place_training_batch(make_batch())
   if is_frozen:
     batch = batch.replace(ref_logps=None)
@@ -194,7 +196,7 @@ def test_moments_lie_as_their_parameters_do():
 
 def test_split_rows_gives_every_part_its_share():
   batch = make_batch(num_rows=16)
-  parts = step_lib.split_rows(batch, 4)
+  parts = gradients.split_rows(batch, 4)
   assert parts.tokens.shape == (4, 4, 64)
   for part in range(4):
     np.testing.assert_array_equal(parts.tokens[part], batch.tokens[part::4])
@@ -294,7 +296,7 @@ def test_processes_that_hold_the_same_rows_read_the_same(
     devices=devices.reshape(tuple(shape.values())), shape=shape, size=8
   )
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  assert Placement(mesh, "jit").row_reader == share
+  assert Placement(mesh).row_reader == share
 
 
 def test_activations_are_split_along_the_row():
@@ -341,4 +343,4 @@ def test_an_uncovered_parameter_is_refused():
 
 def test_pmap_wants_all_devices_on_data():
   with pytest.raises(ValueError, match="must be on the mesh axis 'data'"):
-    Placement(mesh_lib.make_mesh(MESHES[3]), "pmap")
+    make_placement(mesh_lib.make_mesh(MESHES[3]), "pmap")

@@ -13,7 +13,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from dpo_jax import plan
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.models import presets
 from dpo_jax.models.config import REMAT_POLICIES
@@ -23,7 +22,10 @@ from dpo_jax.parallel.placement import Placement
 from dpo_jax.planning import (
   compilation,
   hlo,
+  remedies,
+  report,
   roofline,
+  sweep,
   topology,
 )
 from dpo_jax.records.workdir import Workdir
@@ -166,7 +168,7 @@ class Step:
 
 def make_report(step, monkeypatch):
   monkeypatch.setattr(Placement, "compile_step", lambda self, *arguments: step)
-  return plan.report(dataclasses.replace(make_request(), price=1.0))
+  return report.report(dataclasses.replace(make_request(), price=1.0))
 
 
 _STEP = """
@@ -234,7 +236,7 @@ def test_what_does_not_fit_is_a_table_of_remedies(on_cpu, monkeypatch):
   made = compilation.make_plan(compilation.build(request), request)
   assert not made.fits
   assert made.peak == pytest.approx(20.5 * 2**30, rel=1e-4)
-  text = plan.describe(made, request)
+  text = report.describe(made, request)
   assert "It does not fit: 20.50 GiB wanted, 16.00" in text
   for change in (
     "policy.remat=attention",
@@ -256,7 +258,7 @@ def test_bfloat16_is_offered_for_what_is_not_trained(libtpu):
   made = types.SimpleNamespace(
     subject=subject, memory=memory, peak=sum(memory.values())
   )
-  freed = {row["what to change"]: row for row in plan.remedies(made)}
+  freed = {row["what to change"]: row for row in remedies.remedies(made)}
   share = freed["policy.param_dtype=bfloat16"]["frees about, GiB"]
   request.config.policy.param_dtype = "bfloat16"
   less = compilation.build(request)
@@ -267,7 +269,7 @@ def test_bfloat16_is_offered_for_what_is_not_trained(libtpu):
 
 
 def test_every_remat_policy_has_its_remedies():
-  assert plan._FREED_BY_REMAT.keys() == REMAT_POLICIES.keys()
+  assert remedies._FREED_BY_REMAT.keys() == REMAT_POLICIES.keys()
 
 
 @pytest.mark.parametrize(
@@ -297,7 +299,7 @@ def test_a_step_that_is_too_large_is_told_by_the_real_compiler(libtpu):
   made = compilation.make_plan(compilation.build(request), request)
   assert not made.fits
   assert made.peak > made.memory["parameters"] > 2**34
-  text = plan.describe(made, request)
+  text = report.describe(made, request)
   assert "nan" not in text and "policy.remat=full" in text
 
 
@@ -328,7 +330,7 @@ def test_a_sweep_ranks_the_meshes_that_divide_the_work(on_cpu):
   """The eight simulated devices, which compile in earnest."""
   request = make_request()
   tried, received = [], []
-  for sizes in plan.candidates(request, 100):
+  for sizes in sweep.candidates(request, 100):
     program = compilation.build(request, sizes).program
     tried.append(sizes)
     work = roofline.count_work(
@@ -350,7 +352,7 @@ def test_a_sweep_ranks_the_meshes_that_divide_the_work(on_cpu):
     assert math.prod(sizes.values()) == 8
     # Two heads of keys and values; rows too short for a context axis.
     assert sizes["tensor"] <= 2 and sizes["context"] == 1
-  rows = plan.sweep(request, 3)
+  rows = sweep.sweep(request, 3)
   assert {row["mesh"] for row in rows} == {
     " x ".join(f"{axis} {n}" for axis, n in sizes.items())
     for sizes in tried[:3]
@@ -362,7 +364,7 @@ def test_a_sweep_ranks_the_meshes_that_divide_the_work(on_cpu):
 
 def test_a_sweep_without_a_mesh_says_so(on_cpu):
   with pytest.raises(ValueError, match="no mesh of v5e-8 divides"):
-    plan.sweep(make_request(rows=3), 3)
+    sweep.sweep(make_request(rows=3), 3)
 
 
 def test_a_mesh_that_does_not_compile_is_the_last_line_of_a_sweep(
@@ -375,9 +377,9 @@ def test_a_mesh_that_does_not_compile_is_the_last_line_of_a_sweep(
     step = next(seconds)
     if step is None:
       raise RuntimeError("a failed check")
-    return plan.Report("tables", step != 3, 2.0**30, step, step, "ICI")
+    return report.Report("tables", step != 3, 2.0**30, step, step, "ICI")
 
-  rows = plan.sweep(make_request(), 5, get_report)
+  rows = sweep.sweep(make_request(), 5, get_report)
   assert [row["fits"] for row in rows] == ["yes"] * 3 + ["no", "not compiled"]
   assert [row["step, s"] for row in rows[:3]] == [1.0, 2.0, hlo.UNREADABLE]
   assert rows[2]["received, GiB"] == hlo.UNREADABLE
@@ -385,11 +387,11 @@ def test_a_mesh_that_does_not_compile_is_the_last_line_of_a_sweep(
 
 
 def test_a_compiler_that_ends_its_process_is_an_error():
-  assert plan.in_child(math.sqrt, 4.0) == 2.0
+  assert report.in_child(math.sqrt, 4.0) == 2.0
   with pytest.raises(RuntimeError, match="the compiler ended its process"):
-    plan.in_child(os.abort)
+    report.in_child(os.abort)
   with pytest.raises(ValueError, match="invalid literal"):
-    plan.in_child(int, "four")
+    report.in_child(int, "four")
 
 
 @pytest.mark.slow
@@ -404,7 +406,7 @@ def test_the_tiny_step_compiles_for_every_kind(libtpu, name):
   kinds = {c.kind for c in made.collectives}
   assert kinds & {"all-gather", "reduce-scatter", "all-reduce"}
   assert any(c.crosses for c in made.collectives) == ("x" in name[:2])
-  text = plan.describe(made, request)
+  text = report.describe(made, request)
   assert "bound by" in text and "all-gather" in text
 
 

@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 
 from dpo_jax import judges
+from dpo_jax.data import batch_plan, mismatched, tokenizers
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import mismatched, tokenizers
 from dpo_jax.losses import CATALOGUE
 from dpo_jax.models import generate
-from dpo_jax.training import evaluation, reference
-from dpo_jax.training.evaluation import (
-  Samples,
-  compare_samples,
-  wilson_interval,
-)
+from dpo_jax.training import evaluation, reference, samples
+from dpo_jax.training.intervals import wilson_interval
+from dpo_jax.training.samples import Samples, compare_samples
 from tests import tiny
 
 EIGHT = {"data": 8, "fsdp": 1, "tensor": 1}
@@ -198,7 +195,7 @@ def make_samples(groups, rewards=None):
 
 def sampled_kl(models, params, ref_params, batch_size, sizes=None):
   placement = tiny.make_placement(sizes)
-  return evaluation.sampled_kl(
+  return samples.sampled_kl(
     reference.make_logps_step(models.policy, placement, 16),
     params,
     ref_params,
@@ -268,7 +265,7 @@ def draw(monkeypatch, judge):
   tokenizer = tokenizers.load_tokenizer("bytes", chat_template="")
   ids = [list(text.encode()) for text in ("ab", "c")]
   monkeypatch.setattr(generate, "sample", lambda *args, **kwargs: ids)
-  return evaluation.draw_samples(
+  return samples.draw_samples(
     None,
     None,
     [list(text.encode()) for text in ("P", "Q")],
@@ -306,7 +303,7 @@ def test_a_judge_that_gives_no_number_is_an_error(monkeypatch, reward):
 def held_out(groups, num, max_tokens=100, indices=None):
   store = tiny.make_loader(groups, 2).store
   indices = np.arange(len(groups)) if indices is None else indices
-  return evaluation.held_out_prompts(store, indices, num, max_tokens=max_tokens)
+  return samples.held_out_prompts(store, indices, num, max_tokens=max_tokens)
 
 
 def prompt_groups(*prompts):
@@ -386,7 +383,7 @@ def unpaired(models, has_mismatched):
   def evaluate_batches(name, batch_size):
     program = tiny.make_program(models.policy, name, tiny.make_placement())
     indices = np.arange(len(store))
-    plan = loader_lib.make_plan(
+    plan = batch_plan.make_plan(
       store,
       indices,
       batch_size=batch_size,

@@ -12,7 +12,7 @@ import pytest
 from dpo_jax import trees
 from dpo_jax.models import partition_rules
 from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.training import reference
+from dpo_jax.training import logps_cache, reference
 from tests import faults, tiny
 
 KEY = "0123456789abcdef"
@@ -49,7 +49,7 @@ def test_a_digest_changes_with_any_one_bit(dtype):
 
 def test_a_digest_changes_with_order_shape_and_name():
   base = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
-  trees = [
+  variants = [
     {"a": base},
     {"b": base},
     {"a": base[[1, 0, 2, 3]]},
@@ -59,8 +59,10 @@ def test_a_digest_changes_with_order_shape_and_name():
     {"a": base.view(np.int32)},
     {"a": base, "b": np.zeros(0, np.float32)},
   ]
-  digests = {trees.params_digest(jax.tree.map(jnp.asarray, t)) for t in trees}
-  assert len(digests) == len(trees)
+  digests = {
+    trees.params_digest(jax.tree.map(jnp.asarray, t)) for t in variants
+  }
+  assert len(digests) == len(variants)
 
 
 def test_a_digest_does_not_change_with_sharding():
@@ -144,29 +146,31 @@ LOGPS = np.arange(6, dtype=np.float32).reshape(3, 2) - 0.1
 
 
 def test_a_cache_comes_back_bit_for_bit(tmp_path):
-  reference.write_cache(tmp_path, KEY, LOGPS, {})
-  loaded = reference.load_cache(tmp_path, KEY)
+  logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
+  loaded = logps_cache.load_cache(tmp_path, KEY)
   assert loaded.dtype == np.float32
   np.testing.assert_array_equal(loaded, LOGPS)
   # Nothing is left over, and the folder may be given as a string.
   names = sorted(path.name for path in tmp_path.iterdir())
   assert names == [f"{KEY}.json", f"{KEY}.npy"]
-  np.testing.assert_array_equal(reference.load_cache(str(tmp_path), KEY), LOGPS)
+  np.testing.assert_array_equal(
+    logps_cache.load_cache(str(tmp_path), KEY), LOGPS
+  )
 
 
 def test_there_is_no_cache_of_another_key(tmp_path):
-  assert reference.load_cache(tmp_path / "nowhere", KEY) is None
-  reference.write_cache(tmp_path, KEY, LOGPS, {})
-  assert reference.load_cache(tmp_path, KEY[::-1]) is None
+  assert logps_cache.load_cache(tmp_path / "nowhere", KEY) is None
+  logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
+  assert logps_cache.load_cache(tmp_path, KEY[::-1]) is None
 
 
 @pytest.mark.parametrize("suffix", ["npy", "json"])
 def test_a_half_written_cache_is_not_used(tmp_path, suffix):
-  reference.write_cache(tmp_path, KEY, LOGPS, {})
+  logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
   (tmp_path / f"{KEY}.{suffix}").unlink()
-  assert reference.load_cache(tmp_path, KEY) is None
-  reference.write_cache(tmp_path, KEY, LOGPS, {})
-  np.testing.assert_array_equal(reference.load_cache(tmp_path, KEY), LOGPS)
+  assert logps_cache.load_cache(tmp_path, KEY) is None
+  logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
+  np.testing.assert_array_equal(logps_cache.load_cache(tmp_path, KEY), LOGPS)
 
 
 @pytest.mark.parametrize(
@@ -181,27 +185,27 @@ def test_a_half_written_cache_is_not_used(tmp_path, suffix):
   ],
 )
 def test_a_damaged_cache_is_an_error(tmp_path, damage):
-  reference.write_cache(tmp_path, KEY, LOGPS, {})
+  logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
   damage(tmp_path / f"{KEY}.npy", tmp_path / f"{KEY}.json")
   with pytest.raises(ValueError, match=r"is damaged.*Delete both"):
-    reference.load_cache(tmp_path, KEY)
+    logps_cache.load_cache(tmp_path, KEY)
 
 
 def test_a_cache_with_one_changed_number_is_an_error(tmp_path):
-  reference.write_cache(tmp_path, KEY, LOGPS, {})
+  logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
   path = tmp_path / f"{KEY}.npy"
   content = path.read_bytes()
   path.write_bytes(content[:-4] + struct.pack("<f", 1.0))
   assert np.load(path)[2, 1] == 1.0  # numpy sees nothing wrong with it
   with pytest.raises(ValueError, match="is damaged"):
-    reference.load_cache(tmp_path, KEY)
+    logps_cache.load_cache(tmp_path, KEY)
 
 
 def test_pickles_are_not_loaded(tmp_path):
-  reference.write_cache(tmp_path, KEY, LOGPS, {})
+  logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
   path = tmp_path / f"{KEY}.npy"
   np.save(path, np.array([{"a": 1}], object), allow_pickle=True)
   digest = reference.hashlib.sha256(path.read_bytes()).hexdigest()
   (tmp_path / f"{KEY}.json").write_text(json.dumps({"sha256": digest}))
   with pytest.raises(ValueError, match="allow_pickle"):
-    reference.load_cache(tmp_path, KEY)
+    logps_cache.load_cache(tmp_path, KEY)

@@ -17,12 +17,11 @@ from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.presets import PRESETS
 from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.parallel.placement import Placement
-from dpo_jax.training import reference
+from dpo_jax.parallel.pmap import make_placement
+from dpo_jax.training import forward, measure, reference
 from dpo_jax.training import step as step_lib
 from dpo_jax.types import TrainState
 from tests import tiny
-from tests.losses.test_catalogue import make_sequences
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -77,7 +76,7 @@ def test_every_field_equals_a_loop(model):
     }
   )
   figures = jax.jit(
-    lambda p, r: step_lib.read_sequences(
+    lambda p, r: forward.read_sequences(
       policy, p, r, batch, chunk_size=7, needs=needs
     )
   )(params, ref_params)
@@ -119,7 +118,7 @@ def test_no_gradient_reaches_the_reference_or_the_weights_of_wpo(model):
   batch = tiny.pack(tiny.make_groups(3))
 
   def field(params, ref_params, name):
-    sequences = step_lib.read_sequences(
+    sequences = forward.read_sequences(
       policy,
       params,
       ref_params,
@@ -142,7 +141,7 @@ def test_the_mismatched_slot_is_taken_off(model):
   policy, params, _ = model
   ref_logps = np.arange(8, dtype=np.float32).reshape(4, 2) - 20
   batch = tiny.pack(tiny.make_groups(4), ref_logps=ref_logps)
-  sequences = step_lib.read_sequences(
+  sequences = forward.read_sequences(
     policy,
     params,
     None,
@@ -150,7 +149,7 @@ def test_the_mismatched_slot_is_taken_off(model):
     chunk_size=8,
     needs=frozenset({"mismatched_logps", "mismatched_ref_logps"}),
   )
-  plain = step_lib.read_sequences(policy, params, None, batch, chunk_size=8)
+  plain = forward.read_sequences(policy, params, None, batch, chunk_size=8)
   assert sequences.logps.shape[1] == sequences.valid.shape[1] == 1
   np.testing.assert_array_equal(sequences.mismatched_logps, plain.logps[:, 1])
   np.testing.assert_array_equal(
@@ -161,9 +160,8 @@ def test_the_mismatched_slot_is_taken_off(model):
 def one_step(loss, *, devices=1, parts=1, parallelism="jit"):
   """Loss, gradient norm, parameters and loss state after two SGD steps."""
   sizes = {"data": devices, "fsdp": 1, "tensor": 1}
-  placement = Placement(
-    mesh_lib.make_mesh(sizes, jax.devices()[:devices]), parallelism
-  )
+  mesh = mesh_lib.make_mesh(sizes, jax.devices()[:devices])
+  placement = make_placement(mesh, parallelism)
   objective = build_objective(loss)
   width = WIDTH[objective.group] + ("mismatched_logps" in objective.needs)
   groups = tiny.make_groups(28, width)
@@ -192,9 +190,7 @@ def one_step(loss, *, devices=1, parts=1, parallelism="jit"):
     chunk_size=16,
     axis_name=placement.axis_name,
   )
-  step = mesh_lib.on_mesh(placement.mesh)(
-    placement.compile_step(step, shardings)
-  )
+  step = placement.bind(placement.compile_step(step, shardings))
   batch = placement.place_training_batch(batch)
   history = []
   for _ in range(2):
@@ -288,7 +284,7 @@ def test_references_that_cannot_be_are_refused(loss, settings, message):
 
 def test_a_gradient_weight_is_of_all_sums_that_a_loss_reads():
   """Where every token is in every sum, these losses pull as DPO does."""
-  sequences = make_sequences(2)
+  sequences = tiny.make_sequences(2)
   sequences = sequences.replace(
     head_logps=sequences.logps,
     ref_head_logps=sequences.ref_logps,
@@ -296,7 +292,7 @@ def test_a_gradient_weight_is_of_all_sums_that_a_loss_reads():
     ref_sampled_logps=sequences.ref_logps,
   )
   weights = {
-    name: step_lib.measure(build_objective({"name": name}), sequences)[
+    name: measure.measure(build_objective({"name": name}), sequences)[
       f"{name}/gradient_weight"
     ]
     for name in ("dpo", "ld_dpo", "sampo", "reward_model")
@@ -319,12 +315,12 @@ def test_other_losses_come_from_the_same_forward_pass(model):
   others = [
     build_objective({"name": n}) for n in ("ipo", "hinge", "tdpo", "aot")
   ]
-  step = step_lib.make_eval_step(
+  step = forward.make_eval_step(
     policy, chunk_size=16, needs=frozenset({"ref_logps", "kl"})
   )
   sequences = jax.jit(step)(params, ref_params, batch)
-  measure = step_lib.make_measure(build_objective({"name": "dpo"}), others)
-  _, metrics, _ = measure(sequences, ())
+  measure_all = measure.make_measure(build_objective({"name": "dpo"}), others)
+  _, metrics, _ = measure_all(sequences, ())
   is_valid = np.asarray(sequences.valid.all(1))
   for other in others:
     per_group, own, _ = other.apply(sequences, other.init())

@@ -1,4 +1,4 @@
-"""Attention of packed rows with shared prompts, by several backends."""
+"""Attention over packed rows with shared prompts, by several backends."""
 
 from dpo_jax.models.attention.dense import attend
 from dpo_jax.models.attention.masks import in_window, shared_prompt_mask

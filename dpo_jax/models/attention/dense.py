@@ -1,4 +1,4 @@
-"""Attention that holds all scores of a row: T x T."""
+"""Dense attention: all T x T scores of a row in memory."""
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -17,7 +17,7 @@ def attend(
   scale: float,
   soft_cap: float | None,
 ) -> jax.Array:
-  """Softmax attention with grouped key and value heads, all scores at once.
+  """Computes softmax attention with grouped key and value heads.
 
   Scores and softmax are float32.
 
@@ -25,8 +25,8 @@ def attend(
     queries: [B, T, H, head_dim].
     keys: [B, J, num_kv_heads, head_dim].
     values: like keys.
-    mask: bool [B, T, J], true where a query sees a key; no row is empty.
-    scale: of the scores.
+    mask: bool [B, T, J], true where a query sees a key; every query sees one.
+    scale: factor of the scores.
     soft_cap: see `attend_rows`.
 
   Returns:

@@ -1,20 +1,20 @@
-"""Masks of packed rows: which tokens a token attends to."""
+"""Masks of packed rows: the tokens that a token attends to."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
-# Score of a masked key, and running maximum before the first key: finite, so
-# that no gradient or difference is NaN.
+# Score of a masked key, and the initial running maximum. Finite, so that no
+# gradient or difference is NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def start_indices(*labels: jax.Array) -> jax.Array:
-  """Index of the first token of the run that each token is in.
+  """Computes the index of the first token of each token's run of equal labels.
 
   Args:
-    labels: [..., T] each; a run ends where one of them changes.
+    labels: [..., T] each; a run ends where any of them changes.
 
   Returns:
     i32 [..., T].
@@ -29,11 +29,11 @@ def start_indices(*labels: jax.Array) -> jax.Array:
 
 
 def shared_prompt_mask(segments: jax.Array, branches: jax.Array) -> jax.Array:
-  """Who sees whom in rows of [prompt | response_0 | response_1 | ...].
+  """Computes the mask of rows of [prompt | response_0 | response_1 | ...].
 
   Token i sees token j when j <= i, both are of the same segment, and j is in
-  the prompt or in i's own response. Padding (segment 0) sees padding only, so
-  that no row of the mask is empty.
+  the prompt or in i's own response. Padding (segment 0) sees only padding, so
+  every row of the mask has a true entry.
 
   Args:
     segments: i32 [R, T], 0 is padding.
@@ -53,7 +53,15 @@ def shared_prompt_mask(segments: jax.Array, branches: jax.Array) -> jax.Array:
 def in_window(
   query_positions: jax.Array, key_positions: jax.Array, window: jax.Array
 ) -> jax.Array:
-  """Whether a key is among a query's last `window`: [B, T], [B, J] -> bool
-  [B, T, J]."""
+  """Returns whether a key is within a query's window.
+
+  Args:
+    query_positions: i32 [B, T].
+    key_positions: i32 [B, J].
+    window: i32 [], positions that a query sees, itself included.
+
+  Returns:
+    bool [B, T, J].
+  """
   distance = query_positions[:, :, None] - key_positions[:, None, :]
   return distance < window

@@ -1,4 +1,4 @@
-"""Attention of packed rows: chooses the backend, and divides it over a mesh."""
+"""Attention over packed rows: chooses the backend and shards it over a mesh."""
 
 from collections.abc import Callable
 import functools
@@ -14,30 +14,26 @@ from dpo_jax.models.attention.dense import attend
 from dpo_jax.models.attention.masks import in_window, shared_prompt_mask
 from dpo_jax.parallel import active_mesh
 
-# Tokens of a block of the "xla" backend. On a CPU small ones fit short groups
-# closely, and it takes large ones to keep all its cores at work.
+# Tokens of a block of the "xla" backend. On a CPU, small blocks fit short
+# groups closely, and large blocks keep all cores busy.
 _CPU_BLOCKS = (64, 128, 256, 512)
-
-
 # Measured: groups of 340, 3,072 and 12,288 tokens are fastest in blocks of 64,
 # 256 and 512.
-_BLOCKS_A_GROUP = 12
-
-
+_BLOCKS_PER_GROUP = 12
 _ACCELERATOR_BLOCK = 256
 
 
 @flax.struct.dataclass
 class Rows:
-  """Packed rows, as attention sees them; made once for all layers.
+  """Packed rows as attention reads them; made once for all layers.
 
   Attributes:
-    positions: i32 [R, T], of a token in its own prompt + response.
+    positions: i32 [R, T], position of a token in its own prompt + response.
     segments: i32 [R, T], 0 is padding.
     branches: i32 [R, T], 0 in a prompt, k + 1 in the k-th response.
-    mask: bool [R, T, T], see `shared_prompt_mask`; None where blocks are cut.
-    blocks: the rows in blocks; None where there is a mask.
-    backend: one of ATTENTION_BACKENDS but "auto".
+    mask: bool [R, T, T], see `shared_prompt_mask`; for "dense" and "cudnn".
+    blocks: the rows in blocks; for "xla".
+    backend: one of ATTENTION_BACKENDS except "auto".
   """
 
   positions: jax.Array
@@ -64,13 +60,13 @@ def make_rows(
     branches: i32 [R, T].
     backend: one of config.ATTENTION_BACKENDS. "dense" and "cudnn" hold a mask
       of T x T; "xla" works in blocks; "splash" is the TPU's kernel. "auto" is
-      splash on a TPU, and else dense for rows of a block or two and xla for
-      longer.
-    groups_per_row: that a row has room for, up to twice what it holds; the
-      size of blocks follows from it, and nothing else does.
+      splash on a TPU; elsewhere it is dense for rows of up to two blocks and
+      xla for longer rows.
+    groups_per_row: groups that a row has room for, up to twice the number that
+      it holds; used only to choose the size of blocks.
 
   Returns:
-    What `attend_rows` takes.
+    Argument of `attend_rows`.
   """
   length = positions.shape[1]
   size = _block_size(length, groups_per_row)
@@ -87,15 +83,15 @@ def make_rows(
 
 
 def _block_size(length: int, groups_per_row: int) -> int:
-  """Tokens of a block of the "xla" backend."""
+  """Returns the tokens of a block of the "xla" backend."""
   if active_mesh.platform() != "cpu":
     return _ACCELERATOR_BLOCK
-  most = max(length // groups_per_row // _BLOCKS_A_GROUP, _CPU_BLOCKS[0])
+  most = max(length // groups_per_row // _BLOCKS_PER_GROUP, _CPU_BLOCKS[0])
   sizes = [size for size in _CPU_BLOCKS if size <= most]
-  # The axis `context` splits rows at blocks only, see `_context_part`.
-  num_parts = active_mesh.free_axes().get("context", 1)
-  splitting = [x for x in sizes if length % (num_parts * x) == 0]
-  return max(splitting if num_parts > 1 and splitting else sizes)
+  # The axis `context` shards rows between blocks only, see `_context_shard`.
+  num_shards = active_mesh.free_axes().get("context", 1)
+  dividing = [x for x in sizes if length % (num_shards * x) == 0]
+  return max(dividing if num_shards > 1 and dividing else sizes)
 
 
 def attend_rows(
@@ -108,21 +104,21 @@ def attend_rows(
   scale: float,
   soft_cap: float | None,
 ) -> jax.Array:
-  """Attention of packed rows with shared prompts.
+  """Computes attention over packed rows with shared prompts.
 
   Args:
     queries: [R, T, H, head_dim].
     keys: [R, T, num_kv_heads, head_dim].
     values: like keys.
     rows: from `make_rows`.
-    window: i32 [], a token sees this many positions, itself included; counted
-      in positions, not in places of the row. None: all.
-    scale: of the scores.
-    soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: none.
+    window: i32 [], number of positions that a token sees, itself included,
+      counted in `positions`, not in indices of the row; None is all.
+    scale: factor of the scores.
+    soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: no cap.
 
   Returns:
-    [R, T, H, head_dim] in the dtype of queries. What padding gets is not
-    specified, and is finite.
+    [R, T, H, head_dim] in the dtype of queries. Values at padding are finite
+    and not specified.
   """
   settings = dict(scale=scale, soft_cap=soft_cap)
   if rows.backend in ("xla", "splash"):
@@ -131,9 +127,14 @@ def attend_rows(
     if rows.backend == "splash":
       labels = (rows.positions, rows.segments, rows.branches)
     attend_shard = functools.partial(kernel[rows.backend], **settings)
-    part = _context_part(rows)
     return _on_each_device(
-      attend_shard, queries, keys, values, labels, window, part
+      attend_shard,
+      queries,
+      keys,
+      values,
+      labels,
+      window,
+      _context_shard(rows),
     )
   mask = rows.mask
   if window is not None:
@@ -150,17 +151,20 @@ def attend_rows(
   return attend(queries, keys, values, mask, **settings)
 
 
-def _context_part(rows: Rows) -> int:
-  """Queries of a row that each device of the axis `context` takes; 0 where
-  they are no whole blocks, so that every device takes all."""
+def _context_shard(rows: Rows) -> int:
+  """Returns the queries of a row on each device of the mesh axis `context`.
+
+  0 means that every device takes all queries, because a shard would not be
+  whole blocks.
+  """
   size = active_mesh.free_axes().get("context", 1)
   length = rows.positions.shape[1]
   if size == 1 or length % size:
     return 0
-  part = length // size
+  shard = length // size
   if rows.backend == "splash":
-    return part if splash.is_cut_well(part) else 0
-  return part if part % rows.blocks.positions.shape[2] == 0 else 0
+    return shard if splash.is_divisible(shard) else 0
+  return shard if shard % rows.blocks.positions.shape[2] == 0 else 0
 
 
 def _on_each_device(
@@ -170,25 +174,32 @@ def _on_each_device(
   values: jax.Array,
   labels: Any,
   window: jax.Array | None,
-  part: int,
+  context_shard: int,
 ) -> jax.Array:
-  """The kernel on the rows, heads and queries of each device, where each sees
-  all keys: the partitioner knows no loop whose length the data decide."""
+  """Runs a kernel on the rows, heads and queries of each device.
+
+  Explicit, because the partitioner does not support loops whose length depends
+  on the data. Each device sees all keys.
+  """
   sizes = active_mesh.free_axes()
   if math.prod(sizes.values()) == 1:
     return kernel(queries, keys, values, labels, window=window)
   axes = tuple(name for name in active_mesh.ROW_AXES if name in sizes)
   if queries.shape[0] % math.prod(sizes[name] for name in axes):
-    axes = ()  # a few rows, as of a test: every device takes all
+    axes = ()  # few rows, as in a test: every device takes all
   heads = "tensor" if keys.shape[2] % sizes.get("tensor", 1) == 0 else None
   if "tensor" not in sizes:
     heads = None
   by_rows = PartitionSpec(axes or None)
   whole = PartitionSpec(axes or None, None, heads)
-  split = PartitionSpec(axes or None, "context" if part else None, heads)
+  split = PartitionSpec(
+    axes or None, "context" if context_shard else None, heads
+  )
 
   def on_device(queries, keys, values, labels, window):
-    first = jax.lax.axis_index("context") * part if part else 0
+    first = 0
+    if context_shard:
+      first = jax.lax.axis_index("context") * context_shard
     return kernel(
       queries, keys, values, labels, window=window, first_query=first
     )

@@ -1,11 +1,22 @@
-"""Attention of packed rows by the TPU's splash kernel, block-sparse.
+"""Attention over packed rows by the TPU's splash kernel, block-sparse.
 
-What a token sees is two intervals of its row: of its prompt, and of its own
-prompt or response up to itself. The kernel runs once for each; the two are
-joined by their log-sum-exps, and the backward kernels, given the joined
-output and log-sum-exp, compute each interval's share of the gradient. An
-interval's ends travel in the kernel's one integer a query, 16 bits each, so
-that no mask exists in memory; blocks that no interval touches are skipped.
+A token sees two intervals of its row: its prompt, and its own prompt or
+response up to itself. The kernel runs once for each interval. An interval's
+ends travel in the kernel's one integer per query, 16 bits each, so no mask
+exists in memory. Blocks that no interval touches are skipped.
+
+  forward:
+    for interval in (own, prompt):                # splash kernel, by queries
+      for query block in row:
+        for key block that the interval touches:
+          out_i, lse_i = softmax over the keys of the interval
+    lse = logaddexp(lse_own, lse_prompt)          # log-sum-exp
+    out = out_own * exp(lse_own - lse) + out_prompt * exp(lse_prompt - lse)
+  backward, with delta = sum(out * dout):
+    for interval in (own, prompt):                # splash kernel, by keys
+      p  = exp(scores - lse)                      # lse of both intervals
+      ds = p * (dout @ v.T - delta)
+      dq += ds @ k;  dk += ds.T @ q;  dv += p.T @ dout
 """
 
 import functools
@@ -25,10 +36,10 @@ from dpo_jax.models.attention.masks import start_indices
 from dpo_jax.models.config import ATTENDED
 from dpo_jax.system import compat
 
-# Tokens of a block, of queries and of keys.
+# Tokens of a query block and of a key block.
 BLOCK = 512
 _LANES = 128
-_LONGEST = 2**15
+_MAX_LENGTH = 2**15
 _MASKED = float(kernel_lib.DEFAULT_MASK_VALUE)
 
 # (positions, segments, branches): i32 [R, T] each.
@@ -38,64 +49,61 @@ Labels = tuple[jax.Array, jax.Array, jax.Array]
 def intervals(
   labels: Labels, window: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-  """What each token of a row sees: [first, end) of its own prompt or
-  response, then of its prompt.
+  """Computes the two intervals of its row that each token sees.
 
   Args:
-    labels: of one row, i32 [T] each.
+    labels: labels of one row, i32 [T] each.
     window: i32 [], see `attention.attend_rows`, or None.
 
   Returns:
-    i32 [T, 2] each. Padding sees itself.
+    [first, end) in the token's own prompt or response, then [first, end) in its
+    prompt: i32 [T, 2] each. Padding sees itself.
   """
   positions, segments, branches = labels
-  places = jnp.arange(len(positions), dtype=jnp.int32)
-
-  starts, prompt_starts = (
-    start_indices(segments, branches),
-    start_indices(segments),
-  )
-  # A response goes on from its prompt, so its first position is the length.
+  indices = jnp.arange(len(positions), dtype=jnp.int32)
+  starts = start_indices(segments, branches)
+  prompt_starts = start_indices(segments)
+  # A response's first position is the length of its prompt.
   prompt_ends = prompt_starts + jnp.where(branches > 0, positions[starts], 0)
   if window is not None:
-    starts = jnp.maximum(starts, places - (window - 1))
+    starts = jnp.maximum(starts, indices - (window - 1))
     prompt_starts = jnp.clip(
       prompt_starts + positions - (window - 1), prompt_starts, prompt_ends
     )
   is_padding = segments == 0
-  starts = jnp.where(is_padding, places, starts)
+  starts = jnp.where(is_padding, indices, starts)
   prompt_ends = jnp.where(is_padding, prompt_starts, prompt_ends)
   return (
-    jnp.stack([starts, places + 1], 1),
+    jnp.stack([starts, indices + 1], 1),
     jnp.stack([prompt_starts, prompt_ends], 1),
   )
 
 
-def _is_inside(packed: jax.Array, places: jax.Array) -> jax.Array:
-  """Whether a key's place is in the interval that a query's integer holds."""
-  return (places >= packed >> 16) & (places < packed & 0xFFFF)
+def _is_inside(packed: jax.Array, indices: jax.Array) -> jax.Array:
+  """Returns whether a key is in the interval that a query's integer holds."""
+  return (indices >= packed >> 16) & (indices < packed & 0xFFFF)
 
 
 def _mask_infos(
   interval: jax.Array, size: int, num_key_blocks: int
 ) -> tuple[Any, Any]:
-  """The kernel's tables for the passes over queries, and over keys."""
+  """Returns the kernel's tables for the passes by queries and by keys."""
   blocks = interval.reshape(-1, size, 2)
   is_empty = blocks[..., 0] >= blocks[..., 1]
-  first = jnp.where(is_empty, _LONGEST, blocks[..., 0]).min(1)
+  first = jnp.where(is_empty, _MAX_LENGTH, blocks[..., 0]).min(1)
   end = jnp.where(is_empty, 0, blocks[..., 1]).max(1)
   edges = jnp.arange(num_key_blocks, dtype=jnp.int32) * size
-  # A query's interval and the hull of its block's: no more than edges' worth.
-  runs = (edges < end[:, None]) & (edges + size > first[:, None])
+  # Key blocks between the first and the last that a query of the block needs.
+  is_needed = (edges < end[:, None]) & (edges + size > first[:, None])
 
   def info(axis):
-    index = jax.lax.broadcasted_iota(jnp.int32, runs.shape, axis)
-    # A block that is skipped stays with the one before: nothing is fetched.
-    fetched = jax.lax.cummax(jnp.where(runs, index, 0), axis=axis)
+    index = jax.lax.broadcasted_iota(jnp.int32, is_needed.shape, axis)
+    # A skipped step repeats the block before, so that nothing is fetched.
+    fetched = jax.lax.cummax(jnp.where(is_needed, index, 0), axis=axis)
     return mask_info_lib.MaskInfo(
       data_next=fetched[None],
       mask_next=None,
-      block_mask=runs.astype(jnp.int32)[None],
+      block_mask=is_needed.astype(jnp.int32)[None],
       partial_mask_blocks=None,
       q_sequence=(interval[:, 0] << 16) | interval[:, 1],
     )
@@ -134,7 +142,7 @@ def _forward(queries, keys, values, infos, size, soft_cap, interpret):
     compat.splash_forward(by_queries, queries, keys, values, **settings)
     for by_queries, _ in infos
   )
-  # A line that saw no key has a log-sum-exp of the mask, or of no block.
+  # A query without a key in its prompt has a log-sum-exp of masked scores.
   has_prompt = prompt_lse > 0.5 * _MASKED
   prompt_lse = jnp.where(has_prompt, prompt_lse, _MASKED)
   lse = jnp.logaddexp(own_lse, prompt_lse)
@@ -150,12 +158,12 @@ def _attend_fwd(queries, keys, values, infos, size, soft_cap, interpret):
   return out, (queries, keys, values, infos, out, lse)
 
 
-def _attend_bwd(size, soft_cap, interpret, saved, pull):
+def _attend_bwd(size, soft_cap, interpret, saved, out_gradient):
   queries, keys, values, infos, out, lse = saved
   settings = _settings(size, soft_cap, interpret)
   own, prompt = (
     compat.splash_backward(
-      interval, queries, keys, values, out, lse, pull, **settings
+      interval, queries, keys, values, out, lse, out_gradient, **settings
     )
     for interval in infos
   )
@@ -165,8 +173,8 @@ def _attend_bwd(size, soft_cap, interpret, saved, pull):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def is_cut_well(length: int) -> bool:
-  """Whether a part of a row of this many queries is whole blocks."""
+def is_divisible(length: int) -> bool:
+  """Returns whether blocks divide a slice of `length` queries of a row."""
   return length % _LANES == 0
 
 
@@ -183,27 +191,26 @@ def attend_splash(
   block: int = BLOCK,
   interpret: bool = False,
 ) -> jax.Array:
-  """As `attention.attend_rows`, of the rows and heads of one device.
+  """Computes `attention.attend_rows` for the rows and heads of one device.
 
-  The queries may be a part of each row that `is_cut_well` allows, from the
-  place `first_query` on; keys, values and labels are of whole rows.
+  Queries may be a slice of each row, from index `first_query` on, whose length
+  `is_divisible` accepts. Keys, values and labels cover whole rows.
 
   Raises:
-    ValueError: rows longer than 16 bits of an interval's end can say.
+    ValueError: rows too long for the 16 bits of an interval's end.
   """
   length, num_keys = queries.shape[1], keys.shape[1]
-  # The largest block that rows of this length do not pad by much, and that
-  # parts of rows do not pad at all.
+  # A block of up to `block` tokens, but no longer than the padded row. Slices
+  # of rows are not padded, so blocks must divide them.
   size = min(block, -(-length // _LANES) * _LANES)
   if length < num_keys:
     sizes = range(_LANES, size + 1, _LANES)
     size = max(x for x in sizes if length % x == 0)
   padding = -num_keys % size
-  if num_keys + padding > _LONGEST:
+  if num_keys + padding > _MAX_LENGTH:
     raise ValueError(
-      f"policy.attention='splash' takes rows of up to {_LONGEST} tokens, and"
-      f" they have {num_keys}: lower data.row_tokens, or set"
-      " policy.attention='xla'"
+      f"policy.attention='splash' supports rows of up to {_MAX_LENGTH} tokens;"
+      f" got {num_keys}. Lower data.row_tokens, or set policy.attention='xla'"
     )
 
   def one_row(scanned):

@@ -16,7 +16,7 @@ import safetensors
 
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
-from dpo_jax.models.huggingface import families
+from dpo_jax.models.huggingface import config_json
 from dpo_jax.models.huggingface.tensor_map import Tensor, tensor_map
 from dpo_jax.system import files
 
@@ -67,7 +67,7 @@ def load_config(folder: str, **overrides: Any) -> ModelConfig:
       f"{path} does not exist: a Hugging Face model folder holds config.json"
       " and *.safetensors"
     )
-  fields = families.read_config(_read_json(path), str(path))
+  fields = config_json.read_config(_read_json(path), str(path))
   config = ModelConfig(**fields, **overrides)
   if config.tie_embeddings and _has_own_head(epath.Path(folder), config):
     _LOG.warning(

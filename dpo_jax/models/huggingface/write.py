@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
-from dpo_jax.models.huggingface import families
+from dpo_jax.models.huggingface import config_json
 from dpo_jax.models.huggingface.read import INDEX
 from dpo_jax.models.huggingface.tensor_map import Tensor, tensor_map
 from dpo_jax.system import files
@@ -44,7 +44,7 @@ def save_params(
   """
   root = epath.Path(folder)
   config = policy.config
-  raw = families.write_config(config) | {"torch_dtype": dtype}
+  raw = config_json.write_config(config) | {"torch_dtype": dtype}
   # Said even where there is none: families have defaults for them.
   raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
   raw |= token_ids or {}

@@ -1,0 +1,150 @@
+"""Evaluations of a run: held-out sets, samples, and their records."""
+
+from collections.abc import Callable, Collection, Mapping
+import json
+from typing import Any
+
+from dpo_jax import config as config_lib
+from dpo_jax.data.loader import Loader
+from dpo_jax.records import eval_logps
+from dpo_jax.records.metrics import GrowingFile, read_metrics
+from dpo_jax.training import evaluation, initial_state, samples
+from dpo_jax.training.samples import Samples
+from dpo_jax.training.setup import Run
+from dpo_jax.types import TrainState
+
+
+class Evaluator:
+  """Measures the policy of a run on its held-out sets and by its samples."""
+
+  def __init__(
+    self,
+    run: Run,
+    loaders: Mapping[str, Loader],
+    record: Callable[[int, str, Mapping[str, Any]], None],
+    *,
+    label: str,
+  ):
+    """Prepares the evaluations; measures nothing yet.
+
+    Args:
+      run: run to evaluate.
+      loaders: held-out sets that the loss is measured on, by name.
+      record: receives (step, split, metrics) of each set.
+      label: name of the sampling for `progress.track`; "" shows nothing.
+    """
+    self._run, self._loaders, self._record = run, loaders, record
+    self._label = label
+    self._ref_samples: Samples | None = None
+
+  def sample_reference(self, state: TrainState) -> None:
+    """Samples from the reference, to compare the policy's samples with."""
+    if self._run.data.eval and self._run.config.eval.num_samples:
+      params = initial_state.reference_params(self._run, state)
+      self._ref_samples = self._sample(params)
+
+  def evaluate(
+    self,
+    step: int,
+    state: TrainState,
+    *,
+    with_samples: bool,
+    skip: Collection[str] = (),
+  ) -> dict[str, float]:
+    """Measures the held-out sets, and samples at the edges of a run.
+
+    Args:
+      step: optimizer steps taken.
+      state: state on the mesh.
+      with_samples: whether to sample too.
+      skip: names of held-out sets to leave out.
+
+    Returns:
+      Metrics named as `checkpoint.best_metric` names them.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, loader in self._loaders.items():
+      if name in skip:
+        continue
+      found[name], records = evaluation.evaluate(
+        self._run.program,
+        state.policy_params,
+        state.reference_params,
+        state.loss_state,
+        loader,
+      )
+      if self._run.config.eval.save_logps and self._run.is_writer:
+        eval_logps.write_records(self._run.workdir, step, records, name)
+    if with_samples and self._ref_samples is not None:
+      first = next(iter(self._run.data.eval))
+      found[first] = found.get(first, {}) | self._measure_samples(step, state)
+    metrics = {}
+    for name, its_metrics in found.items():
+      self._record(step, config_lib.split_name(name), its_metrics)
+      prefix = config_lib.metric_prefix(name)
+      metrics |= {f"{prefix}{k}": v for k, v in its_metrics.items()}
+    return metrics
+
+  def make_up(self, step: int, state: TrainState) -> dict[str, float]:
+    """Measures the sets of a checkpoint that SIGTERM left no time for."""
+    done = {
+      name
+      for name in self._loaders
+      for row in read_metrics(self._run.workdir, config_lib.split_name(name))
+      if row["step"] == step
+    }
+    return self.evaluate(step, state, with_samples=False, skip=done)
+
+  def _measure_samples(self, step: int, state: TrainState) -> dict[str, float]:
+    """Samples from the policy, and compares with the reference's samples."""
+    drawn = self._sample(state.policy_params)
+    metrics = samples.compare_samples(drawn, self._ref_samples)
+    settings = self._run.config.eval
+    if (settings.temperature, settings.top_k, settings.top_p) == (1, 0, 1):
+      metrics |= samples.sampled_kl(
+        self._run.program.logps_step,
+        state.policy_params,
+        initial_state.reference_params(self._run, state),
+        drawn,
+        self._run.program.placement,
+        batch_size=settings.batch_size,
+      )
+    self._write_samples(step, drawn)
+    return metrics
+
+  def _sample(self, params: Any) -> Samples:
+    """Samples a response to each of the first held-out prompts."""
+    run, settings = self._run, self._run.config.eval
+    loader = run.data.first_eval
+    prompts = samples.held_out_prompts(
+      loader.store,
+      loader.indices,
+      settings.num_samples,
+      max_tokens=run.program.policy.config.max_positions
+      - settings.max_response_tokens,
+    )
+    return samples.draw_samples(
+      run.program.policy,
+      params,
+      prompts,
+      run.data.tokenizer,
+      run.judge,
+      seed=run.config.seed,
+      config=settings,
+      placement=run.program.placement,
+      label=self._label,
+    )
+
+  def _write_samples(self, step: int, drawn: Samples) -> None:
+    """Appends samples to samples.jsonl, a JSON object a line."""
+    if not self._run.is_writer:
+      return
+    file = GrowingFile(self._run.workdir.samples)
+    for i, (prompt, text) in enumerate(
+      zip(drawn.prompt_texts, drawn.texts, strict=True)
+    ):
+      row = {"step": step, "prompt": prompt, "response": text}
+      if drawn.rewards is not None:
+        row["reward"] = float(drawn.rewards[i])
+      file.append(json.dumps(row) + "\n")
+    file.close()

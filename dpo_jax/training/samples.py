@@ -1,0 +1,224 @@
+"""Samples of a policy on held-out prompts: rewards, win rate and KL."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from dpo_jax import judges
+from dpo_jax.data import batch_plan
+from dpo_jax.data.loader import Loader
+from dpo_jax.data.store import Store
+from dpo_jax.data.tokenizers import Tokenizer
+from dpo_jax.models import generate
+from dpo_jax.models.decoder import Policy
+from dpo_jax.parallel.placement import Placement
+from dpo_jax.training.intervals import wilson_interval
+from dpo_jax.training.reference import compute_logps
+
+# Metrics of `compare_samples` and `sampled_kl`, with a judge and a reference.
+SAMPLE_METRICS = (
+  "sample/tokens",
+  "sample/reward",
+  "sample/reward_error",
+  "sample/win_rate",
+  "sample/win_rate_low",
+  "sample/win_rate_high",
+  "kl",
+  "kl_error",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """Responses of a policy to held-out prompts.
+
+  Attributes:
+    prompts: token ids.
+    responses: token ids.
+    prompt_texts: decoded.
+    texts: responses, decoded.
+    rewards: f64 [n] from the judge, or None without one.
+  """
+
+  prompts: list[list[int]]
+  responses: list[list[int]]
+  prompt_texts: list[str]
+  texts: list[str]
+  rewards: np.ndarray | None
+
+
+def held_out_prompts(
+  store: Store, indices: np.ndarray, num: int, *, max_tokens: int
+) -> list[list[int]]:
+  """Returns the first distinct prompts, repeated if fewer than `num`.
+
+  Args:
+    store: groups.
+    indices: held-out groups.
+    num: prompts wanted.
+    max_tokens: longest prompt that leaves room for a response; longer ones are
+      skipped.
+
+  Returns:
+    Token ids of `num` prompts.
+
+  Raises:
+    ValueError: every prompt is longer.
+  """
+  distinct: dict[tuple[int, ...], None] = {}
+  for index in indices:
+    if store.lengths[index, 0] <= max_tokens:
+      distinct[tuple(store.group(index)[0].tolist())] = None
+    if len(distinct) == num:
+      break
+  if not distinct:
+    raise ValueError(
+      f"no held-out prompt has at most {max_tokens} tokens, so none leaves room"
+      " for a sample: lower eval.max_response_tokens"
+    )
+  prompts = [list(prompt) for prompt in distinct]
+  return [prompts[i % len(prompts)] for i in range(num)]
+
+
+def draw_samples(
+  policy: Policy,
+  params: Any,
+  prompts: Sequence[Sequence[int]],
+  tokenizer: Tokenizer,
+  judge: judges.Judge | None,
+  *,
+  seed: int,
+  config: Any,
+  placement: Placement,
+  label: str = "",
+) -> Samples:
+  """Samples a response to each prompt and asks the judge for its reward.
+
+  Args:
+    policy: the decoder.
+    params: parameters of the policy.
+    prompts: token ids.
+    tokenizer: tokenizer of the policy.
+    judge: gives the rewards, or None.
+    seed: seed of the samples.
+    config: `config.eval`.
+    placement: mesh that the prompts are split over.
+    label: name of the work for `progress.track`; "" shows nothing.
+
+  Returns:
+    The samples.
+
+  Raises:
+    ValueError: the judge does not give a finite number for each.
+  """
+  responses = generate.sample(
+    policy,
+    params,
+    prompts,
+    seed=seed,
+    max_response_tokens=config.max_response_tokens,
+    temperature=config.temperature,
+    stop_ids=tokenizer.stop_ids,
+    top_k=config.top_k,
+    top_p=config.top_p,
+    rows=placement.row_sharding,
+    label=label,
+  )
+  prompt_texts = [tokenizer.decode(prompt) for prompt in prompts]
+  texts = [tokenizer.decode(response) for response in responses]
+  rewards = None
+  if judge is not None:
+    rewards = judges.ask(judge, prompt_texts, texts)
+  return Samples(
+    [list(p) for p in prompts], responses, prompt_texts, texts, rewards
+  )
+
+
+def compare_samples(
+  samples: Samples, reference: Samples | None
+) -> dict[str, float]:
+  """Computes the reward of samples, and their win rate over the reference's.
+
+  Args:
+    samples: samples of the policy.
+    reference: samples of the reference on the same prompts, or None.
+
+  Returns:
+    `sample/tokens`; with a judge `sample/reward` and its standard error; with
+    a reference too `sample/win_rate` and its 95 % interval, ties a half.
+  """
+  metrics = {
+    "sample/tokens": float(np.mean([len(r) for r in samples.responses]))
+  }
+  if samples.rewards is None:
+    return metrics
+  count = len(samples.rewards)
+  metrics["sample/reward"] = float(samples.rewards.mean())
+  metrics["sample/reward_error"] = _standard_error(samples.rewards)
+  if reference is not None:
+    wins = 0.5 * (np.sign(samples.rewards - reference.rewards) + 1.0)
+    rate = float(wins.mean())
+    low, high = wilson_interval(rate, count)
+    metrics |= {
+      "sample/win_rate": rate,
+      "sample/win_rate_low": low,
+      "sample/win_rate_high": high,
+    }
+  return metrics
+
+
+def sampled_kl(
+  logps_step: Callable[..., Any],
+  params: Any,
+  ref_params: Any,
+  samples: Samples,
+  placement: Placement,
+  *,
+  batch_size: int,
+) -> dict[str, float]:
+  """Estimates KL(pi || pi_ref) per response from the policy's samples.
+
+  The mean of log pi(y|x) - log pi_ref(y|x) over y ~ pi. It is unbiased if the
+  samples were drawn at temperature 1 from the whole vocabulary.
+
+  Args:
+    logps_step: compiled `reference.make_logps_step`.
+    params: parameters of the policy.
+    ref_params: parameters of the reference.
+    samples: samples of the policy.
+    placement: mesh.
+    batch_size: groups a batch.
+
+  Returns:
+    `kl`, nats a response, and `kl_error`, its standard error.
+  """
+  groups = list(zip(samples.prompts, samples.responses, strict=True))
+  store = Store.from_groups(groups, np.ones((len(groups), 1)))
+  indices = np.arange(len(store))
+  plan = batch_plan.make_plan(
+    store,
+    indices,
+    batch_size=min(batch_size, len(store)),
+    row_tokens=0,
+    row_multiple=placement.num_row_shards,
+    layout="shared",
+  )
+  loader = Loader(store, indices, plan, min(batch_size, len(store)), seed=0)
+  policy_logps, ref_logps = (
+    compute_logps(logps_step, p, loader, placement)
+    for p in (params, ref_params)
+  )
+  log_ratios = (policy_logps - ref_logps)[:, 0].astype(np.float64)
+  return {
+    "kl": float(log_ratios.mean()),
+    "kl_error": _standard_error(log_ratios),
+  }
+
+
+def _standard_error(values: np.ndarray) -> float:
+  if len(values) < 2:
+    return math.nan
+  return float(values.std(ddof=1) / math.sqrt(len(values)))
