@@ -1,4 +1,4 @@
-"""The three structures that everything else passes around.
+"""Batch, Sequences and TrainState: what loader, model and losses exchange.
 
 Shape letters, here and in every docstring:
 
@@ -30,7 +30,7 @@ class Batch:
 
   A row holds several groups; a group is its prompt, once, followed by its
   responses. Group arrays carry the row as their first axis, so that the sums
-  from tokens to responses stay inside a row, hence inside a device.
+  from tokens to responses stay inside a row, and so inside a device.
 
   Attributes:
     tokens: i32 [R, T], 0 where padded.
@@ -49,8 +49,8 @@ class Batch:
     valid: bool [R, G, K], False where a slot holds no response.
     example_ids: i32 [R, G], index of the group in its dataset, -1 if none.
     last_tokens: i32 [R, G, K], index in the row of each response's last token.
-    ref_logps: f32 [R, G, K] log-probs under the reference, nats, where they
-      were cached; else None.
+    ref_logps: f32 [R, G, K] log-probs under the reference, nats; None
+      where they were not cached.
     token_masks: name -> bool [R, S], scored tokens that a field of Sequences
       is restricted to, where the loss reads one. "head": the first n of a
       response, n the length of its group's shortest; "sampled": n of them,
@@ -94,7 +94,7 @@ class Field:
       "on_policy", brought by the batch.
     sums: figure of `logps.chunked_token_figures` that it sums over the scored
       tokens of a response; "" for a field that is not such a sum.
-    mask: of `Batch.token_masks`, which tokens it sums; "" for all.
+    mask: name in `Batch.token_masks` of the tokens that it sums; "" for all.
     is_mean: whether the sum is divided by the number of tokens.
     reads_value_head: whether the model needs a value head.
   """
@@ -113,7 +113,7 @@ def _optional(source: str, **properties: Any) -> Any:
 
 @flax.struct.dataclass
 class Sequences:
-  """What a loss sees: one figure for each response of each group.
+  """Inputs of a loss: one value for each response of each group.
 
   Fields below `valid` are optional; a loss that reads one says so, and only
   then is it computed. FIELDS tells how.

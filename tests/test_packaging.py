@@ -92,6 +92,12 @@ def test_ci_runs_the_projects_own_check():
     assert [s["run"] for s in job["steps"] if "run" in s] == [".ci/run"]
 
 
+def test_the_files_that_ci_tests_exist():
+  text = (ROOT / ".ci" / "run").read_text()
+  named = re.findall(r"tests/[\w/]+(?:\.py)?", text)
+  assert named and [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_hooks_run_tools_of_the_requirements():
   hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
   tools = {

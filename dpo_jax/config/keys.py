@@ -141,7 +141,7 @@ def default_config() -> ml_collections.ConfigDict:
   # "adapter_off": the policy without its adapters, at no memory; "ema": a copy
   # that follows the policy (TR-DPO); "none": for losses that read no reference.
   # "auto" is "none" where it can be, "cached" where a loss reads no more of the
-  # reference than sums, and else "adapter_off" or "frozen".
+  # reference than sums, and otherwise "adapter_off" or "frozen".
   config.reference.kind = "auto"
   # TR-DPO (arXiv:2404.09656): every so many steps the reference becomes
   # alpha * policy + (1 - alpha) * reference; 1 is a hard update.
@@ -164,7 +164,7 @@ def default_config() -> ml_collections.ConfigDict:
   config.eval = ml_collections.ConfigDict()
   config.eval.every_steps = 100  # 0: at the start and the end only
   config.eval.batch_size = 64  # groups
-  # Losses to measure besides, from the same forward pass: ("ipo", "kto").
+  # Other losses to measure, from the same forward pass: ("ipo", "kto").
   config.eval.losses = ()
   config.eval.save_logps = True  # of every group: see experiments/replay.py
   config.eval.max_groups = 0  # held-out groups to read; 0: all
@@ -177,8 +177,8 @@ def default_config() -> ml_collections.ConfigDict:
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_steps = 500  # 0: at the end only
-  # Latest ones, and the best besides. At least 2: the one before stays until
-  # the latest has its manifest.
+  # Latest checkpoints; the best is kept too. At least 2: the one before stays
+  # until the latest has its manifest.
   config.checkpoint.keep = 2
   # Metric of the best checkpoint: "eval/loss", or "NAME:loss" of a held-out set
   # with a name. Unset: the accuracy on the first set; of SFT the lowest loss;

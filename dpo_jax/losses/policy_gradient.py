@@ -1,18 +1,17 @@
-"""What a policy-gradient loop is made of: PPO and RLOO as pure functions.
+"""Pure functions of a policy-gradient loop: PPO and RLOO.
 
-Arrays are [B, T], one row a sampled response and one column a token, beside a
-bool `mask` of the tokens that count; a masked token, whatever it holds, is as
-if it were not there, be it padding, prompt, or a gap. What only compares
-figures elementwise takes [B, K] as well, one figure a response.
+Arrays are [B, T]: a row is a sampled response, a column a token. A bool `mask`
+has the tokens that count. The value of a masked token has no effect, in
+padding, prompt or a gap. Elementwise functions take [B, K] too, one value a
+response.
 
 Losses are f32 of the mask's shape, to be minimised, 0 where masked: the caller
 divides their sum by the tokens of the global batch (`masked_mean` does it for
 arrays that are that batch). What was measured while sampling, and all that is
 worked out of it, is data: no gradient flows through it.
 
-The log-ratio of a token has no bound, and its exp does: above e^20 a ratio goes
-on along its tangent (`safe_exp`), so that sums stay finite, with a gradient
-that still points back.
+The log-ratio of a token has no bound. Above e^20 a ratio continues along its
+tangent (`safe_exp`), so that sums stay finite and the gradient keeps its sign.
 """
 
 import chex
@@ -298,7 +297,7 @@ def shape_rewards(
     ref_logps: f32 [B, T], under the reference.
     mask: bool [B, T]. A row without tokens has no last one: its score is lost.
     kl_coef: beta, >= 0, score units a nat.
-    estimator: of `kl_penalty`; "k1" in the paper.
+    estimator: KL estimator of `kl_penalty`; "k1" in the paper.
 
   Returns:
     f32 [B, T], 0 where masked.

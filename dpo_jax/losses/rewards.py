@@ -174,7 +174,7 @@ def log_odds(sequences: Sequences) -> jax.Array:
 
 
 def values(sequences: Sequences) -> jax.Array:
-  """What a value head gives for the response's last token."""
+  """Returns the value head's output at the response's last token."""
   return sequences.values
 
 

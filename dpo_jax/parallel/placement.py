@@ -138,7 +138,7 @@ class Placement:
     return state
 
   def gather_state(self, state: Any) -> Any:
-    """What the compiled step gives -> a state on the mesh."""
+    """Converts the compiled step's state to one on the mesh."""
     return state
 
   def compile_step(

@@ -29,7 +29,7 @@ def track(
   """Yields the items and shows how many are done.
 
   Args:
-    items: what the loop goes over.
+    items: iterated by the loop.
     label: name of the work; "" shows nothing.
     total: number of items, or None if it is not known.
     unit: plural noun of an item.
