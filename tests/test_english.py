@@ -19,9 +19,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 _NOT_YET: tuple[str, ...] = (
   "models",
   "data",
-  "experiments",
-  "benchmarks",
-  "scripts",
   "tests",
 )
 
