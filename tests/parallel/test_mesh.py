@@ -17,6 +17,7 @@ from dpo_jax.models.layers import Projection
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.parallel.pmap import make_placement
+from dpo_jax.parallel.sharding import partition_spec
 from dpo_jax.training import gradients
 from dpo_jax.training import step as step_lib
 from dpo_jax.types import TrainState
@@ -325,9 +326,11 @@ def test_a_projection_gathers_the_axis_that_fsdp_splits():
       lambda name=name: Projection(name, config, rngs=nnx.Rngs(0))
     )
     for leaf, split in zip(
-      ("kernel", "lora_a", "lora_b"), layer.splits, strict=True
+      ("kernel", "lora_a", "lora_b"), layer.fsdp_axes, strict=True
     ):
-      spec = partition_rules.partition_spec(f"layers/{name}/{leaf}")
+      spec = partition_spec(
+        f"layers/{name}/{leaf}", partition_rules.PARTITION_RULES
+      )
       shape = getattr(layer, leaf).shape
       axes = (*spec, *[None] * (1 + len(shape) - len(spec)))[1:]
       found = None if split is None else split % len(shape)
