@@ -158,8 +158,8 @@ class Parsed(BaseException):
   """A command's own parser has read its flags.
 
   Attributes:
-    values: of all flags that it defines, by name; None of argparse.
-    error: what the parser raised, or None.
+    values: values of all flags that it defines, by name; None of argparse.
+    error: exception of the parser, or None.
   """
 
   def __init__(self, values, error=None):

@@ -27,7 +27,7 @@ _OPENINGS = ("Of", "What", "Who", "Where", "Whose")
 _ENTRY = re.compile(
   r"^ {2,}\*{0,2}\w+: (of|that|what|who|whose|where)\b", re.M | re.I
 )
-# Words before which "else" and "behind" are what a reader expects.
+# Words before which `else` and `behind` are plain English.
 _NOT_ELSE = r"(?<!thing )(?<!\bwhat )"
 _NOT_BEHIND = r"(?<!\bleft )(?<!\bleaves )(?<!\bstays )(?<!\bfar )"
 _BANNED: dict[str, str] = {

@@ -1,4 +1,4 @@
-"""What an installation holds: every module, and nothing that is missing."""
+"""An installation has every module; CI has constraints and real tools."""
 
 import pathlib
 import re
