@@ -130,15 +130,15 @@ class Placement:
     )
 
   def place_training_batch(self, batch: Batch) -> Batch:
-    """Numpy rows of this process -> what the compiled step takes."""
+    """Numpy rows of this process -> an argument of the compiled step."""
     return self.place_rows(batch)
 
   def place_state(self, state: Any) -> Any:
-    """A state on the mesh -> what the compiled step takes."""
+    """A state on the mesh -> an argument of the compiled step."""
     return state
 
   def gather_state(self, state: Any) -> Any:
-    """Converts the compiled step's state to one on the mesh."""
+    """Result of the compiled step -> a state on the mesh."""
     return state
 
   def compile_step(

@@ -55,7 +55,7 @@ class BatchLoss:
     """Computes these sequences' share of the objective.
 
     Args:
-      sequences: those of a batch or a microbatch.
+      sequences: sequences of a batch or a microbatch.
       loss_state: state of the objective.
       counts: `forward.count_batch` of the global batch.
 
