@@ -24,7 +24,7 @@ _ROOT = str(pathlib.Path(__file__).parents[1])
 
 
 class Trainer(Protocol):
-  """What a contender's process serves."""
+  """Commands that a contender's process answers."""
 
   def start(self) -> dict[str, Any]: ...
 
@@ -43,14 +43,14 @@ def serve(trainer: Trainer) -> None:
 
 
 class Stopwatch:
-  """What a turn of exported work took; see `benchmarks.peers.export`."""
+  """Time and memory of a turn of exported work: `benchmarks.peers.export`."""
 
   def __init__(self, work: Mapping[str, Any], steps: Sequence[int]):
     """Starts.
 
     Args:
       work: pairs of a step, and tokens and FLOPs of every step.
-      steps: of this turn.
+      steps: steps of this turn.
     """
     self._work, self._steps = work, steps
     self._began, self._cpu_began = time.monotonic(), time.process_time()
@@ -180,8 +180,7 @@ def check_ticket(contenders: Sequence[Contender]) -> None:
 
 
 def times_as_fast(mine: Contender, peer: Contender) -> float:
-  """Of turns side by side, how many times the peer's tokens a second: the
-  median."""
+  """Returns the ratio to the peer's tokens a second, the median over turns."""
   ratios = [
     (a["tokens"] / a["seconds"]) / (b["tokens"] / b["seconds"])
     for a, b in zip(mine.turns, peer.turns, strict=True)

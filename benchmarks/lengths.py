@@ -4,7 +4,7 @@
 
 One pair a step, the prompt a half of each sequence; then workload A with
 larger vocabularies. Memory is what XLA's compiler reports for the step, which
-no allocator and no other process blurs, with the process's peak beside it.
+no allocator and no other process blurs; the process's peak is given too.
 """
 
 import argparse

@@ -34,7 +34,7 @@ from dpo_jax.types import Batch
 
 
 class Trainer:
-  """What `train.py` does between two looks at its metrics."""
+  """Steps of `train.py` between two readings of its metrics."""
 
   def __init__(self, options: argparse.Namespace, grid: Any = None):
     """Builds model, data and loader on a mesh, or on the first device."""
@@ -115,7 +115,7 @@ class Trainer:
       return self.program.train_step().lower(state, batch).compile()
 
   def mean_work(self) -> workload.Work:
-    """Of the first ten batches."""
+    """Returns the mean work of the first ten batches."""
     lengths = [self.lengths[self.loader.order(i)] for i in range(10)]
     works = [
       workload.count_work(x, self.program.policy.config) for x in lengths
@@ -165,7 +165,7 @@ class Trainer:
     seconds = time.monotonic() - began
     cpu_seconds = time.process_time() - cpu_began
     self.next = stop
-    # Beside every turn, since a busy machine slows both.
+    # With every turn, since a busy machine slows both.
     peak, cpu_peak = workload.matmul_rate()
     return {
       "matmul_flops_per_second": peak,

@@ -102,10 +102,10 @@ def make_store(
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What a batch asks for, whoever computes it.
+  """Work of a batch, the same for every contender.
 
   Attributes:
-    tokens: of all sequences, a prompt counted once for each response.
+    tokens: number of all tokens, a prompt counted once for each response.
     useful_flops: forward and backward, of every such token, causal attention,
       vocabulary projection on response tokens, no reference.
     shared_flops: the same with each prompt once.
@@ -165,7 +165,7 @@ def matmul_rate(size: int = 2048, repeats: int = 3) -> tuple[float, float]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-  """What every contender is told of the work."""
+  """Adds the options of the work, which every contender gets."""
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--batch_size", type=int, default=BATCH_SIZE)
   parser.add_argument("--num_groups", type=int, default=256)

@@ -1,10 +1,10 @@
-"""What beta does to DPO and IPO, against the optimum that each beta names.
+"""Effect of beta on DPO and IPO, against the optimum of each beta.
 
   python -m experiments.beta_ablation --workdir=runs/beta_ablation
 
 On the exact task. Reward and KL of every beta, how far the trained policy is
 from pi* of that beta, and where IPO, which has a finite target, stops although
-DPO goes on. The paper's betas for sentiment are .05, .1, 1 and 5 (Rafailov et
+DPO continues. The paper's betas for sentiment are .05, .1, 1 and 5 (Rafailov et
 al. 2023, arXiv:2305.18290, fig. 2). Two CPU cores.
 """
 

@@ -19,7 +19,7 @@ from experiments.harness import Row, Run, Settings
 
 FLIPS = (0.1, 0.2, 0.4)
 BEST_OF = (2, 4, 8, 16, 64)
-# Of DPO; of the losses and the baselines beside it.
+# Betas of DPO, of the other losses, and of the baselines.
 _BETAS = {
   "tiny": ((0.25, 0.5, 1.0), (0.5,), (0.5, 1.0)),
   "paper": ((0.1, 0.25, 0.5, 1.0, 2.0),) * 3,
@@ -78,7 +78,7 @@ def runs(settings: Settings) -> list[Run]:
 
 
 def collect(workdir: str) -> harness.Collected:
-  """What was trained, besides Best-of-N and the frontier, by enumeration."""
+  """Returns rows of trained runs, of Best-of-N and of the frontier."""
   return exact_sweep.collect(workdir, BEST_OF)
 
 
@@ -91,7 +91,7 @@ def plot(rows: list[Row], path: str) -> list[str]:
   clean = [
     row
     for row in means
-    # A reward model is no policy, and has no KL.
+    # A reward model is not a policy, and has no KL.
     if not row["flips"]
     and row["kl"] == row["kl"]
     and row["method"] not in aside

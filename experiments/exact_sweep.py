@@ -36,7 +36,7 @@ def _labels(method: str, seed: int, **others: Any) -> Row:
 
 
 def collect(workdir: str, best_of: Sequence[int] = ()) -> harness.Collected:
-  """What was trained; Best-of-N and the frontier, which need no training."""
+  """Returns rows of trained runs; of Best-of-N and the frontier by formula."""
   found = harness.collect(workdir)
   folder = os.path.join(workdir, "reference")
   if not os.path.exists(os.path.join(folder, "task.npz")):
@@ -81,9 +81,9 @@ class Sweep:
     """Begins with the reference.
 
     Args:
-      settings: of the command line.
-      steps: of every method; 0: as the scale says.
-      batch_size: of every method.
+      settings: settings of the command line.
+      steps: steps of every method; 0: those of the scale.
+      batch_size: pairs a step, of every method.
     """
     self.settings = settings
     self.size = SIZES[settings.scale]
@@ -202,14 +202,14 @@ class Sweep:
     Args:
       method: its name in tables.
       loss: name and knobs.
-      seed: of data, order and samples.
-      beta: of the optimum that it is held against.
-      knob: what else tells it from other runs of the method.
-      label: of the pairs.
+      seed: seed of data, order and samples.
+      beta: beta of the optimum that it is compared with.
+      knob: other value that distinguishes runs of the method.
+      label: rule that labels the pairs.
       flips: fraction of their labels that is wrong.
       online: keys of `config.online`, where it samples.
       learning_rate: peak.
-      after: runs that it needs besides.
+      after: other runs that it needs.
 
     Returns:
       The run's name.

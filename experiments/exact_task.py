@@ -89,7 +89,7 @@ def raw_rewards(seed: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What is known exactly; P prompts, N completions.
+  """Exact probabilities and rewards of P prompts and N completions.
 
   Attributes:
     ref_logps: f64 [P, N], log pi_ref, nats.
@@ -155,7 +155,7 @@ class Task:
     """log-probs of a chosen response, Bradley-Terry labels: f64 [P, N].
 
     2 pi_ref(y) E_y'[sigmoid(r(y) - r(y'))]: what Preferred-FT fits. Below
-    2 pi_ref everywhere, hence its KL is below log 2.
+    2 pi_ref everywhere, so its KL is below log 2.
     """
     out = np.empty_like(self.ref_logps)
     for row, logps, rewards in zip(
@@ -243,11 +243,11 @@ class Task:
     """Pairs of the reference's completions, labelled.
 
     Args:
-      path: of the JSONL.
+      path: JSONL file to write.
       num: pairs; equal ones are drawn again.
       label: "bradley_terry" or "argmax".
       flips: fraction of labels that are turned round.
-      seed: of the draws.
+      seed: seed of the draws.
     """
     rng = np.random.default_rng((seed, 3))
     prompts = rng.integers(0, len(PROMPTS), 2 * num)
@@ -280,8 +280,8 @@ class Task:
 def all_logps(policy: Policy, params: Any) -> np.ndarray:
   """log pi of every completion to every prompt: f64 [P, 4096].
 
-  From the distributions behind all 512 beginnings of three letters, and those
-  behind their beginnings.
+  They come from the distributions after all 512 beginnings of three letters,
+  and after the beginnings of those.
   """
   heads = completions().reshape(-1, NUM_LETTERS, LENGTH)[:, 0, : LENGTH - 1]
   out = []

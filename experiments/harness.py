@@ -1,4 +1,4 @@
-"""A sweep of runs behind a figure: what to train, its rows, its picture.
+"""Sweep of the runs of a figure: what to train, its rows, its plot.
 
 An experiment is a module with three functions:
 
@@ -49,8 +49,8 @@ matplotlib.use("Agg")
 
 _LOG = logging.getLogger("dpo_jax.experiments")
 SCALES = ("tiny", "paper")
-# What `--dry_run` reckons with: FLOP/s that training reaches, and seconds
-# that a run takes besides to start, compile, evaluate and save.
+# Assumptions of `--dry_run`: FLOP/s that training reaches, and further
+# seconds that a run takes to start, compile, evaluate and save.
 SPEEDS = {
   "tiny": ("2 CPU cores", 3e10, 8.0),
   "paper": ("8 TPU v5e chips at 40 % of their 197 TFLOP/s", 6.3e14, 60.0),
@@ -62,7 +62,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What a command line chooses.
+  """Choices of a command line.
 
   Attributes:
     workdir: folder of the sweep.
@@ -82,14 +82,14 @@ class Run:
   """One thing to be done once, in a folder of its own.
 
   Attributes:
-    name: of its folder; unique in the sweep.
+    name: name of its folder; unique in the sweep.
     labels: columns that its rows begin with, such as method, beta and seed.
-    config: what `dpo_jax.train` trains, or None.
+    config: config that `dpo_jax.train` trains, or None.
     after: names of runs that must be finished before it starts.
     work: (folder) -> None, done before the training: makes files.
     measure: (folder) -> rows, done after the training.
-    inputs: what `work` and `measure` depend on besides; like the config, a
-      change of it is refused.
+    inputs: other values that `work` and `measure` depend on; as with the
+      config, a change is refused.
     num_params: for the estimate, where the policy's folder is not here.
     tokens_per_group: for the estimate; 0: data.max_tokens for each response.
   """
@@ -105,7 +105,7 @@ class Run:
   tokens_per_group: float = 0.0
 
   def spec(self) -> dict[str, Any]:
-    """What decides its result, as plain JSON."""
+    """Returns all that decides its result, as plain JSON."""
     flat = dict(config_lib.flatten(self.config)) if self.config else {}
     keys = {
       f"config.{k}": v for k, v in flat.items() if resume.decides_result(k)
@@ -118,7 +118,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-  """What a workdir holds.
+  """Contents of a workdir.
 
   Attributes:
     rows: labels and figures of finished runs.
@@ -134,7 +134,7 @@ class Locked(RuntimeError):
 
 
 def in_order(runs: Sequence[Run]) -> list[Run]:
-  """The runs, each behind those that it starts from.
+  """Returns the runs in order, each after those that it starts from.
 
   Raises:
     ValueError: a name twice, one that is missing, or a circle.
@@ -204,7 +204,7 @@ def execute(
   Args:
     runs: the whole sweep, written to WORKDIR/sweep.json for `collect`.
     mine: the part that this worker does, in order.
-    workdir: of the sweep.
+    workdir: folder of the sweep.
 
   Returns:
     What went wrong: name -> message. The other runs are done all the same,
@@ -372,13 +372,13 @@ def _how_far(folder: pathlib.Path) -> str:
 
 
 def estimate(runs: Sequence[Run], scale: str) -> list[Row]:
-  """What a sweep costs, by formula: 6 N FLOPs a token of a policy of N.
+  """Estimates the cost of a sweep: 6 N FLOPs a token of a policy of N.
 
   Sampling and the reference add 2 N a token each where a run has them.
 
   Args:
     runs: the sweep, or a part.
-    scale: whose speed to reckon with.
+    scale: key of SPEEDS.
 
   Returns:
     A row for each run: FLOPs and hours.
@@ -407,7 +407,7 @@ def estimate(runs: Sequence[Run], scale: str) -> list[Row]:
 
 
 def _num_params(config: Any) -> int:
-  """Of the policy; of the preset where it starts from a run to come."""
+  """Counts a policy's parameters; the preset's if its start is not trained."""
   init = config.policy.init
   source = model_sources.parse("random" if init.startswith("run:") else init)
   settings = source.tokenizer_settings(config.data)
@@ -459,7 +459,7 @@ def save_figure(figure: Any, rows: Sequence[Row], path: str) -> list[str]:
 
   Args:
     figure: matplotlib's.
-    rows: what it shows.
+    rows: rows that it shows.
     path: without an ending.
 
   Returns:

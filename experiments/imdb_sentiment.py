@@ -12,10 +12,11 @@ to the reference (Rafailov et al. 2023, arXiv:2305.18290, sec. 6.1).
 
 Without --reviews it is the synthetic review task, whose true reward is known
 and labels the pairs too. With them a classifier of one half of the reviews
-labels, and one of the other half is gold: else over-optimisation could not
-show. The paper's gold is a RoBERTa; ours is a bag of n-grams, so rewards are
-not the paper's. With --policy at `tiny` the policy is its own reference and
-writes its own prefixes; at `paper` it is first fine-tuned on the reviews.
+labels, and one of the other half is gold; with one for both, over-optimisation
+could not show. The paper's gold is a RoBERTa; ours is a bag of n-grams, so
+rewards are not the paper's. With --policy at `tiny` the policy is its own
+reference and writes its own prefixes; at `paper` it is first fine-tuned on the
+reviews.
 """
 
 from collections.abc import Iterator, Sequence
@@ -90,7 +91,7 @@ def read_reviews(source: str, num: int) -> Iterator[dict[str, Any]]:
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: a line that is no review.
+    ValueError: a line that is not a review.
   """
   if source == "tfds":
     import tensorflow_datasets as tfds  # slow to import, and rarely wanted
@@ -116,7 +117,7 @@ def read_reviews(source: str, num: int) -> Iterator[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """Where everything of one sweep lies."""
+  """Paths and sizes of one sweep."""
 
   settings: Settings
 
@@ -458,7 +459,7 @@ def runs(settings: Settings) -> list[Run]:
 
 
 def _add_methods(plan: _Plan, add: Any, bound: Any, before: Any) -> None:
-  """What is trained on the pairs, or on samples of the policy."""
+  """Adds what is trained on the pairs, or on samples of the policy."""
   size = plan.size
 
   def config(loss: dict[str, Any], seed: int = 0) -> Any:

@@ -21,7 +21,7 @@ from experiments.harness import Row, Run, Settings
 
 # Of the first and of the second strength.
 LEARNING_RATES = ((1e-3, 3e-3), (3e-3,))
-# Of tuning: J is taken at this beta, whatever a loss calls its own.
+# J is taken at this beta for every loss; trials are compared by it.
 BETA = 0.5
 _STEPS = {"tiny": 120, "paper": 2500}
 _BATCH = {"tiny": 64, "paper": 128}
@@ -44,7 +44,7 @@ _USUAL = ("beta", (0.25, 1.0))
 
 def names() -> list[str]:
   """Losses of pairs, or of what pairs can be split into."""
-  # A value head is no policy; samples are another experiment's.
+  # A value head is not a policy; samples are another experiment's.
   return [
     name
     for name, loss in CATALOGUE.items()

@@ -72,7 +72,7 @@ def _figure(value: float | None) -> str:
 
 def main() -> None:
   workdir, steps = flags.FLAGS.workdir, flags.FLAGS.steps
-  # Losses of samples need a judge besides their name.
+  # Losses of samples need a judge in addition to their name.
   names = flags.FLAGS.losses or [
     name for name, row in CATALOGUE.items() if row.group != "samples"
   ]

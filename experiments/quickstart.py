@@ -127,9 +127,9 @@ def _draw_curves(
   """Draws metrics of training as lines, and held-out ones as points.
 
   Args:
-    axis: of the figure.
-    workdir: of a run.
-    title: of the axis.
+    axis: axis of the figure.
+    workdir: workdir of a run.
+    title: title of the axis.
     lines: label and colour by metric.
   """
   train_rows, held_out = (read_metrics(workdir, x) for x in ("train", "eval"))

@@ -3,12 +3,12 @@
   python -m experiments.replay --workdir=runs/dpo [--losses=dpo,ipo:tau=0.2]
 
 Evaluation writes every held-out group's log-probs to WORKDIR/eval_logps. From
-these this prints, for each loss that they suffice for, its value, accuracy
-and the size of its pull, at the first and the last evaluation: first the run's
-own as it was trained, then others by name, with their defaults but for the
-knobs that follow a colon. It prints how well sigmoid(beta D) is calibrated,
-and draws displacement.png: where chosen and rejected log-probs went, and which
-pairs still pull.
+these this prints value, accuracy and size of the gradient of each loss that
+they suffice for, at the first and the last evaluation. The run's own loss
+comes first, then others by name, with their defaults but for the knobs that
+follow a colon. It prints how well sigmoid(beta D) is calibrated, and draws
+displacement.png: where chosen and rejected log-probs went, and which pairs
+still have a gradient.
 """
 
 import json
@@ -74,8 +74,8 @@ def objectives_for(
   """Losses that these log-probs suffice for, and why others are left out.
 
   Args:
-    sequences: what was saved.
-    configs: of losses, by what they are to be called.
+    sequences: saved log-probs.
+    configs: configs of losses, by the names to print.
 
   Returns:
     Objectives, and the reasons, both by the same names.

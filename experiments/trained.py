@@ -1,4 +1,4 @@
-"""What a finished run has learned: its steps' parameters, samples, figures."""
+"""Reads finished runs: parameters of their steps, samples and metrics."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -67,15 +67,15 @@ def load_steps(workdir: str) -> list[tuple[int, Policy, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-  """What policies are sampled and compared on.
+  """Prompts and judge on which policies are sampled and compared.
 
   Attributes:
-    tokenizer: of all of them.
+    tokenizer: tokenizer of all policies.
     prompts: token ids, held out.
-    gold: who says what a response is worth.
+    gold: judge of the responses.
     ref_policy: the reference.
     ref_params: its parameters.
-    max_response_tokens: of a sample, EOS included.
+    max_response_tokens: length limit of a sample, EOS included.
   """
 
   tokenizer: tokenizers.Tokenizer

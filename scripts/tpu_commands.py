@@ -52,7 +52,7 @@ printf %s {{workdir}} >~/run.workdir
 nohup setsid bash ~/run.sh </dev/null >>~/run.log 2>&1 &
 echo $! >~/run.pid
 """
-# The first word of a worker's answer, which ssh's own words stand beside.
+# First word of a worker's answer; ssh prints lines of its own too.
 REPORT_MARK = "dpo_jax-run"
 # Whether it runs first: it records its exit code before it is gone. The last
 # line leaves out the hint that every error of a command ends with.

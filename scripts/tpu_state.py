@@ -115,8 +115,8 @@ class Worker(NamedTuple):
     host: its name.
     state: "running", "ended CODE", "lost" (its process is gone, and left no
       exit code) or "none".
-    workdir: of the run.
-    last_line: of its log.
+    workdir: workdir of the run.
+    last_line: last line of its log.
   """
 
   host: str

@@ -49,8 +49,6 @@ _SHELLS = ("bash", "sh", "console")
 _OPERATORS = {"&&", "||", "|", ";", "&", "(", ")"}
 _FILE = re.compile(r"requirements[\w-]*\.txt|(configs|scripts)/\w+\.py")
 _WIDTH = 100
-# Written by scripts of their own, from tables with long rows.
-_WIDE = ("docs/losses.md", "docs/api.md")
 # Makes a training small; a later flag replaces an earlier one.
 _TINY = (
   "--config.total_steps=1",
@@ -160,8 +158,8 @@ class Parsed(BaseException):
   """A command's own parser has read its flags.
 
   Attributes:
-    values: of all flags that it defines, by name; None of argparse.
-    error: what the parser raised, or None.
+    values: values of all flags that it defines, by name; None of argparse.
+    error: exception of the parser, or None.
   """
 
   def __init__(self, values, error=None):
@@ -335,7 +333,7 @@ def test_a_plan_needs_no_file_that_the_project_does_not_have(
   assert compilation.build(request).batch.tokens.size > 0
 
 
-@pytest.mark.parametrize("document", sorted(set(DOCUMENTS) - set(_WIDE)))
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_lines_have_at_most_100_columns(document):
   wide = [
     number

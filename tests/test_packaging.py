@@ -1,4 +1,4 @@
-"""What an installation holds: every module, and nothing that is missing."""
+"""An installation has every module; CI has constraints and real tools."""
 
 import pathlib
 import re
@@ -90,6 +90,12 @@ def test_every_python_of_ci_has_constraints_that_fit_the_requirements():
 def test_ci_runs_the_projects_own_check():
   for job in workflow()["jobs"].values():
     assert [s["run"] for s in job["steps"] if "run" in s] == [".ci/run"]
+
+
+def test_the_files_that_ci_tests_exist():
+  text = (ROOT / ".ci" / "run").read_text()
+  named = re.findall(r"tests/[\w/]+(?:\.py)?", text)
+  assert named and [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_hooks_run_tools_of_the_requirements():

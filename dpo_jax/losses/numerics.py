@@ -17,7 +17,7 @@ def safe_exp(
 
   Args:
     x: f32 [...].
-    straight_above: where the tangent starts; choose it lower if the result is
+    straight_above: start of the tangent; choose it lower if the result is
       multiplied or summed further.
 
   Returns:

@@ -18,6 +18,7 @@ from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.parallel.pmap import make_placement
+from dpo_jax.parallel.sharding import partition_spec
 from dpo_jax.training import gradients
 from dpo_jax.training import step as step_lib
 from dpo_jax.types import TrainState
@@ -326,9 +327,13 @@ def test_a_projection_gathers_the_axis_that_fsdp_splits():
       lambda name=name: Projection(name, config, rngs=nnx.Rngs(0))
     )
     for leaf, split in zip(
-      ("kernel", "lora_a", "lora_b"), layer.splits, strict=True
+      ("kernel", "lora_a", "lora_b"), layer.fsdp_axes, strict=True
     ):
+<<<<<<< HEAD
       spec = sharding.partition_spec(
+=======
+      spec = partition_spec(
+>>>>>>> h-docs
         f"layers/{name}/{leaf}", partition_rules.PARTITION_RULES
       )
       shape = getattr(layer, leaf).shape
