@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Batch, Sequences and TrainState, the structures that all modules share.
-=======
-"""Batch, Sequences and TrainState: what loader, model and losses exchange.
->>>>>>> h-docs
 
 Shape letters, here and in every docstring:
 
@@ -33,13 +29,8 @@ class Batch:
   """Packed rows of preference groups.
 
   A row holds several groups; a group is its prompt, once, followed by its
-<<<<<<< HEAD
   responses. The first axis of group arrays is the row, so sums from tokens to
   responses stay inside a row and inside a device.
-=======
-  responses. Group arrays carry the row as their first axis, so that the sums
-  from tokens to responses stay inside a row, and so inside a device.
->>>>>>> h-docs
 
   Attributes:
     tokens: i32 [R, T], 0 where padded.
@@ -58,7 +49,6 @@ class Batch:
     valid: bool [R, G, K], False where a slot holds no response.
     example_ids: i32 [R, G], index of the group in its dataset, -1 if none.
     last_tokens: i32 [R, G, K], index in the row of each response's last token.
-<<<<<<< HEAD
     ref_logps: f32 [R, G, K] cached log-probs under the reference, nats, or
       None.
     token_masks: name -> bool [R, S], scored tokens that a field of Sequences is
@@ -66,16 +56,6 @@ class Batch:
       the length of its group's shortest; "sampled": n of them, drawn at random.
     on_policy: fields of Sequences that on-policy batches have, f32 [R, G, K] or
       [R, G, K, M] each; {} for other data.
-=======
-    ref_logps: f32 [R, G, K] log-probs under the reference, nats; None
-      where they were not cached.
-    token_masks: name -> bool [R, S], scored tokens that a field of Sequences
-      is restricted to, where the loss reads one. "head": the first n of a
-      response, n the length of its group's shortest; "sampled": n of them,
-      drawn at random.
-    on_policy: fields of Sequences that on-policy batches bring with them,
-      f32 [R, G, K] or [R, G, K, M] each; {} of other data.
->>>>>>> h-docs
   """
 
   tokens: Array
@@ -106,7 +86,6 @@ class Field:
   """Describes how an optional field of Sequences is computed.
 
   Attributes:
-<<<<<<< HEAD
     source: "policy", computed in every forward pass; "reference", from a cache
       or a live reference; "live_reference", from a reference that runs in the
       step, because a cache has only summed log-probs; "mismatched", see
@@ -116,16 +95,6 @@ class Field:
       over the scored tokens of a response; "" for a field that is not such a
       sum.
     mask: name in `Batch.token_masks` of the tokens to sum; "" for all.
-=======
-    source: "policy", every forward pass gives it; "reference", of a cache or
-      of a live reference; "live_reference", of one that runs in the step, as a
-      cache holds summed log-probs only; "mismatched", see `data.mismatched`;
-      "values", of a value head; "tokens", single tokens, on-policy only;
-      "on_policy", brought by the batch.
-    sums: figure of `logps.chunked_token_figures` that it sums over the scored
-      tokens of a response; "" for a field that is not such a sum.
-    mask: name in `Batch.token_masks` of the tokens that it sums; "" for all.
->>>>>>> h-docs
     is_mean: whether the sum is divided by the number of tokens.
     reads_value_head: whether the model needs a value head.
   """

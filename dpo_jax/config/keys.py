@@ -142,13 +142,8 @@ def default_config() -> ml_collections.ConfigDict:
   # "cached": log-probs computed once; "frozen": a copy runs in every step;
   # "adapter_off": the policy without its adapters, at no memory; "ema": a copy
   # that follows the policy (TR-DPO); "none": for losses that read no reference.
-<<<<<<< HEAD
   # "auto" is "none" if the loss reads no reference, "cached" if it reads only
   # summed log-probs, and otherwise "adapter_off" or "frozen".
-=======
-  # "auto" is "none" where it can be, "cached" where a loss reads no more of the
-  # reference than sums, and otherwise "adapter_off" or "frozen".
->>>>>>> h-docs
   config.reference.kind = "auto"
   # TR-DPO (arXiv:2404.09656): every so many steps the reference becomes
   # alpha * policy + (1 - alpha) * reference; 1 is a hard update.
@@ -184,13 +179,8 @@ def default_config() -> ml_collections.ConfigDict:
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_steps = 500  # 0: at the end only
-<<<<<<< HEAD
   # Number of latest checkpoints to keep, in addition to the best. At least 2,
   # because the one before stays until the latest has its manifest.
-=======
-  # Latest checkpoints; the best is kept too. At least 2: the one before stays
-  # until the latest has its manifest.
->>>>>>> h-docs
   config.checkpoint.keep = 2
   # Metric of the best checkpoint: "eval/loss", or "NAME:loss" of a held-out set
   # with a name. Unset: the accuracy on the first set; of SFT the lowest loss;

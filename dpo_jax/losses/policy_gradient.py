@@ -1,31 +1,17 @@
-<<<<<<< HEAD
 """Parts of PPO and RLOO as pure functions.
 
 Arrays are [B, T]: one row for each sampled response, one column for each token.
 A bool `mask` says which tokens count. The values of other tokens (padding,
 prompt, gaps) are ignored. Functions that work elementwise also take [B, K], one
 value for each response.
-=======
-"""Pure functions of a policy-gradient loop: PPO and RLOO.
-
-Arrays are [B, T]: a row is a sampled response, a column a token. A bool `mask`
-has the tokens that count. The value of a masked token has no effect, in
-padding, prompt or a gap. Elementwise functions take [B, K] too, one value a
-response.
->>>>>>> h-docs
 
 Losses are f32 of the mask's shape, to be minimised, and 0 where masked. The
 caller divides their sum by the tokens of the global batch; `masked_mean` does
 so for arrays that are the whole batch. No gradient flows through values
 measured while sampling, or through what is computed from them.
 
-<<<<<<< HEAD
 Above e^20 a probability ratio continues along its tangent (`safe_exp`). Sums
 stay finite, and the gradient still points back.
-=======
-The log-ratio of a token has no bound. Above e^20 a ratio continues along its
-tangent (`safe_exp`), so that sums stay finite and the gradient keeps its sign.
->>>>>>> h-docs
 """
 
 import chex
@@ -309,15 +295,9 @@ def shape_rewards(
     scores: f32 [B], a judge's score of each response.
     logps: f32 [B, T], under the policy that sampled the tokens, nats.
     ref_logps: f32 [B, T], under the reference.
-<<<<<<< HEAD
     mask: bool [B, T]. A row without tokens has no last one and loses its score.
     kl_coef: beta, >= 0, units of the score per nat.
     estimator: one of KL_ESTIMATORS; "k1" in the paper.
-=======
-    mask: bool [B, T]. A row without tokens has no last one: its score is lost.
-    kl_coef: beta, >= 0, score units a nat.
-    estimator: KL estimator of `kl_penalty`; "k1" in the paper.
->>>>>>> h-docs
 
   Returns:
     f32 [B, T], 0 where masked.

@@ -167,11 +167,7 @@ def log_odds(sequences: Sequences) -> jax.Array:
 
 
 def values(sequences: Sequences) -> jax.Array:
-<<<<<<< HEAD
   """Output of the value head at the response's last token."""
-=======
-  """Returns the value head's output at the response's last token."""
->>>>>>> h-docs
   return sequences.values
 
 

@@ -29,11 +29,7 @@ def track(
   """Yields the items and shows how many are done.
 
   Args:
-<<<<<<< HEAD
     items: items of the loop.
-=======
-    items: iterated by the loop.
->>>>>>> h-docs
     label: name of the work; "" shows nothing.
     total: number of items, or None if it is not known.
     unit: plural noun of an item.

@@ -18,7 +18,6 @@ from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.parallel.pmap import make_placement
-from dpo_jax.parallel.sharding import partition_spec
 from dpo_jax.training import gradients
 from dpo_jax.training import step as step_lib
 from dpo_jax.types import TrainState
@@ -329,11 +328,7 @@ def test_a_projection_gathers_the_axis_that_fsdp_splits():
     for leaf, split in zip(
       ("kernel", "lora_a", "lora_b"), layer.fsdp_axes, strict=True
     ):
-<<<<<<< HEAD
       spec = sharding.partition_spec(
-=======
-      spec = partition_spec(
->>>>>>> h-docs
         f"layers/{name}/{leaf}", partition_rules.PARTITION_RULES
       )
       shape = getattr(layer, leaf).shape
