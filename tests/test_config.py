@@ -183,7 +183,7 @@ def test_the_configs_that_ship_are_complete(path):
     assert resolved.loss.name == (argument or ("dpo",))[0]
 
 
-def test_one_checkpoint_is_not_enough():
+def test_keeping_one_checkpoint_is_refused():
   # The one before stays until the latest is known to be whole.
   config = default_config()
   config.checkpoint.keep = 1
@@ -191,7 +191,7 @@ def test_one_checkpoint_is_not_enough():
     resolve(config)
 
 
-def test_every_knob_of_a_loss_waits_to_be_set():
+def test_knobs_of_a_loss_are_placeholders():
   for name in ("dpo", "ipo", "sft"):
     config = config_lib.loss_config(name)
     assert config.name == name
@@ -229,7 +229,7 @@ def settle(config, workdir, is_writer=True):
   )
 
 
-def test_the_same_config_goes_on(tmp_path):
+def test_same_config_resumes(tmp_path):
   settle(tiny.make_config(), tmp_path)
   before = (tmp_path / "config.json").read_text()
   settle(tiny.make_config(), tmp_path)
@@ -258,7 +258,7 @@ def test_the_workdir_of_another_run_is_refused_with_the_difference(tmp_path):
   assert (tmp_path / "config.json").read_text() == before
 
 
-def test_what_does_not_change_the_result_may_change(tmp_path):
+def test_keys_that_do_not_affect_results_may_change(tmp_path):
   settle(tiny.make_config(), tmp_path)
   changed = tiny.make_config(
     total_steps=99,
@@ -275,7 +275,7 @@ def test_what_does_not_change_the_result_may_change(tmp_path):
   assert there["total_steps"] == 99
 
 
-def test_a_branch_of_the_hub_is_the_commit_that_the_run_began_with(tmp_path):
+def test_hub_branch_stays_at_the_commit_of_the_first_start(tmp_path):
   commit, other = "a" * 40, "b" * 40
   sources = ({"source": "hub:o/n@main", "weight": 1.0},)
   recorded = ({"source": f"hub:o/n/default@{commit}:train", "weight": 1.0},)
@@ -311,9 +311,7 @@ def test_only_the_writer_writes(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_a_kill_while_the_config_is_written_leaves_the_one_before(
-  tmp_path, monkeypatch
-):
+def test_kill_during_a_write_keeps_the_old_config(tmp_path, monkeypatch):
   settle(tiny.make_config(), tmp_path)
   before = (tmp_path / "config.json").read_text()
   write = type(epath.Path(tmp_path)).write_bytes

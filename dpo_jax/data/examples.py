@@ -101,12 +101,8 @@ def parse_records(
       parsed.append(found)
     except (Unusable, RecordError) as fault:
       parsed.append(fault)
-  requests = [
-    request
-    for one in parsed
-    if isinstance(one, Dialogue)
-    for request in one.requests()
-  ]
+  dialogues = [one for one in parsed if isinstance(one, Dialogue)]
+  requests = [request for one in dialogues for request in one.requests()]
   texts = iter(render(requests) if requests and render else [])
   return [
     _finish(one, texts) if isinstance(one, Dialogue) else one for one in parsed

@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from dpo_jax.data.spellings import Spellings
+from dpo_jax.system import files
 
 
 class Encoder:
@@ -219,3 +220,24 @@ def without_beginnings(text: str) -> str | None:
 
 def token_text(value: Any) -> str:
   return value["content"] if isinstance(value, Mapping) else value
+
+
+def find_template(
+  root: epath.Path, config: Mapping[str, Any], override: str
+) -> str | None:
+  """Returns the chat template of a tokenizer's folder.
+
+  Args:
+    root: folder.
+    config: its tokenizer_config.json.
+    override: path of a jinja file to use instead; "" for none.
+  """
+  if override:
+    return files.existing(override).read_text()
+  if (root / "chat_template.jinja").exists():
+    return (root / "chat_template.jinja").read_text()
+  template = config.get("chat_template")
+  if isinstance(template, list):  # several, by name
+    by_name = {entry["name"]: entry["template"] for entry in template}
+    return by_name.get("default")
+  return template

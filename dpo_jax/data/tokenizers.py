@@ -20,7 +20,6 @@ from dpo_jax.data.dialogues import Request
 from dpo_jax.data.messages import Message, RecordError
 from dpo_jax.data.spellings import Spellings
 from dpo_jax.data.templates import ChatTemplate
-from dpo_jax.system import files
 
 _LOG = logging.getLogger(__name__)
 
@@ -107,6 +106,7 @@ class HFTokenizer:
   generation_config.json for the ids of BOS and EOS.
   """
 
+  # Over 60 lines: every attribute depends on those before it.
   def __init__(
     self,
     folder: str,
@@ -156,35 +156,37 @@ class HFTokenizer:
       # GPT-2's files do not name it; its class in transformers does.
       self._special["eos_token"] = "<|endoftext|>"
     self.eos_id = self._find_eos(folder)
-    continuing = tokenizer_json.without_beginnings(text)
-    # Both are the same if a text's beginning is not marked.
-    self._continuing = self._encoder
-    if continuing:
-      self._continuing = tokenizer_json.Encoder(continuing)
-      self._continuing.name_special(self._special.values())
     self._encoder.name_special(self._special.values())
+    self._continuing = self._make_continuing()
     self.spellings = self._encoder.spellings
     pad = self._special.get("pad_token")
     self.pad_id = self._plain.token_to_id(pad) if pad else None
     self._generation_stops = _ids(generation.get("eos_token_id"))
     self.bos_id = self._find_bos(folder, config)
-    self.chat_template = _find_template(root, config, chat_template)
+    self.chat_template = tokenizer_json.find_template(
+      root, config, chat_template
+    )
     self.has_chat_template = self.chat_template is not None
     self._template = ChatTemplate(
       self.chat_template or "", self._special, date=_parse_date(template_date)
     )
-    decisive: list[Any] = [
-      text,
-      self._special,
-      self.bos_id,
-      self.chat_template,
-    ]
+    vocabulary = [text, self._special, self.bos_id]
+    decisive: list[Any] = [*vocabulary, self.chat_template]
     if self.has_chat_template:
       decisive += [self._generation_stops, template_date]
     self.digest = _digest(decisive)
-    self.parts = {"vocabulary": _digest(decisive[:3])}
+    self.parts = {"vocabulary": _digest(vocabulary)}
     if self.has_chat_template:
       self.parts["chat_template"] = _digest(decisive[3:])
+
+  def _make_continuing(self) -> tokenizer_json.Encoder:
+    """Returns an encoder that does not mark a text's beginning."""
+    text = tokenizer_json.without_beginnings(self.json)
+    if not text:
+      return self._encoder
+    encoder = tokenizer_json.Encoder(text)
+    encoder.name_special(self._special.values())
+    return encoder
 
   @property
   def vocab(self) -> dict[str, int]:
@@ -344,20 +346,6 @@ def _parse_date(date: str) -> datetime.date:
     raise ValueError(
       f"data.template_date={date!r} must be a day as YYYY-MM-DD"
     ) from error
-
-
-def _find_template(
-  root: epath.Path, config: Mapping[str, Any], override: str
-) -> str | None:
-  if override:
-    return files.existing(override).read_text()
-  if (root / "chat_template.jinja").exists():
-    return (root / "chat_template.jinja").read_text()
-  template = config.get("chat_template")
-  if isinstance(template, list):  # several, by name
-    by_name = {entry["name"]: entry["template"] for entry in template}
-    return by_name.get("default")
-  return template
 
 
 def has_tokenizer(folder: epath.PathLike) -> bool:

@@ -61,14 +61,14 @@ def test_the_table_has_the_checks_of_the_config():
     ),
   ],
 )
-def test_a_report_above_the_limit_is_told(name, below, above, message):
+def test_report_above_the_limit_gives_a_message(name, below, above, message):
   assert name not in find(**below)
   [found] = find(**above).values()
   assert found.name == name and message in found.message
   assert f"data.checks.{name}=warn" in found.message
 
 
-def test_a_check_that_stops_names_all_that_it_found(caplog):
+def test_stopping_check_names_all_findings(caplog):
   with pytest.raises(ValueError) as error:
     find("stop", broken=1, ties=80)
   assert "1.0 % of the records are broken" in str(error.value)
@@ -78,7 +78,7 @@ def test_a_check_that_stops_names_all_that_it_found(caplog):
   assert not caplog.text
 
 
-def test_length_alone_chooses_as_often_as_it_does():
+def test_length_accuracy_by_hand():
   lengths = np.array([[5, 3], [2, 9], [4, 4], [8, 1]])
   assert checks.length_accuracy(lengths) == (1 + 0 + 0.5 + 1) / 4
 
@@ -96,9 +96,7 @@ def run_of(tmp_path, **overrides):
   return build_run(config, Workdir.at(tmp_path / "run"))
 
 
-def test_what_a_small_data_set_cannot_say_is_told(
-  tmp_path, caplog, on_one_device
-):
+def test_small_data_sets_are_reported(tmp_path, caplog, on_one_device):
   pairs = [("same", f" long and good {i}", f" b{i}") for i in range(29)]
   source = write(tmp_path / "one.jsonl", pairs)
   other = write(tmp_path / "two.jsonl", pairs[:3])

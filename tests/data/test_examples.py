@@ -156,7 +156,7 @@ def test_a_response_that_begins_as_the_other_stays_whole():
     ),
   ],
 )
-def test_records_that_teach_nothing_are_given_a_reason(record, reason, render):
+def test_unusable_records_have_a_reason(record, reason, render):
   with pytest.raises(Unusable) as caught:
     parse(record, render)
   assert caught.value.reason == reason
@@ -338,7 +338,7 @@ def test_messages_need_a_chat_template():
     parse({"prompt": [USER], "completion": [YES]}, None)
 
 
-def test_what_a_template_raises_is_told_with_the_line_and_the_roles(tmp_path):
+def test_template_errors_name_the_line_and_the_roles(tmp_path):
   render = render_with(
     tmp_path, "{{ raise_exception('roles must alternate') }}"
   )

@@ -307,7 +307,7 @@ def test_turns_without_a_chat_template_are_plain_text():
     ),
   ],
 )
-def test_what_a_shape_cannot_hold_is_named(record, message, render):
+def test_columns_that_a_shape_cannot_read_are_named(record, message, render):
   with pytest.raises(RecordError, match=f"^data.jsonl:7: .*{message}"):
     parse(record, render)
 
@@ -330,13 +330,13 @@ def test_columns_and_roles_have_the_names_that_the_config_gives_them(render):
   assert parse(record, render, roles=roles) == rendered()
 
 
-def test_a_name_that_a_column_has_already_is_not_given_to_another(render):
+def test_renaming_to_an_existing_column_is_refused(render):
   record = {"prompt": "a", "question": ASK, "chosen": "b", "rejected": "c"}
   with pytest.raises(RecordError, match="another column the name 'prompt'"):
     parse(record, render, columns="prompt=question")
 
 
-def test_a_role_of_the_template_s_own_is_left_to_it(render):
+def test_unknown_roles_may_be_passed_to_the_template(render):
   ask = [{"role": "ipython", "content": ASK}]
   record = {"prompt": ask, "chosen": "Red.", "rejected": "Mud."}
   found = parse(record, render, roles="ipython=ipython")
@@ -360,7 +360,7 @@ def test_a_wrong_setting_says_what_is_allowed(settings, message):
     Reading(**settings)
 
 
-def test_a_column_that_is_not_there_is_an_error_that_lists_those_there_are():
+def test_error_for_a_missing_column_lists_the_columns():
   with pytest.raises(
     RecordError,
     match=r"^data.jsonl:7: data.columns names q, .*chosen, rejected",
@@ -401,7 +401,7 @@ def test_a_system_text_is_a_message_and_an_empty_one_is_none(
     {"chosen": whole("Red.", SYSTEM), "rejected": whole("Mud.", SYSTEM)},
   ],
 )
-def test_a_system_text_that_the_messages_hold_is_not_put_twice(record, render):
+def test_repeated_system_text_is_added_once(record, render):
   assert parse({**record, "system": "Be brief."}, render).prompt == WITH_SYSTEM
   with pytest.raises(RecordError, match=r"column 'system' holds 'Be long.'"):
     parse({**record, "system": "Be long."}, render)
@@ -469,7 +469,7 @@ def test_a_prompt_is_split_off_its_responses_and_counted(
     {"prompt": ASK, "chosen": f"{ASK} Red.", "rejected": "Mud."},
   ],
 )
-def test_responses_that_only_look_like_it_stay_whole(record):
+def test_responses_that_resemble_the_prompt_stay_whole(record):
   [found], _, counts = parse_all([record])
   assert found.responses == (record["chosen"], record["rejected"])
   assert not counts["prompts_repeated"]
@@ -562,7 +562,7 @@ def test_a_record_that_is_nested_too_deeply_is_named(render):
 
 
 @pytest.mark.parametrize("name", ["hh-rlhf (transcripts)", "tulu-3 (pair)"])
-def test_a_null_prompt_is_none(name, render):
+def test_null_prompt_equals_no_prompt(name, render):
   """As a table fills it in where the prompt is in both transcripts."""
   record, expected = PUBLISHED[name]
   assert parse({**record, "prompt": None, "input": None}, render) == expected

@@ -172,9 +172,7 @@ def test_the_digest_is_of_the_content_and_fetches_nothing(
   assert a == b != c
 
 
-def test_what_was_read_is_read_again_without_the_hub(
-  repositories, tmp_path, monkeypatch
-):
+def test_cached_data_need_no_hub(repositories, tmp_path, monkeypatch):
   repositories["me/pairs"] = {"main": {"a.jsonl": b'{"n": 5}'}}
   source = sources.open_source("hub:me/pairs@main")
   assert [record for _, record in source] == [{"n": 5}]
@@ -254,7 +252,7 @@ def test_a_data_set_without_readable_files_is_read_as_the_hub_converted_it(
       sources.open_source(f"hub:me/pairs@{what}")
 
 
-def test_a_hub_that_does_not_answer_is_told(monkeypatch):
+def test_unreachable_hub_is_reported(monkeypatch):
   is_refused = errors.HfHubHTTPError.__mro__[1]("refused")
 
   def fail(*args, **kwargs):
@@ -278,7 +276,7 @@ def test_a_hub_that_does_not_answer_is_told(monkeypatch):
     ("me/pairs@main:dev", ValueError, "no split 'dev'; it has train"),
   ],
 )
-def test_what_is_not_there_is_told(repositories, what, error, message):
+def test_missing_data_sets_are_reported(repositories, what, error, message):
   listed = (
     b"---\nconfigs:\n- data_files: a.csv\n"
     b"- config_name: old\n  data_files: gone-*.csv\n---\n"

@@ -27,7 +27,7 @@ def test_each_source_has_its_share_of_a_cycle():
   np.testing.assert_allclose(stretch, [0.3, 0.1, 0.6], atol=0.04)
 
 
-def test_a_source_goes_through_all_its_groups_before_one_comes_again():
+def test_source_repeats_a_group_only_after_all_others():
   drawn = MIXED.draw(np.arange(25_000), seed=1)
   for source, part in enumerate(PARTS):
     own = drawn[source_of(drawn) == source]
@@ -44,7 +44,7 @@ def test_a_draw_depends_on_its_position_and_the_seed_alone():
   assert whole.tolist() != MIXED.draw(np.arange(9_990, 10_030), seed=4).tolist()
 
 
-def test_shares_that_round_to_nothing_are_refused():
+def test_shares_that_round_to_zero_are_refused():
   with pytest.raises(ValueError, match="less than one in 10,000"):
     mixture.Mixture(PARTS[:2], (1.0, 1e-6))
 

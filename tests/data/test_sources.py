@@ -153,7 +153,9 @@ def test_a_source_may_be_read_twice(tmp_path):
     (b"null", "a record must be an object, not NoneType"),
   ],
 )
-def test_a_broken_line_is_named_and_ends_nothing(tmp_path, name, line, message):
+def test_broken_line_is_named_and_reading_continues(
+  tmp_path, name, line, message
+):
   path = tmp_path / name
   content = b'{"n": 1}\n{"n": 2}\n' + line + b'\n{"n": 4}\n'
   path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
@@ -172,7 +174,7 @@ def large_gz(path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_a_cut_archive_is_an_error_and_not_the_end(tmp_path, name):
+def test_truncated_archive_is_an_error(tmp_path, name):
   path = tmp_path / name
   spec = large_gz(path)
   faults.truncate(path)
@@ -193,7 +195,7 @@ def test_a_gzip_with_a_wrong_byte_is_an_error_that_names_it(tmp_path):
   assert len(read(spec)) == 200
 
 
-def test_an_io_error_in_the_middle_is_not_the_end(tmp_path, monkeypatch):
+def test_io_error_is_not_taken_for_the_end(tmp_path, monkeypatch):
   spec = write_jsonl(tmp_path / "a.jsonl")
 
   class Failing(io.RawIOBase):
@@ -235,7 +237,7 @@ def test_an_io_error_in_the_middle_is_not_the_end(tmp_path, monkeypatch):
     ("", "is a folder, and a file is wanted; it holds other, pairs_0.jsonl$"),
   ],
 )
-def test_a_missing_file_is_told_with_what_is_there(tmp_path, kind, name, there):
+def test_error_for_a_missing_file_lists_the_files(tmp_path, kind, name, there):
   for near in ("pairs_0.jsonl", "other"):
     (tmp_path / near).touch()
   with pytest.raises(FileNotFoundError, match=there) as caught:
@@ -246,7 +248,7 @@ def test_a_missing_file_is_told_with_what_is_there(tmp_path, kind, name, there):
 @pytest.mark.parametrize(
   "spec", ["csv:a.csv", "jsonl:", "jsonl", "", "data/train.jsonl"]
 )
-def test_unknown_kinds_are_told_the_known_ones(spec):
+def test_error_for_an_unknown_kind_lists_the_kinds(spec):
   with pytest.raises(ValueError) as caught:
     sources.open_source(spec)
   message = str(caught.value)
@@ -265,7 +267,7 @@ def test_unknown_kinds_are_told_the_known_ones(spec):
     "review_pairs:1.5",
   ],
 )
-def test_a_synthetic_task_that_is_none_is_told_how_to_spell_one(what):
+def test_error_for_an_unknown_task_shows_the_spelling(what):
   with pytest.raises(ValueError) as caught:
     sources.open_source(f"synthetic:{what}")
   message = str(caught.value)

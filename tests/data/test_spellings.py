@@ -51,9 +51,7 @@ def specials(ids):
   return [i for i in ids if i < len(folders.SPECIALS)]
 
 
-def test_messages_are_letters_and_what_the_template_writes_is_tokens(
-  tokenizer, tmp_path
-):
+def test_only_the_template_writes_special_tokens(tokenizer, tmp_path):
   """Added tokens that are not special stay tokens in messages too."""
   record = pair([user(f"<think>{SPELLED}")], SPELLED)
   opened = build([record], tmp_path, tokenizer)
@@ -107,7 +105,7 @@ def test_tools_and_calls_are_letters_too(tmp_path):
     "{{ [m.content, m.name] | tojson }}",
   ],
 )
-def test_no_message_makes_a_token_of_a_template(content, template, tmp_path):
+def test_messages_cannot_spell_template_tokens(content, template, tmp_path):
   source = "{% for m in messages %}" + template + "{% endfor %}"
   tokenizer = with_template(tmp_path, source)
   message = {**user(content), "name": "s>"}
@@ -119,7 +117,7 @@ def test_no_message_makes_a_token_of_a_template(content, template, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bytes", "prepend", "metaspace"])
 @pytest.mark.parametrize("is_continuation", [True, False])
-def test_hiding_elsewhere_changes_no_token(kind, is_continuation, tmp_path):
+def test_hiding_changes_no_other_token(kind, is_continuation, tmp_path):
   """The same special tokens and the same letters, whichever way they go."""
   train = folders.train_pieces if kind != "bytes" else folders.train_bytes
   trained = train(kind) if kind != "bytes" else train(add_prefix_space=True)
@@ -153,7 +151,7 @@ def test_characters_that_hide_tokens_are_refused_in_messages(
   assert build([pair(f"hi {private}", "yes")], tmp_path, tokenizer)
 
 
-def test_no_special_tokens_hide_nothing():
+def test_nothing_is_hidden_without_special_tokens():
   spellings = Spellings(())
   assert spellings.hide(SPELLED, "") == SPELLED
   assert spellings.mark(SPELLED) == SPELLED
@@ -193,9 +191,7 @@ def test_special_tokens_of_text_can_be_read(tokenizer, tmp_path):
   assert opened.report["special_tokens"] == 0
 
 
-def test_reading_them_in_messages_is_what_the_template_s_text_says(
-  tokenizer, tmp_path
-):
+def test_special_tokens_in_messages_can_be_read(tokenizer, tmp_path):
   record = pair([user("</s>")], "yes")
   opened = build([record], tmp_path, tokenizer, special_tokens="read")
   prompt = opened.group(0)[0].tolist()
@@ -210,7 +206,7 @@ def test_a_tokenizer_without_special_tokens_reads_none(tmp_path):
 # Content parts.
 
 
-def test_a_template_of_parts_alone_gets_parts(tmp_path):
+def test_template_that_reads_only_parts_gets_parts(tmp_path):
   template = (
     "{% for m in messages %}<|{{ m.role }}|>"
     "{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"

@@ -376,9 +376,7 @@ def test_an_evil_template_is_refused_and_does_nothing(tmp_path, template):
     ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
   ],
 )
-def test_whatever_a_template_raises_is_a_record_error(
-  tmp_path, template, message
-):
+def test_template_exceptions_become_record_errors(tmp_path, template, message):
   folder = write_folder(tmp_path, chat_template=template)
   with pytest.raises(RecordError, match=rf"roles \['user'\].*{message}"):
     HFTokenizer(folder).render([USER], True)
@@ -561,7 +559,7 @@ def test_a_turn_has_one_end_and_it_is_the_template_s(tmp_path, end):
       assert response == [*encode(tokenizer, text + end), 1]
 
 
-def test_plain_text_gets_the_eos_whatever_ends_a_turn(tmp_path):
+def test_plain_text_ends_with_the_eos(tmp_path):
   template = CHAT_TEMPLATE.replace("eos_token + '\n'", "'<|system|>'")
   folder = write_folder(tmp_path / "tokenizer", chat_template=template)
   [group] = groups_of([PAIR], HFTokenizer(folder), tmp_path)
@@ -587,7 +585,7 @@ def test_tokens_that_only_the_config_adds_are_tokens(tmp_path):
     HFTokenizer(folder)
 
 
-def test_a_date_that_is_none_is_refused(tmp_path):
+def test_invalid_date_is_refused(tmp_path):
   folder = write_folder(tmp_path)
   with pytest.raises(ValueError, match=r"template_date='today' must be a day"):
     HFTokenizer(folder, template_date="today")

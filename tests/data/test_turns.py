@@ -90,7 +90,7 @@ def test_all_assistant_turns_of_a_response_are_scored(tmp_path, tokenizer):
     {"messages": [*TALK["prompt"], *TALK["chosen"], user("thanks")]},
   ],
 )
-def test_a_demonstration_is_learnt_whole(tmp_path, tokenizer, record):
+def test_all_of_a_demonstration_is_scored(tmp_path, tokenizer, record):
   opened = build([record], tmp_path, tokenizer, "all")
   assert spell(opened, 0, tokenizer) == [
     "<s><|user|>hi</s>\n<|assistant|>",
@@ -104,7 +104,7 @@ def test_a_demonstration_is_learnt_whole(tmp_path, tokenizer, record):
   assert last == before * ("prompt" in record) + "[so</s>]"
 
 
-def test_feedback_on_one_response_does_not_judge_its_prompt(
+def test_feedback_on_one_response_does_not_score_its_prompt(
   tmp_path, tokenizer
 ):
   record = {
@@ -116,7 +116,7 @@ def test_feedback_on_one_response_does_not_judge_its_prompt(
   assert spell(opened, 0, tokenizer)[1] == "[so</s>]"
 
 
-def test_transcripts_split_where_they_part(tmp_path, tokenizer):
+def test_transcripts_split_at_the_first_difference(tmp_path, tokenizer):
   shared = [user("hi"), answer("yes"), user("why")]
   record = {
     "chosen": [*shared, answer("so"), user("oh"), answer("well")],
@@ -191,7 +191,7 @@ def test_counts_of_scored_tokens_follow_every_view(tmp_path, tokenizer):
   assert (opened.num_scored < opened.lengths[:, 1:]).sum() == 4
 
 
-def test_a_batch_scores_what_the_store_says(tmp_path, tokenizer):
+def test_batch_scores_the_tokens_of_the_store(tmp_path, tokenizer):
   found = {**FOUND, "content": "the cat " * 20}
   chosen = [CALL, found, answer("so")]
   records = [

@@ -45,7 +45,7 @@ def test_rotation_is_relative():
   assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)
 
 
-def test_positions_are_told_apart_in_bfloat16():
+def test_large_positions_differ_in_bfloat16():
   x = jnp.ones((1, 2, 1, 16), jnp.bfloat16)
   turned = rotate(x, 1000, 1001)
   assert np.abs(np.asarray(turned[0, 0] - turned[0, 1], np.float32)).max() > 0.1
@@ -148,12 +148,12 @@ def test_impossible_shapes_are_refused(fields, message):
 
 @pytest.mark.parametrize("outputs", [(3,), (4, 8), (2, 5, 7)])
 @pytest.mark.parametrize("inputs", [(6,), (2, 3)])
-def test_a_projection_has_autodiff_s_gradient(inputs, outputs):
+def test_projection_gradient_equals_autodiff(inputs, outputs):
   """And a sum over tokens begins with the smaller operand."""
   keys = jax.random.split(jax.random.key(0), 3)
   x = jax.random.normal(keys[0], (2, 11, *inputs))
   kernel = jax.random.normal(keys[1], inputs + outputs)
-  pull = jax.random.normal(keys[2], (2, 11, *outputs))
+  gradient = jax.random.normal(keys[2], (2, 11, *outputs))
 
   def plain(x, kernel):
     return jnp.tensordot(x, kernel, len(inputs))
@@ -164,11 +164,11 @@ def test_a_projection_has_autodiff_s_gradient(inputs, outputs):
   np.testing.assert_allclose(
     project(x, kernel), plain(x, kernel), rtol=1e-5, atol=1e-5
   )
-  wanted = jax.vjp(plain, x, kernel)[1](pull)
-  found = jax.vjp(project, x, kernel)[1](pull)
+  wanted = jax.vjp(plain, x, kernel)[1](gradient)
+  found = jax.vjp(project, x, kernel)[1](gradient)
   for one, other in zip(found, wanted, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-  backward = jax.make_jaxpr(lambda: jax.vjp(project, x, kernel)[1](pull))()
+  backward = jax.make_jaxpr(lambda: jax.vjp(project, x, kernel)[1](gradient))()
   sums = [
     [int(np.prod(var.aval.shape)) for var in eqn.invars]
     for eqn in backward.jaxpr.eqns

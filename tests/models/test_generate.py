@@ -138,7 +138,7 @@ def test_bad_requests_are_refused(model, prompts, kwargs, message):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_mesh_changes_no_sample(model, temperature):
+def test_samples_are_the_same_on_a_mesh(model, temperature):
   """Prompts split over devices, parameters too."""
   policy, params = model
   wanted = sample(policy, params, PROMPTS, temperature=temperature)

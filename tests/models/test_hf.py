@@ -124,12 +124,12 @@ def test_a_mesh_holds_the_same_numbers(folder):
   jax.tree.map(np.testing.assert_array_equal, params, sharded)
 
 
-def test_param_dtype_is_ours_to_choose(folder):
+def test_param_dtype_is_an_option(folder):
   _, params = load(folder, param_dtype="bfloat16")
   assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
 
 
-def test_all_faults_of_a_checkpoint_are_named_at_once(folder):
+def test_all_errors_of_a_checkpoint_are_named_at_once(folder):
   def spoil(tensors):
     del tensors["model.norm.weight"]
     tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(24, np.float32)
@@ -188,7 +188,7 @@ def test_nan_weights_are_refused(folder):
     ({"num_experts": 8, "quant_method": "int4"}, "num_experts=8; quant_m"),
   ],
 )
-def test_what_the_decoder_does_not_do_is_refused(folder, fields, message):
+def test_unsupported_keys_are_refused(folder, fields, message):
   reconfigure(folder, **fields)
   with pytest.raises(ValueError, match=message):
     huggingface.load_config(str(folder))
@@ -238,7 +238,7 @@ def test_a_tensor_in_two_files_is_refused(folder):
     load(folder)
 
 
-def test_only_a_device_s_own_part_is_read(folder, monkeypatch):
+def test_only_the_device_s_shard_is_read(folder, monkeypatch):
   """No read is larger than the largest tensor's part on a device."""
   sizes = []
   original = tensor_map.Tensor.read
@@ -258,7 +258,7 @@ def test_only_a_device_s_own_part_is_read(folder, monkeypatch):
   assert sizes.count(12) == len(["final"]) + 4 * len(["norms"])
 
 
-def test_a_hub_model_needs_a_pinned_revision(monkeypatch, folder):
+def test_hub_model_requires_a_revision(monkeypatch, folder):
   calls = []
 
   def snapshot_download(name, **settings):

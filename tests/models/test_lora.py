@@ -39,7 +39,7 @@ def logps(policy, params):
   )(params)
 
 
-def test_a_fresh_adapter_has_no_effect_bit_for_bit():
+def test_fresh_adapter_has_no_effect_bit_for_bit():
   policy = tiny.make_policy(lora=Lora(rank=4, alpha=16.0))
   params = policy.init(jax.random.key(0))
   base = lora.without_adapters(params)
@@ -73,7 +73,7 @@ def test_scale_is_alpha_over_rank_or_its_root():
   assert Lora(4, 6.0, is_rank_stabilized=True).scale == pytest.approx(3.0)
 
 
-def test_only_adapters_are_trained_and_nothing_is_lost():
+def test_only_adapters_are_trained():
   _, params = make(targets="query|up")
   trained, frozen = trainable.split_params(params, "")
   names = {
@@ -87,7 +87,7 @@ def test_only_adapters_are_trained_and_nothing_is_lost():
   )
 
 
-def test_freezing_by_regex_leaves_the_rest():
+def test_freezing_by_regex_trains_the_rest():
   params = tiny.make_params(tiny.make_policy())
   trained, frozen = trainable.split_params(params, "^embedding|norm")
   assert set(frozen) == {"embedding", "final_norm", "layers"}
@@ -105,7 +105,7 @@ def test_freezing_by_regex_leaves_the_rest():
       trainable.split_params(params, pattern)
 
 
-def test_adapters_lie_on_a_mesh_as_their_kernels_do():
+def test_adapters_are_sharded_as_their_kernels():
   policy, params = make()
   mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   shardings = param_shardings(policy.abstract_params(), mesh)

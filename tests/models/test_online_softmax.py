@@ -1,4 +1,4 @@
-"""Blocks of the vocabulary, against the whole of it; and on a mesh."""
+"""Online softmax over blocks of the vocabulary, against a full softmax."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def inputs(
 
 
 def whole_vocabulary(x):
-  """The figures from full log-softmaxes, by their definitions."""
+  """Computes the statistics from full log-softmaxes, by definition."""
 
   def log_probs(hidden, readout):
     logits = jnp.einsum("rsd,dv->rsv", hidden, readout.kernel)
@@ -78,20 +78,20 @@ def blocked_vocabulary(x, chunk_size):
 
 
 def with_gradients(function, x, names=FIGURES):
-  """Each figure, and what a weighted sum of it pulls on the policy."""
+  """Each statistic, and the gradients of a weighted sum of it."""
   weights = jnp.linspace(-1.0, 2.0, x["targets"].size)
   weights = weights.reshape(x["targets"].shape)
 
-  def total(hidden, readout, is_pulling):
+  def total(hidden, readout, is_summed):
     figures = function(x | dict(hidden=hidden, readout=readout))
-    sums = [is_pulling[n] * (figures[n] * weights).sum() for n in is_pulling]
+    sums = [is_summed[n] * (figures[n] * weights).sum() for n in is_summed]
     return sum(sums), figures
 
   gradient = jax.jit(jax.grad(total, (0, 1), has_aux=True))
   found = {}
   for name in sorted(names):
-    is_pulling = {n: jnp.float32(n == name) for n in sorted(names)}
-    grads, figures = gradient(x["hidden"], x["readout"], is_pulling)
+    is_summed = {n: jnp.float32(n == name) for n in sorted(names)}
+    grads, figures = gradient(x["hidden"], x["readout"], is_summed)
     found[name] = [figures[name], *jax.tree.leaves(grads)]
   return found
 
@@ -117,7 +117,7 @@ def test_blocks_equal_the_whole_vocabulary(chunk_size, monkeypatch):
   assert_close(got, with_gradients(whole_vocabulary, x))
 
 
-def test_the_layout_of_an_accelerator_gives_the_same(monkeypatch):
+def test_accelerator_layout_gives_the_same_values(monkeypatch):
   monkeypatch.setattr(active_mesh, "platform", lambda: "gpu")
   monkeypatch.setattr(
     vocabulary_blocks,
@@ -130,7 +130,7 @@ def test_the_layout_of_an_accelerator_gives_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
-def test_a_bias_and_a_soft_cap_are_part_of_the_logits(soft_cap, monkeypatch):
+def test_logits_include_bias_and_soft_cap(soft_cap, monkeypatch):
   monkeypatch.setattr(
     vocabulary_blocks, "CPU", vocabulary_blocks.TileSizes(256, 1)
   )
@@ -152,7 +152,7 @@ def test_large_logits_stay_finite(monkeypatch):
 
 
 def on_mesh(x, mesh):
-  """Rows over the axes of rows, kernels over fsdp and tensor."""
+  """Shards rows over the row axes, and kernels over fsdp and tensor."""
 
   def place(array, *axes):
     sharding = NamedSharding(mesh, PartitionSpec(*axes))
@@ -188,7 +188,7 @@ def on_mesh(x, mesh):
   ],
   ids=str,
 )
-def test_a_sharded_vocabulary_gives_the_same(
+def test_sharded_vocabulary_gives_the_same_values(
   sizes, num_rows, vocab_size, monkeypatch
 ):
   monkeypatch.setattr(
@@ -208,7 +208,7 @@ def test_a_sharded_vocabulary_gives_the_same(
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
-def test_devices_meet_once_a_block_whatever_the_chunks(axis, monkeypatch):
+def test_communication_is_independent_of_the_chunks(axis, monkeypatch):
   """Each column's gradient is summed once, and gathered once a pass."""
   monkeypatch.setattr(
     vocabulary_blocks, "CPU", vocabulary_blocks.TileSizes(256, 1)
@@ -234,7 +234,7 @@ def test_devices_meet_once_a_block_whatever_the_chunks(axis, monkeypatch):
   received = sum(c.num_bytes * c.trips for c in hlo.collectives(text, 2))
   kernel, hidden = x["readout"].kernel.nbytes, x["hidden"].nbytes
   whole = {"data": kernel, "fsdp": 2 * kernel, "tensor": hidden}[axis]
-  # Besides these, a few figures of each position.
+  # The rest are a few values of each position.
   assert whole <= received < 1.3 * whole
 
 
@@ -249,7 +249,7 @@ def test_chunks_are_of_equal_size():
 
 
 def temporary_bytes(depth, length, vocab_size):
-  """Of the compiled figures and their gradient, with a live reference."""
+  """Temporary memory of the statistics and their gradient."""
   shape = jax.ShapeDtypeStruct
   hidden = shape((1, length, depth), jnp.float32)
   kernel = shape((depth, vocab_size), jnp.float32)
@@ -276,26 +276,24 @@ def temporary_bytes(depth, length, vocab_size):
 
 
 def test_no_buffer_of_positions_times_vocabulary():
-  """Of the compiled program: neither the policy's nor a reference's."""
-  # Blocks of logits of 4 MiB and their like; the whole would be 307 MB.
+  """In the compiled program, for the policy and a live reference."""
+  # Blocks of logits have 4 MiB; the whole would have 307 MB.
   assert temporary_bytes(16, 1536, 50_000) < 40e6
 
 
 @pytest.mark.parametrize(
   ("small", "large", "most"),
-  # A rest behind the whole blocks has buffers of its own, of 4 MiB each.
+  # A last, narrower block has buffers of its own, of 4 MiB each.
   [(3 * 2**14, 12 * 2**14, 1e6), (50_000, 200_000, 10e6)],
   ids=["whole_blocks", "a_rest"],
 )
-def test_a_larger_vocabulary_takes_no_more_than_its_own_arrays(
-  small, large, most
-):
+def test_larger_vocabulary_needs_no_other_memory(small, large, most):
   """No copy of a kernel or of its gradient, of 38 MB more each."""
   grown = temporary_bytes(64, 512, large) - temporary_bytes(64, 512, small)
   assert grown < most
 
 
-def test_chunks_without_scored_positions_are_passed_over():
+def test_chunks_without_scored_positions_are_skipped():
   x = inputs(length=12)
   is_scored = np.zeros((2, 12), bool)
   is_scored[0, :3] = is_scored[1, :6] = True

@@ -129,20 +129,22 @@ def test_neutral_values_and_metadata_change_nothing(caplog, family, others):
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False (only"),
   ],
 )
-def test_what_changes_the_computation_is_refused(family, others, named):
+def test_unread_keys_that_change_the_computation_are_refused(
+  family, others, named
+):
   with pytest.raises(ValueError, match="does not support") as raised:
     read(family, **others)
   assert named in str(raised.value)
   assert len(str(raised.value)) < 300
 
 
-def test_all_that_is_refused_is_named_at_once():
+def test_all_refused_keys_are_named_at_once():
   with pytest.raises(ValueError, match=r"num_experts=8; clip_qkv=2") as raised:
     read("llama", num_experts=8, clip_qkv=2, hidden_act="swiglu_oai")
   assert "hidden_act='swiglu_oai'" in str(raised.value)
 
 
-def test_other_keys_are_ignored_and_told(caplog):
+def test_other_keys_are_ignored_and_logged(caplog):
   with caplog.at_level(logging.WARNING):
     config = read("llama", mlp_width=7, use_cache=True, vision=False)
   assert config == read("llama")

@@ -101,7 +101,7 @@ def test_splash_passes_equal_causal_attention(unoptimized):
     np.testing.assert_allclose(one[0], other, atol=1e-3)
 
 
-def test_a_program_says_what_memory_it_takes():
+def test_compiled_program_reports_its_memory():
   """f32 [64, 32] in and out, and two products [64, 64] between."""
 
   def compute(x):
@@ -123,7 +123,7 @@ def test_simulated_devices_are_cores_of_one_slice():
     assert compat.mesh_platform() == "cpu"
 
 
-def test_devices_of_a_topology_say_where_they_are(libtpu):
+def test_devices_of_a_topology_have_coordinates(libtpu):
   one = parse_topology("v5e-8").devices()
   two = parse_topology("2xv5e-4").devices()
   halves = parse_topology("v4-8").devices()
