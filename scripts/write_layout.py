@@ -27,7 +27,7 @@ A module imports only modules listed above it; `tests/test_architecture.py`
 enforces that. `python scripts/write_layout.py` writes this page from the
 docstrings of the modules; do not edit it.
 """
-_FOLDERS = ("configs", "experiments", "benchmarks", "scripts")
+_FOLDERS = ("configs", "examples", "experiments", "benchmarks", "scripts")
 _OTHERS = {
   "tests/": "Mirror dpo_jax/; laws that hold for all of it are at the top.",
   "docs/": "Data, models, losses, sampling, TPUs, numbers, design and style.",

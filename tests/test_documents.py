@@ -396,8 +396,10 @@ def test_links_lead_to_files_and_headings(document):
       assert anchor in anchors_of(path.read_text()), f"{document}: {target}"
 
 
-_FOLDERS = ("benchmarks", "configs", "docs", "dpo_jax", "experiments")
-_PATH = re.compile(rf"({'|'.join(_FOLDERS)}|scripts|tests|\.ci)(/[\w.-]+)+/?")
+_FOLDERS = ("benchmarks", "configs", "docs", "dpo_jax", "examples")
+_PATH = re.compile(
+  rf"({'|'.join(_FOLDERS)}|experiments|scripts|tests|\.ci)(/[\w.-]+)+/?"
+)
 
 
 def test_files_in_the_text_exist():

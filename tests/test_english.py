@@ -54,7 +54,7 @@ _PHRASES = {
 def files() -> list[pathlib.Path]:
   """Modules and documents of the project."""
   folders = ("dpo_jax", "configs", "experiments", "benchmarks", "scripts")
-  folders += ("tests",)
+  folders += ("examples", "tests")
   found = [p for f in folders for p in (ROOT / f).rglob("*.py")]
   for folder in (".", "docs", "experiments", "benchmarks"):
     found += (ROOT / folder).glob("*.md")
