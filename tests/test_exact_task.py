@@ -11,12 +11,7 @@ import pytest
 from dpo_jax.data import tokenizers
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
-from experiments import (
-  exact_frontier,
-  exact_sweep,
-  exact_task,
-  harness,
-)
+from experiments import exact_frontier, exact_sweep, exact_task, sweep
 from experiments.exact_task import Task
 from tests import faults, tiny
 
@@ -72,11 +67,11 @@ def test_regret_is_beta_times_the_kl_to_the_optimum(task, beta):
   """For the optimum, the reference, and a policy of other weights."""
   policy = make_policy()
   other = exact_task.all_logps(policy, make_params(policy, seed=1))
-  found = task.figures(task.optimum(beta), beta)
+  found = task.metrics(task.optimum(beta), beta)
   assert found["regret"] == pytest.approx(0.0, abs=1e-9)
   assert found["share"] == pytest.approx(1.0, abs=5e-3)
   for logps in (task.ref_logps, other):
-    found = task.figures(logps, beta)  # raises where the two differ
+    found = task.metrics(logps, beta)  # raises where the two differ
     kl = (np.exp(logps) * (logps - task.optimum(beta))).sum(-1).mean()
     assert found["regret"] == pytest.approx(beta * kl, abs=1e-4)
     assert found["regret"] > 0.05
@@ -86,14 +81,14 @@ def test_nothing_crosses_the_frontier(task):
   policy = make_policy()
   for seed in (1, 2):
     logps = exact_task.all_logps(policy, make_params(policy, seed))
-    assert task.figures(logps, None)["share"] < 0.5
+    assert task.metrics(logps, None)["share"] < 0.5
   for num in (2, 8):
-    assert task.figures(task.best_of(num), None)["share"] < 1.0
+    assert task.metrics(task.best_of(num), None)["share"] < 1.0
 
 
 def test_probabilities_that_do_not_sum_to_one_are_noticed(task):
   with pytest.raises(ValueError, match="sum to"):
-    task.figures(task.ref_logps + 0.1, 0.5)
+    task.metrics(task.ref_logps + 0.1, 0.5)
 
 
 @pytest.mark.parametrize("num", [2, 4, 8, 16])
@@ -178,11 +173,11 @@ def test_letters_are_ids_and_back():
     tokenizers.load_tokenizer("letters:40")
 
 
-class SmallSweep(exact_sweep.Sweep):
-  """A sweep of one seed that a test can afford."""
+class SmallBuilder(exact_sweep.Builder):
+  """Builds runs of one seed that a test can afford."""
 
   def __init__(self, workdir, steps):
-    super().__init__(harness.Settings(workdir, "tiny"), steps=steps)
+    super().__init__(sweep.Settings(workdir, "tiny"), steps=steps)
 
   def _add_reference(self):
     self.size = dict(seeds=1, pairs=20_000, steps=0, sft_steps=150)
@@ -195,9 +190,9 @@ class SmallSweep(exact_sweep.Sweep):
 def run_small_sweep(workdir):
   """PPO on the truth, Preferred-FT, on-policy and offline DPO, flipped labels;
   a reward model, which takes longer."""
-  sweep = SmallSweep(workdir, steps=250)
-  sweep.use_every_pair_once()
-  sweep.add(
+  builder = SmallBuilder(workdir, steps=250)
+  builder.use_every_pair_once()
+  builder.add(
     "PPO",
     dict(name="ppo", value_weight=0.5),
     seed=0,
@@ -205,21 +200,21 @@ def run_small_sweep(workdir):
     online=dict(
       kind="rollouts",
       kl_weight=0.5,
-      judge=sweep.truth,
+      judge=builder.truth,
       every_steps=2,
       num_samples=2,
     ),
     learning_rate=3e-3,
   )
-  sweep.add("Preferred-FT", dict(name="preferred_ft"), seed=0)
-  sweep.add_dpo(0, 0.25)
-  sweep.add_on_policy_dpo(0, 0.25, rounds=10)
-  sweep.add_noisy(0, 0.5, 0.2)
-  longer = SmallSweep(workdir, steps=800)
+  builder.add("Preferred-FT", dict(name="preferred_ft"), seed=0)
+  builder.add_dpo(0, 0.25)
+  builder.add_on_policy_dpo(0, 0.25, rounds=10)
+  builder.add_noisy(0, 0.5, 0.2)
+  longer = SmallBuilder(workdir, steps=800)
   longer.use_every_pair_once()
   longer.add("reward model", dict(name="reward_model"), seed=1)
-  runs = list((sweep.runs | longer.runs).values())
-  assert harness.execute(runs, harness.choose(runs), workdir) == {}
+  runs = list((builder.runs | longer.runs).values())
+  assert sweep.execute(runs, sweep.choose(runs), workdir) == {}
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +279,7 @@ def test_a_fifth_of_flipped_labels_orders_the_losses(measured):
 def test_the_figure_and_the_table_are_functions_of_the_rows(task, tmp_path):
   rows = [
     exact_sweep._labels("DPO", seed, beta=0.5, flips=flips)
-    | task.figures(task.optimum(0.5 + 0.1 * seed), 0.5)
+    | task.metrics(task.optimum(0.5 + 0.1 * seed), 0.5)
     for seed in (0, 1)
     for flips in (0.0, 0.2)
   ]

@@ -12,7 +12,7 @@ from dpo_jax.records.metrics import MetricsWriter, read_metrics
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.train import train
 from dpo_jax.training.evaluation import displacement
-from experiments import exact_sweep, loss_docs, loss_table, quickstart, replay
+from experiments import loss_docs, loss_table, quickstart, replay, sweep
 from tests.tiny import make_config
 
 pytestmark = pytest.mark.usefixtures("in_haste")
@@ -87,7 +87,7 @@ def test_a_curve_is_the_mean_of_five_neighbours():
 
 
 def test_twenty_lines_of_a_figure_have_colours_of_their_own():
-  assert len({exact_sweep.colour(number) for number in range(20)}) == 20
+  assert len({sweep.colour(number) for number in range(20)}) == 20
 
 
 def test_docs_are_those_of_the_catalogue():
