@@ -1,4 +1,4 @@
-"""Tables: JSON beside RESULTS.md, which is written anew from all of it."""
+"""Writes tables: one JSON file each, and RESULTS.md from all of them."""
 
 from collections.abc import Mapping, Sequence
 import datetime
@@ -14,7 +14,7 @@ _JSON = _FOLDER / "results"
 
 
 def machine() -> dict[str, Any]:
-  """What a figure depends on."""
+  """Returns the processor, its load, and versions of packages."""
   packages = ("jax", "jaxlib", "flax", "optax", "numpy")
   processor = platform.processor()
   cpuinfo = pathlib.Path("/proc/cpuinfo")
@@ -45,11 +45,11 @@ def write(
 
   Args:
     table: name of the JSON file.
-    title: of the table in RESULTS.md.
-    command: that made it.
-    rows: of the table, with the same keys each; lists stay in the JSON.
-    notes: what a reader must know, a line each.
-    extra: versions and the like, for the JSON.
+    title: title of the table in RESULTS.md.
+    command: command that made it.
+    rows: rows of the table; values that are lists stay in the JSON.
+    notes: remarks below the table, one line each.
+    extra: further values for the JSON, such as versions.
   """
   _JSON.mkdir(exist_ok=True)
   content = {
