@@ -29,7 +29,8 @@ BY = ("method", "beta", "knob", "label", "flips")
 METRICS = ("reward", "kl", "share", "regret", "total_variation", "accuracy")
 
 
-def _labels(method: str, seed: int, **others: Any) -> Row:
+def make_labels(method: str, seed: int, **others: Any) -> Row:
+  """Returns the labels of a run, with defaults for those not given."""
   rest = {"beta": None, "knob": "", "label": "bradley_terry", "flips": 0.0}
   return {"method": method, "seed": seed, **rest, **others}
 
@@ -50,13 +51,13 @@ def collect(workdir: str, best_of: Sequence[int] = ()) -> sweep.Collected:
     return found
   task = Task.read(folder)
   rows = [
-    _labels("Best-of-N", 0, knob=f"N={num}")
+    make_labels("Best-of-N", 0, knob=f"N={num}")
     | task.metrics(task.best_of(num), None)
     for num in best_of
   ]
   kls, rewards = task.frontier()
   rows += [
-    _labels("frontier", 0) | {"reward": reward, "kl": kl, "share": 1.0}
+    make_labels("frontier", 0) | {"reward": reward, "kl": kl, "share": 1.0}
     for kl, reward in zip(kls.tolist(), rewards.tolist(), strict=True)
   ]
   return sweep.Collected(found.rows + rows, found.missing)
@@ -162,7 +163,7 @@ class Builder:
 
     self.runs["reference"] = Run(
       "reference",
-      _labels("reference", 0),
+      make_labels("reference", 0),
       config,
       work=work,
       measure=measure,
@@ -184,7 +185,7 @@ class Builder:
       name,
       Run(
         name,
-        _labels("pairs", seed, label=label, flips=flips),
+        make_labels("pairs", seed, label=label, flips=flips),
         after=("reference",),
         work=work,
         measure=lambda folder: [],
@@ -242,7 +243,7 @@ class Builder:
     assert name not in self.runs, name
     self.runs[name] = Run(
       name,
-      _labels(method, seed, beta=beta, knob=knob, label=label, flips=flips),
+      make_labels(method, seed, beta=beta, knob=knob, label=label, flips=flips),
       config,
       after=("reference", pairs, *after),
       measure=measure,

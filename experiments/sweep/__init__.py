@@ -1,4 +1,4 @@
-"""Sweeps: the runs behind a plot, done once, resumed and collected.
+"""Sweeps: runs that are executed once, resumed, collected and plotted.
 
 An experiment is a module with three functions:
 
