@@ -43,7 +43,7 @@ def main() -> None:
   results.write(
     "3_ablation",
     title="What each part gives: one off in turn",
-    command=" ".join(["python -m benchmarks.ablation", *sys.argv[1:]]),
+    command=results.command("ablation", sys.argv[1:]),
     rows=rows,
     notes=[
       f"Workload A, {workload.BATCH_SIZE} pairs a step, {options.num_groups}"

@@ -55,7 +55,7 @@ def main() -> None:
   results.write(
     "6_gpu",
     title=f"MFU on {jax.devices()[0].device_kind}",
-    command=" ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
+    command=results.command("gpu", sys.argv[1:]),
     rows=rows,
     notes=[f"Measured matmul rate: {peak / 1e12:.0f} TFLOP/s in bfloat16."],
   )

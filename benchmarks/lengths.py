@@ -52,7 +52,7 @@ def main() -> None:
   results.write(
     "4_lengths",
     title="Memory and time against length and vocabulary",
-    command=" ".join(["python -m benchmarks.lengths", *sys.argv[1:]]),
+    command=results.command("lengths", sys.argv[1:]),
     rows=rows,
     notes=[
       "T: one pair a step, half of each sequence its prompt. V: workload A.",

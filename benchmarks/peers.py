@@ -204,9 +204,7 @@ def _write_results(
     options.table or f"{number}_{'_'.join(peers).lower()}_{options.reference}",
     title=f"dpo_jax and {' and '.join(peers)}, {options.reference} reference"
     f"{lengths}",
-    command=" ".join(
-      ["python -m benchmarks.peers", *map(_anonymous, sys.argv[1:])]
-    ),
+    command=results.command("peers", map(_anonymous, sys.argv[1:])),
     rows=rows,
     notes=[
       f"Turns of {options.steps_a_turn} steps, {options.num_turns} each, one"

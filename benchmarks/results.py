@@ -1,6 +1,6 @@
 """Writes tables: one JSON file each, and RESULTS.md from all of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import datetime
 import importlib.metadata
 import json
@@ -30,6 +30,11 @@ def machine() -> dict[str, Any]:
     "python": platform.python_version(),
     **{name: importlib.metadata.version(name) for name in packages},
   }
+
+
+def command(name: str, arguments: Iterable[str]) -> str:
+  """Returns the command line of a benchmark."""
+  return " ".join([f"python -m benchmarks.{name}", *arguments])
 
 
 def write(

@@ -64,7 +64,7 @@ def main() -> None:
   results.write(
     "5_scaling",
     title="One step on simulated devices, by its compiled program",
-    command=" ".join(["python -m benchmarks.scaling", *sys.argv[1:]]),
+    command=results.command("scaling", sys.argv[1:]),
     rows=rows,
     notes=[
       f"Workload A, {options.batch_size} pairs a step over all devices. Bytes"

@@ -65,8 +65,8 @@ _READ_BY = {
 }
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-  """Parses the command line; the flags of the run follow `--`."""
+def _make_parser() -> argparse.ArgumentParser:
+  """Makes the parser of all stages and options."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -100,9 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     action="store_true",
     help="install, watch: leave uncommitted files behind",
   )
-  parser.add_argument(
-    "--follow", action="store_true", help="logs: keep printing"
-  )
+  parser.add_argument("--follow", action="store_true", help="logs: stream")
   parser.add_argument(
     "--delete",
     action="store_true",
@@ -126,6 +124,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     default=3600,
     help="watch: most seconds to create, install, start or delete",
   )
+  return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  """Parses the command line; the flags of the run follow `--`.
+
+  Raises:
+    SystemExit: an option that the stage does not read.
+  """
+  parser = _make_parser()
   if "--" in argv:
     split = argv.index("--")
     argv, rest = argv[:split], argv[split + 1 :]
