@@ -1,1 +1,1 @@
-"""Measurements: python -m benchmarks.NAME writes a table of RESULTS.md."""
+"""Benchmarks: `python -m benchmarks.NAME` writes a table of RESULTS.md."""

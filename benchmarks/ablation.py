@@ -1,4 +1,4 @@
-"""Table 3: each part of the hot path off in turn, on workload A.
+"""Table 3: workload A with one part of the hot path off at a time.
 
 python -m benchmarks.ablation [--num_turns=5]
 """
@@ -8,7 +8,7 @@ import sys
 
 from benchmarks import interleave, results, workload
 
-# What is off, and the options of `benchmarks.ours` that turn it off.
+# Parts, and the options of `benchmarks.ours` that turn each off.
 VARIANTS = {
   "nothing": [],
   "shared prompt": ["--layout=packed"],
@@ -26,7 +26,9 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   interleave.add_options(parser, num_turns=5, steps_a_turn=4)
   parser.add_argument("--num_groups", type=int, default=256)
-  parser.add_argument("--only", default="", help="names, with commas")
+  parser.add_argument(
+    "--only", default="", help="names of parts, comma-separated"
+  )
   options = parser.parse_args()
   chosen = options.only.split(",") if options.only else list(VARIANTS)
   contenders = [
@@ -35,11 +37,13 @@ def main() -> None:
     )
     for name in chosen
   ]
-  rows = interleave.measure(contenders, options, check=interleave.check_ticket)
+  rows = interleave.measure(
+    contenders, options, check=interleave.check_same_work
+  )
   results.write(
     "3_ablation",
     title="What each part gives: one off in turn",
-    command=" ".join(["python -m benchmarks.ablation", *sys.argv[1:]]),
+    command=results.command("ablation", sys.argv[1:]),
     rows=rows,
     notes=[
       f"Workload A, {workload.BATCH_SIZE} pairs a step, {options.num_groups}"

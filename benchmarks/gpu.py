@@ -1,11 +1,11 @@
-"""Table 6: model FLOPs utilisation in bfloat16 on one accelerator.
+"""Table 6: model FLOPs utilization (MFU) in bfloat16 on one accelerator.
 
   python -m benchmarks.gpu [--shapes=0.5b,1b,3b,8b]
 
-MFU is useful FLOPs a second, by the formula of `workload.count_work` (each
+MFU is useful FLOPs a second, divided by the measured rate of a bfloat16 matmul
+of size 8192 on the same device. Useful FLOPs follow `workload.count_work`: each
 real token once for each of its sequences, causal attention, head on responses,
-no recomputation), divided by the rate of a bfloat16 matmul of 8192 measured on
-the same card. Refuses to run where there is no accelerator.
+no recomputation. Refuses to run without an accelerator.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks import interleave, results
 
 
 def measured_peak(size: int = 8192, repeats: int = 20) -> float:
-  """FLOPs a second of a bfloat16 matmul, the median of `repeats`."""
+  """Measures FLOPs a second of a bfloat16 matmul, the median of `repeats`."""
   x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
   multiply = jax.jit(jnp.dot)
   multiply(x, x).block_until_ready()
@@ -42,8 +42,8 @@ def main() -> None:
   peak = measured_peak()
   rows = []
   for shape in options.shapes.split(","):
-    # Long rows and large batches fill the card; Adam's moments of an 8B model
-    # do not fit one, Adafactor's do.
+    # Long rows and large batches fill the device. Adam's moments of an 8B
+    # model do not fit on one device, and Adafactor's do.
     arguments = [f"--shape={shape}", "--batch_size=16", "--num_groups=64"]
     arguments += ["--equal_lengths=512,768", "--max_tokens=2048"]
     arguments += ["--remat=full", "--optimizer=adafactor"]
@@ -55,7 +55,7 @@ def main() -> None:
   results.write(
     "6_gpu",
     title=f"MFU on {jax.devices()[0].device_kind}",
-    command=" ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
+    command=results.command("gpu", sys.argv[1:]),
     rows=rows,
     notes=[f"Measured matmul rate: {peak / 1e12:.0f} TFLOP/s in bfloat16."],
   )

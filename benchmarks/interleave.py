@@ -1,8 +1,8 @@
-"""Contenders in processes of their own, run in turn on one machine.
+"""Runs contenders in turn on one machine, each in its own process.
 
-A contender serves commands on stdin: "start" (answer: the first step) and
-"run N" (answer: figures of N steps). Between its turns it waits, so that a
-minute in which the machine is busy with other work slows all of them.
+A contender serves commands on stdin. "start" takes the first step, and "run N"
+N more; both answer with metrics. Turns are short, so that other work on the
+machine slows all contenders alike.
 """
 
 import argparse
@@ -24,11 +24,13 @@ _ROOT = str(pathlib.Path(__file__).parents[1])
 
 
 class Trainer(Protocol):
-  """Commands that a contender's process answers."""
+  """A trainer that a contender's process serves."""
 
-  def start(self) -> dict[str, Any]: ...
+  def start(self) -> dict[str, Any]:
+    """Compiles and takes the first step."""
 
-  def run(self, num_steps: int) -> dict[str, Any]: ...
+  def run(self, num_steps: int) -> dict[str, Any]:
+    """Takes steps; see `Stopwatch` for the answer."""
 
 
 def serve(trainer: Trainer) -> None:
@@ -42,21 +44,38 @@ def serve(trainer: Trainer) -> None:
     print(_MARK + json.dumps(answer), flush=True)
 
 
+def read_work(
+  folder: str,
+) -> tuple[dict[str, Any], list[list[np.ndarray]]]:
+  """Reads what `benchmarks.peers.export` wrote.
+
+  Returns:
+    The content of work.json, and token ids of every group: prompt, chosen,
+    rejected.
+  """
+  work = json.loads((pathlib.Path(folder) / "work.json").read_text())
+  lengths = np.array(work["lengths"])
+  tokens = np.load(f"{folder}/tokens.npy")
+  parts = iter(np.split(tokens, np.cumsum(lengths)[:-1]))
+  return work, [[next(parts) for _ in group] for group in lengths]
+
+
 class Stopwatch:
-  """Time and memory of a turn of exported work: `benchmarks.peers.export`."""
+  """Measures time and memory of a turn."""
 
   def __init__(self, work: Mapping[str, Any], steps: Sequence[int]):
-    """Starts.
+    """Starts the clock.
 
     Args:
-      work: pairs of a step, and tokens and FLOPs of every step.
-      steps: steps of this turn.
+      work: `batch_size`, and by step `tokens`, `useful_flops` and
+        `shared_flops`; see `workload.Work`.
+      steps: indices of the turn's steps in `work`.
     """
     self._work, self._steps = work, steps
     self._began, self._cpu_began = time.monotonic(), time.process_time()
 
-  def stop(self, **figures: Any) -> dict[str, Any]:
-    """The turn's answer: time, work and memory, and other figures."""
+  def stop(self, **metrics: Any) -> dict[str, Any]:
+    """Returns the turn's answer: time, work, memory, and other metrics."""
     seconds = time.monotonic() - self._began
     cpu_seconds = time.process_time() - self._cpu_began
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -70,12 +89,12 @@ class Stopwatch:
         for name in ("tokens", "useful_flops", "shared_flops")
       },
       "peak_rss_mb": usage.ru_maxrss / 1024,
-      **figures,
+      **metrics,
     }
 
 
 class Contender:
-  """A process that takes training steps when it is told to."""
+  """A process that takes training steps on command."""
 
   def __init__(
     self,
@@ -84,7 +103,7 @@ class Contender:
     *,
     env: Mapping[str, str] | None = None,
   ):
-    """Starts the process in the project's folder; it waits for a command."""
+    """Starts the process in the project's folder, where it waits."""
     self.name, self.command = name, list(command)
     self._process = subprocess.Popen(
       self.command,
@@ -99,7 +118,7 @@ class Contender:
 
   def ask(self, command: str) -> dict[str, Any]:
     """Sends a command and waits for the answer."""
-    with contextlib.suppress(BrokenPipeError):  # it ended; told below
+    with contextlib.suppress(BrokenPipeError):  # it ended: raised below
       self._process.stdin.write(command + "\n")
       self._process.stdin.flush()
     for line in self._process.stdout:
@@ -122,7 +141,7 @@ def ours(
   options: Sequence[str],
   env: Mapping[str, str] | None = None,
 ) -> Contender:
-  """A contender that is `benchmarks.ours` with these options."""
+  """Starts a contender that runs `benchmarks.ours` with these options."""
   command = [sys.executable, "-m", "benchmarks.ours", *options]
   return Contender(name, command, env=env)
 
@@ -130,7 +149,7 @@ def ours(
 def add_options(
   parser: argparse.ArgumentParser, *, num_turns: int, steps_a_turn: int
 ) -> None:
-  """How long a measurement takes, with its defaults."""
+  """Adds options for the number and length of turns."""
   parser.add_argument("--num_turns", type=int, default=num_turns)
   parser.add_argument("--steps_a_turn", type=int, default=steps_a_turn)
 
@@ -141,15 +160,15 @@ def measure(
   *,
   check: Callable[[Sequence[Contender]], None] = lambda contenders: None,
 ) -> list[dict[str, Any]]:
-  """Starts all, warms up, lets them take turns, and ends them.
+  """Starts contenders, warms them up, times them in turn, and ends them.
 
   Args:
-    contenders: their answers are kept in them.
-    options: see `add_options`.
-    check: sees their first steps before anything is timed.
+    contenders: processes; each keeps its answers.
+    options: parsed options of `add_options`.
+    check: called after all first steps, and before anything is timed.
 
   Returns:
-    A row each, see `summarize`.
+    One row for each contender; see `summarize`.
   """
   try:
     for contender in contenders:
@@ -166,8 +185,12 @@ def measure(
       contender.close()
 
 
-def check_ticket(contenders: Sequence[Contender]) -> None:
-  """Raises ValueError unless all took the same first step."""
+def check_same_work(contenders: Sequence[Contender]) -> None:
+  """Checks that all contenders took the same first step.
+
+  Raises:
+    ValueError: losses or gradient norms differ by more than 1e-4, relative.
+  """
   first = contenders[0].first
   for contender in contenders[1:]:
     for name in ("loss", "grad_norm"):
@@ -180,7 +203,7 @@ def check_ticket(contenders: Sequence[Contender]) -> None:
 
 
 def times_as_fast(mine: Contender, peer: Contender) -> float:
-  """Returns the ratio to the peer's tokens a second, the median over turns."""
+  """Returns the median ratio of tokens a second, turn by turn."""
   ratios = [
     (a["tokens"] / a["seconds"]) / (b["tokens"] / b["seconds"])
     for a, b in zip(mine.turns, peer.turns, strict=True)
@@ -189,7 +212,7 @@ def times_as_fast(mine: Contender, peer: Contender) -> float:
 
 
 def summarize(contender: Contender) -> dict[str, Any]:
-  """Medians of a contender's turns, and quartiles of its tokens a second."""
+  """Returns medians over turns, and quartiles of tokens a second."""
   turns = contender.turns
   rates = np.array([t["tokens"] / t["seconds"] for t in turns])
   low, middle, high = np.percentile(rates, [25, 50, 75])

@@ -2,9 +2,10 @@
 
   python -m benchmarks.lengths [--num_turns=3]
 
-One pair a step, the prompt a half of each sequence; then workload A with
-larger vocabularies. Memory is what XLA's compiler reports for the step, which
-no allocator and no other process blurs; the process's peak is given too.
+First one pair a step, whose prompt is half of each sequence; then workload A
+with larger vocabularies. Memory is what XLA's compiler reports for the step,
+which allocators and other processes do not affect. The table also has the peak
+of the process.
 """
 
 import argparse
@@ -17,7 +18,7 @@ VOCABULARIES = (32_000, 64_000, 128_000, 256_000)
 
 
 def variants() -> dict[str, list[str]]:
-  """Options of `benchmarks.ours` by name."""
+  """Returns options of `benchmarks.ours` by name."""
   found = {}
   for length in LENGTHS:
     half = length // 2
@@ -35,27 +36,29 @@ def variants() -> dict[str, list[str]]:
 def main() -> None:
   parser = argparse.ArgumentParser()
   interleave.add_options(parser, num_turns=3, steps_a_turn=1)
-  parser.add_argument("--only", default="", help="names, with commas")
+  parser.add_argument(
+    "--only", default="", help="names of rows, comma-separated"
+  )
   options = parser.parse_args()
   found = variants()
   chosen = options.only.split(",") if options.only else list(found)
   rows = []
-  # One after the other: together they would not fit a small machine.
-  for name in chosen:
-    contender = interleave.ours(name, ["--memory", *found[name]])
+  # One process at a time: together they would not fit in memory.
+  for variant in chosen:
+    contender = interleave.ours(variant, ["--memory", *found[variant]])
     rows += interleave.measure([contender], options)
-    for figure in ("step_temp_mb", "step_arguments_mb"):
-      rows[-1][figure] = contender.first[figure]
+    for name in ("step_temp_mb", "step_arguments_mb"):
+      rows[-1][name] = contender.first[name]
   results.write(
     "4_lengths",
     title="Memory and time against length and vocabulary",
-    command=" ".join(["python -m benchmarks.lengths", *sys.argv[1:]]),
+    command=results.command("lengths", sys.argv[1:]),
     rows=rows,
     notes=[
       "T: one pair a step, half of each sequence its prompt. V: workload A.",
-      "step temp: memory that the compiled step needs in addition to its"
-      " arguments (weights, two moments, a batch); it holds the gradient, which"
-      " grows with the embeddings.",
+      "step temp: memory of the compiled step in addition to its arguments"
+      " (weights, two moments, a batch). It holds the gradient, which grows"
+      " with the embeddings.",
     ],
   )
 

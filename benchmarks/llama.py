@@ -1,4 +1,4 @@
-"""Our weights as a Llama of transformers, for contenders that read those."""
+"""Writes our weights as a Llama of transformers, for other contenders."""
 
 import json
 import pathlib
@@ -11,7 +11,13 @@ from dpo_jax.models.config import ModelConfig
 
 
 def write(folder: str, config: ModelConfig, params: Any) -> None:
-  """Writes config.json and model.safetensors, float32."""
+  """Writes config.json and model.safetensors, float32.
+
+  Args:
+    folder: existing folder.
+    config: shape of the model, with an untied head.
+    params: its parameters, on the host.
+  """
   tensors = {
     "model.embed_tokens.weight": params["embedding"],
     "model.norm.weight": params["final_norm"]["scale"],

@@ -1,14 +1,14 @@
-"""A contender: dpo_jax's own loader and compiled step on a workload.
+"""Runs dpo_jax's own loader and compiled step on a workload.
 
   python -m benchmarks.ours --layout=shared
 
-reads commands from stdin and answers each with a line of JSON, see
-`benchmarks.interleave`.
+This contender reads commands from stdin and answers each with a line of JSON;
+see `benchmarks.interleave`.
 """
 
 import argparse
+from collections.abc import Sequence
 import dataclasses
-import resource
 import sys
 import time
 from typing import Any
@@ -18,26 +18,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import interleave, workload
-from dpo_jax.config import default_config
-from dpo_jax.data import batch_plan, packing
+from dpo_jax.config import default_config, resolve
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.losses import build_objective
+from dpo_jax.data import packing
 from dpo_jax.models import partition_rules
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.parallel import mesh
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.system import compat
-from dpo_jax.training import optimizer, reference
-from dpo_jax.training.program import Program
+from dpo_jax.training import reference
+from dpo_jax.training.program import build_program
 from dpo_jax.types import Batch
 
 
 class Trainer:
-  """Steps of `train.py` between two readings of its metrics."""
+  """Trains as `dpo_jax.train` does between two measurements."""
 
   def __init__(self, options: argparse.Namespace, grid: Any = None):
-    """Builds model, data and loader on a mesh, or on the first device."""
+    """Builds the program, parameters and loader.
+
+    Args:
+      options: parsed by `parse`.
+      grid: mesh, or None for one of the first device.
+    """
     self.options = options
     fields = dict(workload.SHAPES[options.shape])
     fields["vocab_size"] = options.vocab_size or fields["vocab_size"]
@@ -52,26 +56,19 @@ class Trainer:
     if grid is None:
       grid = mesh.make_mesh(dict.fromkeys(mesh.AXES, 1), jax.devices()[:1])
     self.placement = Placement(grid)
-    self.program = _build_program(options, policy, self.placement)
+    self.program = build_program(_config(options), policy, self.placement)
     shardings = partition_rules.param_shardings(policy.abstract_params(), grid)
     self.params = jax.jit(
       lambda: policy.init(jax.random.key(options.seed)),
       out_shardings=shardings,
     )()
-    indices = np.arange(len(self.store))
-    self.loader = loader_lib.Loader(
+    self.loader = workload.make_loader(
       self.store,
-      indices,
-      batch_plan.make_plan(
-        self.store,
-        indices,
-        batch_size=options.batch_size,
-        row_tokens=options.row_tokens,
-        row_multiple=self.placement.num_row_shards,
-        layout=options.layout,
-      ),
-      options.batch_size,
-      options.seed,
+      batch_size=options.batch_size,
+      seed=options.seed,
+      layout=options.layout,
+      row_tokens=options.row_tokens,
+      row_multiple=self.placement.num_row_shards,
     )
 
   def start(self) -> dict[str, Any]:
@@ -89,7 +86,7 @@ class Trainer:
     reference_s = time.monotonic() - began
     ref_params = None
     if options.reference == "frozen":
-      # Its own buffers: the first step donates the policy's.
+      # The first step donates the buffers of the policy.
       ref_params = jax.tree.map(jnp.copy, self.params)
     self.state = self.program.make_state(self.params, ref_params)
     self.params = None
@@ -106,7 +103,7 @@ class Trainer:
     return first
 
   def compile(self) -> Any:
-    """Returns the executable of a step on the first batch, not run."""
+    """Compiles a step on the first batch, and does not run it."""
     ref_logps = np.zeros(self.store.score.shape, np.float32)
     loader = dataclasses.replace(self.loader, ref_logps=ref_logps)
     batch = self.placement.place_training_batch(loader.batch(0))
@@ -114,20 +111,22 @@ class Trainer:
     with jax.set_mesh(self.placement.mesh):
       return self.program.train_step().lower(state, batch).compile()
 
-  def mean_work(self) -> workload.Work:
-    """Returns the mean work of the first ten batches."""
-    lengths = [self.lengths[self.loader.order(i)] for i in range(10)]
+  def work(self, steps: Sequence[int]) -> dict[str, Any]:
+    """Counts the work of steps, as `interleave.Stopwatch` takes it."""
+    config = self.program.policy.config
     works = [
-      workload.count_work(x, self.program.policy.config) for x in lengths
+      workload.count_work(self.lengths[self.loader.order(step)], config)
+      for step in steps
     ]
-    return workload.Work(
-      *(
-        float(np.mean([getattr(w, field.name) for w in works]))
-        for field in dataclasses.fields(workload.Work)
-      )
-    )
+    return {
+      "batch_size": self.options.batch_size,
+      "tokens": [w.tokens for w in works],
+      "useful_flops": [w.useful_flops for w in works],
+      "shared_flops": [w.shared_flops for w in works],
+    }
 
-  def make_batch(self, index: int) -> tuple[Any, float]:
+  def make_batch(self, index: int) -> tuple[Any, float, tuple[int, ...]]:
+    """Returns a batch on the devices, its padding fraction and its shape."""
     batch = self.loader.batch(index)
     if self.options.head == "all":
       batch = project_all(batch)
@@ -135,18 +134,14 @@ class Trainer:
     return placed, packing.padding_fraction(batch), batch.tokens.shape
 
   def run(self, num_steps: int) -> dict[str, Any]:
-    """Takes steps; what they were, and the seconds they took."""
-    start, stop = self.next, self.next + num_steps
-    works = [
-      workload.count_work(
-        self.lengths[self.loader.order(i)], self.program.policy.config
-      )
-      for i in range(start, stop)
-    ]
+    """Takes steps, and returns their metrics and time."""
+    start, self.next = self.next, self.next + num_steps
+    watch = interleave.Stopwatch(
+      self.work(range(start, self.next)), range(num_steps)
+    )
     padding, shapes = [], set()
     waited = 0.0
-    began, cpu_began = time.monotonic(), time.process_time()
-    batches = loader_lib.prefetch(self.make_batch, start, stop)
+    batches = loader_lib.prefetch(self.make_batch, start, self.next)
     pending = None
     while True:
       asked = time.monotonic()
@@ -162,61 +157,48 @@ class Trainer:
       padding.append(fraction)
       shapes.add(shape)
     metrics = self.placement.fetch(pending)
-    seconds = time.monotonic() - began
-    cpu_seconds = time.process_time() - cpu_began
-    self.next = stop
-    # With every turn, since a busy machine slows both.
+    answer = watch.stop(
+      host_wait_s=waited,
+      padding=float(np.mean(padding)),
+      shapes=sorted(shapes),
+      loss=float(metrics["loss"]),
+      grad_norm=float(metrics["grad_norm"]),
+    )
+    # Measured after every turn, since a busy machine slows both.
     peak, cpu_peak = workload.matmul_rate()
-    return {
+    return answer | {
       "matmul_flops_per_second": peak,
       "matmul_flops_per_cpu_second": cpu_peak,
-      "seconds": seconds,
-      "cpu_seconds": cpu_seconds,
-      "host_wait_s": waited,
-      "steps": num_steps,
-      "pairs": num_steps * self.options.batch_size,
-      "tokens": sum(w.tokens for w in works),
-      "useful_flops": sum(w.useful_flops for w in works),
-      "shared_flops": sum(w.shared_flops for w in works),
-      "padding": float(np.mean(padding)),
-      "shapes": sorted(shapes),
-      "loss": float(metrics["loss"]),
-      "grad_norm": float(metrics["grad_norm"]),
-      "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
-def _build_program(
-  options: argparse.Namespace, policy: Policy, placement: Placement
-) -> Program:
-  settings = default_config().optimizer
-  settings.name = options.optimizer
-  settings.learning_rate = workload.LEARNING_RATE
-  settings.warmup_steps, settings.b2 = 0, 0.999
-  settings.max_grad_norm = 1e9
-  schedule = optimizer.build_schedule(settings, 1000)
-  return Program(
-    policy=policy,
-    objective=build_objective({"name": "dpo", "beta": workload.BETA}),
-    optimizer=optimizer.build_optimizer(settings, schedule),
-    schedule=schedule,
-    placement=placement,
-    reference_kind=options.reference,
-    chunk_size=options.logps_chunk,
-  )
+def _config(options: argparse.Namespace) -> Any:
+  """Returns the resolved config of the program."""
+  config = default_config()
+  config.loss.name, config.loss.beta = "dpo", workload.BETA
+  config.optimizer.name = options.optimizer
+  config.optimizer.learning_rate = workload.LEARNING_RATE
+  config.optimizer.warmup_steps, config.optimizer.b2 = 0, 0.999
+  config.optimizer.max_grad_norm = 1e9
+  config.total_steps = 1000
+  config.reference.kind = options.reference
+  config.logps_chunk = options.logps_chunk
+  return resolve(config)
 
 
 def project_all(batch: Batch) -> Batch:
-  """The batch with as many scored places as tokens, spread among each other,
-  so that the head runs on every position and the figures stay."""
+  """Spreads scored positions over as many slots as there are tokens.
+
+  The head then runs on every position, and the metrics stay the same.
+  """
   num_tokens, num_scored = batch.tokens.shape[1], batch.slots.shape[1]
   if num_scored >= num_tokens:
     return batch
-  places = np.arange(num_scored) * num_tokens // num_scored
+  positions = np.arange(num_scored) * num_tokens // num_scored
 
   def spread(x, fill):
     wide = np.full((len(x), num_tokens), fill, x.dtype)
-    wide[:, places] = x
+    wide[:, positions] = x
     return wide
 
   padding = batch.valid.shape[1] * batch.valid.shape[2]
@@ -240,8 +222,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
   )
   parser.add_argument("--remat", default=default_config().policy.remat)
   parser.add_argument("--attention", default="auto")
-  parser.add_argument("--memory", action="store_true")
-  parser.add_argument("--head", default="scored")  # or "all" positions
+  parser.add_argument(
+    "--memory", action="store_true", help="report the memory of a step"
+  )
+  parser.add_argument(
+    "--head",
+    default="scored",
+    choices=("scored", "all"),
+    help="positions that are projected to the vocabulary",
+  )
   return parser.parse_args(argv)
 
 

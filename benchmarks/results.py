@@ -1,12 +1,7 @@
-"""Tables of measurements as JSON, and RESULTS.md, which shows all of them.
-
-  python -m benchmarks.results
-
-writes RESULTS.md from the JSON, and measures nothing.
-"""
+"""Writes tables: one JSON file each, and RESULTS.md from all of them."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import datetime
 import importlib.metadata
 import json
@@ -31,7 +26,7 @@ of tokens a second from the tables below it. No GPU or TPU was measured.
 
 
 def machine() -> dict[str, Any]:
-  """Returns the processor, its load and the versions of the packages."""
+  """Returns the processor, its load, and versions of packages."""
   packages = ("jax", "jaxlib", "flax", "optax", "numpy")
   processor = platform.processor()
   cpuinfo = pathlib.Path("/proc/cpuinfo")
@@ -49,6 +44,11 @@ def machine() -> dict[str, Any]:
   }
 
 
+def command(name: str, arguments: Iterable[str]) -> str:
+  """Returns the command line of a benchmark."""
+  return " ".join([f"python -m benchmarks.{name}", *arguments])
+
+
 def write(
   table: str,
   *,
@@ -62,11 +62,11 @@ def write(
 
   Args:
     table: name of the JSON file.
-    title: heading in RESULTS.md.
-    command: command line that measured it.
-    rows: cells by column, the same keys in each; lists stay in the JSON.
-    notes: caveats, a line each.
-    extra: versions and the like, for the JSON.
+    title: title of the table in RESULTS.md.
+    command: command that made it.
+    rows: rows of the table; values that are lists stay in the JSON.
+    notes: remarks below the table, one line each.
+    extra: further values for the JSON, such as versions.
   """
   _JSON.mkdir(exist_ok=True)
   content = {

@@ -1,10 +1,10 @@
-"""Measures what bfloat16 rounding makes of log-ratios that should be zero.
+"""Measures log-ratios that would be zero without bfloat16 rounding.
 
   JAX_PLATFORMS=cpu python -m benchmarks.rounding [--tokens=256,1024,2048]
 
-A policy that equals its reference has log-ratios of zero. Where the reference
-was scored by another program, or in another layout of the batch, rounding
-remains. Rows of the table: a cached reference, and a live one (`frozen`).
+A policy that equals its reference has log-ratios of zero. If another program
+scored the reference, or the batch had another layout, rounding errors remain.
+Rows of the table: a cached reference, and a live one (`frozen`).
 
 The model has random weights, a Llama shape of 12 layers (D 512, 33M
 parameters, 8,192 words); matrices are 2.5 times as large as at initialisation,
@@ -19,8 +19,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from dpo_jax.data import batch_plan
-from dpo_jax.data import loader as loader_lib
+from benchmarks import workload
 from dpo_jax.data.store import Store
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
@@ -34,7 +33,7 @@ _PAIRS, _SCORED, _TRAINED = 16, 4, 8
 
 
 def make_store(tokens: int) -> Store:
-  """Random pairs of at most that many tokens, prompt and response."""
+  """Makes random pairs whose prompt and response have at most `tokens`."""
   rng = np.random.default_rng(0)
   prompt = tokens // 4
   columns = [
@@ -49,7 +48,15 @@ def make_store(tokens: int) -> Store:
 
 
 def measure(tokens: int, *, is_live: bool) -> np.ndarray:
-  """Log-ratios of all responses of a policy that equals its reference."""
+  """Returns log-ratios of all responses, of a policy equal to its reference.
+
+  Args:
+    tokens: most tokens of prompt and response.
+    is_live: whether the reference runs in the same program, or is cached.
+
+  Returns:
+    f32 [N], nats.
+  """
   policy = Policy(
     ModelConfig(
       vocab_size=_VOCAB,
@@ -69,7 +76,10 @@ def measure(tokens: int, *, is_live: bool) -> np.ndarray:
   )
   placement = Placement(mesh.make_mesh({"data": 1}, jax.devices()[:1]))
   scoring, training = (
-    _make_loader(make_store(tokens), size) for size in (_SCORED, _TRAINED)
+    workload.make_loader(
+      make_store(tokens), batch_size=size, seed=size, max_shapes=1
+    )
+    for size in (_SCORED, _TRAINED)
   )
   if not is_live:
     score = reference.make_logps_step(policy, placement, 0)
@@ -89,25 +99,13 @@ def measure(tokens: int, *, is_live: bool) -> np.ndarray:
   return np.concatenate(found)
 
 
-def _make_loader(store: Store, batch_size: int) -> loader_lib.Loader:
-  indices = np.arange(len(store))
-  plan = batch_plan.make_plan(
-    store,
-    indices,
-    batch_size=batch_size,
-    row_tokens=0,
-    row_multiple=1,
-    layout="shared",
-    max_shapes=1,
-  )
-  return loader_lib.Loader(store, indices, plan, batch_size, seed=batch_size)
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--tokens", default="256,1024,2048")
+  parser.add_argument(
+    "--tokens", default="256,1024,2048", help="lengths, comma-separated"
+  )
   options = parser.parse_args()
   rows = []
   for tokens in map(int, options.tokens.split(",")):

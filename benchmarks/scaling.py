@@ -1,10 +1,10 @@
-"""Table 5: the step on 1 to 8 simulated devices, by its compiled program.
+"""Table 5: the compiled step on 1 to 8 simulated devices.
 
   python -m benchmarks.scaling
 
-Simulated devices share the same cores, so time says nothing; what the
-partitioner made does: FLOPs by formula of a device's share, and how often and
-how many bytes a device receives in which collective.
+Simulated devices share the same cores, so their time means nothing. The table
+counts instead: FLOPs of a device's share, by formula, and the number of
+collectives and the bytes that a device receives in each kind.
 """
 
 import argparse
@@ -15,6 +15,7 @@ os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
+import numpy as np
 
 from benchmarks import ours, results, workload
 from dpo_jax.parallel import mesh
@@ -39,6 +40,7 @@ def main() -> None:
         mesh.make_mesh(sizes, jax.devices()[:count]),
       )
       compiled = trainer.compile()
+      mean_flops = float(np.mean(trainer.work(range(10))["shared_flops"]))
       found = compilation.read_collectives(
         compiled.as_text(), jax.devices()[:count]
       )
@@ -46,7 +48,7 @@ def main() -> None:
       rows.append(
         {
           "mesh": f"{axis} {count}",
-          "step_flops_a_device": trainer.mean_work().shared_flops / count,
+          "step_flops_a_device": mean_flops / count,
           "temp_mb": memory.temporaries / 2**20,
           "arguments_mb": memory.arguments / 2**20,
           **{
@@ -62,12 +64,12 @@ def main() -> None:
   results.write(
     "5_scaling",
     title="One step on simulated devices, by its compiled program",
-    command=" ".join(["python -m benchmarks.scaling", *sys.argv[1:]]),
+    command=results.command("scaling", sys.argv[1:]),
     rows=rows,
     notes=[
       f"Workload A, {options.batch_size} pairs a step over all devices. Bytes"
-      " are what a device receives in a step; a collective in a loop counts as"
-      " often as the loop turns.",
+      " are those that a device receives in a step; a collective in a loop"
+      " counts once for each iteration.",
       "The CPU's partitioner writes a reduce-scatter as all-reduce and slice.",
     ],
   )

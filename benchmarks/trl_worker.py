@@ -1,14 +1,13 @@
-"""A contender: TRL's DPOTrainer on a workload, from exported weights.
+"""Runs TRL's DPOTrainer on a workload, from exported weights.
 
   python -m benchmarks.trl_worker --model=FOLDER
 
-for a Python with torch and trl, and without jax. Its `training_step` and
+This contender needs torch and trl, and not jax. Its `training_step` and
 collator are TRL's own; optimizer and order of the data are those of
-`benchmarks.ours`. TRL's Llama reads the weights that `benchmarks.peers` wrote.
+`benchmarks.ours`. Its Llama reads the weights that `benchmarks.peers` wrote.
 """
 
 import argparse
-import json
 import sys
 import time
 from typing import Any
@@ -26,25 +25,40 @@ class Trainer:
 
   def __init__(self, options: argparse.Namespace):
     self.options = options
-    with open(f"{options.model}/work.json") as file:
-      self.work = json.load(file)
-    tokens = np.load(f"{options.model}/tokens.npy")
-    lengths = np.array(self.work["lengths"])
-    ends = np.cumsum(lengths.reshape(-1)).reshape(lengths.shape)
+    self.work, groups = interleave.read_work(options.model)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     self.examples = [
-      {
-        name: tokens[end - length : end].tolist()
-        for name, end, length in zip(names, row_ends, row, strict=True)
-      }
-      for row_ends, row in zip(ends, lengths, strict=True)
+      {name: ids.tolist() for name, ids in zip(names, group, strict=True)}
+      for group in groups
     ]
     self.next = 0
 
   def start(self) -> dict[str, Any]:
     """Builds the trainer, scores the reference, and takes the first step."""
-    options, work = self.options, self.work
     began = time.monotonic()
+    self.trainer = self._build_trainer()
+    if self.options.reference == "cached":
+      self._score_reference()
+    reference_s = time.monotonic() - began
+    self.model = self.trainer.model
+    self.model.train()
+    # Trainer.train sets it, and is not run here.
+    self.trainer.current_gradient_accumulation_steps = 1
+    self.optimizer = torch.optim.AdamW(
+      self.model.parameters(),
+      lr=self.work["learning_rate"],
+      betas=(0.9, 0.999),
+      weight_decay=0.0,
+      fused=True,
+    )
+    began = time.monotonic()
+    first = self.run(1)
+    first["first_step_s"] = time.monotonic() - began
+    first["reference_s"] = reference_s
+    return first
+
+  def _build_trainer(self) -> trl.DPOTrainer:
+    options, work = self.options, self.work
 
     def load():
       return transformers.AutoModelForCausalLM.from_pretrained(
@@ -53,9 +67,8 @@ class Trainer:
 
     model = load()
     if options.head == "scored":
-      # TRL projects response positions only where it has Triton: let it here.
+      # TRL projects only response positions if it has Triton; enable it here.
       trl.trainer.utils._use_triton = lambda device: True
-    is_cached = options.reference == "cached"
     arguments = trl.DPOConfig(
       output_dir=f"{options.model}/trl",
       beta=work["beta"],
@@ -68,44 +81,33 @@ class Trainer:
       disable_dropout=True,
       dataloader_pin_memory=False,
     )
-    # Text and tokenizer are made up: the ids that are trained on are given.
-    self.trainer = trl.DPOTrainer(
+    # Text and tokenizer are placeholders: training reads ids of the workload.
+    return trl.DPOTrainer(
       model=model,
-      ref_model=None if is_cached else load(),
+      ref_model=None if options.reference == "cached" else load(),
       args=arguments,
       train_dataset=_placeholder(),
       processing_class=_tokenizer(options.model),
     )
-    if is_cached:
-      self.trainer.precompute_ref_logps = False
-      used = {i for order in work["order"][: work["num_steps"]] for i in order}
-      for i in sorted(used):
-        batch = self.trainer.data_collator([self.examples[i]])
-        chosen, rejected = self.trainer.compute_ref_log_probs(model, batch)
-        self.examples[i] |= {
-          "ref_chosen_logps": chosen.item(),
-          "ref_rejected_logps": rejected.item(),
-        }
-      self.trainer.precompute_ref_logps = True
-    reference_s = time.monotonic() - began
-    self.model = self.trainer.model
-    self.model.train()
-    # What Trainer.train sets, which we do not run.
-    self.trainer.current_gradient_accumulation_steps = 1
-    self.optimizer = torch.optim.AdamW(
-      self.model.parameters(),
-      lr=work["learning_rate"],
-      betas=(0.9, 0.999),
-      weight_decay=0.0,
-      fused=True,
-    )
-    began = time.monotonic()
-    first = self.run(1)
-    first["first_step_s"] = time.monotonic() - began
-    first["reference_s"] = reference_s
-    return first
+
+  def _score_reference(self) -> None:
+    """Adds the reference's log-probs to the examples that steps will use."""
+    work = self.work
+    self.trainer.precompute_ref_logps = False
+    used = {i for order in work["order"][: work["num_steps"]] for i in order}
+    for i in sorted(used):
+      batch = self.trainer.data_collator([self.examples[i]])
+      chosen, rejected = self.trainer.compute_ref_log_probs(
+        self.trainer.model, batch
+      )
+      self.examples[i] |= {
+        "ref_chosen_logps": chosen.item(),
+        "ref_rejected_logps": rejected.item(),
+      }
+    self.trainer.precompute_ref_logps = True
 
   def run(self, num_steps: int) -> dict[str, Any]:
+    """Takes steps, and returns their metrics and time."""
     work = self.work
     losses, padding = [], []
     steps = range(self.next, self.next + num_steps)
@@ -141,7 +143,7 @@ def _placeholder() -> Any:
 
 
 def _tokenizer(folder: str) -> Any:
-  """Letters: DPOTrainer wants a tokenizer, and our ids come without."""
+  """Makes a tokenizer of letters, since DPOTrainer requires one."""
   import tokenizers
 
   letters = {chr(97 + i): i + 3 for i in range(26)}
@@ -159,7 +161,12 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--model", required=True)
   parser.add_argument("--reference", default="cached")
-  parser.add_argument("--head", default="all")  # as it comes; or "scored"
+  parser.add_argument(
+    "--head",
+    default="all",
+    choices=("all", "scored"),
+    help="positions that are projected to the vocabulary; all: unpatched TRL",
+  )
   interleave.serve(Trainer(parser.parse_args(sys.argv[1:])))
 
 

@@ -1,11 +1,11 @@
-"""A contender: Tunix's DPOTrainer on a workload, from exported weights.
+"""Runs Tunix's DPOTrainer on a workload, from exported weights.
 
   python -m benchmarks.tunix_worker --model=FOLDER
 
-for a Python with google-tunix. Its `_prepare_inputs`, which scores the frozen
-reference, and its jitted train step are Tunix's own. It pads all batches to one
-shape, here the longest prompt and the longest response of the data: the best
-that it can be given.
+This contender needs google-tunix. Its `_prepare_inputs`, which scores the
+frozen reference, and its jitted train step are Tunix's own. Tunix pads all
+batches to one shape. By default this is the longest prompt and the longest
+response of the data, the smallest shape that fits.
 """
 
 import argparse
@@ -31,26 +31,19 @@ class Trainer:
 
   def __init__(self, options: argparse.Namespace):
     self.options = options
-    with open(f"{options.model}/work.json") as file:
-      self.work = json.load(file)
+    self.work, self.groups = interleave.read_work(options.model)
     with open(f"{options.model}/config.json") as file:
       self.config = json.load(file)
-    tokens = np.load(f"{options.model}/tokens.npy")
-    self.lengths = np.array(self.work["lengths"])
-    ends = np.cumsum(self.lengths.reshape(-1)).reshape(self.lengths.shape)
-    self.groups = [
-      [tokens[end - n : end] for end, n in zip(row_ends, row, strict=True)]
-      for row_ends, row in zip(ends, self.lengths, strict=True)
-    ]
     self.next = 0
-    longest = self.lengths[:, 0].max(), self.lengths[:, 1:].max()
+    lengths = np.array(self.work["lengths"])
+    longest = lengths[:, 0].max(), lengths[:, 1:].max()
     self.widths = longest
     if options.widths:
       self.widths = tuple(map(int, options.widths.split(",")))
     if self.widths[0] < longest[0] or self.widths[1] < longest[1]:
       raise SystemExit(
-        f"--widths={options.widths}: the longest prompt and response of the"
-        f" data have {longest[0]} and {longest[1]} tokens"
+        f"--widths={options.widths} must be at least {longest[0]},{longest[1]},"
+        " the longest prompt and response of the data"
       )
 
   def _load(self) -> Any:
@@ -66,7 +59,7 @@ class Trainer:
       rope_theta=int(c["rope_theta"]),
       norm_eps=c["rms_norm_eps"],
     )
-    # Axes that its annotations leave to the partitioner.
+    # Auto: Tunix's sharding annotations are hints to the partitioner.
     grid = jax.make_mesh(
       (1, 1),
       ("fsdp", "tp"),
@@ -98,6 +91,7 @@ class Trainer:
     return first
 
   def _batch(self, index: int) -> tuple[dpo_trainer.TrainingInput, float]:
+    """Returns the batch of a step, and its padding fraction."""
     chosen = [self.groups[i] for i in self.work["order"][index]]
     prompt, response = self.widths
     widths = (prompt, response, response)
@@ -109,15 +103,16 @@ class Trainer:
       for row, group in enumerate(chosen):
         n = len(group[part])
         # Prompts are padded on the left, responses on the right.
-        at = slice(width - n, width) if part == 0 else slice(0, n)
-        ids[row, at], mask[row, at] = group[part], True
+        span = slice(width - n, width) if part == 0 else slice(0, n)
+        ids[row, span], mask[row, span] = group[part], True
       fields |= {f"{name}_ids": ids, f"{name}_mask": mask}
     real = sum(fields[f"{name}_mask"].sum() for name in names)
-    real += fields["prompt_mask"].sum()  # each prompt stands before both
+    real += fields["prompt_mask"].sum()  # each prompt precedes both
     slots = 2 * len(chosen) * (prompt + response)
     return dpo_trainer.TrainingInput(**fields), 1.0 - real / slots
 
   def run(self, num_steps: int) -> dict[str, Any]:
+    """Takes steps, and returns their metrics and time."""
     padding = []
     steps = range(self.next, self.next + num_steps)
     watch = interleave.Stopwatch(self.work, steps)
@@ -138,8 +133,12 @@ class Trainer:
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--model", required=True)
-  parser.add_argument("--reference", default="frozen")  # or "none"
-  parser.add_argument("--widths", default="")  # of prompts and responses
+  parser.add_argument(
+    "--reference", default="frozen", choices=("frozen", "none")
+  )
+  parser.add_argument(
+    "--widths", default="", help="of prompts and responses, as in 384,512"
+  )
   interleave.serve(Trainer(parser.parse_args()))
 
 

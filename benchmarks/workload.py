@@ -1,9 +1,9 @@
 """Workload A: pairs of realistic lengths, made from a seed, and their FLOPs.
 
-Lengths are the quantiles of log-normals (so that a seed shuffles them and
-changes nothing else): prompts of median 74.5 and at most 316 tokens, chosen
-of median 91 and at most 408, rejected alike, prompt and response at most 512.
-The ids are uniform: what they say changes no time.
+Lengths are quantiles of log-normals, so that a seed only shuffles them. Prompts
+have a median of 74.5 and at most 316 tokens. Chosen and rejected responses have
+a median of 91 and at most 408; prompt and response together at most 512. Token
+ids are uniform, since their values do not change the time.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.store import Store
 from dpo_jax.models.config import ModelConfig
 
@@ -60,7 +61,7 @@ SHAPES = {
 BATCH_SIZE = 8
 BETA = 0.1
 LEARNING_RATE = 1e-4
-# Of the quantity that each name counts: median, mean, largest.
+# Number of tokens: median, mean, largest.
 _LENGTHS = {
   "prompt": (74.5, 89.0, 316),
   "chosen": (91.0, 108.0, 408),
@@ -71,12 +72,12 @@ _LENGTHS = {
 def make_lengths(
   num_groups: int, seed: int, *, max_tokens: int = 512
 ) -> np.ndarray:
-  """Prompt, chosen and rejected lengths: i32 [N, 3]."""
+  """Makes prompt, chosen and rejected lengths: i32 [N, 3]."""
   rng = np.random.default_rng(seed)
   columns = []
   normal = statistics.NormalDist()
-  places = (np.arange(num_groups) + 0.5) / num_groups
-  quantiles = np.array([normal.inv_cdf(p) for p in places])
+  fractions = (np.arange(num_groups) + 0.5) / num_groups
+  quantiles = np.array([normal.inv_cdf(p) for p in fractions])
   for median, mean, largest in _LENGTHS.values():
     spread = math.sqrt(2.0 * math.log(mean / median))
     lengths = np.rint(median * np.exp(spread * quantiles)).astype(np.int32)
@@ -90,9 +91,9 @@ def make_lengths(
 def make_store(
   lengths: np.ndarray, seed: int, *, vocab_size: int = MODEL["vocab_size"]
 ) -> Store:
-  """Random ids of these lengths, the first response preferred."""
+  """Makes groups of random ids with these lengths, best response first."""
   rng = np.random.default_rng((seed, 1))
-  # The lowest ids are left to a tokenizer's special tokens.
+  # The lowest ids are special tokens of a tokenizer.
   tokens = rng.integers(8, vocab_size, int(lengths.sum())).astype(np.int32)
   parts = iter(np.split(tokens, np.cumsum(lengths)))
   groups = [[next(parts) for _ in group] for group in lengths]
@@ -100,15 +101,49 @@ def make_store(
   return Store.from_groups(groups, np.tile(-ranks, (len(lengths), 1)))
 
 
+def make_loader(
+  store: Store,
+  *,
+  batch_size: int,
+  seed: int,
+  layout: str = "shared",
+  row_tokens: int = 0,
+  row_multiple: int = 1,
+  **limits: int,
+) -> loader_lib.Loader:
+  """Makes a loader of all groups of a store.
+
+  Args:
+    store: groups.
+    batch_size: groups a batch.
+    seed: seed of their order.
+    layout: "shared", "packed" or "padded".
+    row_tokens: tokens of a row; 0: chosen by the plan.
+    row_multiple: number that the rows of a batch must divide by.
+    **limits: further limits of `loader.make_plan`.
+  """
+  indices = np.arange(len(store))
+  plan = loader_lib.make_plan(
+    store,
+    indices,
+    batch_size=batch_size,
+    row_tokens=row_tokens,
+    row_multiple=row_multiple,
+    layout=layout,
+    **limits,
+  )
+  return loader_lib.Loader(store, indices, plan, batch_size, seed)
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """Work of a batch, the same for every contender.
+  """Work of a batch, independent of the implementation.
 
   Attributes:
-    tokens: number of all tokens, a prompt counted once for each response.
-    useful_flops: forward and backward, of every such token, causal attention,
-      vocabulary projection on response tokens, no reference.
-    shared_flops: the same with each prompt once.
+    tokens: number of tokens, a prompt counted once for each response.
+    useful_flops: FLOPs of forward and backward passes over these tokens, with
+      causal attention and the head on response tokens; no reference.
+    shared_flops: the same FLOPs with each prompt counted once.
   """
 
   tokens: int
@@ -117,11 +152,11 @@ class Work:
 
 
 def count_work(lengths: np.ndarray, config: ModelConfig) -> Work:
-  """The work of groups of these lengths, i32 [B, 1 + K].
+  """Counts the work of groups of these lengths, i32 [B, 1 + K].
 
-  Three times the forward pass, of which a token's matmuls are two FLOPs a
-  weight, n tokens over themselves n (n + 1) / 2 scores of 4 H d FLOPs, and a
-  scored token 2 D V.
+  Three times the forward pass. In it a token takes two FLOPs for each weight, n
+  tokens take n (n + 1) / 2 attention scores of 4 H d FLOPs in each layer, and a
+  scored token takes 2 D V.
   """
   lengths = lengths.astype(np.float64)
   prompts, responses = lengths[:, 0], lengths[:, 1:]
@@ -150,8 +185,11 @@ def count_work(lengths: np.ndarray, config: ModelConfig) -> Work:
 
 
 def matmul_rate(size: int = 2048, repeats: int = 3) -> tuple[float, float]:
-  """FLOPs of XLA's float32 matmul: a second, and a second of CPU time; the
-  best of a few."""
+  """Measures XLA's float32 matmul, the fastest of `repeats`.
+
+  Returns:
+    FLOPs a second of wall time, and of CPU time.
+  """
   x = jnp.ones((size, size), jnp.float32)
   multiply = jax.jit(jnp.dot)
   multiply(x, x).block_until_ready()
@@ -165,20 +203,24 @@ def matmul_rate(size: int = 2048, repeats: int = 3) -> tuple[float, float]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-  """Adds the options of the work, which every contender gets."""
+  """Adds the options that describe the work to every contender."""
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--batch_size", type=int, default=BATCH_SIZE)
   parser.add_argument("--num_groups", type=int, default=256)
   parser.add_argument("--max_tokens", type=int, default=512)
   parser.add_argument(
-    "--vocab_size", type=int, default=0, help="0: the shape's"
+    "--vocab_size", type=int, default=0, help="0: that of the shape"
   )
-  # Prompt and response of equal groups, "512,1536"; "": workload A's lengths.
-  parser.add_argument("--equal_lengths", default="")
+  parser.add_argument(
+    "--equal_lengths",
+    default="",
+    help="prompt and response of all groups, as in 512,1536; empty: lengths of"
+    " workload A",
+  )
 
 
 def read_lengths(options: argparse.Namespace) -> np.ndarray:
-  """The lengths that the options describe: i32 [N, 3]."""
+  """Returns the lengths that the options describe: i32 [N, 3]."""
   if not options.equal_lengths:
     return make_lengths(
       options.num_groups, options.seed, max_tokens=options.max_tokens

@@ -5,22 +5,22 @@
   python -m dpo_jax.train --config=configs/hh.py:dpo --workdir=runs/hh_dpo \
       --config.policy.init=run:runs/hh_sft
 
-The policy is any Hugging Face folder (docs/models.md). The data are TFDS's
-(`python -m dpo_jax.data.tfds_builders` says where the release's files go), or
-files: --config.data.source=jsonl:PATH.
+The policy is any Hugging Face folder (docs/models.md). The data come from TFDS;
+`python -m dpo_jax.data.tfds_builders` says where to put the release's files. Or
+use your own file: --config.data.source=jsonl:PATH.
 
-Values are the paper's where it gives them (app. B), and its repository's
-(eric-mitchell/direct-preference-optimization) where it does not. Hardware of
-the paper: 4 A100-80G for Pythia-2.8B, SFT 1 h 30, DPO 2 h 45. Expected there:
-62.9 % wins against the chosen response at temperature 1 (fig. 3), judged by
-GPT-4. docs/real_data.md gives what a 260k-parameter model does here.
+Values are the paper's (app. B). Where it gives none, they are those of its
+repository (eric-mitchell/direct-preference-optimization). Hardware of the
+paper: 4 A100-80G for Pythia-2.8B, SFT 1 h 30, DPO 2 h 45. Its result: 62.9 %
+wins against the chosen response at temperature 1 (fig. 3), judged by GPT-4.
+docs/real_data.md has our results with a model of 260k parameters.
 """
 
 from dpo_jax.config import default_config, loss_config
 
 
 def get_config(stage: str = "dpo"):
-  """`stage` is "sft" or "dpo"."""
+  """Returns the config of a stage, "sft" or "dpo"."""
   config = default_config()
   config.data.source = "tfds:hh_rlhf/helpful_base"
   config.data.eval_fraction = 0.05

@@ -5,14 +5,14 @@
       --config.policy.init=run:runs/sft
 
 Hardware: two CPU cores. `python -m experiments.quickstart` runs both stages;
-the README gives its time and figures.
+the README gives its time and results.
 """
 
 from dpo_jax.config import default_config, loss_config
 
 
 def get_config(stage: str = "dpo"):
-  """`stage` is "sft" or "dpo"."""
+  """Returns the config of a stage, "sft" or "dpo"."""
   config = default_config()
   config.policy.preset = "1m"
   config.data.max_tokens = 160
@@ -37,7 +37,7 @@ def get_config(stage: str = "dpo"):
     config.eval.num_samples = 0
   elif stage == "dpo":
     config.data.source = "synthetic:review_pairs:4000"
-    # Labels are drawn by the Bradley-Terry model: some prefer the worse.
+    # Labels follow the Bradley-Terry model, so some prefer the worse response.
     config.data.checks.chosen_scores_lower = "off"
     config.total_steps = 100
     config.log.every_steps = 5

@@ -15,7 +15,7 @@ first, on any machine:
       --topology=v5e-16 --rows=64 --row_tokens=2048 --vocab_size=32000 \
       --config.epochs=0 --config.total_steps=478
 
-It was not run: no expected result stands here.
+This config has not been run, so there is no expected result.
 """
 
 from dpo_jax.config import default_config
@@ -24,6 +24,7 @@ _DATA = "hub:HuggingFaceH4/ultrafeedback_binarized@main"
 
 
 def get_config():
+  """Returns the config of DPO from Zephyr's SFT model."""
   config = default_config()
   config.policy.init = "hub:alignment-handbook/zephyr-7b-sft-full@main"
   config.policy.compute_dtype = "bfloat16"
@@ -40,7 +41,7 @@ def get_config():
   config.optimizer.b2 = 0.999
   config.optimizer.learning_rate = 5e-7
   config.optimizer.schedule = "cosine"
-  config.optimizer.warmup_steps = 48  # a tenth of the 478 steps
+  config.optimizer.warmup_steps = 48  # 10 % of the 478 steps
   config.optimizer.max_grad_norm = 1.0
   config.eval.every_steps = 100
   config.checkpoint.every_steps = 100

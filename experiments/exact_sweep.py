@@ -1,7 +1,7 @@
-"""Runs on the task of `exact_task.py`, that several experiments are made of.
+"""Builds the runs of experiments on the task of `exact_task.py`.
 
-A sweep is a reference, pairs that it gives, and methods; every trained policy
-is measured by enumeration.
+An experiment trains a reference, draws pairs from it, and trains methods on
+them; every trained policy is measured by enumeration.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,13 @@ import functools
 import os
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from dpo_jax import judges
 from dpo_jax.config import default_config, loss_config
-from experiments import exact_task, harness, trained
+from experiments import exact_task, sweep, trained
 from experiments.exact_task import Task
-from experiments.harness import Row, Run, Settings
+from experiments.sweep import Row, Run, Settings
 
 TASK_SEED = 0
 SIZES: dict[str, dict[str, int]] = {
@@ -25,43 +24,52 @@ SIZES: dict[str, dict[str, int]] = {
 }
 _BATCH = 128
 _NUM_TEXTS = 25_600
-# What rows are averaged over seeds by, and what is averaged.
+# Labels that rows of several seeds share, and the metrics that are averaged.
 BY = ("method", "beta", "knob", "label", "flips")
-FIGURES = ("reward", "kl", "share", "regret", "total_variation", "accuracy")
+METRICS = ("reward", "kl", "share", "regret", "total_variation", "accuracy")
 
 
-def _labels(method: str, seed: int, **others: Any) -> Row:
+def make_labels(method: str, seed: int, **others: Any) -> Row:
+  """Returns the labels of a run, with defaults for those not given."""
   rest = {"beta": None, "knob": "", "label": "bradley_terry", "flips": 0.0}
   return {"method": method, "seed": seed, **rest, **others}
 
 
-def collect(workdir: str, best_of: Sequence[int] = ()) -> harness.Collected:
-  """Returns rows of trained runs; of Best-of-N and the frontier by formula."""
-  found = harness.collect(workdir)
+def collect(workdir: str, best_of: Sequence[int] = ()) -> sweep.Collected:
+  """Collects trained runs, and adds rows that need no training.
+
+  Args:
+    workdir: folder of the sweep.
+    best_of: numbers of samples N for which Best-of-N gets a row.
+
+  Returns:
+    Rows of the runs, of Best-of-N and of the exact frontier.
+  """
+  found = sweep.collect(workdir)
   folder = os.path.join(workdir, "reference")
   if not os.path.exists(os.path.join(folder, "task.npz")):
     return found
   task = Task.read(folder)
   rows = [
-    _labels("Best-of-N", 0, knob=f"N={num}")
-    | task.figures(task.best_of(num), None)
+    make_labels("Best-of-N", 0, knob=f"N={num}")
+    | task.metrics(task.best_of(num), None)
     for num in best_of
   ]
   kls, rewards = task.frontier()
   rows += [
-    _labels("frontier", 0) | {"reward": reward, "kl": kl, "share": 1.0}
+    make_labels("frontier", 0) | {"reward": reward, "kl": kl, "share": 1.0}
     for kl, reward in zip(kls.tolist(), rewards.tolist(), strict=True)
   ]
-  return harness.Collected(found.rows + rows, found.missing)
+  return sweep.Collected(found.rows + rows, found.missing)
 
 
 def _measure(folder: str, *, reference: str, beta: float | None) -> list[Row]:
   logps = exact_task.all_logps(*trained.load(folder))
-  return [Task.read(reference).figures(logps, beta)]
+  return [Task.read(reference).metrics(logps, beta)]
 
 
 def _measure_reward_model(folder: str, *, reference: str) -> list[Row]:
-  """How often it is right on pairs, held against Bayes."""
+  """Measures a reward model's accuracy on pairs, and the best possible."""
   texts = [exact_task.to_text(ids) for ids in exact_task.completions()]
   judge = judges.get_judge(f"reward:{folder}")
   scores = [
@@ -72,18 +80,18 @@ def _measure_reward_model(folder: str, *, reference: str) -> list[Row]:
   return [{"accuracy": accuracy, "bayes_accuracy": bayes}]
 
 
-class Sweep:
-  """Collects the runs of an experiment."""
+class Builder:
+  """Builds the runs of an experiment."""
 
   def __init__(
     self, settings: Settings, *, steps: int = 0, batch_size: int = _BATCH
   ):
-    """Begins with the reference.
+    """Adds the reference.
 
     Args:
-      settings: settings of the command line.
-      steps: steps of every method; 0: those of the scale.
-      batch_size: pairs a step, of every method.
+      settings: choices of the command line.
+      steps: training steps of every method; 0: those of the scale.
+      batch_size: pairs a step of every method.
     """
     self.settings = settings
     self.size = SIZES[settings.scale]
@@ -95,7 +103,10 @@ class Sweep:
     self._add_reference()
 
   def use_every_pair_once(self) -> None:
-    """Draws as many pairs as the steps take: as many labels as on policy."""
+    """Draws as many pairs as the steps take, so that each is seen once.
+
+    On-policy methods see as many labels.
+    """
     self.size = self.size | {"pairs": self.steps * self.batch_size}
 
   @property
@@ -111,9 +122,9 @@ class Sweep:
     config.data.tokenizer = f"letters:{exact_task.NUM_LETTERS}"
     config.data.max_tokens = 2 + exact_task.LENGTH
     config.data.max_prompt_tokens = 2
-    # Six groups a row: short rows attend all at once, and compile sooner.
+    # Six groups a row: short rows use dense attention, and compile sooner.
     config.data.row_tokens = 60
-    # Of four prompts none is held out: all is known.
+    # No prompt is held out: metrics are exact sums over all four.
     config.data.eval_fraction = 0.0
     config.data.cache_dir = f"{self.root}/cache"
     # Runs on the same pairs share the reference's log-probs.
@@ -148,11 +159,11 @@ class Sweep:
       logps = exact_task.all_logps(*trained.load(folder))
       task = Task.make(logps, TASK_SEED)
       task.write(folder)
-      return [task.figures(logps, None)]
+      return [task.metrics(logps, None)]
 
     self.runs["reference"] = Run(
       "reference",
-      _labels("reference", 0),
+      make_labels("reference", 0),
       config,
       work=work,
       measure=measure,
@@ -161,7 +172,7 @@ class Sweep:
     )
 
   def _pairs(self, label: str, flips: float, seed: int) -> str:
-    """The name of a run that draws pairs, added where it is new."""
+    """Adds a run that draws pairs, unless it exists; returns its name."""
     name = f"pairs_{label}_{flips:g}_s{seed}"
     num = self.size["pairs"]
 
@@ -174,7 +185,7 @@ class Sweep:
       name,
       Run(
         name,
-        _labels("pairs", seed, label=label, flips=flips),
+        make_labels("pairs", seed, label=label, flips=flips),
         after=("reference",),
         work=work,
         measure=lambda folder: [],
@@ -200,16 +211,16 @@ class Sweep:
     """Adds a trained run, measured by enumeration at its end.
 
     Args:
-      method: its name in tables.
-      loss: name and knobs.
+      method: name in tables.
+      loss: name of the loss, and knobs.
       seed: seed of data, order and samples.
-      beta: beta of the optimum that it is compared with.
-      knob: other value that distinguishes runs of the method.
-      label: rule that labels the pairs.
-      flips: fraction of their labels that is wrong.
-      online: keys of `config.online`, where it samples.
-      learning_rate: peak.
-      after: other runs that it needs.
+      beta: beta of the optimum that it is compared with, or None.
+      knob: text that distinguishes runs of the same method and beta.
+      label: "bradley_terry" or "argmax"; see `Task.write_pairs`.
+      flips: fraction of flipped labels.
+      online: keys of `config.online`, for methods that sample.
+      learning_rate: peak learning rate.
+      after: further runs that it starts from.
 
     Returns:
       The run's name.
@@ -224,12 +235,7 @@ class Sweep:
     if online is not None:
       config.online.update(online)
       config.online.max_response_tokens = exact_task.LENGTH
-    parts = [method, beta, knob, label if label == "argmax" else ""]
-    parts += [f"flips {flips:g}" if flips else "", f"s{seed}"]
-    words = " ".join(str(part) for part in parts if part not in (None, ""))
-    name = "_".join(
-      "".join(c if c.isalnum() or c in ".-" else " " for c in words).split()
-    ).lower()
+    name = _run_name(method, beta, knob, label, flips, seed)
     reference = f"{self.root}/reference"
     measure = functools.partial(_measure, reference=reference, beta=beta)
     if loss["name"] == "reward_model":
@@ -237,7 +243,7 @@ class Sweep:
     assert name not in self.runs, name
     self.runs[name] = Run(
       name,
-      _labels(method, seed, beta=beta, knob=knob, label=label, flips=flips),
+      make_labels(method, seed, beta=beta, knob=knob, label=label, flips=flips),
       config,
       after=("reference", pairs, *after),
       measure=measure,
@@ -253,7 +259,7 @@ class Sweep:
   def add_on_policy_dpo(
     self, seed: int, beta: float, *, rounds: int, **others: Any
   ) -> str:
-    """As many labels as offline DPO sees, but of the policy's own samples."""
+    """Adds DPO on the policy's own samples, with as many labels as offline."""
     online = dict(
       kind="pairs",
       every_steps=-(-self.steps // rounds),
@@ -266,7 +272,7 @@ class Sweep:
     )
 
   def add_noisy(self, seed: int, beta: float, flips: float) -> None:
-    """DPO, and the two losses that are told how many labels are wrong."""
+    """Adds DPO, and the two losses that are told how many labels are wrong."""
     smoothed = dict(beta=beta, label_smoothing=flips)
     self.add_dpo(seed, beta, flips=flips)
     for method, name in (("cDPO", "cdpo"), ("robust DPO", "robust_dpo")):
@@ -274,20 +280,42 @@ class Sweep:
       self.add(method, loss, seed=seed, beta=beta, flips=flips)
 
 
-def ipo(beta: float) -> dict[str, Any]:
-  """IPO that reaches about the KL of DPO at that beta.
+def _run_name(
+  method: str,
+  beta: float | None,
+  knob: str,
+  label: str,
+  flips: float,
+  seed: int,
+) -> str:
+  """Returns a folder name that differs wherever an argument does."""
+  parts = [method, beta, knob, label if label == "argmax" else ""]
+  parts += [f"flips {flips:g}" if flips else "", f"s{seed}"]
+  words = " ".join(str(part) for part in parts if part not in (None, ""))
+  return "_".join(
+    "".join(c if c.isalnum() or c in ".-" else " " for c in words).split()
+  ).lower()
 
-  Its optimum is pi_ref exp(E[p(y > y')] / tau) / Z, and the slope of that
+
+def ipo(beta: float) -> dict[str, Any]:
+  """Returns an IPO loss that reaches about the KL of DPO at that beta.
+
+  IPO's optimum is pi_ref exp(E[p(y > y')] / tau) / Z, and the slope of that
   probability in the reward is 1/4 at most.
   """
   return dict(name="ipo", tau=beta / 4)
 
 
+def mean_rows(rows: Sequence[Row]) -> list[Row]:
+  """Averages the metrics of rows over seeds; see `sweep.mean_and_spread`."""
+  return sweep.mean_and_spread(rows, BY, METRICS)
+
+
 def table(rows: Sequence[Row]) -> list[Row]:
-  """Means over the seeds, and the spread of what is compared."""
+  """Returns means over seeds, with the spread of reward, share and regret."""
   shown = [row for row in rows if row["method"] not in ("frontier", "pairs")]
   out = []
-  for row in harness.mean_and_spread(shown, BY, FIGURES):
+  for row in mean_rows(shown):
     line = {
       "method": row["method"],
       "beta": "-" if row["beta"] is None else f"{row['beta']:g}",
@@ -296,7 +324,7 @@ def table(rows: Sequence[Row]) -> list[Row]:
       "flips": f"{row['flips']:g}",
       "seeds": row["seeds"],
     }
-    for name in FIGURES:
+    for name in METRICS:
       line[name] = row[name]
       if name in ("reward", "share", "regret"):
         line[f"+-{name}"] = row[f"{name}_spread"]
@@ -304,41 +332,8 @@ def table(rows: Sequence[Row]) -> list[Row]:
   return out
 
 
-def colour(number: int) -> Any:
-  """Returns the colour of a figure's line; the first twenty differ."""
-  # The ten strong colours of tab20, then their ten pale ones.
-  strong, pale = range(0, 20, 2), range(1, 20, 2)
-  return matplotlib.colormaps["tab20"]([*strong, *pale][number % 20])
-
-
-def draw(
-  axis: Any,
-  rows: Sequence[Row],
-  x: str,
-  y: str,
-  *,
-  by: str = "method",
-) -> None:
-  """A line for each method: means with the spread over seeds as bars."""
-  for number, name in enumerate(dict.fromkeys(row[by] for row in rows)):
-    mine = sorted((r for r in rows if r[by] == name), key=lambda r: r[x])
-    axis.errorbar(
-      [r[x] for r in mine],
-      [r[y] for r in mine],
-      yerr=[r.get(f"{y}_spread", 0.0) for r in mine],
-      xerr=[r.get(f"{x}_spread", 0.0) for r in mine],
-      marker="os^Dv"[number % 5],
-      color=colour(number),
-      linestyle=":" if number < 10 else "-.",
-      markersize=5,
-      capsize=2,
-      label=str(name),
-    )
-  axis.grid(alpha=0.3)
-
-
 def draw_frontier(axis: Any, rows: Sequence[Row]) -> None:
-  """The line that no policy can cross."""
+  """Draws the best reward that any policy reaches at each KL."""
   points = sorted(
     (r["kl"], r["reward"]) for r in rows if r["method"] == "frontier"
   )

@@ -1,8 +1,8 @@
 """A task in which every completion can be enumerated.
 
-Four prompts of two letters, completions of four letters out of eight: 4,096 to
-a prompt. All probabilities are known, and with them E[r], the KL, the optimum
-pi* = pi_ref exp(r / beta) / Z and the regret of any policy.
+Four prompts of two letters; completions of four letters out of eight, so 4,096
+for each prompt. All probabilities are known. So are E[r], the KL, the optimum
+pi* = pi_ref exp(r / beta) / Z, and the regret of any policy.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ from dpo_jax.system.files import write_atomically
 
 NUM_LETTERS, LENGTH = 8, 4
 PROMPTS = ("ab", "cd", "ef", "gh")
-# Of the reward under the reference.
+# Standard deviation of the reward under the reference.
 _DEVIATION = 1.5
-# What the identity J(pi*) - J(pi) = beta KL(pi || pi*) may be missed by.
+# Largest error of the identity J(pi*) - J(pi) = beta KL(pi || pi*).
 IDENTITY_TOLERANCE = 1e-4
 
 
 def completions() -> np.ndarray:
-  """All of them: i32 [4096, 4]."""
+  """Returns all completions: i32 [4096, 4]."""
   axes = np.meshgrid(*[np.arange(NUM_LETTERS)] * LENGTH, indexing="ij")
   return np.stack(axes, -1).reshape(-1, LENGTH).astype(np.int32)
 
@@ -41,25 +41,31 @@ def _prompt_ids() -> np.ndarray:
 
 
 def language(seed: int) -> np.ndarray:
-  """A Markov language of order 2: f64 [8, 8, 8], p(next | two before)."""
+  """Returns p(next | two before) of a Markov language: f64 [8, 8, 8]."""
   logits = np.random.default_rng((seed, 0)).normal(0, 1, (NUM_LETTERS,) * 3)
   weights = np.exp(logits)
   return weights / weights.sum(-1, keepdims=True)
 
 
 def write_demonstrations(path: str, num: int, seed: int) -> None:
-  """Texts of the language: {"prompt", "completion"} a line."""
+  """Writes texts of the language, {"prompt", "completion"} on each line.
+
+  Args:
+    path: JSONL file.
+    num: number of texts.
+    seed: seed of the language and of the texts.
+  """
   rng = np.random.default_rng((seed, 1))
-  # Where in the cumulative distribution a uniform number falls.
+  # A uniform number selects the letter by the cumulative distribution.
   cumulative = language(seed).cumsum(-1)
   prompts = rng.integers(0, len(PROMPTS), num)
   texts = np.concatenate(
     [_prompt_ids()[prompts], np.zeros((num, LENGTH), np.int32)], 1
   )
-  for place in range(2, 2 + LENGTH):
-    row = cumulative[texts[:, place - 2], texts[:, place - 1]]
+  for position in range(2, 2 + LENGTH):
+    row = cumulative[texts[:, position - 2], texts[:, position - 1]]
     drawn = (rng.random((num, 1)) > row).sum(-1)
-    texts[:, place] = np.minimum(drawn, NUM_LETTERS - 1)
+    texts[:, position] = np.minimum(drawn, NUM_LETTERS - 1)
   _write_lines(
     path,
     (
@@ -74,7 +80,11 @@ def _write_lines(path: str, rows: Any) -> None:
 
 
 def raw_rewards(seed: int) -> np.ndarray:
-  """Unigrams, bigrams and the first with the last, by prompt: [4, 4096]."""
+  """Returns unscaled rewards by prompt: f64 [4, 4096].
+
+  Sums of random weights of unigrams, of bigrams, and of the pair of first and
+  last letter.
+  """
   rng = np.random.default_rng((seed, 2))
   ids = completions()
   total = np.zeros((len(PROMPTS), len(ids)))
@@ -89,11 +99,12 @@ def raw_rewards(seed: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """Exact probabilities and rewards of P prompts and N completions.
+  """Exact reference and rewards of P prompts with N completions each.
 
   Attributes:
     ref_logps: f64 [P, N], log pi_ref, nats.
-    rewards: f64 [P, N]; mean 0 and deviation 1.5 under the reference.
+    rewards: f64 [P, N]; under the reference of mean 0 for each prompt, and of
+      standard deviation 1.5.
   """
 
   ref_logps: np.ndarray
@@ -101,7 +112,7 @@ class Task:
 
   @classmethod
   def make(cls, ref_logps: np.ndarray, seed: int) -> "Task":
-    """Scales the rewards to the reference."""
+    """Makes a task whose rewards are scaled under the reference."""
     rewards = raw_rewards(seed)
     ref = np.exp(ref_logps)
     rewards = rewards - (ref * rewards).sum(-1, keepdims=True)
@@ -109,7 +120,7 @@ class Task:
     return cls(ref_logps, rewards * _DEVIATION / np.sqrt(variance))
 
   def write(self, folder: str) -> None:
-    """task.npz, and table.jsonl for the judge `table:`."""
+    """Writes task.npz, and table.jsonl for the judge `table:`."""
     np.savez(
       os.path.join(folder, "task.npz"),
       ref_logps=self.ref_logps,
@@ -131,13 +142,13 @@ class Task:
       return cls(file["ref_logps"], file["rewards"])
 
   def optimum(self, beta: float) -> np.ndarray:
-    """log pi*, the maximum of E[r] - beta KL: f64 [P, N]."""
+    """Returns log pi*, the maximum of E[r] - beta KL: f64 [P, N]."""
     logits = self.ref_logps + self.rewards / beta
     top = logits.max(-1, keepdims=True)
     return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
   def best_of(self, num: int) -> np.ndarray:
-    """log-probs of the best of `num` samples of the reference: f64 [P, N]."""
+    """Returns log-probs of the best of `num` reference samples: f64 [P, N]."""
     out = np.empty_like(self.ref_logps)
     for row, logps, rewards in zip(
       out, self.ref_logps, self.rewards, strict=True
@@ -152,10 +163,11 @@ class Task:
     return out
 
   def preferred(self) -> np.ndarray:
-    """log-probs of a chosen response, Bradley-Terry labels: f64 [P, N].
+    """Returns log-probs of a chosen response: f64 [P, N].
 
-    2 pi_ref(y) E_y'[sigmoid(r(y) - r(y'))]: what Preferred-FT fits. Below
-    2 pi_ref everywhere, so its KL is below log 2.
+    Preferred-FT fits this distribution: with Bradley-Terry labels it is
+    2 pi_ref(y) E_y'[sigmoid(r(y) - r(y'))]. It is below 2 pi_ref everywhere, so
+    its KL is below log 2.
     """
     out = np.empty_like(self.ref_logps)
     for row, logps, rewards in zip(
@@ -166,7 +178,7 @@ class Task:
     return out
 
   def frontier(self, num: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """KL and E[r] of the optima, KL ascending: f64 [num] each."""
+    """Returns KL and E[r] of optima, KL ascending: f64 [num] each."""
     points = [
       self.reward_and_kl(self.optimum(beta))
       for beta in np.geomspace(50.0, 0.02, num)
@@ -175,25 +187,26 @@ class Task:
     return kls, rewards
 
   def reward_and_kl(self, logps: np.ndarray) -> tuple[float, float]:
-    """E[r] and KL(pi || pi_ref), nats; prompts count the same."""
+    """Returns E[r] and KL(pi || pi_ref), nats, means over the prompts."""
     probs = np.exp(logps)
     reward = (probs * self.rewards).sum(-1).mean()
     kl = (probs * (logps - self.ref_logps)).sum(-1).mean()
     return float(reward), float(kl)
 
-  def figures(self, logps: np.ndarray, beta: float | None) -> dict[str, float]:
-    """All that is known of a policy.
+  def metrics(self, logps: np.ndarray, beta: float | None) -> dict[str, float]:
+    """Computes the exact metrics of a policy.
 
     Args:
-      logps: f64 [P, N], of all completions.
-      beta: for what is held against an optimum; None leaves that out.
+      logps: f64 [P, N], log-probs of all completions.
+      beta: beta of the optimum to compare with, or None for no comparison.
 
     Returns:
-      `reward`, `kl`; `share`, of the frontier's reward at that KL; with a beta
-      `total_variation` from pi* and `regret`, J(pi*) - J(pi).
+      `reward`; `kl`, nats; and `share`, the reward divided by the frontier's
+      at that KL. With a beta also `total_variation` from pi*, and `regret`,
+      J(pi*) - J(pi).
 
     Raises:
-      ValueError: probabilities that do not sum to 1, or a regret that is not
+      ValueError: the probabilities do not sum to 1, or the regret differs from
         beta KL(pi || pi*).
     """
     mass = np.exp(logps).sum(-1)
@@ -211,20 +224,21 @@ class Task:
     gap = beta * (np.exp(logps) * (logps - optimum)).sum(-1).mean()
     if abs(regret - gap) > IDENTITY_TOLERANCE:
       raise ValueError(
-        f"J(pi*) - J(pi) is {regret:.6f}, and beta KL(pi || pi*) {gap:.6f}:"
-        " they are the same by algebra"
+        f"J(pi*) - J(pi) is {regret:.6f}, and beta KL(pi || pi*) is {gap:.6f}:"
+        f" they must agree to {IDENTITY_TOLERANCE:g}"
       )
     distance = 0.5 * np.abs(np.exp(logps) - np.exp(optimum)).sum(-1).mean()
     return out | {"regret": regret, "total_variation": float(distance)}
 
   def pair_accuracy(self, scores: np.ndarray) -> tuple[float, float]:
-    """How often scores order a labelled pair right, and Bayes' own rate.
+    """Computes how often scores agree with a label, and the Bayes rate.
 
     Args:
-      scores: f64 [P, N].
+      scores: f64 [P, N]; a tie counts a half.
 
     Returns:
-      Probabilities over pairs of the reference and Bradley-Terry labels.
+      Probabilities of agreement of `scores`, and of the best scores, over
+      pairs from the reference with Bradley-Terry labels.
     """
     ours, bayes = [], []
     for logps, rewards, row in zip(
@@ -240,13 +254,13 @@ class Task:
   def write_pairs(
     self, path: str, num: int, *, label: str, flips: float, seed: int
   ) -> None:
-    """Pairs of the reference's completions, labelled.
+    """Writes labelled pairs of completions that the reference draws.
 
     Args:
-      path: JSONL file to write.
-      num: pairs; equal ones are drawn again.
-      label: "bradley_terry" or "argmax".
-      flips: fraction of labels that are turned round.
+      path: JSONL file.
+      num: number of pairs; a pair of equal completions is drawn again.
+      label: "bradley_terry", or "argmax" for the larger reward.
+      flips: fraction of labels that are flipped.
       seed: seed of the draws.
     """
     rng = np.random.default_rng((seed, 3))
@@ -278,10 +292,10 @@ class Task:
 
 
 def all_logps(policy: Policy, params: Any) -> np.ndarray:
-  """log pi of every completion to every prompt: f64 [P, 4096].
+  """Computes log pi of every completion for every prompt: f64 [P, 4096].
 
-  They come from the distributions after all 512 beginnings of three letters,
-  and after the beginnings of those.
+  One forward pass over the 512 beginnings of three letters gives the
+  distributions of all four letters.
   """
   heads = completions().reshape(-1, NUM_LETTERS, LENGTH)[:, 0, : LENGTH - 1]
   out = []
@@ -294,16 +308,15 @@ def all_logps(policy: Policy, params: Any) -> np.ndarray:
     top = logits.max(-1, keepdims=True)
     logps = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
     total = np.zeros(len(heads))
-    for place in range(LENGTH - 1):
-      total += np.take_along_axis(
-        logps[:, place], heads[:, place : place + 1], -1
-      )[:, 0]
+    for i in range(LENGTH - 1):
+      total += np.take_along_axis(logps[:, i], heads[:, i : i + 1], -1)[:, 0]
     out.append((total[:, None] + logps[:, LENGTH - 1]).reshape(-1))
   return np.array(out)
 
 
 @jax.jit(static_argnames="policy")
 def _logits(policy: Policy, params: Any, tokens: Any) -> jax.Array:
+  """Computes logits at every position: [N, T, V]."""
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   ones = jnp.ones_like(tokens)
   hidden = policy.hidden_states(

@@ -2,12 +2,12 @@
 
   python -m experiments.loss_ablation --workdir=runs/loss_ablation
 
-On the exact task: for every loss that learns from pairs, the knob that sets its
-strength at a first value with two learning rates, and at a second with the
-larger of them; the best of the three by J = E[r] - 0.5 KL counts. An ordering
-of losses that were not tuned says more of the defaults than of the losses
-(SimPO, arXiv:2405.14734). The share of the frontier compares at the KL that
-each has reached. Two CPU cores.
+On the exact task, every loss that learns from pairs gets up to three trials.
+The knob that sets its strength takes a first value with two learning rates,
+and a second value with the larger of them. The best trial by
+J = E[r] - 0.5 KL counts. An ordering of losses that were not tuned says more
+about defaults than about losses (SimPO, arXiv:2405.14734). `share` compares
+each loss with the frontier at the KL that it reaches. Hardware: two CPU cores.
 """
 
 import sys
@@ -15,17 +15,17 @@ import sys
 import matplotlib.pyplot as plt
 
 from dpo_jax.losses import CATALOGUE
-from experiments import exact_sweep, harness
-from experiments.exact_sweep import Sweep
-from experiments.harness import Row, Run, Settings
+from experiments import exact_sweep, sweep
+from experiments.exact_sweep import Builder
+from experiments.sweep import Row, Run, Settings
 
-# Of the first and of the second strength.
+# Learning rates of the first and of the second strength.
 LEARNING_RATES = ((1e-3, 3e-3), (3e-3,))
-# J is taken at this beta for every loss; trials are compared by it.
+# J is computed at this beta for all losses.
 BETA = 0.5
 _STEPS = {"tiny": 120, "paper": 2500}
 _BATCH = {"tiny": 64, "paper": 128}
-# The knob that sets how far a loss goes, and its two values.
+# Knob that sets the strength of a loss, and its two values.
 _STRENGTH: dict[str, tuple[str, tuple[float, float]]] = {
   "ipo": ("tau", (0.06, 0.25)),
   "slic": ("sft_weight", (0.1, 1.0)),
@@ -39,12 +39,12 @@ _STRENGTH: dict[str, tuple[str, tuple[float, float]]] = {
   "preferred_ft": ("", (0.0,)),
   "simper": ("", (0.0,)),
 }
-_USUAL = ("beta", (0.25, 1.0))
+_DEFAULT_STRENGTH = ("beta", (0.25, 1.0))
 
 
 def names() -> list[str]:
-  """Losses of pairs, or of what pairs can be split into."""
-  # A value head is not a policy; samples are another experiment's.
+  """Returns the losses that train a policy on pairs, or on parts of pairs."""
+  # A reward model is not a policy, and samples belong to another experiment.
   return [
     name
     for name, loss in CATALOGUE.items()
@@ -53,19 +53,19 @@ def names() -> list[str]:
 
 
 def runs(settings: Settings) -> list[Run]:
-  """Up to three trials of every loss, one seed."""
-  sweep = Sweep(
+  """Returns up to three trials of every loss, with one seed."""
+  builder = Builder(
     settings,
     steps=_STEPS[settings.scale],
     batch_size=_BATCH[settings.scale],
   )
   for name in names():
-    knob, values = _STRENGTH.get(name, _USUAL)
+    knob, values = _STRENGTH.get(name, _DEFAULT_STRENGTH)
     for value, rates in zip(values, LEARNING_RATES, strict=False):
       for rate in rates:
         loss = {"name": name, **({knob: value} if knob else {})}
         tried = f"{knob}={value:g} " if knob else ""
-        sweep.add(
+        builder.add(
           name,
           loss,
           seed=0,
@@ -73,15 +73,14 @@ def runs(settings: Settings) -> list[Run]:
           knob=f"{tried}lr={rate:g}",
           learning_rate=rate,
         )
-  return list(sweep.runs.values())
+  return list(builder.runs.values())
 
 
-def collect(workdir: str) -> harness.Collected:
-  return exact_sweep.collect(workdir)
+collect = exact_sweep.collect
 
 
 def best(rows: list[Row]) -> list[Row]:
-  """The best trial of every loss, best loss first."""
+  """Returns the best trial of every loss, best loss first."""
   found: dict[str, Row] = {}
   trials: dict[str, int] = {}
   for row in rows:
@@ -97,13 +96,13 @@ def best(rows: list[Row]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> list[Row]:
-  """The winners."""
+  """Returns the best trial of every loss, as rows of the printed table."""
   columns = ("method", "knob", "trials", "J", "reward", "kl", "share")
   return [{name: row[name] for name in columns} for row in best(rows)]
 
 
 def plot(rows: list[Row], path: str) -> list[str]:
-  """J of the best trial, and all trials on the plane of reward and KL."""
+  """Plots J of the best trials, and reward against KL of all trials."""
   figure, axes = plt.subplots(1, 2, figsize=(12, 7.5), layout="constrained")
   winners = best(rows)[::-1]
   axes[0].barh(
@@ -132,10 +131,8 @@ def plot(rows: list[Row], path: str) -> list[str]:
   axes[1].legend()
   for axis in axes:
     axis.grid(alpha=0.3)
-  written = harness.save_figure(figure, rows, path)
-  plt.close(figure)
-  return written
+  return sweep.save_figure(figure, rows, path)
 
 
 if __name__ == "__main__":
-  harness.main(sys.modules[__name__], table)
+  sweep.main(sys.modules[__name__], table)

@@ -3,11 +3,12 @@
   python -m experiments.loss_table [--workdir=runs/loss_table] [--steps=30]
       [--losses=dpo,ipo]
 
-Each is trained by its name alone, with its own defaults, on the synthetic
-review task. A run that is finished is not run again. This is a check that
-each loss trains, at one learning rate: it compares no losses.
+Each loss is trained by its name alone, with its own defaults, on the synthetic
+review task. Finished runs are skipped. This checks that each loss trains at one
+learning rate; it does not compare losses.
 """
 
+from collections.abc import Sequence
 import math
 import os
 from typing import Any
@@ -20,19 +21,19 @@ from dpo_jax.losses import CATALOGUE
 from dpo_jax.records.metrics import format_table, read_metrics
 from dpo_jax.train import train
 
-# A folder that no loss is named after.
+# Folder of the SFT policy; must differ from the name of every loss.
 _START = "start"
 
 
 def sft_config(steps: int) -> Any:
-  """The policy that every loss starts from."""
+  """Returns the config of the policy that every loss starts from."""
   config = reviews.get_config("sft")
   config.total_steps = steps
   return config
 
 
 def loss_config(workdir: str, name: str, steps: int) -> Any:
-  """One loss, by its name alone."""
+  """Returns the config of a loss, by its name alone."""
   config = reviews.get_config("dpo")
   config.loss.name = name
   config.policy.init = f"run:{workdir}/{_START}"
@@ -47,40 +48,60 @@ def loss_config(workdir: str, name: str, steps: int) -> Any:
 
 
 def collect(workdir: str, name: str) -> dict[str, Any]:
-  """A row of the table."""
+  """Returns a loss's row of the table."""
   train_rows = read_metrics(f"{workdir}/{name}", "train")
   last = read_metrics(f"{workdir}/{name}", "eval")[-1]
-  figures = [v for row in train_rows for v in (row["loss"], row["grad_norm"])]
+  values = [v for row in train_rows for v in (row["loss"], row["grad_norm"])]
   speeds = sorted(row["groups_per_second"] for row in train_rows[1:])
-  is_finite = all(v is not None and math.isfinite(v) for v in figures)
+  is_finite = all(v is not None and math.isfinite(v) for v in values)
   return {
     "loss": name,
     "finite": "yes" if is_finite else "NO",
     "first": f"{train_rows[0]['loss']:.4g}",
     "last": f"{train_rows[-1]['loss']:.4g}",
-    "accuracy": _figure(last.get("reward/accuracy")),
-    "margin": _figure(last.get("reward/margin")),
-    "KL": _figure(last.get("kl")),
-    "reward": _figure(last.get("sample/reward")),
+    "accuracy": _format(last.get("reward/accuracy")),
+    "margin": _format(last.get("reward/margin")),
+    "KL": _format(last.get("kl")),
+    "reward": _format(last.get("sample/reward")),
     "groups/s": f"{speeds[len(speeds) // 2]:.1f}" if speeds else "-",
   }
 
 
-def _figure(value: float | None) -> str:
+def _format(value: float | None) -> str:
   return "-" if value is None else f"{value:.3f}"
 
 
-def main() -> None:
-  workdir, steps = flags.FLAGS.workdir, flags.FLAGS.steps
-  # Losses of samples need a judge in addition to their name.
-  names = flags.FLAGS.losses or [
-    name for name, row in CATALOGUE.items() if row.group != "samples"
-  ]
-  train(sft_config(flags.FLAGS.sft_steps), os.path.join(workdir, _START))
+def run(
+  workdir: str, names: Sequence[str], *, steps: int, sft_steps: int
+) -> list[dict[str, Any]]:
+  """Trains the SFT policy and every loss from it.
+
+  Args:
+    workdir: folder of all runs.
+    names: losses.
+    steps: training steps of each loss.
+    sft_steps: training steps of the SFT policy.
+
+  Returns:
+    One row for each loss.
+  """
+  train(sft_config(sft_steps), os.path.join(workdir, _START))
   rows = []
   for name in names:
     train(loss_config(workdir, name, steps), os.path.join(workdir, name))
     rows.append(collect(workdir, name))
+  return rows
+
+
+def main() -> None:
+  workdir = flags.FLAGS.workdir
+  # Losses of samples also need a judge.
+  names = flags.FLAGS.losses or [
+    name for name, row in CATALOGUE.items() if row.group != "samples"
+  ]
+  rows = run(
+    workdir, names, steps=flags.FLAGS.steps, sft_steps=flags.FLAGS.sft_steps
+  )
   table = format_table(rows)
   with open(os.path.join(workdir, "table.txt"), "w", encoding="utf-8") as file:
     file.write(table + "\n")
@@ -89,7 +110,11 @@ def main() -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "runs/loss_table", "folder of all runs")
-  flags.DEFINE_integer("steps", 30, "of each loss")
-  flags.DEFINE_integer("sft_steps", 400, "of the policy they start from")
-  flags.DEFINE_list("losses", [], "names; all of the catalogue if empty")
+  flags.DEFINE_integer("steps", 30, "training steps of each loss")
+  flags.DEFINE_integer(
+    "sft_steps", 400, "training steps of the policy that all start from"
+  )
+  flags.DEFINE_list(
+    "losses", [], "names of losses; all that need no judge if empty"
+  )
   command_line.run(main)

@@ -1,12 +1,12 @@
-"""From nothing to an aligned policy: SFT, DPO, evaluation and a figure.
+"""Trains and evaluates a policy from nothing: SFT, then DPO, and a plot.
 
   python -m experiments.quickstart [--workdir=runs/quickstart]
 
 Trains a byte-level model of 1M parameters on the synthetic review task, whose
 ground-truth reward is known. Prints a table of the policy before and after
-DPO, and writes quickstart.png, and dpo/displacement.png: where chosen and
-rejected log-probs went. Minutes on two CPU cores; started again, it resumes
-where it stopped.
+DPO. Writes quickstart.png, and dpo/displacement.png, which shows how chosen and
+rejected log-probs moved. Takes minutes on two CPU cores; started again, it
+resumes where it stopped.
 """
 
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ from experiments import replay
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Logged batches that a point of a curve is the mean of.
+# Number of logged batches that each point of a curve averages.
 _WINDOW = 5
 _QUARTILES = (0.25, 0.5, 0.75)
 _RULE = "Samples at the 25, 50 and 75 % points of the gain in reward:"
 
 
 def run(workdir: str, *, seed: int) -> None:
-  """Trains both stages; a stage that is finished is not run again."""
+  """Trains both stages, and skips a finished one."""
   for stage in ("sft", "dpo"):
     config = reviews.get_config(stage)
     config.seed = seed
@@ -45,7 +45,7 @@ def run(workdir: str, *, seed: int) -> None:
 
 
 def collect(workdir: str) -> list[dict[str, Any]]:
-  """The policy before and after DPO: rows of the table."""
+  """Returns rows of the table: the policy before and after DPO."""
   evals = read_metrics(f"{workdir}/dpo", "eval")
   rows = []
   for name, row in (("SFT", evals[0]), ("DPO", evals[-1])):
@@ -105,7 +105,7 @@ def format_samples(samples: list[dict[str, Any]]) -> str:
 
 
 def summarise(workdir: str) -> str:
-  """Says in a line what was learnt."""
+  """Returns one line about the gain in reward, the win rate and the KL."""
   sft, dpo = collect(workdir)
   return (
     f"DPO took the true reward of samples from {sft['reward']:.2f} to"
@@ -127,9 +127,9 @@ def _draw_curves(
   """Draws metrics of training as lines, and held-out ones as points.
 
   Args:
-    axis: axis of the figure.
-    workdir: workdir of a run.
-    title: title of the axis.
+    axis: matplotlib axes.
+    workdir: run directory.
+    title: title of the axes.
     lines: label and colour by metric.
   """
   train_rows, held_out = (read_metrics(workdir, x) for x in ("train", "eval"))
@@ -152,7 +152,7 @@ def _draw_curves(
 
 
 def plot(workdir: str, path: str) -> None:
-  """Draws curves of both stages, and samples as text."""
+  """Draws curves of both stages, rewards of samples, and some samples."""
   figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
   figure.suptitle(
     f"{summarise(workdir)}\nLines: training, mean of {_WINDOW} logged batches."
@@ -210,10 +210,10 @@ def main() -> None:
   print("\n" + summarise(workdir))
   path = os.path.join(workdir, "quickstart.png")
   plot(workdir, path)
-  print(f"\nfigures: {path}, {replay.draw(f'{workdir}/dpo')}")
+  print(f"\nplots: {path}, {replay.draw(f'{workdir}/dpo')}")
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "runs/quickstart", "folder of both runs")
-  flags.DEFINE_integer("seed", 0, "of weights, data order and samples")
+  flags.DEFINE_integer("seed", 0, "seed of weights, data order and samples")
   command_line.run(main)

@@ -1,14 +1,16 @@
-"""Any loss on log-probs that were saved, without the model.
+"""Computes any loss on saved log-probs, without the model.
 
   python -m experiments.replay --workdir=runs/dpo [--losses=dpo,ipo:tau=0.2]
 
-Evaluation writes every held-out group's log-probs to WORKDIR/eval_logps. From
-these this prints value, accuracy and size of the gradient of each loss that
-they suffice for, at the first and the last evaluation. The run's own loss
-comes first, then others by name, with their defaults but for the knobs that
-follow a colon. It prints how well sigmoid(beta D) is calibrated, and draws
-displacement.png: where chosen and rejected log-probs went, and which pairs
-still have a gradient.
+Evaluation writes every held-out group's log-probs to WORKDIR/eval_logps. For
+each loss that can be computed from them, this prints its value at the first and
+the last evaluation, and its gradient weight and accuracy at the last one. The
+first row is the run's own loss. Other losses have their defaults, except knobs
+that follow a colon.
+
+For pairs it also prints how well sigmoid(beta D) is calibrated, and draws
+displacement.png: how chosen and rejected log-probs moved, and the weights of
+pairs in the gradient.
 """
 
 import json
@@ -42,16 +44,16 @@ import matplotlib.pyplot as plt
 
 
 def to_sequences(records: Records) -> Sequences:
-  """The saved fields as what a loss reads."""
+  """Converts saved fields to the Sequences that a loss reads."""
   fields = {k: jnp.asarray(v) for k, v in records.items() if k != "example_ids"}
   return Sequences(**fields)
 
 
 def parse_loss(text: str) -> dict[str, Any]:
-  """'ipo:tau=0.2' as a config of a loss.
+  """Parses a loss such as 'ipo:tau=0.2' to its config.
 
   Raises:
-    ValueError: a knob without a value.
+    ValueError: a knob has no value.
   """
   name, *settings = text.split(":")
   config = {"name": name}
@@ -71,14 +73,14 @@ def parse_loss(text: str) -> dict[str, Any]:
 def objectives_for(
   sequences: Sequences, configs: dict[str, Any]
 ) -> tuple[dict[str, Objective | WeightedSum], dict[str, str]]:
-  """Losses that these log-probs suffice for, and why others are left out.
+  """Builds the losses that can be computed from saved log-probs.
 
   Args:
-    sequences: saved log-probs.
-    configs: configs of losses, by the names to print.
+    sequences: saved fields.
+    configs: configs of losses by name.
 
   Returns:
-    Objectives, and the reasons, both by the same names.
+    Objectives, and the reasons why others are left out, both by name.
   """
   chosen, left_out = {}, {}
   for name, config in configs.items():
@@ -101,15 +103,17 @@ def objectives_for(
 def replay(
   objective: Objective | WeightedSum, sequences: Sequences
 ) -> dict[str, Any]:
-  """A row of the table: what a loss makes of these log-probs."""
+  """Returns a loss's value, gradient weight and accuracy on log-probs."""
   per_group, metrics, _ = objective.apply(sequences, objective.init())
   count = objective.valid_groups(sequences.valid).sum()
-  figures = measure(objective, sequences)
+  measured = measure(objective, sequences)
   accuracy = np.asarray(metrics.get("reward/accuracy", jnp.array([jnp.nan])))
   accuracy = accuracy[~np.isnan(accuracy)]
   row = {
     "loss": float(mean_over_groups(per_group, count)),
-    "pull": float(jnp.nanmean(figures[f"{objective.name}/gradient_weight"])),
+    "gradient weight": float(
+      jnp.nanmean(measured[f"{objective.name}/gradient_weight"])
+    ),
   }
   if not len(accuracy):
     return row | {"accuracy": "", "95 % interval": ""}
@@ -121,9 +125,9 @@ def replay(
 
 
 def calibration(margins: np.ndarray, num_bins: int = 5) -> list[dict[str, Any]]:
-  """Does a pair predicted with probability p come out so, p of the time?
+  """Compares predicted probabilities of preferences with their frequencies.
 
-  Each pair is read in the order that the policy prefers, so p = sigmoid(|z|)
+  A pair is predicted in the order that the policy prefers, so p = sigmoid(|z|)
   is at least a half.
 
   Args:
@@ -154,7 +158,7 @@ def calibration(margins: np.ndarray, num_bins: int = 5) -> list[dict[str, Any]]:
 
 
 def pair_margins(records: Records, beta: float) -> np.ndarray:
-  """beta D of every valid pair, f64."""
+  """Returns beta D of every valid pair, f64 [N]."""
   log_ratios = (records["logps"] - records["ref_logps"]).astype(np.float64)
   is_pair = records["valid"].all(1)
   return beta * (log_ratios[is_pair, 0] - log_ratios[is_pair, 1])
@@ -163,7 +167,7 @@ def pair_margins(records: Records, beta: float) -> np.ndarray:
 def plot(
   by_step: dict[int, Records], beta: float, path: epath.PathLike
 ) -> None:
-  """The displacement of log-probs over training."""
+  """Plots log-ratios by step, gradient weights, margins and accuracy."""
   figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
   steps = sorted(by_step)
   for slot, name in ((0, "chosen"), (1, "rejected")):
@@ -178,17 +182,17 @@ def plot(
   axes[0].set(title="mean log-ratio (nats), 2 standard errors", xlabel="step")
   last = by_step[steps[-1]]
   margins = pair_margins(last, beta)
-  pulls = 1.0 / (1.0 + np.exp(margins))
-  axes[1].hist(pulls, bins=np.linspace(0, 1, 11))
+  weights = 1.0 / (1.0 + np.exp(margins))
+  axes[1].hist(weights, bins=np.linspace(0, 1, 11))
   axes[1].set(
     title="weight in the gradient, sigmoid(-beta D)", ylabel="held-out pairs"
   )
   is_pair = last["valid"].all(1)
   gaps = last["num_tokens"][is_pair, 0] - last["num_tokens"][is_pair, 1]
-  figures = displacement(margins, last["num_tokens"][is_pair])
+  moved = displacement(margins, last["num_tokens"][is_pair])
   axes[2].scatter(gaps, margins, s=6, alpha=0.5)
   axes[2].set(
-    title=f"correlation {figures['length_margin_correlation']:.2f}",
+    title=f"correlation {moved['length_margin_correlation']:.2f}",
     xlabel="chosen minus rejected length (tokens)",
     ylabel="beta D",
   )
@@ -209,7 +213,10 @@ def plot(
 
 
 def draw(workdir: epath.PathLike) -> epath.Path | None:
-  """Writes WORKDIR/displacement.png; None if there is no reference or pair."""
+  """Writes WORKDIR/displacement.png and returns its path.
+
+  Returns None where the run has no reference or no pairs.
+  """
   by_step = read_records(workdir)
   last = by_step[max(by_step)]
   if last.get("ref_logps") is None or last["logps"].shape[1] != 2:
@@ -220,12 +227,12 @@ def draw(workdir: epath.PathLike) -> epath.Path | None:
 
 
 def read_loss(workdir: epath.PathLike) -> Any:
-  """The loss that a run was trained with: a dict, or a list of them."""
+  """Returns the config of a run's loss: a dict, or a list of them."""
   return Workdir.of_run(workdir).read_config()["loss"]
 
 
 def trained_beta(loss: Any) -> float:
-  """The run's own beta; DPO's default where its loss has none."""
+  """Returns the run's beta, or DPO's default where its loss has none."""
   own = loss.get("beta") if isinstance(loss, dict) else None
   return own or CATALOGUE["dpo"].defaults["beta"]
 
@@ -249,7 +256,7 @@ def main() -> None:
         "loss": name,
         f"loss at {steps[0]}": before["loss"],
         f"loss at {steps[-1]}": after["loss"],
-        "pull": f"{after['pull']:.2e}",
+        "gradient weight": f"{after['gradient weight']:.2e}",
         "accuracy": after["accuracy"],
         "95 % interval": after["95 % interval"],
       }
@@ -262,12 +269,12 @@ def main() -> None:
     beta = trained_beta(trained)
     print(f"\ncalibration of sigmoid(beta D), beta {beta:g}")
     print(format_table(calibration(pair_margins(by_step[steps[-1]], beta))))
-    print(f"\nfigure: {path}")
+    print(f"\nplot: {path}")
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "of a run", required=True)
+  flags.DEFINE_string("workdir", None, "run directory", required=True)
   flags.DEFINE_list(
-    "losses", [], "NAME[:KNOB=VALUE...]; all of the catalogue if empty"
+    "losses", [], "NAME[:KNOB=VALUE...],...; the whole catalogue if empty"
   )
   command_line.run(main)

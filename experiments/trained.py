@@ -1,4 +1,4 @@
-"""Reads finished runs: parameters of their steps, samples and metrics."""
+"""Measures finished runs: parameters by step, samples, and metrics."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -20,29 +20,30 @@ from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.records.checkpoint import open_checkpoints
 from dpo_jax.records.workdir import Workdir
-from dpo_jax.training import reference, samples
+from dpo_jax.training import reference
+from dpo_jax.training.samples import Samples, sampled_kl
 
 
-def one_mesh() -> Any:
-  """All devices along `data`."""
+def data_mesh() -> Any:
+  """Returns a mesh with all devices along `data`."""
   return make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
 
 
 def settings_of(workdir: str) -> Any:
-  """A run's resolved config."""
+  """Returns the resolved config of a run."""
   return ml_collections.ConfigDict(Workdir.of_run(workdir).read_config())
 
 
 def load(workdir: str) -> tuple[Policy, Any]:
-  """A run's policy and the parameters that it ended with."""
+  """Returns a run's policy and its last parameters."""
   return load_steps(workdir)[-1][1:]
 
 
 def load_steps(workdir: str) -> list[tuple[int, Policy, Any]]:
-  """Every step of a run that has a checkpoint, ascending.
+  """Returns (step, policy, parameters) of every checkpoint, steps ascending.
 
   Raises:
-    FileNotFoundError: a run without a finished checkpoint.
+    FileNotFoundError: the run has no finished checkpoint.
   """
   settings = settings_of(workdir)
   run = TrainedRun.at(workdir)
@@ -51,7 +52,7 @@ def load_steps(workdir: str) -> list[tuple[int, Policy, Any]]:
   targets = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     abstract,
-    param_shardings(abstract, one_mesh()),
+    param_shardings(abstract, data_mesh()),
   )
   checkpoints = open_checkpoints(run.workdir, settings, is_reader=True)
   try:
@@ -67,15 +68,15 @@ def load_steps(workdir: str) -> list[tuple[int, Policy, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-  """Prompts and judge on which policies are sampled and compared.
+  """Prompts, judge and reference that policies are compared with.
 
   Attributes:
     tokenizer: tokenizer of all policies.
-    prompts: token ids, held out.
-    gold: judge of the responses.
-    ref_policy: the reference.
-    ref_params: its parameters.
-    max_response_tokens: length limit of a sample, EOS included.
+    prompts: token ids of held-out prompts.
+    gold: judge that rewards responses.
+    ref_policy: decoder of the reference.
+    ref_params: parameters of the reference.
+    max_response_tokens: most tokens of a sample, EOS included.
   """
 
   tokenizer: tokenizers.Tokenizer
@@ -87,8 +88,11 @@ class Bench:
 
   def sample(
     self, policy: Policy, params: Any, *, seed: int, count: int = 1
-  ) -> samples.Samples:
-    """`count` samples to every prompt, those of a prompt side by side."""
+  ) -> Samples:
+    """Draws `count` samples for every prompt, and judges them.
+
+    Samples of one prompt are adjacent.
+    """
     prompts = [p for p in self.prompts for _ in range(count)]
     responses = generate.sample(
       policy,
@@ -103,23 +107,28 @@ class Bench:
 
   def judge(
     self, prompts: list[list[int]], responses: Sequence[Sequence[int]]
-  ) -> samples.Samples:
+  ) -> Samples:
+    """Decodes responses and asks the gold judge for their rewards."""
     prompt_texts = [self.tokenizer.decode(prompt) for prompt in prompts]
     texts = [self.tokenizer.decode(response) for response in responses]
     rewards = judges.ask(self.gold, prompt_texts, texts, key="the gold judge")
-    return samples.Samples(
+    return Samples(
       prompts, [list(r) for r in responses], prompt_texts, texts, rewards
     )
 
-  def figures(
-    self, policy: Policy, params: Any, samples: samples.Samples
+  def metrics(
+    self, policy: Policy, params: Any, samples: Samples
   ) -> dict[str, float]:
-    """Gold reward, p(positive) = sigmoid of it, and KL to the reference."""
-    placement = Placement(one_mesh())
-    # A value head adds nothing to log-probs, and the reference may have none.
+    """Computes metrics of a policy from its samples at temperature 1.
+
+    Returns:
+      `reward_metrics`, and `kl` to the reference with `kl_error`, nats.
+    """
+    placement = Placement(data_mesh())
+    # Log-probs do not read the value head, and the reference may have none.
     headless = {k: v for k, v in params.items() if k != "value_head"}
     bare = dataclasses.replace(policy.config, value_head=False)
-    kl = samples.sampled_kl(
+    kl = sampled_kl(
       reference.make_logps_step(Policy(bare), placement, 128),
       headless,
       self.ref_params,
@@ -127,11 +136,11 @@ class Bench:
       placement,
       batch_size=64,
     )
-    return reward_figures(samples.rewards) | kl
+    return reward_metrics(samples.rewards) | kl
 
 
-def reward_figures(rewards: np.ndarray) -> dict[str, float]:
-  """Mean, its standard error, and the mean of the sigmoid."""
+def reward_metrics(rewards: np.ndarray) -> dict[str, float]:
+  """Returns mean, standard error of the mean, and mean of the sigmoid."""
   return {
     "reward": float(rewards.mean()),
     "reward_error": float(rewards.std(ddof=1) / np.sqrt(len(rewards))),
@@ -139,10 +148,8 @@ def reward_figures(rewards: np.ndarray) -> dict[str, float]:
   }
 
 
-def write_samples(
-  path: str, step: int, samples: samples.Samples, num: int
-) -> None:
-  """Appends the first `num` as JSON lines."""
+def write_samples(path: str, step: int, samples: Samples, num: int) -> None:
+  """Appends the first `num` samples as JSON lines."""
   with epath.Path(path).open("a") as file:
     for prompt, text, reward in list(
       zip(samples.prompt_texts, samples.texts, samples.rewards, strict=True)

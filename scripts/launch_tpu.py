@@ -15,11 +15,12 @@
 
 Every stage runs gcloud commands, and with --dry_run only prints them. `train`
 starts the run detached on the workers: it outlives the connection, and `logs
---follow` attaches to it. `watch` does all of it, and creates a spot machine
-again when it was taken away. It deletes the machines when the run has written
-WORKDIR/finished.json; with --delete also when the run has ended with an error.
-A lost connection, a start that failed or an unknown end deletes nothing.
-docs/tpu.md tells the story.
+--follow` attaches to it.
+
+`watch` does all stages, and creates a spot machine again after a preemption. It
+deletes the machines when the run has written WORKDIR/finished.json; with
+--delete also when the run has ended with an error. It deletes nothing after a
+lost connection, a failed start or an unknown end. See docs/tpu.md.
 """
 
 import argparse
@@ -45,13 +46,13 @@ STAGES = {
   "delete": tpu_commands.delete,
   "watch": tpu_watch.planned,
 }
-# Stages that act on what their commands answer.
+# Stages that read the answers of their commands.
 _RUNNERS = {
   "status": tpu_state.show_status,
   "logs": tpu_state.show_logs,
   "watch": lambda options: tpu_watch.Watch(options).run(),
 }
-# Options that other stages would ignore.
+# Stages that read an option; others refuse it.
 _READ_BY = {
   "spot": ("create", "watch"),
   "image": ("create", "watch"),
@@ -64,49 +65,78 @@ _READ_BY = {
 }
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def _make_parser() -> argparse.ArgumentParser:
+  """Makes the parser of all stages and options."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("stage", choices=list(STAGES))
-  parser.add_argument("--name", required=True, help="of the queued resource")
-  parser.add_argument("--zone", required=True)
-  parser.add_argument("--project", default="", help="default: gcloud's own")
-  parser.add_argument("--topology", default="v5e-16", help="v5e-16, 2xv5p-128")
-  parser.add_argument("--image", default="", help="runtime version")
-  parser.add_argument("--spot", action="store_true", help="may be taken away")
+  parser.add_argument(
+    "--name", required=True, help="name of the queued resource"
+  )
+  parser.add_argument("--zone", required=True, help="as in us-west4-a")
+  parser.add_argument("--project", default="", help="default: that of gcloud")
+  parser.add_argument(
+    "--topology", default="v5e-16", help="as in v5e-16 or 2xv5p-128"
+  )
+  parser.add_argument(
+    "--image", default="", help="runtime version; default: JAX's"
+  )
+  parser.add_argument(
+    "--spot", action="store_true", help="cheaper machines that may be preempted"
+  )
   parser.add_argument("--service_account", default="")
-  parser.add_argument("--dry_run", action="store_true", help="only print")
+  parser.add_argument(
+    "--dry_run", action="store_true", help="only print the commands"
+  )
   parser.add_argument(
     "--file",
     action="append",
     default=[],
-    help="ship, watch: a model folder or data file, here or gs://; repeatable",
+    help="ship, watch: a model folder or data file, local or gs://; repeatable",
   )
   parser.add_argument(
     "--allow_dirty",
     action="store_true",
-    help="install, watch: leave behind what is not committed",
+    help="install, watch: leave uncommitted files behind",
   )
-  parser.add_argument("--follow", action="store_true", help="logs: stay")
+  parser.add_argument("--follow", action="store_true", help="logs: stream")
   parser.add_argument(
     "--delete",
     action="store_true",
     help="watch: delete the machines also when the run has ended with an error",
   )
-  parser.add_argument("--poll_s", type=float, default=60, help="watch: period")
   parser.add_argument(
-    "--timeout_s", type=float, default=120, help="for an answer of gcloud"
+    "--poll_s",
+    type=float,
+    default=60,
+    help="watch: seconds between two looks at the run",
+  )
+  parser.add_argument(
+    "--timeout_s",
+    type=float,
+    default=120,
+    help="most seconds to wait for an answer of gcloud",
   )
   parser.add_argument(
     "--work_timeout_s",
     type=float,
     default=3600,
-    help="watch: to create, install, start and delete",
+    help="watch: most seconds to create, install, start or delete",
   )
+  return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  """Parses the command line; the flags of the run follow `--`.
+
+  Raises:
+    SystemExit: an option that the stage does not read.
+  """
+  parser = _make_parser()
   if "--" in argv:
-    border = argv.index("--")
-    argv, rest = argv[:border], argv[border + 1 :]
+    split = argv.index("--")
+    argv, rest = argv[:split], argv[split + 1 :]
   else:
     rest = []
   options = parser.parse_args(argv)

@@ -1,7 +1,7 @@
-"""The gcloud commands of the launcher's stages, and what workers run.
+"""The gcloud commands of the launcher's stages, and scripts for workers.
 
-A stage is a function of the options that returns commands, each a list of
-words, to be run one after the other. Nothing here runs one.
+A stage is a function of the options. It returns commands, each a list of words,
+in the order in which they run. This module runs none of them.
 """
 
 import argparse
@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from dpo_jax import EXIT_PREEMPTED  # noqa: E402
 from dpo_jax.planning.topology import Topology, parse_topology  # noqa: E402
 
-# The images that Google names for JAX: docs.cloud.google.com/tpu/docs/runtimes.
+# Google's images for JAX: docs.cloud.google.com/tpu/docs/runtimes.
 _IMAGES = {
   "v4": "tpu-ubuntu2204-base",
   "v5e": "v2-alpha-tpuv5-lite",
@@ -27,8 +27,8 @@ _IMAGES = {
 }
 _ARCHIVE = "/tmp/dpo_jax.tar.gz"
 
-# On a worker: the supervisor, which starts the training again after a
-# preemption and records its exit code; and what tells whether it runs.
+# Scripts of a worker. The supervisor starts the training again after a
+# preemption, and records its exit code.
 _SUPERVISOR = """\
 cd ~/dpo_jax && . ~/venv/bin/activate
 code={preempted}
@@ -52,10 +52,10 @@ printf %s {{workdir}} >~/run.workdir
 nohup setsid bash ~/run.sh </dev/null >>~/run.log 2>&1 &
 echo $! >~/run.pid
 """
-# First word of a worker's answer; ssh prints lines of its own too.
+# First word of a worker's answer; distinguishes it from messages of ssh.
 REPORT_MARK = "dpo_jax-run"
-# Whether it runs first: it records its exit code before it is gone. The last
-# line leaves out the hint that every error of a command ends with.
+# Running is tested first, since the supervisor records the exit code before it
+# ends. The last line omits the hint that ends every error of a command.
 _REPORT = f"""\
 if {_IS_RUNNING}; then state=running
 elif [ -e ~/run.exit ]; then state="ended $(cat ~/run.exit)"
@@ -72,7 +72,7 @@ _KILL = (
   "touch ~/run.stop; kill -KILL $(cat ~/run.pid) $(cat ~/run.child)"
   " 2>/dev/null; rm -f ~/run.pid ~/run.exit; true"
 )
-# The images' Python is older than ours: uv brings one.
+# The Python of the images is too old; uv installs another.
 _INSTALL = (
   f"set -e; mkdir -p ~/dpo_jax && tar xzf {_ARCHIVE} -C ~/dpo_jax;"
   " python3 -m pip install --user --quiet uv;"
@@ -85,11 +85,11 @@ Commands = list[list[str]]
 
 
 def accelerator_type(topology: Topology) -> str:
-  """Spells a topology as gcloud does: v5litepod-16, v5p-128."""
+  """Returns gcloud's name of a topology: v5litepod-16, v5p-128."""
   if topology.kind not in _IMAGES:
     raise SystemExit(
       f"{topology.kind} is rented through Google Kubernetes Engine only, which"
-      " this script does not speak"
+      f" this script does not use. It can rent {', '.join(_IMAGES)}"
     )
   count = topology.name.rpartition("-")[2]
   kind = "v5litepod" if topology.kind == "v5e" else topology.kind
@@ -97,7 +97,7 @@ def accelerator_type(topology: Topology) -> str:
 
 
 def nodes(options: argparse.Namespace) -> list[str]:
-  """Names the machines, one for each slice."""
+  """Returns the names of the machines, one for each slice."""
   count = parse_topology(options.topology).num_slices
   if count == 1:
     return [options.name]
@@ -105,6 +105,7 @@ def nodes(options: argparse.Namespace) -> list[str]:
 
 
 def gcloud(options: argparse.Namespace, *arguments: str) -> list[str]:
+  """Returns a gcloud command in the zone and project of the options."""
   where = [f"--zone={options.zone}"]
   if options.project:
     where.append(f"--project={options.project}")
@@ -112,7 +113,7 @@ def gcloud(options: argparse.Namespace, *arguments: str) -> list[str]:
 
 
 def create(options: argparse.Namespace) -> Commands:
-  """Asks for the machines: a queued request, which waits for its turn."""
+  """Requests the machines; the request is queued until they are free."""
   topology = parse_topology(options.topology)
   command = gcloud(
     options,
@@ -187,17 +188,17 @@ def uncommitted() -> list[str]:
   )
   if done.returncode:
     raise SystemExit(
-      f"install: workers get a git commit, and {ROOT} has none:"
+      f"install: workers get the last git commit, and {ROOT} has none:"
       f" {done.stderr.strip()}"
     )
   return done.stdout.splitlines()
 
 
 def check_committed(options: argparse.Namespace) -> None:
-  """Prints what stays behind.
+  """Prints the files that workers do not get.
 
   Raises:
-    SystemExit: something does, without --allow_dirty.
+    SystemExit: there are such files, without --allow_dirty.
   """
   files = uncommitted()
   if not files:
@@ -209,8 +210,8 @@ def check_committed(options: argparse.Namespace) -> None:
     return
   raise SystemExit(
     f"{options.stage}: workers get the last commit, without these files:\n"
-    f"{listed}\nCommit them, or pass --allow_dirty to leave them behind. Models"
-    " and data belong in local/, which git ignores and `ship` copies"
+    f"{listed}\nCommit them, or pass --allow_dirty to leave them behind. Put"
+    " models and data into local/, which git ignores and `ship` copies"
   )
 
 
@@ -225,7 +226,7 @@ def install(options: argparse.Namespace) -> Commands:
 
 
 def ship(options: argparse.Namespace) -> Commands:
-  """Brings models and data to all workers, below ~/dpo_jax.
+  """Copies models and data to all workers, below ~/dpo_jax.
 
   A local path is uploaded from here to each worker, and keeps its path below
   the checkout. A gs:// path is downloaded by each worker, to ~/dpo_jax/local.
@@ -233,7 +234,7 @@ def ship(options: argparse.Namespace) -> Commands:
   commands: Commands = []
   for file, target in zip(options.file, _targets(options), strict=True):
     parent = f"dpo_jax/{posixpath.dirname(target)}"
-    # What an earlier copy left would be mixed with this one.
+    # Files of an earlier copy would remain otherwise.
     text = (
       f"set -e; cd ~; mkdir -p {shlex.quote(parent)};"
       f" rm -rf {shlex.quote(f'dpo_jax/{target}')}"
@@ -251,7 +252,7 @@ def ship(options: argparse.Namespace) -> Commands:
 
 
 def _targets(options: argparse.Namespace) -> list[str]:
-  """Paths below ~/dpo_jax at which workers find each --file.
+  """Returns paths below ~/dpo_jax at which workers find each --file.
 
   Raises:
     SystemExit: a file that cannot be shipped, or two with the same path.
@@ -268,6 +269,7 @@ def _targets(options: argparse.Namespace) -> list[str]:
 
 
 def _target_of_bucket(file: str) -> str:
+  """Returns the target of a gs:// path, or "" for a local path."""
   if not file.startswith("gs://"):
     return ""
   path = file.removeprefix("gs://").strip("/").partition("/")[2]
@@ -277,11 +279,11 @@ def _target_of_bucket(file: str) -> str:
 
 
 def _target_of_path(file: str) -> str:
-  # Links stay links: what they point to may be anywhere.
+  # Links are not resolved: their targets may be outside the checkout.
   path = pathlib.Path(os.path.abspath(file))
   if not path.is_relative_to(ROOT) or path == ROOT:
     raise SystemExit(
-      f"--file={file} must be below {ROOT}, since workers find it at the same"
+      f"--file={file} must be below {ROOT}, since workers get it at the same"
       f" path: move it to {ROOT / 'local'}, or link it there"
     )
   if not path.exists():
@@ -290,7 +292,11 @@ def _target_of_path(file: str) -> str:
 
 
 def workdir(options: argparse.Namespace) -> str:
-  """Finds the run's workdir, which all workers and this machine can read."""
+  """Returns the run's workdir, which must be a gs:// path.
+
+  Raises:
+    SystemExit: the flags after -- have no such workdir.
+  """
   found = [""]
   for flag, following in zip(
     options.flags, [*options.flags[1:], ""], strict=True
@@ -300,14 +306,17 @@ def workdir(options: argparse.Namespace) -> str:
       found.append(value if is_set else following)
   if not found[-1].startswith("gs://"):
     raise SystemExit(
-      f"{options.stage}: all workers write one workdir: --workdir=gs://BUCKET/"
-      f"RUN must be among the flags after --, and they are {options.flags}"
+      f"{options.stage}: all workers write one workdir, so --workdir=gs://BUCKET/"
+      f"RUN must be among the flags after --; got {options.flags}"
     )
   return found[-1].rstrip("/")
 
 
 def train(options: argparse.Namespace) -> Commands:
-  """Starts the run on all workers, detached; again after exit code 75."""
+  """Starts the run on all workers, detached.
+
+  The supervisor starts it again after exit code 75, a preemption.
+  """
   run = shlex.join(["python", "-m", "dpo_jax.train", *options.flags])
   supervisor = _SUPERVISOR.format(run=run, preempted=EXIT_PREEMPTED)
   text = _START.replace("{workdir}", shlex.quote(workdir(options)))
@@ -317,23 +326,24 @@ def train(options: argparse.Namespace) -> Commands:
 
 
 def describe(options: argparse.Namespace) -> Commands:
+  """Asks for the state of the request."""
   found = gcloud(options, "queued-resources", "describe", options.name)
   return [[*found, "--format=json"]]
 
 
 def report(options: argparse.Namespace) -> Commands:
-  """Asks every worker how its run does."""
+  """Asks every worker for the state of its run."""
   return on_workers(options, _REPORT)
 
 
 def last_metrics(workdir: str) -> list[str]:
-  """Reads the end of a run's metrics, which has at least one whole line."""
+  """Reads the end of a run's metrics, at least one whole line."""
   file = f"{workdir}/metrics.jsonl"
   return ["gcloud", "storage", "cat", "--range=-8000", file]
 
 
 def logs(options: argparse.Namespace) -> Commands:
-  """Reads the end of the first worker's log; --follow stays with it."""
+  """Reads the end of the first worker's log; with --follow keeps reading."""
   how = "-c 10000 -F" if options.follow else "-c 200000"
   return on_workers(options, f"tail {how} ~/run.log", worker="0")[:1]
 
@@ -344,11 +354,11 @@ def stop(options: argparse.Namespace) -> Commands:
 
 
 def kill(options: argparse.Namespace) -> Commands:
-  """Ends what is left of a run on any worker, so that all can start again."""
+  """Kills a run on all workers, so that all can start again."""
   return on_workers(options, _KILL)
 
 
 def delete(options: argparse.Namespace) -> Commands:
-  """Deletes the machines and the request, so that nothing more is paid."""
+  """Deletes the machines and the request, which ends all charges."""
   remove = gcloud(options, "queued-resources", "delete", options.name)
   return [[*remove, "--force", "--quiet"]]

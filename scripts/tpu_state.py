@@ -1,4 +1,4 @@
-"""Runs gcloud, and reads what Google and the workers say."""
+"""Runs gcloud, and parses the state of the request and of the workers."""
 
 import argparse
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import tpu_commands
 
-# Seconds between two states of a progress bar that `logs --follow` shows.
+# Seconds between two lines of a progress bar in `logs --follow`.
 _BAR_PERIOD_S = 10.0
 _LOG_LINES = 100
 
@@ -30,7 +30,11 @@ def _announce(command: list[str]) -> None:
 def run_all(
   commands: tpu_commands.Commands, *, timeout_s: float | None = None
 ) -> int:
-  """Runs commands one after the other; stops at the first that fails."""
+  """Runs commands in order, and stops at the first that fails.
+
+  Returns:
+    Exit code of the last command that ran; 1 for one that timed out.
+  """
   for command in commands:
     _announce(command)
     try:
@@ -44,7 +48,7 @@ def run_all(
 
 
 class Answer(NamedTuple):
-  """Answer of a command; code None: nothing within the time."""
+  """Answer of a command; the code is None if it timed out."""
 
   code: int | None
   out: str
@@ -52,13 +56,13 @@ class Answer(NamedTuple):
 
   @property
   def is_absent(self) -> bool:
-    """Whether Google said that it does not exist."""
+    """Whether Google answered that the resource does not exist."""
     words = ("not_found", "not found", "no urls matched", "no objects")
     return bool(self.code) and any(w in self.error.lower() for w in words)
 
 
 def ask(command: list[str], timeout_s: float) -> Answer:
-  """Runs a command for what it prints, carriage returns included."""
+  """Runs a command and returns its output, carriage returns included."""
   try:
     done = subprocess.run(
       command, capture_output=True, check=False, timeout=timeout_s
@@ -70,7 +74,7 @@ def ask(command: list[str], timeout_s: float) -> Answer:
 
 
 class Request(NamedTuple):
-  """The queued request: its state, or ABSENT, or UNKNOWN."""
+  """Queued request; the state may also be ABSENT or UNKNOWN."""
 
   state: str
   reason: str = ""
@@ -99,8 +103,12 @@ def read_request(options: argparse.Namespace) -> Request:
 
 
 def parse_time(text: str) -> datetime.datetime:
-  """Parses an RFC 3339 time; ValueError unless it is one with a zone."""
-  # Google gives nanoseconds, which are more than datetime takes.
+  """Parses an RFC 3339 time.
+
+  Raises:
+    ValueError: the text is not a time, or has no time zone.
+  """
+  # Google gives nanoseconds, and datetime takes microseconds.
   text = re.sub(r"(\.\d{6})\d+", r"\1", text)
   time_ = datetime.datetime.fromisoformat(text)
   if time_.tzinfo is None:
@@ -112,11 +120,11 @@ class Worker(NamedTuple):
   """Run on one host.
 
   Attributes:
-    host: its name.
-    state: "running", "ended CODE", "lost" (its process is gone, and left no
-      exit code) or "none".
-    workdir: workdir of the run.
-    last_line: last line of its log.
+    host: name of the host.
+    state: "running", "ended CODE", "none", or "lost" for a process that is gone
+      without an exit code.
+    workdir: run directory.
+    last_line: last line of the log.
   """
 
   host: str
@@ -126,7 +134,7 @@ class Worker(NamedTuple):
 
 
 def read_workers(options: argparse.Namespace) -> list[Worker]:
-  """Asks all workers for their runs; [] where one of them does not answer."""
+  """Asks all workers for their runs; returns [] if one does not answer."""
   workers = []
   for command in tpu_commands.report(options):
     answer = ask(command, options.timeout_s)
@@ -141,7 +149,7 @@ def read_workers(options: argparse.Namespace) -> list[Worker]:
 
 
 def describe_step(workdir: str, timeout_s: float) -> str:
-  """Tells the last step that a run has measured."""
+  """Describes the last step that a run has measured."""
   answer = ask(tpu_commands.last_metrics(workdir), timeout_s)
   if answer.is_absent:
     return f"no step yet: {workdir}/metrics.jsonl does not exist"
@@ -149,19 +157,19 @@ def describe_step(workdir: str, timeout_s: float) -> str:
     return f"step unknown: {answer.error}"
   try:
     row = json.loads(answer.out.splitlines()[-1])
-    figures = [f"{row['split']} step {row['step']}"]
+    words = [f"{row['split']} step {row['step']}"]
     names = ("loss", "reward/accuracy", "groups_per_second")
-    figures += [f"{n} {row[n]:.4g}" for n in names if row.get(n) is not None]
-    return ", ".join(figures)
+    words += [f"{n} {row[n]:.4g}" for n in names if row.get(n) is not None]
+    return ", ".join(words)
   except (ValueError, KeyError, TypeError, IndexError):
     return f"step unknown: not understood: {answer.out!r:.200}"
 
 
 def show_status(options: argparse.Namespace) -> int:
-  """Prints the state of the request, the last step, and a line a host.
+  """Prints the state of the request, the last step, and one line a host.
 
   Returns:
-    0, or 1 where something is unknown.
+    1 if the state of the request or of a worker is unknown, otherwise 0.
   """
   request = read_request(options)
   say(f"{options.name}: {request.describe()}")
@@ -181,7 +189,7 @@ def show_logs(options: argparse.Namespace) -> int:
   """Prints the end of a worker's log, without carriage returns.
 
   Returns:
-    The exit code of gcloud, or 1 where it did not answer.
+    Exit code of gcloud, or 1 if it did not answer.
   """
   [command] = tpu_commands.logs(options)
   _announce(command)
@@ -210,11 +218,11 @@ def _follow(command: list[str]) -> int:
 def readable_lines(pieces: Iterable[str], period_s: float) -> Iterator[str]:
   r"""Yields lines without carriage returns.
 
-  A progress bar ends each of its states by \r, and only the last by \n.
+  A progress bar ends each of its states with \r, and only the last with \n.
 
   Args:
     pieces: text that ends at each \r, \n or \r\n.
-    period_s: seconds after which a state of a bar is a line too.
+    period_s: seconds after which a state of a bar is also a line.
   """
   state, shown_at = "", time.monotonic()
   for piece in pieces:

@@ -1,4 +1,4 @@
-"""Watches over a run on Cloud TPU: creates, installs, starts, and deletes."""
+"""Watches a run on Cloud TPU: creates, installs, starts, and deletes."""
 
 import argparse
 import datetime
@@ -8,20 +8,20 @@ import time
 import tpu_commands
 import tpu_state
 
-# Failures in a row, of creating, installing or starting, that end a watch; and
-# starts again of a run whose process was lost.
+# Consecutive failures to create, install or start that end a watch, and most
+# restarts of a run whose process was lost.
 _MOST_FAILURES = 3
 _MOST_RESTARTS = 5
 
 
 def start(options: argparse.Namespace) -> tpu_commands.Commands:
-  """Brings code, models and data to the machines, and starts the run."""
+  """Copies code, models and data to the machines, and starts the run."""
   stages = (tpu_commands.install, tpu_commands.ship, tpu_commands.train)
   return [command for stage in stages for command in stage(options)]
 
 
 def planned(options: argparse.Namespace) -> tpu_commands.Commands:
-  """Lists what a watch runs where nothing goes wrong."""
+  """Lists the commands of a watch in which nothing fails."""
   mark = f"{tpu_commands.workdir(options)}/finished.json"
   return [
     ["gcloud", "storage", "cat", mark],
@@ -34,10 +34,11 @@ def planned(options: argparse.Namespace) -> tpu_commands.Commands:
 
 
 class Watch:
-  """One watch over a request and its run.
+  """Watches a request and its run.
 
-  What is not known, because a connection was lost or an answer is late, is
-  asked again after `poll_s`; only what Google or the run has said is acted on.
+  A state that is unknown, because a connection was lost or an answer is late,
+  is asked for again after `poll_s`. The watch acts only on answers of Google or
+  of the run.
   """
 
   def __init__(self, options: argparse.Namespace):
@@ -47,7 +48,7 @@ class Watch:
     self._lost = self._restarts = 0
 
   def run(self) -> int:
-    """Watches until the run is finished or has failed: the exit code."""
+    """Watches until the run has finished or failed; returns the exit code."""
     while True:
       code = self._look()
       if code is not None:
@@ -61,7 +62,7 @@ class Watch:
     if finished_at and request.state == "ABSENT":
       tpu_state.say(
         f"{self._mark} says that the run is finished: nothing is created. To"
-        f" train on, for more steps: gcloud storage rm {self._mark}"
+        f" train for more steps: gcloud storage rm {self._mark}"
       )
       return 0
     if finished_at and request.created_at:
@@ -76,9 +77,7 @@ class Watch:
         f"{self._mark} is older than these machines: the run continues"
       )
     if request.state == "FAILED":
-      tpu_state.say(
-        f"the request failed: {request.reason}. It is left as it is"
-      )
+      tpu_state.say(f"the request failed: {request.reason}. It is not deleted")
       return 1
     if request.state == "SUSPENDED":
       return self._suspend()
@@ -89,7 +88,7 @@ class Watch:
     return self._tend() if request.state == "ACTIVE" else None
 
   def _finished_at(self) -> datetime.datetime | None:
-    """Reads when the run finished; None where it has not, or is unknown."""
+    """Reads when the run finished; None if it has not, or if unknown."""
     command = ["gcloud", "storage", "cat", self._mark]
     answer = tpu_state.ask(command, self._options.timeout_s)
     if answer.code == 0:
@@ -105,13 +104,13 @@ class Watch:
     if not self._options.spot:
       tpu_state.say(
         "the request is suspended, and it is not a spot machine: see Google's"
-        " console. It is left as it is"
+        " console. It is not deleted"
       )
       return 1
     self._suspended += 1
     if self._suspended < 2:
       return None
-    tpu_state.say("suspended twice: the spot machine was taken away")
+    tpu_state.say("suspended twice: the spot machine was preempted")
     tpu_state.run_all(
       tpu_commands.delete(self._options), timeout_s=self._options.work_timeout_s
     )
@@ -125,12 +124,12 @@ class Watch:
       return None
     tpu_state.say(
       f"the machines could not {what}, {_MOST_FAILURES} times in a row. They"
-      " are left as they are"
+      " are not deleted"
     )
     return code
 
   def _tend(self) -> int | None:
-    """Starts the run where it is not, and looks how it does."""
+    """Starts the run if no worker has one, and acts on its state."""
     states = [w.state for w in tpu_state.read_workers(self._options)]
     if not states:
       return None
@@ -141,8 +140,10 @@ class Watch:
     if ended and set(states) == {"ended 0"}:
       self._ends += 1
       if self._ends < 2:
-        return None  # finished.json is asked for once more
-      tpu_state.say(f"the run has ended with 0, and {self._mark} is not there")
+        return None  # look for finished.json once more
+      tpu_state.say(
+        f"the run has ended with 0, and {self._mark} does not exist"
+      )
       return self._end(1)
     if set(states) <= {"running", "ended 0"}:
       self._lost = 0
@@ -162,10 +163,10 @@ class Watch:
       ):
         return None
     commands = start(self._options)
-    return self._try(commands, "be made to start the run")
+    return self._try(commands, "start the run")
 
   def _end(self, code: int) -> int:
-    """Ends the watch over a run that will not continue by itself."""
+    """Ends the watch of a run that will not continue by itself."""
     tpu_state.show_logs(self._options)
     tpu_state.say(f"the run has ended with exit code {code}")
     options = self._options
@@ -175,6 +176,6 @@ class Watch:
       )
       return code
     where = f"--name={options.name} --zone={options.zone}"
-    tpu_state.say("The machines stay, and cost. To delete them:")
+    tpu_state.say("The machines are kept, and are charged for. To delete them:")
     tpu_state.say(f"  python scripts/launch_tpu.py delete {where}")
     return code

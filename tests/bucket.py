@@ -9,7 +9,7 @@ from fsspec.implementations import dirfs, local
 
 
 class _Buckets(dirfs.DirFileSystem):
-  """gs://NAME/PATH is FOLDER/NAME/PATH; names what is opened to be read."""
+  """Maps gs://NAME/PATH to FOLDER/NAME/PATH; `opened` lists files read."""
 
   def __init__(self, folder: str):
     super().__init__(path=folder, fs=local.LocalFileSystem(auto_mkdir=True))
@@ -27,11 +27,11 @@ class _Buckets(dirfs.DirFileSystem):
 
 
 def stand_in(folder: pathlib.Path, monkeypatch) -> _Buckets:
-  """Makes gs:// a folder.
+  """Replaces gs:// by a folder.
 
   Args:
     folder: holds a folder for each bucket.
-    monkeypatch: of the test, at whose end gs:// is as before.
+    monkeypatch: fixture that restores gs:// when the test ends.
 
   Returns:
     The file system.

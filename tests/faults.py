@@ -1,4 +1,4 @@
-"""What goes wrong on purpose: damaged files, killed and typed-out processes."""
+"""Faults on purpose: damaged files, and child processes that are killed."""
 
 import os
 import pathlib
@@ -13,21 +13,21 @@ from dpo_jax.training import stops
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def flip_byte(path: pathlib.Path, place: int | None = None) -> None:
-  """Turns all bits of one byte of a file, the middle one unless told."""
+def flip_byte(path: pathlib.Path, position: int | None = None) -> None:
+  """Inverts all bits of one byte of a file, the middle one by default."""
   content = bytearray(path.read_bytes())
-  place = len(content) // 2 if place is None else place
-  content[place] ^= 0xFF
+  position = len(content) // 2 if position is None else position
+  content[position] ^= 0xFF
   path.write_bytes(content)
 
 
 def truncate(path: pathlib.Path) -> None:
-  """Cuts the second half of a file off."""
+  """Cuts off the second half of a file."""
   os.truncate(path, path.stat().st_size // 2)
 
 
 def largest_file(folder: pathlib.Path) -> pathlib.Path:
-  """The one that holds the arrays of a checkpoint."""
+  """Returns the largest file of a checkpoint, which holds arrays."""
   files = [
     path
     for path in folder.rglob("*")
@@ -37,10 +37,9 @@ def largest_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 def environment(num_devices: int = 1) -> dict[str, str]:
-  """Variables of a child with that many simulated devices.
+  """Returns the environment of a child with that many simulated devices.
 
-  It compiles as this process does, and finds in the cache what others have
-  compiled.
+  The child shares this process's flags and its cache of compiled programs.
   """
   flag = "--xla_force_host_platform_device_count="
   given = os.environ["XLA_FLAGS"]
@@ -49,7 +48,7 @@ def environment(num_devices: int = 1) -> dict[str, str]:
 
 
 def stop_at(monkeypatch, *steps: int) -> None:
-  """Lets runs end as if SIGTERM had come in the middle of these steps."""
+  """Makes runs stop as if SIGTERM had arrived during these steps."""
   monkeypatch.setattr(
     stops.StopSignal, "reached", lambda self, step: step in steps
   )
@@ -58,13 +57,13 @@ def stop_at(monkeypatch, *steps: int) -> None:
 def spawn(
   code: str, *arguments: str, num_devices: int = 1, **variables: str
 ) -> subprocess.Popen:
-  """Starts `python -c code arguments` with its output in pipes.
+  """Starts `python -c code arguments` with its output in a pipe.
 
   Args:
-    code: what it runs.
-    *arguments: its sys.argv[1:].
-    num_devices: simulated devices.
-    **variables: of its environment, besides.
+    code: Python source.
+    *arguments: sys.argv[1:] of the child.
+    num_devices: number of simulated devices.
+    **variables: additional environment variables.
 
   Returns:
     The process.
@@ -82,19 +81,19 @@ def spawn(
 def kill_when(
   process: subprocess.Popen, is_time, number: int, *, timeout_s: float = 120
 ) -> int:
-  """Sends a signal as soon as `is_time()`, and waits for the end.
+  """Sends a signal as soon as `is_time()` is true, and waits for the end.
 
   Args:
-    process: from `spawn`.
-    is_time: polled every millisecond.
-    number: of the signal.
-    timeout_s: how long to wait for the time, and then for the end.
+    process: child from `spawn`.
+    is_time: condition, polled every millisecond.
+    number: number of the signal.
+    timeout_s: most seconds to wait for the condition, and then for the end.
 
   Returns:
-    The exit code; minus the signal's number if that ended it.
+    The exit code; minus the signal's number if the signal ended the process.
 
   Raises:
-    AssertionError: the process ended before its time came.
+    AssertionError: the process ended before the condition was true.
   """
   deadline = time.monotonic() + timeout_s
   while not is_time():

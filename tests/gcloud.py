@@ -1,15 +1,15 @@
-"""A stand-in for gcloud, for tests: a cloud in a folder.
+"""A stand-in for gcloud, for tests: a folder plays the cloud.
 
   python gcloud.py FOLDER ARGUMENTS...
 
-Requests are files; workers are homes below FOLDER/workers, where the commands
-of ssh run and files of scp arrive; gs://NAME is FOLDER/buckets/NAME, also for
-workers. FOLDER/events.json says what goes wrong: a list for each of describe,
-ssh, scp, cp, cat, create and delete, whose first entry is taken at each call.
-"ok" does what was asked, "drop" loses the connection before, "drop_after" after
-it, "slow" does not answer in time; of describe another word is the state that
-is reported, "FAILED: reason" with a reason. An empty list, or none, is ok.
-Calls are added to FOLDER/calls.
+Requests are files. Workers are home folders below FOLDER/workers, where ssh
+runs its commands and scp copies its files. gs://NAME is FOLDER/buckets/NAME,
+also for workers. FOLDER/events.json lists faults for each of describe, ssh,
+scp, cp, cat, create and delete; each call takes the first entry. "ok" does what
+was asked; "drop" loses the connection before it, and "drop_after" after it;
+"slow" does not answer in time. For describe, another word is the state that it
+reports, as in "FAILED: reason". An empty or missing list means "ok". Calls are
+appended to FOLDER/calls.
 """
 
 import datetime
@@ -99,7 +99,7 @@ def cp(folder: pathlib.Path, arguments: list[str], event: str) -> int:
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies into a folder that is there, as scp does, or to a new name."""
+  """Copies into the target if it is a folder, as scp does, or to that name."""
   if target.is_dir():
     target = target / source.name
   if source.is_dir():
@@ -111,7 +111,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
 def ssh(folder: pathlib.Path, arguments: list[str], event: str) -> int:
   command = next(a for a in arguments if a.startswith("--command="))
   command = command.removeprefix("--command=")
-  if "-m uv" in command:  # what install does is not for here
+  if "-m uv" in command:  # installing is not simulated
     return 0
   worst = 0
   is_all = "--worker=all" in arguments

@@ -1,4 +1,4 @@
-"""What the benchmarks count."""
+"""Benchmarks: the work they count, exported data, turns and checks."""
 
 import argparse
 import sys
@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import interleave, ours, workload
+from benchmarks import interleave, ours, peers, workload
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.presets import PRESETS
 from dpo_jax.parallel import mesh
 from dpo_jax.planning import hlo
 
 
-def test_lengths_are_those_of_the_workload():
+def test_lengths_have_the_published_medians_and_means():
   lengths = workload.make_lengths(256, 0)
   assert lengths.min() >= 1
   assert (lengths[:, :1] + lengths[:, 1:]).max() <= 512
@@ -22,7 +22,7 @@ def test_lengths_are_those_of_the_workload():
   np.testing.assert_allclose(lengths.mean(0), [89, 108, 109], atol=2)
 
 
-def test_work_is_that_of_a_loop():
+def test_work_equals_a_loop_over_tokens():
   config = ModelConfig(vocab_size=50, **PRESETS["tiny"])
   c = config
   lengths = np.array([[3, 2, 4], [5, 1, 0]])
@@ -32,12 +32,12 @@ def test_work_is_that_of_a_loop():
   score = 4 * c.num_layers * c.num_heads * c.head_dim
   for prompt, *responses in lengths:
     for k, response in enumerate(r for r in responses if r):
-      for place in range(prompt + response):
-        cost = 2 * weights + score * (place + 1)
-        cost += 2 * c.d_model * c.vocab_size * (place >= prompt)
+      for position in range(prompt + response):
+        cost = 2 * weights + score * (position + 1)
+        cost += 2 * c.d_model * c.vocab_size * (position >= prompt)
         tokens += 1
         useful += 3 * cost
-        shared += 3 * cost * (place >= prompt or k == 0)
+        shared += 3 * cost * (position >= prompt or k == 0)
   work = workload.count_work(lengths, config)
   assert work.tokens == tokens
   np.testing.assert_allclose(work.useful_flops, useful)
@@ -45,7 +45,7 @@ def test_work_is_that_of_a_loop():
 
 
 @pytest.mark.slow
-def test_a_trainer_takes_its_step_on_the_mesh_that_it_gets():
+def test_a_trainer_compiles_for_its_mesh():
   options = ours.parse(
     ["--shape=a", "--vocab_size=512", "--batch_size=8", "--num_groups=8"]
   )
@@ -55,22 +55,49 @@ def test_a_trainer_takes_its_step_on_the_mesh_that_it_gets():
   found = hlo.collectives(compiled.as_text(), 4)
   params = 4 * (2 * 512 * 256 + 6 * (4 * 256**2 + 3 * 256 * 1024))
   gathered = sum(c.num_bytes * c.trips for c in found if c.group_size == 4)
-  assert gathered > params  # the weights at least once, and their gradients
+  assert gathered > params  # the weights at least once, and the gradients
   assert hlo.collectives(ours.Trainer(options).compile().as_text(), 1) == []
 
 
-def test_contenders_that_do_other_work_are_refused():
+@pytest.mark.slow
+def test_exported_work_is_that_of_our_first_steps(tmp_path):
+  """Another library reads the ids, the order and the work of our batches."""
+  options = ours.parse(
+    ["--vocab_size=512", "--batch_size=4", "--num_groups=12"]
+  )
+  trainer = ours.Trainer(options)
+  peers.export(trainer, str(tmp_path), num_steps=2)
+  work, groups = interleave.read_work(str(tmp_path))
+  assert len(groups) == 12
+  for index, group in enumerate(groups):
+    for ids, wanted in zip(group, trainer.store.group(index), strict=True):
+      np.testing.assert_array_equal(ids, wanted)
+  for step in range(2):
+    batch = trainer.loader.batch(step)
+    chosen = [i for i in batch.example_ids.flat if i >= 0]
+    assert sorted(chosen) == sorted(work["order"][step])
+    wanted = workload.count_work(
+      trainer.lengths[chosen], trainer.program.policy.config
+    )
+    assert work["tokens"][step] == wanted.tokens
+    assert work["useful_flops"][step] == pytest.approx(wanted.useful_flops)
+  first = trainer.start()
+  assert first["tokens"] == work["tokens"][0]
+  assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_contenders_with_another_first_loss_are_refused():
   class Fake:
     def __init__(self, name, loss):
       self.name, self.first = name, {"loss": loss, "grad_norm": 2.0}
 
-  interleave.check_ticket([Fake("a", 0.69), Fake("b", 0.69002)])
+  interleave.check_same_work([Fake("a", 0.69), Fake("b", 0.69002)])
   with pytest.raises(ValueError, match="b has loss"):
-    interleave.check_ticket([Fake("a", 0.69), Fake("b", 0.6903)])
+    interleave.check_same_work([Fake("a", 0.69), Fake("b", 0.6903)])
 
 
-def test_a_ratio_is_the_median_of_turns_side_by_side():
-  """A slow minute slows a turn of each, and is not the median."""
+def test_a_ratio_is_the_median_over_simultaneous_turns():
+  """A slow minute slows one turn of each contender, and not the median."""
 
   class Fake:
     def __init__(self, seconds):
@@ -81,8 +108,8 @@ def test_a_ratio_is_the_median_of_turns_side_by_side():
   assert interleave.times_as_fast(peer, mine) == 0.25
 
 
-def test_contenders_take_turns_and_the_warm_ones_are_not_kept(tmp_path):
-  """Two processes that count the steps which they are asked for."""
+def test_contenders_take_turns_and_the_first_turn_is_dropped(tmp_path):
+  """Two processes count the steps that they are asked for."""
   order = tmp_path / "order.txt"
   contenders = [
     interleave.Contender(
@@ -98,8 +125,7 @@ def test_contenders_take_turns_and_the_warm_ones_are_not_kept(tmp_path):
   assert rows[0]["tokens_per_second"] == 100.0
 
 
-def test_a_contender_that_ends_is_named():
-  """Before it is asked, or while it works; the others are ended too."""
+def test_a_contender_that_ends_early_is_named():
   code = "print('no trainer'); raise SystemExit(3)"
   contender = interleave.Contender("a", [sys.executable, "-c", code])
   options = argparse.Namespace(num_turns=1, steps_a_turn=1)

@@ -1,8 +1,8 @@
-"""Where every completion can be enumerated, optima are known exactly.
+"""Minima of losses, compared with closed forms where all completions are known.
 
-The population: pairs y, y' drawn from the reference and labelled by
-Bradley-Terry on a reward. Its expected loss is a sum over all pairs, so what
-is minimised here is the objective itself, without sampling noise.
+The population is pairs y, y' drawn from the reference and labelled by
+Bradley-Terry on a reward. Its expected loss is a sum over all pairs, so the
+objective itself is minimised, without sampling noise.
 """
 
 import functools
@@ -25,7 +25,7 @@ NUM = 12
 
 
 def make_task(num=NUM, seed=0):
-  """Log-probs of a reference and rewards of its completions: f64 [num]."""
+  """Returns log-probs of a reference, and rewards: f64 [num] each."""
   rng = np.random.default_rng(seed)
   ref_logps = rng.normal(0, 1, num)
   ref_logps -= np.log(np.exp(ref_logps).sum())
@@ -33,7 +33,7 @@ def make_task(num=NUM, seed=0):
 
 
 def population_loss(objective, logps, ref_logps, rewards, flips=0.0):
-  """Expected loss over all ordered pairs of different completions."""
+  """Computes the expected loss over ordered pairs of different completions."""
   num = logps.shape[0]
   first, second = np.nonzero(~np.eye(num, dtype=bool))
   sequences = Sequences(
@@ -51,7 +51,7 @@ def population_loss(objective, logps, ref_logps, rewards, flips=0.0):
 
 
 def minimise(objective, ref_logps, rewards, flips=0.0):
-  """Probabilities of a softmax policy at the minimum: f64 [N]."""
+  """Returns a softmax policy's probabilities at the minimum: f64 [N]."""
   with jax.enable_x64(True):
     ref_logps, rewards = jnp.asarray(ref_logps), jnp.asarray(rewards)
 
@@ -81,7 +81,7 @@ def total_variation(p, q):
 
 
 def tilted(ref_logps, scores):
-  """pi_ref exp(scores) / Z."""
+  """Returns pi_ref exp(scores) / Z."""
   logits = ref_logps + scores
   weights = np.exp(logits - logits.max())
   return weights / weights.sum()
@@ -112,7 +112,7 @@ def bisect(function, low, high):
     ("alpha", lambda t: (1 - 0.5 * t) ** -2.0),
   ],
 )
-def test_f_dpo_finds_its_own_closed_form(divergence, inverse):
+def test_f_dpo_finds_its_closed_form(divergence, inverse):
   """pi = pi_ref (f')^-1((r - lambda) / beta), lambda from sum pi = 1."""
   beta = 1.0
   ref_logps, rewards = make_task()
@@ -156,11 +156,11 @@ def test_ipo_finds_its_population_optimum(tau):
   assert total_variation(found, tilted(ref_logps, preference / tau)) < 1e-3
 
 
-def test_ipo_stops_where_dpo_does_not():
+def test_ipo_has_a_finite_optimum_where_dpo_has_none():
   """Two completions, one always preferred, uniform reference.
 
   Azar et al. 2023, sec. 5: IPO gives it sigmoid(1 / (2 tau)), whereas DPO's
-  loss falls for ever.
+  loss has no minimum.
   """
   ref_logps = np.log(np.array([0.5, 0.5]))
   rewards = np.array([60.0, 0.0])  # wins with probability 1 - 1e-26
@@ -175,8 +175,8 @@ def test_ipo_stops_where_dpo_does_not():
     assert dpo[0] > 0.9999
 
 
-def test_flipped_labels_mislead_dpo_and_not_robust_dpo():
-  """At 20 % flips only robust DPO still finds the clean optimum."""
+def test_only_robust_dpo_finds_the_optimum_under_flips():
+  """The rate of flips is 20 %; the optimum is that of clean labels."""
   e, beta = 0.2, 1.0
   ref_logps, rewards = make_task()
   clean = tilted(ref_logps, rewards / beta)
@@ -204,8 +204,8 @@ def test_expected_robust_loss_under_flips_is_the_clean_loss():
 
 
 @pytest.mark.slow
-def test_a_decoder_approaches_the_optimum():
-  """The same through tokens: all 64 completions share one prompt in a row."""
+def test_a_decoder_approaches_the_optimum_of_dpo():
+  """All 64 completions of two tokens share one prompt in a row."""
   beta = 0.5
   policy = Policy(
     ModelConfig(
@@ -263,6 +263,6 @@ def test_a_decoder_approaches_the_optimum():
 
 
 def objective_value(ref_logps, rewards, beta, logps):
-  """E[r] - beta KL(pi || pi_ref)."""
+  """Returns E[r] - beta KL(pi || pi_ref)."""
   probs = np.exp(logps)
   return (probs * (rewards - beta * (logps - ref_logps))).sum()

@@ -1,4 +1,4 @@
-"""The enumerable task: identities, bounds, and what is drawn from it."""
+"""The enumerable task: identities, bounds, drawn data, and trained runs."""
 
 import collections
 import json
@@ -15,7 +15,8 @@ from experiments import (
   exact_frontier,
   exact_sweep,
   exact_task,
-  harness,
+  sweep,
+  trained,
 )
 from experiments.exact_task import Task
 from tests import faults, tiny
@@ -23,7 +24,7 @@ from tests import faults, tiny
 
 @pytest.fixture(scope="module")
 def task():
-  """A reference of random weights, and its rewards."""
+  """A task whose reference has random weights."""
   policy = make_policy()
   return Task.make(exact_task.all_logps(policy, make_params(policy)), 0)
 
@@ -48,7 +49,7 @@ def make_params(policy, seed=0):
   return jax.tree.map(lambda x: 6.0 * x if x.ndim > 1 else x, params)
 
 
-def test_all_completions_have_their_probabilities():
+def test_enumerated_log_probs_equal_those_of_a_forward_pass():
   policy = make_policy()
   params = make_params(policy)
   logps = exact_task.all_logps(policy, params)
@@ -60,7 +61,7 @@ def test_all_completions_have_their_probabilities():
   np.testing.assert_allclose(logps[1, chosen], wanted, atol=1e-4)
 
 
-def test_rewards_have_the_mean_and_deviation_that_is_said(task):
+def test_rewards_have_mean_0_and_deviation_1_5(task):
   ref = np.exp(task.ref_logps)
   np.testing.assert_allclose((ref * task.rewards).sum(-1), 0.0, atol=1e-6)
   variance = (ref * task.rewards**2).sum(-1).mean()
@@ -69,31 +70,31 @@ def test_rewards_have_the_mean_and_deviation_that_is_said(task):
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
 def test_regret_is_beta_times_the_kl_to_the_optimum(task, beta):
-  """For the optimum, the reference, and a policy of other weights."""
+  """Checked at the optimum, the reference, and a policy of other weights."""
   policy = make_policy()
   other = exact_task.all_logps(policy, make_params(policy, seed=1))
-  found = task.figures(task.optimum(beta), beta)
+  found = task.metrics(task.optimum(beta), beta)
   assert found["regret"] == pytest.approx(0.0, abs=1e-9)
   assert found["share"] == pytest.approx(1.0, abs=5e-3)
   for logps in (task.ref_logps, other):
-    found = task.figures(logps, beta)  # raises where the two differ
+    found = task.metrics(logps, beta)  # raises where the two differ
     kl = (np.exp(logps) * (logps - task.optimum(beta))).sum(-1).mean()
     assert found["regret"] == pytest.approx(beta * kl, abs=1e-4)
     assert found["regret"] > 0.05
 
 
-def test_nothing_crosses_the_frontier(task):
+def test_policies_and_best_of_n_stay_below_the_frontier(task):
   policy = make_policy()
   for seed in (1, 2):
     logps = exact_task.all_logps(policy, make_params(policy, seed))
-    assert task.figures(logps, None)["share"] < 0.5
+    assert task.metrics(logps, None)["share"] < 0.5
   for num in (2, 8):
-    assert task.figures(task.best_of(num), None)["share"] < 1.0
+    assert task.metrics(task.best_of(num), None)["share"] < 1.0
 
 
-def test_probabilities_that_do_not_sum_to_one_are_noticed(task):
+def test_probabilities_that_do_not_sum_to_one_are_refused(task):
   with pytest.raises(ValueError, match="sum to"):
-    task.figures(task.ref_logps + 0.1, 0.5)
+    task.metrics(task.ref_logps + 0.1, 0.5)
 
 
 @pytest.mark.parametrize("num", [2, 4, 8, 16])
@@ -111,22 +112,34 @@ def test_best_of_one_is_the_reference(task):
   np.testing.assert_allclose(task.best_of(1), task.ref_logps, atol=1e-6)
 
 
-def test_chosen_responses_are_within_log_2(task):
-  preferred = task.preferred()
-  np.testing.assert_allclose(np.exp(preferred).sum(-1), 1.0, atol=1e-4)
-  reward, kl = task.reward_and_kl(preferred)
-  assert reward > 0.3
-  assert 0 < kl < math.log(2)
+def test_chosen_responses_by_hand():
+  """Two completions of 1/2; the better one, by log 3, wins with 3/4.
+
+  It is chosen with probability 1/4 + 2 (1/4) (3/4) = 5/8.
+  """
+  task = Task(np.log([[0.5, 0.5]]), np.log([[3.0, 1.0]]))
+  wanted = np.log([[5 / 8, 3 / 8]])
+  np.testing.assert_allclose(task.preferred(), wanted, rtol=1e-12)
 
 
-def test_bayes_is_the_best_that_scores_can_do(task):
+def test_chosen_responses_of_noiseless_labels_are_the_best_of_two(task):
+  """Without ties and with large gaps the label is the larger reward."""
+  rng = np.random.default_rng(0)
+  ranks = np.stack([rng.permutation(row.size) for row in task.rewards])
+  noiseless = Task(task.ref_logps, 1e3 * ranks)
+  with np.errstate(over="ignore"):
+    preferred = noiseless.preferred()
+  np.testing.assert_allclose(preferred, noiseless.best_of(2), atol=1e-5)
+
+
+def test_true_rewards_reach_the_bayes_rate(task):
   ours, bayes = task.pair_accuracy(task.rewards)
-  # Of a response with itself nobody is right more often than by half.
+  # A response paired with itself counts a half for any scores.
   assert ours == pytest.approx(bayes, abs=1e-3)
   assert task.pair_accuracy(-task.rewards)[0] < 0.5 < bayes
 
 
-def test_pairs_follow_the_reference_the_label_and_the_flips(task, tmp_path):
+def test_pairs_follow_the_label_and_the_flips(task, tmp_path):
   where = {
     exact_task.to_text(x): i for i, x in enumerate(exact_task.completions())
   }
@@ -154,7 +167,7 @@ def test_pairs_follow_the_reference_the_label_and_the_flips(task, tmp_path):
   assert right("bradley_terry", 0.0) == pytest.approx(bayes, abs=0.03)
 
 
-def test_texts_follow_the_language(tmp_path):
+def test_demonstrations_follow_the_language(tmp_path):
   path = str(tmp_path / "texts.jsonl")
   exact_task.write_demonstrations(path, 20_000, 0)
   with open(path, encoding="utf-8") as file:
@@ -166,7 +179,7 @@ def test_texts_follow_the_language(tmp_path):
     assert counts[letter] / len(first) == pytest.approx(p, abs=0.03)
 
 
-def test_letters_are_ids_and_back():
+def test_letters_are_encoded_and_decoded():
   letters = tokenizers.load_tokenizer("letters:8")
   assert letters.encode(["abh"], is_rendered=False, is_continuation=False) == [
     [0, 1, 7]
@@ -178,11 +191,11 @@ def test_letters_are_ids_and_back():
     tokenizers.load_tokenizer("letters:40")
 
 
-class SmallSweep(exact_sweep.Sweep):
-  """A sweep of one seed that a test can afford."""
+class SmallBuilder(exact_sweep.Builder):
+  """Builds runs of one seed that a test can afford."""
 
   def __init__(self, workdir, steps):
-    super().__init__(harness.Settings(workdir, "tiny"), steps=steps)
+    super().__init__(sweep.Settings(workdir, "tiny"), steps=steps)
 
   def _add_reference(self):
     self.size = dict(seeds=1, pairs=20_000, steps=0, sft_steps=150)
@@ -193,11 +206,14 @@ class SmallSweep(exact_sweep.Sweep):
 
 
 def run_small_sweep(workdir):
-  """PPO on the truth, Preferred-FT, on-policy and offline DPO, flipped labels;
-  a reward model, which takes longer."""
-  sweep = SmallSweep(workdir, steps=250)
-  sweep.use_every_pair_once()
-  sweep.add(
+  """Runs every method that the tests compare.
+
+  These are PPO on the truth, Preferred-FT, offline and on-policy DPO, losses on
+  flipped labels, and a reward model, which takes more steps.
+  """
+  builder = SmallBuilder(workdir, steps=250)
+  builder.use_every_pair_once()
+  builder.add(
     "PPO",
     dict(name="ppo", value_weight=0.5),
     seed=0,
@@ -205,37 +221,46 @@ def run_small_sweep(workdir):
     online=dict(
       kind="rollouts",
       kl_weight=0.5,
-      judge=sweep.truth,
+      judge=builder.truth,
       every_steps=2,
       num_samples=2,
     ),
     learning_rate=3e-3,
   )
-  sweep.add("Preferred-FT", dict(name="preferred_ft"), seed=0)
-  sweep.add_dpo(0, 0.25)
-  sweep.add_on_policy_dpo(0, 0.25, rounds=10)
-  sweep.add_noisy(0, 0.5, 0.2)
-  longer = SmallSweep(workdir, steps=800)
+  builder.add("Preferred-FT", dict(name="preferred_ft"), seed=0)
+  builder.add_dpo(0, 0.25)
+  builder.add_on_policy_dpo(0, 0.25, rounds=10)
+  builder.add_noisy(0, 0.5, 0.2)
+  longer = SmallBuilder(workdir, steps=800)
   longer.use_every_pair_once()
   longer.add("reward model", dict(name="reward_model"), seed=1)
-  runs = list((sweep.runs | longer.runs).values())
-  assert harness.execute(runs, harness.choose(runs), workdir) == {}
+  runs = list((builder.runs | longer.runs).values())
+  assert sweep.execute(runs, sweep.choose(runs), workdir) == {}
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-  """Rows by method, from a child of one device: eight only share its work."""
+def finished(tmp_path_factory):
+  """Workdir of the small sweep, from a child process with one device.
+
+  Eight simulated devices would share the same cores.
+  """
   workdir = str(tmp_path_factory.mktemp("exact"))
   code = "import sys; from tests import test_exact_task as t\n"
   child = faults.spawn(
     code + "t.run_small_sweep(sys.argv[1])",
     workdir,
-    # Its steps are many, and faster as XLA compiles by itself.
+    # Full optimization: it runs many steps.
     XLA_FLAGS="--xla_force_host_platform_device_count=1",
   )
   output = child.communicate()[0]
   assert child.returncode == 0, output
-  rows = exact_sweep.collect(workdir).rows
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def measured(finished):
+  """Rows of the small sweep by method and flips."""
+  rows = exact_sweep.collect(finished).rows
   return {
     (row["method"], row["flips"]): row
     for row in rows
@@ -249,48 +274,57 @@ def test_ppo_on_the_truth_reaches_the_frontier(measured):
 
 
 @pytest.mark.slow
-def test_a_reward_model_approaches_bayes(measured):
+def test_a_reward_model_approaches_the_bayes_rate(measured):
   row = measured["reward model", 0.0]
-  # Of what Bayes is better than chance; 102,400 pairs do not give it all.
+  # A share of the Bayes rate above chance; 102,400 pairs do not give all.
   assert row["accuracy"] - 0.5 > 0.8 * (row["bayes_accuracy"] - 0.5)
   assert row["accuracy"] <= row["bayes_accuracy"]
 
 
 @pytest.mark.slow
-def test_preferred_ft_stays_within_log_2(measured):
-  assert 0.0 < measured["Preferred-FT", 0.0]["kl"] < math.log(2)
+def test_preferred_ft_approaches_the_chosen_responses(finished):
+  """Its KL from their exact distribution falls well below the reference's."""
+  task = Task.read(f"{finished}/reference")
+  optimum = task.preferred()
+
+  def distance(logps):
+    return (np.exp(optimum) * (optimum - logps)).sum(-1).mean()
+
+  learned = exact_task.all_logps(*trained.load(f"{finished}/preferred-ft_s0"))
+  assert distance(learned) < 0.6 * distance(task.ref_logps)
 
 
 @pytest.mark.slow
-def test_pairs_of_the_policy_halve_the_regret(measured):
-  """As many labels and steps, the labels on what the policy says by then.
+def test_on_policy_pairs_halve_the_regret(measured):
+  """Both take as many labels and steps.
 
-  At a low beta, whose optimum is far from what the reference says; at beta 1
-  there is less to gain (experiments/README.md, online_vs_offline).
+  Beta is low, so that the optimum is far from the reference. At beta 1 there is
+  less to gain (experiments/README.md, online_vs_offline).
   """
   offline = measured["DPO", 0.0]["regret"]
   assert measured["on-policy DPO", 0.0]["regret"] < 0.5 * offline
 
 
 @pytest.mark.slow
-def test_a_fifth_of_flipped_labels_orders_the_losses(measured):
-  """Of regret at the nominal beta: robust < DPO < cDPO."""
+def test_losses_on_flipped_labels_are_ordered_by_regret(measured):
+  """At 20 % flips and the nominal beta: robust DPO < DPO < cDPO."""
   robust, plain, smoothed = (
     measured[method, 0.2]["regret"] for method in ("robust DPO", "DPO", "cDPO")
   )
   assert robust < 0.9 * plain < 0.9 * 0.9 * smoothed
 
 
-def test_the_figure_and_the_table_are_functions_of_the_rows(task, tmp_path):
+def test_the_plot_and_the_table_are_functions_of_the_rows(task, tmp_path):
   rows = [
-    exact_sweep._labels("DPO", seed, beta=0.5, flips=flips)
-    | task.figures(task.optimum(0.5 + 0.1 * seed), 0.5)
+    exact_sweep.make_labels("DPO", seed, beta=0.5, flips=flips)
+    | task.metrics(task.optimum(0.5 + 0.1 * seed), 0.5)
     for seed in (0, 1)
     for flips in (0.0, 0.2)
   ]
   kls, rewards = task.frontier(10)
   rows += [
-    exact_sweep._labels("frontier", 0) | {"reward": r, "kl": k, "share": 1.0}
+    exact_sweep.make_labels("frontier", 0)
+    | {"reward": r, "kl": k, "share": 1.0}
     for k, r in zip(kls, rewards, strict=True)
   ]
   files = exact_frontier.plot(rows, str(tmp_path / "figure"))

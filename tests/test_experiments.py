@@ -1,24 +1,19 @@
-"""What users run by name: quickstart, replay, the documents of the losses."""
+"""Quickstart, replay, the table of losses, and their documentation."""
 
 import json
 
 import numpy as np
 import pytest
 
-from dpo_jax.losses import CATALOGUE, build_objective
+from configs import reviews
+from dpo_jax.losses import build_objective
 from dpo_jax.records import eval_logps
 from dpo_jax.records.eval_logps import read_records
 from dpo_jax.records.metrics import MetricsWriter, read_metrics
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.train import train
 from dpo_jax.training.evaluation import displacement
-from experiments import (
-  exact_sweep,
-  loss_docs,
-  loss_table,
-  quickstart,
-  replay,
-)
+from experiments import loss_docs, loss_table, quickstart, replay, sweep
 from tests.tiny import make_config
 
 pytestmark = pytest.mark.usefixtures("in_haste")
@@ -26,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("in_haste")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-  """A short run with other losses measured besides."""
+  """A short run that also measures other losses."""
   workdir = tmp_path_factory.mktemp("run")
   config = make_config(
     total_steps=3,
@@ -41,7 +36,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def quickstarted(tmp_path):
-  """The files of a quickstart, made up: prompt i gained i in reward."""
+  """Made-up files of a quickstart, with gains in reward of 0 to 100."""
   for stage in ("sft", "dpo"):
     writer = MetricsWriter(tmp_path / stage, is_writer=True, tensorboard=False)
     for step in range(0, 101, 5):
@@ -65,7 +60,7 @@ def quickstarted(tmp_path):
   return tmp_path
 
 
-def test_samples_are_picked_by_their_gain_in_reward(quickstarted):
+def test_samples_are_the_quartiles_of_the_gain_in_reward(quickstarted):
   picked = quickstart.pick_samples(quickstarted)
   gains = [s["dpo_reward"] - s["sft_reward"] for s in picked]
   assert gains == [25.0, 50.0, 75.0]
@@ -75,7 +70,7 @@ def test_samples_are_picked_by_their_gain_in_reward(quickstarted):
   assert "  DPO +25.50 'r100'" in text
 
 
-def test_the_quickstarts_picture_is_small_and_says_what_to_see(quickstarted):
+def test_the_quickstart_plot_is_small_and_its_summary_is_right(quickstarted):
   assert quickstart.summarise(quickstarted) == (
     "DPO took the true reward of samples from 0.00 to 2.00; 86 % of them win"
     " against SFT's, at a KL of 2.8 nats"
@@ -92,17 +87,17 @@ def test_a_curve_is_the_mean_of_five_neighbours():
   np.testing.assert_allclose(quickstart.smooth(values), wanted, rtol=1e-12)
 
 
-def test_twenty_lines_of_a_figure_have_colours_of_their_own():
-  assert len({exact_sweep.colour(number) for number in range(20)}) == 20
+def test_twenty_lines_of_a_plot_have_different_colours():
+  assert len({sweep.colour(number) for number in range(20)}) == 20
 
 
-def test_docs_are_those_of_the_catalogue():
+def test_losses_md_is_current():
   """If this fails: python -m experiments.loss_docs."""
   written = (loss_docs.FOLDER / "losses.md").read_text(encoding="utf-8")
   assert written == loss_docs.render()
 
 
-def test_every_loss_has_a_curve_of_its_own():
+def test_the_curve_of_dpo_is_its_closed_form():
   margins = np.array([-2.0, 0.0, 2.0], np.float32)
   loss, slope = loss_docs.curve("dpo", margins)
   np.testing.assert_allclose(loss, np.log1p(np.exp(-0.1 * margins)), rtol=1e-5)
@@ -111,7 +106,7 @@ def test_every_loss_has_a_curve_of_its_own():
   )
 
 
-def test_replayed_figures_are_the_evaluations(trained):
+def test_replayed_losses_equal_those_of_the_evaluation(trained):
   last = read_metrics(trained, "eval")[-1]
   sequences = replay.to_sequences(read_records(trained)[3])
   for name in ("dpo", "ipo", "hinge", "sft", "wpo"):
@@ -120,14 +115,14 @@ def test_replayed_figures_are_the_evaluations(trained):
     wanted = last["loss"] if name == "dpo" else last[f"{name}/loss"]
     assert row["loss"] == pytest.approx(wanted, rel=1e-4), name
     if name != "dpo":
-      assert row["pull"] == pytest.approx(
+      assert row["gradient weight"] == pytest.approx(
         last[f"{name}/gradient_weight"], rel=1e-4
       )
   dpo = replay.replay(build_objective({"name": "dpo"}), sequences)
   assert dpo["accuracy"] == pytest.approx(last["reward/accuracy"])
 
 
-def test_replay_says_what_it_leaves_out(trained):
+def test_replay_gives_the_reason_for_each_loss_left_out(trained):
   sequences = replay.to_sequences(read_records(trained)[3])
   chosen, left_out = replay.objectives_for(
     sequences, {name: {"name": name} for name in ("dpo", "tdpo", "kto")}
@@ -137,13 +132,13 @@ def test_replay_says_what_it_leaves_out(trained):
   assert "'single'" in left_out["kto"]
 
 
-def test_replay_draws_the_displacement(trained):
+def test_replay_writes_the_displacement_plot(trained):
   path = replay.draw(trained)
   assert path.name == "displacement.png"
   assert path.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_replay_knows_the_knobs_that_a_run_was_trained_with(trained, tmp_path):
+def test_replay_reads_the_beta_that_a_run_was_trained_with(trained, tmp_path):
   loss = replay.read_loss(trained)
   assert replay.trained_beta(loss) == 0.1
   assert build_objective(loss) == build_objective({"name": "dpo"})
@@ -167,7 +162,7 @@ def test_replay_knows_the_knobs_that_a_run_was_trained_with(trained, tmp_path):
     ),
   ],
 )
-def test_a_loss_to_replay_is_a_name_and_its_knobs(text, config):
+def test_a_loss_to_replay_is_parsed_with_its_knobs(text, config):
   assert replay.parse_loss(text) == config
   build_objective(config)
 
@@ -177,7 +172,7 @@ def test_a_knob_to_replay_without_a_value_is_refused():
     replay.parse_loss("ipo:tau")
 
 
-def test_replay_of_a_run_without_log_probs_is_explained(tmp_path):
+def test_replay_without_saved_log_probs_names_the_setting(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"eval\.save_logps=True"):
     read_records(tmp_path)
 
@@ -193,21 +188,21 @@ def test_calibration_by_hand():
 
 
 def test_displacement_by_hand():
-  """Weights .5, .1, .9 and lengths that rise with the margin."""
+  """Gradient weights .5, .1, .9, and lengths that rise with the margin."""
   margins = np.array([0.0, np.log(9.0), -np.log(9.0), np.nan])
   lengths = np.array([[5, 5], [9, 5], [1, 5], [3, 3]])
-  figures = displacement(margins, lengths)
-  assert figures["pull/0.5"] == pytest.approx(1 / 3)
-  assert figures["pull/0.1"] == pytest.approx(1 / 3)
-  assert figures["pull/0.9"] == pytest.approx(1 / 3)
-  assert figures["pull/1.0"] == 0.0
-  assert figures["length_margin_correlation"] == pytest.approx(1.0)
+  moved = displacement(margins, lengths)
+  assert moved["pull/0.5"] == pytest.approx(1 / 3)
+  assert moved["pull/0.1"] == pytest.approx(1 / 3)
+  assert moved["pull/0.9"] == pytest.approx(1 / 3)
+  assert moved["pull/1.0"] == 0.0
+  assert moved["length_margin_correlation"] == pytest.approx(1.0)
   still = displacement(np.zeros(3), lengths[:3])
   assert still["length_margin_correlation"] == 0.0
   assert still["pull/0.5"] == 1.0
 
 
-def test_records_come_back_as_they_were(tmp_path):
+def test_saved_log_probs_are_read_back_unchanged(tmp_path):
   records = {"logps": np.array([[1.5, -2.0]], np.float32)}
   eval_logps.write_records(Workdir.at(tmp_path), 7, records)
   back = read_records(tmp_path)
@@ -236,7 +231,7 @@ def test_losses_that_a_run_cannot_measure_are_refused(
 
 @pytest.mark.slow
 def test_tr_dpo_moves_the_reference_and_resumes(tmp_path):
-  """Hard updates every step: the loss stays at log 2 from then on."""
+  """With a hard update at every step the loss stays at log 2."""
   shared = dict(
     reference__kind="ema",
     data__layout="padded",
@@ -289,7 +284,30 @@ def test_a_list_of_losses_trains(tmp_path):
   assert resolved[0]["beta"] == 0.1
 
 
-def test_the_table_of_losses_starts_from_a_folder_that_is_no_loss_s():
-  """A run that has the folder of another is refused, after many minutes."""
-  config = loss_table.loss_config("W", "sft", 30)
-  assert config.policy.init.removeprefix("run:W/") not in CATALOGUE
+@pytest.mark.slow
+def test_the_table_of_losses_starts_each_from_the_same_policy(
+  tmp_path, monkeypatch
+):
+  """DPO's first loss is log 2; `sft` has a folder of its own."""
+  get_config = reviews.get_config
+
+  def small(stage):
+    config = get_config(stage)
+    config.policy.preset = "tiny"
+    config.optimizer.warmup_steps = 0
+    config.log.every_steps = 1
+    config.data.cache_dir = str(tmp_path / "cache")
+    return config
+
+  monkeypatch.setattr(reviews, "get_config", small)
+  names = ["sft", "dpo"]
+  rows = loss_table.run(str(tmp_path), names, steps=2, sft_steps=3)
+  assert [row["loss"] for row in rows] == names
+  assert [row["finite"] for row in rows] == ["yes", "yes"]
+  assert float(rows[1]["first"]) == pytest.approx(np.log(2), abs=1e-4)
+  first = {
+    name: read_metrics(tmp_path / name, "train")[0]["loss"]
+    for name in ("start", "sft")
+  }
+  # The policy has learned before `sft` begins.
+  assert first["sft"] < first["start"]

@@ -1,4 +1,4 @@
-"""The launcher: its commands, and its watch over a stand-in for gcloud."""
+"""The TPU launcher: its commands, and its watch on a stand-in for gcloud."""
 
 import contextlib
 import importlib.util
@@ -29,10 +29,10 @@ def launch():
 
 
 def printed(launch, capsys, *argv):
-  """Commands of a dry run, each as a list of words."""
+  """Returns the commands of a dry run, each as a list of words."""
   common = ["--name=dpo", "--zone=us-west4-a", "--dry_run"]
-  border = argv.index("--") if "--" in argv else len(argv)
-  code = launch.main([*argv[:border], *common, *argv[border:]])
+  split = argv.index("--") if "--" in argv else len(argv)
+  code = launch.main([*argv[:split], *common, *argv[split:]])
   assert code == 0
   out = capsys.readouterr().out
   assert out.startswith("$ ")
@@ -49,7 +49,7 @@ def printed(launch, capsys, *argv):
     ("v4-8", "v4-8", "tpu-ubuntu2204-base"),
   ],
 )
-def test_create_asks_for_the_slice(
+def test_create_requests_the_slice(
   launch, capsys, topology, accelerator, image
 ):
   (command,) = printed(launch, capsys, "create", f"--topology={topology}")
@@ -62,7 +62,7 @@ def test_create_asks_for_the_slice(
   assert "--spot" not in command
 
 
-def test_several_slices_are_one_request_and_each_is_started(launch, capsys):
+def test_two_slices_are_one_request_and_both_are_started(launch, capsys):
   (command,) = printed(
     launch, capsys, "create", "--topology=2xv5e-16", "--spot"
   )
@@ -79,7 +79,7 @@ def test_several_slices_are_one_request_and_each_is_started(launch, capsys):
   assert [command[5] for command in commands] == ["dpo-0", "dpo-1"]
 
 
-def test_watch_goes_from_nothing_and_back(launch, capsys):
+def test_a_planned_watch_creates_starts_and_deletes(launch, capsys):
   commands = printed(
     launch, capsys, "watch", "--", "--config=c.py", "--workdir=gs://b/run"
   )
@@ -97,12 +97,12 @@ def test_watch_goes_from_nothing_and_back(launch, capsys):
   ]
 
 
-def test_workers_get_a_python_that_the_newest_jax_runs_on(launch, capsys):
+def test_workers_get_python_3_12(launch, capsys):
   commands = printed(launch, capsys, "install")
   assert "--python 3.12" in commands[-1][-2]
 
 
-# What the run on the stand-in's workers does: "python" of its venv.
+# The run of the stand-in's workers, in place of "python" of their venv.
 _FINISHES = """\
 mkdir -p $BUCKET/b/run
 [ $WORKER = 0 ] && printf '{"total_steps": 4, "finished_at": "%s"}' \\
@@ -114,8 +114,8 @@ _TRAIN = ("--", "--config=c.py:a b", "--workdir=gs://b/run")
 
 
 def _make_checkout(folder):
-  """A git repository with the launcher in its last commit."""
-  (folder / "dpo_jax").mkdir(parents=True)
+  """Makes a git repository with the launcher in its last commit."""
+  (folder / "dpo_jax" / "planning").mkdir(parents=True)
   shutil.copytree(
     _ROOT / "scripts",
     folder / "scripts",
@@ -161,7 +161,7 @@ class Cloud:
     _make_checkout(self.checkout)
 
   def stage(self, name, *options, events=None):
-    """Runs a stage of the launcher: the finished process."""
+    """Runs a stage of the launcher, and returns the finished process."""
     (self.folder / "events.json").write_text(json.dumps(events or {}))
     environment = os.environ | {
       "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"
@@ -184,7 +184,7 @@ class Cloud:
     )
 
   def watch(self, *options, **events):
-    """Watches: the exit code, and what was printed."""
+    """Watches; returns the exit code and the output."""
     waits = ("--poll_s=0.2", "--timeout_s=8")
     done = self.stage("watch", *waits, *options, *_TRAIN, events=events)
     return done.returncode, done.stdout + done.stderr
@@ -211,7 +211,7 @@ def cloud(tmp_path):
 
   (tmp_path / "cloud").mkdir()
   yield make
-  # Supervisors and runs that a test left on the workers.
+  # Kill supervisors and runs that a test left on the workers.
   for one in clouds:
     for name in ("run.pid", "run.child"):
       for path in (one.folder / "workers").glob(f"*/{name}"):
@@ -233,7 +233,7 @@ def cloud(tmp_path):
   ids=str,
 )
 def test_a_watch_deletes_when_the_run_is_finished(cloud, events):
-  """However often the connection is lost on the way."""
+  """Lost connections on the way do not change this."""
   found = cloud(_WAITS_THEN_FINISHES)
   code, text = found.watch(**events)
   assert code == 0, text
@@ -244,7 +244,7 @@ def test_a_watch_deletes_when_the_run_is_finished(cloud, events):
 
 
 @pytest.mark.slow
-def test_an_answer_that_comes_late_is_none(cloud):
+def test_a_late_answer_leaves_the_state_unknown(cloud):
   found = cloud(_FINISHES)
   code, text = found.watch("--timeout_s=3", describe=["ok", "slow"])
   assert code == 0 and "UNKNOWN, no answer after 3 s" in text
@@ -253,27 +253,27 @@ def test_an_answer_that_comes_late_is_none(cloud):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exit_code", [2, 137])
-def test_a_run_that_ends_with_an_error_leaves_the_machines(cloud, exit_code):
+def test_a_run_that_ends_with_an_error_keeps_the_machines(cloud, exit_code):
   found = cloud(f"echo 'no such flag'; exit {exit_code}\n")
   code, text = found.watch()
   assert code == exit_code and found.is_there
-  assert "no such flag" in text and "The machines stay, and cost" in text
-  # Nor are they deleted when it is looked at again, but if that is asked for.
+  assert "no such flag" in text and "The machines are kept" in text
+  # Another watch keeps them too, unless --delete is given.
   assert found.watch()[0] == exit_code and found.is_there
   assert found.watch("--delete")[0] == exit_code and not found.is_there
 
 
 @pytest.mark.slow
-def test_an_end_without_its_mark_leaves_the_machines(cloud):
+def test_an_end_without_finished_json_keeps_the_machines(cloud):
   found = cloud("exit 0\n")
   code, text = found.watch()
   assert code == 1 and found.is_there
-  assert "finished.json is not there" in text
+  assert "finished.json does not exist" in text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--delete",)], ids=str)
-def test_machines_that_cannot_be_installed_stay(cloud, options):
+def test_machines_that_cannot_be_installed_are_kept(cloud, options):
   found = cloud(_FINISHES)
   code, text = found.watch(*options, scp=["drop"] * 9)
   assert code == 255 and found.is_there
@@ -281,8 +281,8 @@ def test_machines_that_cannot_be_installed_stay(cloud, options):
 
 
 @pytest.mark.slow
-def test_a_spot_machine_that_was_taken_away_is_created_again(cloud):
-  """Its data are brought there again too."""
+def test_a_preempted_spot_machine_is_created_again(cloud):
+  """Its data are copied to it again too."""
   found = cloud(
     "[ $(grep -c create $BUCKET/../calls) = 2 ] || sleep 5\n"
     "[ -e local/pairs.jsonl ] || exit 9\n" + _FINISHES
@@ -306,7 +306,7 @@ def test_a_spot_machine_that_was_taken_away_is_created_again(cloud):
     (["ok", "FAILED: no quota in z"], ("--spot",), "failed: no quota in z"),
   ],
 )
-def test_what_will_not_come_stops_the_watch(cloud, events, options, message):
+def test_a_failed_request_stops_the_watch(cloud, events, options, message):
   found = cloud(_FINISHES)
   code, text = found.watch(*options, describe=events)
   assert code == 1 and message in text
@@ -323,8 +323,8 @@ def test_a_finished_run_is_not_created_again(cloud):
 
 
 @pytest.mark.slow
-def test_a_mark_older_than_the_machines_deletes_nothing(cloud):
-  """The run of before was finished; this one has more steps to take."""
+def test_finished_json_older_than_the_machines_deletes_nothing(cloud):
+  """An earlier run was finished; this one has more steps to take."""
   found = cloud("sleep 1\nexit 3\n")
   mark = found.folder / "buckets" / "b" / "run" / "finished.json"
   mark.parent.mkdir(parents=True)
@@ -337,8 +337,8 @@ def test_a_mark_older_than_the_machines_deletes_nothing(cloud):
 
 
 @pytest.mark.slow
-def test_a_run_outlives_the_connection_and_starts_again_when_it_is_lost(cloud):
-  """Its supervisor is killed; a watch finds that, and starts it once more."""
+def test_a_run_whose_supervisor_was_killed_is_restarted(cloud):
+  """The run outlives the connection; the watch finds that it is lost."""
   found = cloud("[ $(wc -l <$HOME/calls) = 1 ] && sleep 60\n" + _FINISHES)
   stage = found.stage
   assert stage("create").returncode == 0
@@ -355,7 +355,7 @@ def test_a_run_outlives_the_connection_and_starts_again_when_it_is_lost(cloud):
 
 
 @pytest.mark.slow
-def test_the_run_is_started_again_after_a_preemption_only(cloud):
+def test_the_supervisor_restarts_a_run_only_after_preemption(cloud):
   found = cloud("[ $(wc -l <$HOME/calls) -lt 3 ] && exit 75\nexit 3\n")
   code, _ = found.watch()
   assert code == 3 and found.is_there
@@ -363,7 +363,7 @@ def test_the_run_is_started_again_after_a_preemption_only(cloud):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_told_to_stop_is_left_stopped(cloud):
+def test_a_stopped_run_stays_stopped(cloud):
   """`stop` sends SIGTERM; the run exits with 75, and nothing is deleted."""
   found = cloud("trap 'exit 75' TERM\nsleep 60 & wait $!\n")
   watching = threading.Thread(
@@ -390,7 +390,7 @@ def files_below(folder):
   return {str(p.relative_to(folder)): p.read_text() for p in paths}
 
 
-def test_ship_makes_the_same_files_on_every_worker(cloud):
+def test_ship_gives_every_worker_the_same_files(cloud):
   found = cloud(_FINISHES)
   found.stage("create")
   model = found.checkout / "local" / "a model"
@@ -431,7 +431,7 @@ def test_ship_fails_when_a_copy_fails(cloud):
     (["gs://a/model", "gs://b/model/"], "two of --file would be local/model"),
   ],
 )
-def test_ship_refuses_what_workers_could_not_find(
+def test_ship_refuses_files_that_workers_could_not_find(
   launch, capsys, monkeypatch, files, message
 ):
   monkeypatch.chdir(_ROOT)
@@ -439,7 +439,7 @@ def test_ship_refuses_what_workers_could_not_find(
     printed(launch, capsys, "ship", *(f"--file={file}" for file in files))
 
 
-def test_install_stops_where_files_would_stay_behind(cloud):
+def test_install_refuses_uncommitted_files(cloud):
   found = cloud(_FINISHES)
   found.stage("create")
   assert found.stage("install").returncode == 0
@@ -457,7 +457,7 @@ def test_install_stops_where_files_would_stay_behind(cloud):
   assert found.count("scp") == copies + 1
 
 
-def test_status_tells_the_step_and_how_each_host_does(cloud):
+def test_status_prints_the_step_and_the_state_of_each_host(cloud):
   found = cloud(
     "printf 'dpo:   1%%\\rdpo:  50%%'\n"
     "[ $WORKER = 0 ] && sleep 60\n"
@@ -489,10 +489,10 @@ def wait_for(is_true):
     if is_true():
       return
     time.sleep(0.1)
-  raise AssertionError("it did not happen")
+  raise AssertionError("the condition did not become true in 20 s")
 
 
-def test_logs_show_the_last_state_of_a_bar_and_no_carriage_returns(cloud):
+def test_logs_show_only_the_last_state_of_a_bar(cloud):
   found = cloud(_FINISHES)
   found.stage("create")
   bar = "".join(f"\rdpo: {i}%" for i in range(300)) + "\n"
@@ -504,7 +504,7 @@ def test_logs_show_the_last_state_of_a_bar_and_no_carriage_returns(cloud):
   assert len(shown) == 100
 
 
-def test_a_followed_bar_is_a_line_each_period(launch, monkeypatch):
+def test_a_followed_bar_prints_one_line_each_period(launch, monkeypatch):
   clock = iter(range(100))
   monkeypatch.setattr(time, "monotonic", lambda: next(clock))
   pieces = io.StringIO("a\n\r1%\r2%\r3%\r4%\r5%\nb", newline="")
@@ -524,25 +524,25 @@ def test_a_followed_bar_is_a_line_each_period(launch, monkeypatch):
   ],
   ids=" ".join,
 )
-def test_options_that_a_stage_does_not_read_are_refused(launch, capsys, argv):
+def test_a_stage_refuses_options_that_it_does_not_read(launch, capsys, argv):
   with pytest.raises(SystemExit):
     printed(launch, capsys, *argv)
   assert f"not by {argv[0]}" in capsys.readouterr().err
 
 
-def test_a_workdir_on_one_workers_disk_is_refused(launch, capsys):
+def test_a_local_workdir_is_refused(launch, capsys):
   with pytest.raises(SystemExit, match="must be among the flags"):
     printed(launch, capsys, "train", "--", "--workdir=runs/here")
 
 
-def test_unknown_topologies_and_gke_only_ones_are_refused(launch, capsys):
+def test_topologies_that_cannot_be_rented_are_refused(launch, capsys):
   with pytest.raises(SystemExit, match="is unknown"):
     printed(launch, capsys, "create", "--topology=v9-1")
   with pytest.raises(SystemExit, match="Kubernetes"):
     printed(launch, capsys, "create", "--topology=tpu7x-8")
 
 
-def test_the_launcher_does_not_wait_for_jax():
+def test_the_launcher_does_not_import_jax():
   code = (
     "import runpy, sys; sys.argv = ['x', '--help']\n"
     f"try: runpy.run_path({str(_PATH)!r}, run_name='__main__')\n"

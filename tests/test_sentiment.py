@@ -1,4 +1,4 @@
-"""Experiments on text: their plans, and one run at the smallest size."""
+"""Sentiment: data, configs of all experiments, and one small sweep."""
 
 import gzip
 import importlib
@@ -12,7 +12,8 @@ from dpo_jax.data import sources, store, tokenizers
 from dpo_jax.judges.classifier import Classifier
 from dpo_jax.losses import CATALOGUE, build_objective
 from dpo_jax.training import samples
-from experiments import harness, imdb_sentiment, loss_ablation
+from experiments import imdb_sentiment, loss_ablation, sweep
+from experiments.sentiment import pairs, plan, reviews
 
 NAMES = (
   "exact_frontier",
@@ -25,11 +26,11 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("scale", harness.SCALES)
-def test_every_run_of_every_experiment_has_a_config_that_holds(name, scale):
+@pytest.mark.parametrize("scale", sweep.SCALES)
+def test_every_run_of_every_experiment_has_a_valid_config(name, scale):
   module = importlib.import_module(f"experiments.{name}")
-  settings = harness.Settings("W", scale, policy="gpt2", reviews="tfds")
-  runs = harness.in_order(module.runs(settings))
+  settings = sweep.Settings("W", scale, policy="gpt2", reviews="tfds")
+  runs = sweep.in_order(module.runs(settings))
   trained = [run for run in runs if run.config is not None]
   assert len(trained) > 5
   for run in trained:
@@ -38,17 +39,17 @@ def test_every_run_of_every_experiment_has_a_config_that_holds(name, scale):
     assert json.dumps(run.spec())
 
 
-def test_the_paper_s_scale_asks_for_its_policy():
+def test_paper_scale_requires_a_policy():
   with pytest.raises(ValueError, match="takes --policy=FOLDER"):
-    imdb_sentiment.runs(harness.Settings("W", "paper"))
+    imdb_sentiment.runs(sweep.Settings("W", "paper"))
 
 
-def test_every_loss_of_pairs_is_in_the_ablation():
+def test_the_ablation_has_every_loss_of_pairs():
   left_out = set(CATALOGUE) - set(loss_ablation.names())
   assert left_out == {"ppo", "reinforce", "reward_model"}
 
 
-def test_the_best_trial_of_a_loss_counts():
+def test_the_table_has_the_best_trial_of_each_loss():
   rows = [
     {"method": "dpo", "knob": "a", "reward": 1.0, "kl": 1.0, "share": 0.5},
     {"method": "dpo", "knob": "b", "reward": 2.0, "kl": 1.0, "share": 0.5},
@@ -62,8 +63,8 @@ def test_the_best_trial_of_a_loss_counts():
   ]
 
 
-def test_a_sample_that_was_cut_short_teaches_no_eos(tmp_path):
-  """Of four samples of a prompt one reached its end, id 257 of bytes."""
+def test_only_samples_that_ended_keep_their_eos_in_pairs(tmp_path):
+  """One of four samples ends with EOS, id 257 of the byte tokenizer."""
   responses = [[*b" a", 257], [*b" bcd"], [*b" efg"], [*b" hij"]]
   drawn = samples.Samples(
     prompts=[list(b"p")] * 4,
@@ -73,9 +74,9 @@ def test_a_sample_that_was_cut_short_teaches_no_eos(tmp_path):
     rewards=np.array([1.0, 3.0, 2.0, 2.0]),
   )
   tokenizer = tokenizers.load_tokenizer("bytes")
-  rows = list(imdb_sentiment._order_pairs(drawn, range(4), tokenizer.stop_ids))
-  pairs = [(row["chosen"], row["rejected"]) for row in rows]
-  assert pairs == [
+  rows = list(pairs.order_pairs(drawn, range(4), tokenizer.stop_ids))
+  ordered = [(row["chosen"], row["rejected"]) for row in rows]
+  assert ordered == [
     (" bcd", " a"),
     (" efg", " a"),
     (" hij", " a"),
@@ -91,24 +92,24 @@ def test_a_sample_that_was_cut_short_teaches_no_eos(tmp_path):
     str(tmp_path / "cache"),
   )
   ids = dict(zip(drawn.texts, responses, strict=True))
-  for index, (chosen, rejected) in enumerate(pairs):
+  for index, (chosen, rejected) in enumerate(ordered):
     parts = [part.tolist() for part in opened.group(index)[1:]]
     assert parts == [ids[chosen], ids[rejected]]
 
 
-def test_reviews_are_read_and_checked(tmp_path):
+def test_a_line_without_a_review_is_refused(tmp_path):
   path = tmp_path / "reviews.jsonl.gz"
   with gzip.open(path, "wt") as file:
     file.write('{"text": "good", "label": 1, "id": 3}\n{"text": "bad"}\n')
-  reviews = imdb_sentiment.read_reviews(str(path), 10)
-  assert next(reviews) == {"text": "good", "label": 1}
+  read = reviews.read_reviews(str(path), 10)
+  assert next(read) == {"text": "good", "label": 1}
   with pytest.raises(ValueError, match=r"gz:2: a review is .* this has text"):
-    next(reviews)
+    next(read)
 
 
 @pytest.mark.slow
-def test_the_smallest_sweep_goes_through(in_haste, tmp_path, monkeypatch):
-  """Synthetic reviews; every method's way from prompts to a row."""
+def test_a_small_sweep_measures_every_method(in_haste, tmp_path, monkeypatch):
+  """Synthetic reviews, from prompts to the rows of every method."""
   small = dict(
     prompts=12,
     eval_prompts=4,
@@ -120,20 +121,20 @@ def test_the_smallest_sweep_goes_through(in_haste, tmp_path, monkeypatch):
     kl_targets=(3.0,),
     best_of=(2,),
   )
-  sizes = imdb_sentiment._SIZES["tiny"] | small
-  monkeypatch.setitem(imdb_sentiment._SIZES, "tiny", sizes)
-  # A policy of so few steps writes no word that the truth knows.
+  sizes = plan.SIZES["tiny"] | small
+  monkeypatch.setitem(plan.SIZES, "tiny", sizes)
+  # After so few steps the policy writes no word that the true reward knows.
   rng = np.random.default_rng(0)
   path = str(tmp_path / "judge.npz")
   Classifier(rng.normal(0, 2, 4096).astype(np.float32), 0.0).write(path)
-  for who in ("labeller", "gold"):
-    monkeypatch.setattr(imdb_sentiment._Plan, who, f"classifier:{path}")
-  monkeypatch.setattr(imdb_sentiment._Plan, "response_tokens", 16)
+  for judge in ("labeller", "gold"):
+    monkeypatch.setattr(plan.Plan, judge, f"classifier:{path}")
+  monkeypatch.setattr(plan.Plan, "response_tokens", 16)
   workdir = str(tmp_path)
-  runs = imdb_sentiment.runs(harness.Settings(workdir, "tiny"))
+  runs = imdb_sentiment.runs(sweep.Settings(workdir, "tiny"))
   tuning = next(run for run in runs if run.name == "reference")
   tuning.config.total_steps = 12
-  assert harness.execute(runs, harness.choose(runs), workdir) == {}
+  assert sweep.execute(runs, sweep.choose(runs), workdir) == {}
   found = imdb_sentiment.collect(workdir)
   assert not found.missing
   rows = [row for row in found.rows if "reward" in row]

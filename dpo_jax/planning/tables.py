@@ -104,7 +104,7 @@ def time_table(plan: Plan, request: Request) -> str:
   table = format_table(
     [{"time": name, "value": formatted(value)} for name, value in lines]
   )
-  return f"{table}\nbound by {slowest(plan)}"
+  return f"{table}\nbound by: {slowest(plan)}"
 
 
 def work_table(plan: Plan) -> str:

@@ -84,22 +84,24 @@ def test_a_classifier_learns_sentiment_and_comes_back_from_disk(tmp_path):
 
 
 def test_a_classifier_by_hand():
-  weights = np.zeros(64, np.float32)
-  for word in ("good", "film", "good film"):
-    weights[text_buckets(word, 64)] += 0.0
-  buckets = text_buckets("good film", 64)
-  weights[buckets] = 1.0
-  logit = Classifier(weights, 0.5).logits(["Good film!", ""])
-  wanted = 0.5 + len(buckets) / np.sqrt(len(text_buckets("Good film!", 64)))
-  assert logit[1] == 0.5
-  assert logit[0] >= 0.5 and wanted > 0.5
+  """Bias .5, weights 1 for "good", 2 for "film", 4 for "good film"."""
+  size = 2**20
+  (good,), (film,) = text_buckets("good", size), text_buckets("film", size)
+  buckets = text_buckets("Good film", size)
+  (both,) = set(buckets.tolist()) - {good, film}
+  weights = np.zeros(size, np.float32)
+  weights[[good, film, both]] = 1.0, 2.0, 4.0
+  logits = Classifier(weights, 0.5).logits(["Good film", "a good plot", ""])
+  # A text of 3 n-grams, one of 5 that shares only "good", and no n-grams.
+  wanted = [0.5 + 7 / 3**0.5, 0.5 + 1 / 5**0.5, 0.5]
+  np.testing.assert_allclose(logits, wanted, rtol=1e-6)
 
 
 def test_a_damaged_classifier_and_a_single_class_are_explained(tmp_path):
   path = tmp_path / "c.npz"
   Classifier(np.ones(1000, np.float32), 0.0).write(str(path))
   faults.truncate(path)
-  with pytest.raises(ValueError, match="is damaged, or is no classifier"):
+  with pytest.raises(ValueError, match="is damaged, or not a classifier"):
     judges.get_judge(f"classifier:{path}")
   with pytest.raises(FileNotFoundError, match="no such file"):
     judges.get_judge(f"classifier:{tmp_path}/none.npz")

@@ -193,7 +193,7 @@ def test_an_unreadable_program_is_not_one_without_collectives(
   for name in ("ICI at least", "DCN at least", "a step at MFU"):
     (line,) = [line for line in table if line.startswith(name)]
     assert line.endswith(hlo.UNREADABLE)
-  assert f"bound by what is {hlo.UNREADABLE}" in made.text
+  assert f"bound by: {hlo.UNREADABLE}" in made.text
   assert f"{hlo.UNREADABLE} ({jax.__version__}): " in made.text
   readable = make_report(Step(_STEP), monkeypatch)
   assert readable.received == 2 * 256 * 7 / 8

@@ -387,7 +387,7 @@ def test_our_log_is_shown_however_a_module_was_started(logs, capsys):
   absl_logging.set_verbosity(absl_logging.INFO)
   logging.getLogger().addHandler(absl_logging.get_absl_handler())
   command_line.show_logs()
-  for name in ("__main__", "dpo_jax.train", "experiments.harness"):
+  for name in ("__main__", "dpo_jax.train", "experiments.sweep"):
     logging.getLogger(name).info("from %s", name)
   logging.getLogger("other").info("noise")
   absl_logging.info("noise of Orbax")
@@ -396,7 +396,7 @@ def test_our_log_is_shown_however_a_module_was_started(logs, capsys):
   assert lines == [
     "from __main__",
     "from dpo_jax.train",
-    "from experiments.harness",
+    "from experiments.sweep",
     "warning: what matters",
   ]
 

@@ -1,15 +1,17 @@
-"""A sweep: finished once, resumed, locked, and honest about what it lacks."""
+"""Sweeps: each run is executed once, resumed, locked and reported."""
 
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from dpo_jax.config import default_config
 from dpo_jax.system.files import write_json
-from experiments import harness
-from experiments.harness import Run, Settings
+from experiments import sweep
+from experiments.sweep import Run
 from tests import faults
 
 
@@ -38,17 +40,17 @@ def make_sweep(calls, **inputs):
 
 
 def execute(runs, workdir, **choice):
-  return harness.execute(runs, harness.choose(runs, **choice), str(workdir))
+  return sweep.execute(runs, sweep.choose(runs, **choice), str(workdir))
 
 
-def test_runs_come_after_those_that_they_start_from_and_once(tmp_path):
+def test_each_run_is_executed_once_after_those_that_it_starts_from(tmp_path):
   calls = []
   runs = make_sweep(calls)
   assert execute(runs, tmp_path) == {}
   assert calls == ["a", "b"]
   assert execute(runs, tmp_path) == {}
   assert calls == ["a", "b"]
-  found = harness.collect(str(tmp_path))
+  found = sweep.collect(str(tmp_path))
   assert [(r["run"], r["reward"]) for r in found.rows] == [
     ("a", 1.0),
     ("b", 2.0),
@@ -57,31 +59,31 @@ def test_runs_come_after_those_that_they_start_from_and_once(tmp_path):
   assert found.missing == []
 
 
-def test_only_takes_what_a_run_starts_from():
+def test_only_includes_the_runs_that_a_run_starts_from():
   runs = [*make_sweep([]), Run("c", {})]
-  assert [r.name for r in harness.choose(runs, only=["b"])] == ["a", "b"]
+  assert [r.name for r in sweep.choose(runs, only=["b"])] == ["a", "b"]
   with pytest.raises(ValueError, match=r"no such run\. This .* a, c, b"):
-    harness.choose(runs, only=["d"])
+    sweep.choose(runs, only=["d"])
 
 
-def test_shards_share_the_sweep_out():
+def test_shards_divide_the_sweep_evenly():
   runs = [Run(str(i), {}) for i in range(7)]
-  parts = [harness.choose(runs, shard=f"{i}/3") for i in range(3)]
+  parts = [sweep.choose(runs, shard=f"{i}/3") for i in range(3)]
   assert sorted(r.name for part in parts for r in part) == list("0123456")
   assert max(map(len, parts)) - min(map(len, parts)) <= 1
   for wrong in ("3/3", "1", "a/b", "-1/2"):
     with pytest.raises(ValueError, match="must be i/n"):
-      harness.choose(runs, shard=wrong)
+      sweep.choose(runs, shard=wrong)
 
 
-def test_circles_and_doubles_are_refused():
+def test_cycles_and_repeated_names_are_refused():
   with pytest.raises(ValueError, match="names a run twice: a"):
-    harness.in_order([Run("a", {}), Run("a", {})])
+    sweep.in_order([Run("a", {}), Run("a", {})])
   with pytest.raises(ValueError, match="a after b\n  b after a"):
-    harness.in_order([Run("a", {}, after=("b",)), Run("b", {}, after=("a",))])
+    sweep.in_order([Run("a", {}, after=("b",)), Run("b", {}, after=("a",))])
 
 
-def test_a_changed_sweep_is_shown_and_refused_before_anything_is_done(tmp_path):
+def test_changed_inputs_are_refused_before_anything_is_executed(tmp_path):
   execute(make_sweep([], flips=0.1), tmp_path)
   calls = []
   with pytest.raises(
@@ -91,47 +93,46 @@ def test_a_changed_sweep_is_shown_and_refused_before_anything_is_done(tmp_path):
   assert calls == []
 
 
-def test_a_changed_config_is_a_change_but_not_where_it_is_logged(tmp_path):
+def test_a_changed_loss_is_refused_and_a_changed_log_is_not(tmp_path):
   def runs(**changes):
+    def work(folder):
+      raise FloatingPointError("stop before the training")
+
     config = default_config()
-    for key, value in changes.items():
-      node = config
-      *path, last = key.split("__")
-      for part in path:
-        node = node[part]
-      node[last] = value
-    return [Run("a", {}, config=config)]
+    config.update_from_flattened_dict(changes)
+    return [Run("a", {}, config=config, work=work)]
 
-  write_json(tmp_path / "a" / "spec.json", runs()[0].spec())
-  harness._check_unchanged(runs(log__every_steps=3), tmp_path)
+  stopped = {"a": "FloatingPointError: stop before the training"}
+  assert execute(runs(), tmp_path) == stopped
+  assert execute(runs(**{"log.every_steps": 3}), tmp_path) == stopped
   with pytest.raises(ValueError, match=r"config.loss.beta was None and is 0.3"):
-    harness._check_unchanged(runs(loss__beta=0.3), tmp_path)
+    execute(runs(**{"loss.beta": 0.3}), tmp_path)
 
 
-def test_a_failure_keeps_the_rest_and_says_who_waited_for_it(tmp_path):
+def test_a_failed_run_stops_only_those_that_start_from_it(tmp_path):
   runs = make_sweep([])
   fails = []
 
   def work(folder):
     if not fails:
-      raise FloatingPointError("no number")
+      raise FloatingPointError("not a number")
 
   runs[1] = Run("a", {"method": "a"}, work=work, measure=runs[1].measure)
   runs.append(Run("c", {"method": "c"}, measure=lambda f: [{"reward": 9.0}]))
   failures = execute(runs, tmp_path)
   assert failures == {
-    "a": "FloatingPointError: no number",
+    "a": "FloatingPointError: not a number",
     "b": "it starts from a, which failed",
   }
-  found = harness.collect(str(tmp_path))
+  found = sweep.collect(str(tmp_path))
   assert [row["run"] for row in found.rows] == ["c"]
   assert found.missing == [
-    "a: failed: FloatingPointError: no number",
+    "a: failed: FloatingPointError: not a number",
     "b: not started",
   ]
   fails.append("no more")
   assert execute(runs, tmp_path) == {}
-  assert not harness.collect(str(tmp_path)).missing
+  assert not sweep.collect(str(tmp_path)).missing
 
 
 def test_a_half_finished_run_is_reported_with_its_step(tmp_path):
@@ -141,30 +142,33 @@ def test_a_half_finished_run_is_reported_with_its_step(tmp_path):
   write_json(folder / "spec.json", {})
   write_json(folder / "config.json", {"total_steps": 50})
   (folder / "metrics.jsonl").write_text('{"step": 20, "split": "train"}\n')
-  found = harness.collect(str(tmp_path))
+  found = sweep.collect(str(tmp_path))
   assert found.missing == ["a: half-finished: step 20 of 50"]
   with pytest.raises(FileNotFoundError, match="holds no sweep"):
-    harness.collect(str(tmp_path / "elsewhere"))
+    sweep.collect(str(tmp_path / "elsewhere"))
 
 
-def _hold(folder, is_held, may_go):
-  with harness._lock(folder):
+def _hold(workdir, is_held, may_end):
+  """Executes run `a`, and waits in the middle of it."""
+
+  def work(folder):
     is_held.set()
-    may_go.wait(60)
+    may_end.wait(60)
+
+  runs = [Run("a", {"method": "a", "seed": 0}, work=work)]
+  sweep.execute(runs, runs, workdir)
 
 
-def test_two_workers_on_one_run_are_told_of_each_other(tmp_path):
+def test_a_second_worker_on_a_run_is_refused_until_the_first_ends(tmp_path):
   context = multiprocessing.get_context("spawn")
-  is_held, may_go = context.Event(), context.Event()
+  is_held, may_end = context.Event(), context.Event()
   other = context.Process(
-    target=_hold, args=(tmp_path / "a", is_held, may_go), daemon=True
+    target=_hold, args=(str(tmp_path), is_held, may_end), daemon=True
   )
   other.start()
   assert is_held.wait(60)
   runs = make_sweep([])
-  with pytest.raises(
-    harness.Locked, match=rf"process {other.pid} on .*--shard"
-  ):
+  with pytest.raises(sweep.Locked, match=rf"process {other.pid} on .*--shard"):
     execute(runs, tmp_path)
   other.kill()
   other.join()
@@ -177,7 +181,7 @@ def test_mean_and_spread_over_seeds():
     {"method": "x", "seed": 1, "reward": 3.0, "kl": None},
     {"method": "y", "seed": 0, "reward": 7.0},
   ]
-  x, y = harness.mean_and_spread(rows, ["method"], ["reward", "kl"])
+  x, y = sweep.mean_and_spread(rows, ["method"], ["reward", "kl"])
   assert (x["seeds"], x["reward"], x["kl"]) == (2, 2.0, 5.0)
   assert x["reward_spread"] == pytest.approx(2**0.5)
   assert (y["seeds"], y["reward_spread"]) == (1, 0.0)
@@ -188,7 +192,7 @@ def test_estimate_by_hand():
   config.policy.preset = "tiny"
   config.data.max_tokens, config.data.max_prompt_tokens = 100, 50
   config.batch_size, config.total_steps = 10, 7
-  row = harness.estimate([Run("a", {}, config=config)], "tiny")[0]
+  row = sweep.estimate([Run("a", {}, config=config)], "tiny")[0]
   layer = 64 * 16 * 2 * (4 + 2) + 3 * 64 * 160 + 2 * 64
   params = 384 * 64 + 2 * layer + 64
   assert float(row["FLOPs"]) == pytest.approx(
@@ -197,9 +201,9 @@ def test_estimate_by_hand():
   assert row["hours"] > 8 / 3600
 
 
-def test_csv_has_every_column(tmp_path):
+def test_csv_has_every_column_of_every_row(tmp_path):
   path = tmp_path / "rows.csv"
-  harness.write_csv([{"a": 1}, {"b": "x"}], str(path))
+  sweep.write_csv([{"a": 1}, {"b": "x"}], str(path))
   assert path.read_text().splitlines() == ["a,b", "1,", ",x"]
 
 
@@ -211,17 +215,17 @@ def test_csv_has_every_column(tmp_path):
     ("--xla_backend_optimization_level=3", None),
   ],
 )
-def test_a_lower_level_of_compilation_is_asked_for_unless_one_is_given(
+def test_compile_soon_keeps_a_given_optimization_level(
   given, then, monkeypatch
 ):
   monkeypatch.setenv("XLA_FLAGS", given)
-  harness.compile_soon()
+  sweep.compile_soon()
   assert os.environ["XLA_FLAGS"] == (then or given)
 
 
 _SWEEP = """
 import sys
-from experiments import harness
+from experiments import sweep
 from tests import tiny
 from dpo_jax.records.metrics import read_metrics
 
@@ -237,22 +241,22 @@ def config(workdir, init):
   return made
 
 workdir = sys.argv[1]
-harness.compile_once(sys.argv[2])
+sweep.compile_once(sys.argv[2])
 runs = [
-  harness.Run("one", {"method": "one"}, config(workdir, "random"),
+  sweep.Run("one", {"method": "one"}, config(workdir, "random"),
               measure=measure),
-  harness.Run("two", {"method": "two"},
+  sweep.Run("two", {"method": "two"},
               config(workdir, f"run:{workdir}/one"), after=("one",),
               measure=measure),
 ]
-print("failures", harness.execute(runs, harness.choose(runs), workdir))
+print("failures", sweep.execute(runs, sweep.choose(runs), workdir))
 """
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_in_the_middle_gives_the_same_table(tmp_path):
+def test_a_killed_sweep_resumes_to_the_same_rows(tmp_path):
   def rows(name):
-    found = harness.collect(str(tmp_path / name))
+    found = sweep.collect(str(tmp_path / name))
     assert not found.missing
     timed = ("groups_per_second", "tokens_per_second", "host_wait_fraction")
     return [
@@ -277,7 +281,7 @@ def test_a_sweep_killed_in_the_middle_gives_the_same_table(tmp_path):
     signal.SIGKILL,
   )
   assert code == -signal.SIGKILL
-  found = harness.collect(str(tmp_path / "killed"))
+  found = sweep.collect(str(tmp_path / "killed"))
   assert [row["run"] for row in found.rows] == ["one"]
   assert found.missing[0].startswith("two: half-finished: step")
   again = run("killed")
@@ -285,19 +289,23 @@ def test_a_sweep_killed_in_the_middle_gives_the_same_table(tmp_path):
   assert rows("killed") == rows("whole")
 
 
-def test_the_command_line_prints_what_a_sweep_costs(tmp_path, capsys):
-  class Experiment:
-    @staticmethod
-    def runs(settings: Settings):
-      assert settings.scale == "tiny"
-      config = default_config()
-      return [Run("a", {}, config=config), Run("b", {}, after=("a",))]
-
-  class Options:
-    workdir, scale, policy, reviews = str(tmp_path / "w"), "tiny", "", ""
-    plot, dry_run, only, shard = False, True, [], "0/1"
-
-  assert harness._command(Experiment, None, "name", Options) == 0
-  out = capsys.readouterr().out
-  assert "2 runs," in out and "2 CPU cores" in out
+@pytest.mark.slow
+def test_dry_run_prints_the_cost_and_writes_nothing(tmp_path):
+  """With `--only`, the 3 runs are DPO and the two that it starts from."""
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "experiments.beta_ablation", "--dry_run"),
+      *(f"--workdir={tmp_path}/w", "--only=dpo_0.5_s0"),
+    ],
+    cwd=faults.ROOT,
+    env=faults.environment(),
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  lines = done.stdout.splitlines()
+  names = [line.split()[0] for line in lines[-5:-2]]
+  assert names == ["reference", "pairs_bradley_terry_0_s0", "dpo_0.5_s0"]
+  assert lines[-1].startswith("3 runs, ")
+  assert lines[-1].endswith(" hours on 2 CPU cores")
   assert not (tmp_path / "w").exists()

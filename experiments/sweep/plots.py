@@ -1,0 +1,74 @@
+"""Draws rows that are averaged over seeds, and saves plots."""
+
+from collections.abc import Sequence
+import os
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from experiments.sweep.report import write_csv
+from experiments.sweep.runs import Row
+
+
+def colour(number: int) -> Any:
+  """Returns the colour of a plot's line; the first twenty differ."""
+  # The ten strong colours of tab20, then their ten pale ones.
+  strong, pale = range(0, 20, 2), range(1, 20, 2)
+  return matplotlib.colormaps["tab20"]([*strong, *pale][number % 20])
+
+
+def draw(
+  axis: Any,
+  rows: Sequence[Row],
+  x: str,
+  y: str,
+  *,
+  by: str = "method",
+) -> None:
+  """Draws a line for each value of `by`, with the spread over seeds as bars.
+
+  Args:
+    axis: matplotlib axes.
+    rows: means and spreads, from `mean_and_spread`.
+    x: column on the horizontal axis.
+    y: column on the vertical axis.
+    by: column whose values are the lines.
+  """
+  for number, name in enumerate(dict.fromkeys(row[by] for row in rows)):
+    mine = sorted((r for r in rows if r[by] == name), key=lambda r: r[x])
+    axis.errorbar(
+      [r[x] for r in mine],
+      [r[y] for r in mine],
+      yerr=[r.get(f"{y}_spread", 0.0) for r in mine],
+      xerr=[r.get(f"{x}_spread", 0.0) for r in mine],
+      marker="os^Dv"[number % 5],
+      color=colour(number),
+      linestyle=":" if number < 10 else "-.",
+      markersize=5,
+      capsize=2,
+      label=str(name),
+    )
+  axis.grid(alpha=0.3)
+
+
+def save_figure(figure: Any, rows: Sequence[Row], path: str) -> list[str]:
+  """Writes PATH.png, PATH.pdf and the rows as PATH.csv; closes the figure.
+
+  Args:
+    figure: matplotlib figure.
+    rows: data that it shows.
+    path: path without an extension.
+
+  Returns:
+    The three paths.
+  """
+  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+  figure.savefig(f"{path}.png", dpi=90)
+  # Without the date the same rows give the same file.
+  figure.savefig(f"{path}.pdf", metadata={"CreationDate": None})
+  plt.close(figure)
+  write_csv(rows, f"{path}.csv")
+  return [f"{path}.{extension}" for extension in ("png", "pdf", "csv")]
