@@ -111,12 +111,17 @@ def _optional(source: str, **properties: Any) -> Any:
   return dataclasses.field(default=None, metadata={"optional": field})
 
 
+def _absent() -> Any:
+  return dataclasses.field(default=None)
+
+
 @flax.struct.dataclass
 class Sequences:
   """Inputs of a loss: one value for each response of each group.
 
   Fields below `valid` are optional. They are computed only for losses that read
-  them, as FIELDS describes.
+  them, as FIELDS describes, and are None otherwise. Their type is that which
+  such a loss finds.
 
   Attributes:
     logps: f32 [B, K], log pi(y|x) summed over scored tokens, nats.
@@ -154,38 +159,32 @@ class Sequences:
   num_tokens: jax.Array
   score: jax.Array
   valid: jax.Array
-  ref_logps: jax.Array | None = _optional("reference", sums="ref_logps")
-  head_logps: jax.Array | None = _optional("policy", sums="logps", mask="head")
-  ref_head_logps: jax.Array | None = _optional(
+  ref_logps: jax.Array = _optional("reference", sums="ref_logps")
+  head_logps: jax.Array = _optional("policy", sums="logps", mask="head")
+  ref_head_logps: jax.Array = _optional(
     "live_reference", sums="ref_logps", mask="head"
   )
-  sampled_logps: jax.Array | None = _optional(
-    "policy", sums="logps", mask="sampled"
-  )
-  ref_sampled_logps: jax.Array | None = _optional(
+  sampled_logps: jax.Array = _optional("policy", sums="logps", mask="sampled")
+  ref_sampled_logps: jax.Array = _optional(
     "live_reference", sums="ref_logps", mask="sampled"
   )
-  mismatched_logps: jax.Array | None = _optional("mismatched")
-  mismatched_ref_logps: jax.Array | None = _optional("mismatched")
-  complement_logps: jax.Array | None = _optional(
-    "policy", sums="complement_logps"
-  )
-  alignment: jax.Array | None = _optional(
-    "policy", sums="alignment", is_mean=True
-  )
-  kl: jax.Array | None = _optional("live_reference", sums="kl")
-  values: jax.Array | None = _optional("values", reads_value_head=True)
-  token_mask: jax.Array | None = _optional("tokens")
-  token_logps: jax.Array | None = _optional("tokens")
-  token_values: jax.Array | None = _optional("tokens", reads_value_head=True)
-  ref_token_logps: jax.Array | None = _optional("tokens")
-  old_logps: jax.Array | None = _optional("on_policy")
-  old_token_logps: jax.Array | None = _optional("on_policy")
-  old_token_values: jax.Array | None = _optional("on_policy")
-  advantages: jax.Array | None = _optional("on_policy")
-  returns: jax.Array | None = _optional("on_policy")
-  num_groups: jax.Array | None = None
-  total_tokens: jax.Array | None = None
+  mismatched_logps: jax.Array = _optional("mismatched")
+  mismatched_ref_logps: jax.Array = _optional("mismatched")
+  complement_logps: jax.Array = _optional("policy", sums="complement_logps")
+  alignment: jax.Array = _optional("policy", sums="alignment", is_mean=True)
+  kl: jax.Array = _optional("live_reference", sums="kl")
+  values: jax.Array = _optional("values", reads_value_head=True)
+  token_mask: jax.Array = _optional("tokens")
+  token_logps: jax.Array = _optional("tokens")
+  token_values: jax.Array = _optional("tokens", reads_value_head=True)
+  ref_token_logps: jax.Array = _optional("tokens")
+  old_logps: jax.Array = _optional("on_policy")
+  old_token_logps: jax.Array = _optional("on_policy")
+  old_token_values: jax.Array = _optional("on_policy")
+  advantages: jax.Array = _optional("on_policy")
+  returns: jax.Array = _optional("on_policy")
+  num_groups: jax.Array = _absent()
+  total_tokens: jax.Array = _absent()
 
 
 # The optional fields of Sequences.

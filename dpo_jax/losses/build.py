@@ -156,7 +156,8 @@ def _limits(row: Loss) -> dict[str, Any]:
   A knob that is read only under a condition keeps its default from there:
   otherwise it could neither be set nor left out.
   """
-  ranges, conditions, defaults = {}, [], dict(row.defaults)
+  ranges: dict[str, Any] = {}
+  conditions, defaults = [], dict(row.defaults)
   for part in ("reward", "link"):
     name = getattr(row, part)
     own = knobs_of(getattr(row, f"{part}_row").function)

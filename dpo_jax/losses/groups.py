@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.losses.links.unpaired import is_desirable
-from dpo_jax.types import Sequences
+from dpo_jax.types import Array, Sequences
 
 Metrics = dict[str, jax.Array]
 
@@ -103,7 +103,7 @@ class Group:
   is_ordered: bool = False
   needs_desirable: bool = False
 
-  def valid_groups(self, valid: jax.Array) -> jax.Array:
+  def valid_groups(self, valid: Array) -> Array:
     """Returns which groups the loss can read: bool [B, K] -> bool [B]."""
     return valid[:, : self.num_slots].sum(-1) >= self.fewest
 

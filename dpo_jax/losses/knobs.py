@@ -57,7 +57,9 @@ class Knob:
       raise ValueError(
         f"{key}={value!r} must be one of {', '.join(self.choices)}"
       )
-    if self.type in (int, float) and not self._is_within(value):
+    if self.type not in (int, float):
+      return
+    if isinstance(value, int | float) and not self._is_within(value):
       raise ValueError(f"{key}={value} is outside {self.interval}{about}")
 
   def _is_within(self, value: float) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_jax.losses.catalogue.row import Loss, knobs_of
 from dpo_jax.losses.groups import GROUPS, Group, Metrics
-from dpo_jax.types import Sequences
+from dpo_jax.types import Array, Sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Objective:
     make = self.loss.link_row.init
     return make() if make else ()
 
-  def valid_groups(self, valid: jax.Array) -> jax.Array:
+  def valid_groups(self, valid: Array) -> Array:
     """Returns which groups the loss can read: bool [B, K] -> bool [B].
 
     A ranking needs two responses, samples one, and every other loss all slots
@@ -94,7 +94,7 @@ class Objective:
       "undesirable_response", a single response with label False, for a loss
       that makes responses more likely. A tie within a longer ranking is kept.
     """
-    reasons = {"too_few_responses": ~self.valid_groups(present)}
+    reasons = {"too_few_responses": ~np.asarray(self.valid_groups(present))}
     if self._group.is_ordered:
       highest = np.where(present, score, -np.inf).max(1)
       lowest = np.where(present, score, np.inf).min(1)
@@ -201,11 +201,12 @@ class Objective:
       return link.function(rewards, sequences, loss_state, **knobs)
     return link.function(rewards, sequences, **knobs), loss_state
 
-  def _counted(self, sequences: Sequences, is_valid: jax.Array) -> Sequences:
+  def _counted(self, sequences: Sequences, is_valid: Array) -> Sequences:
     """Fills in the size of the batch if these sequences are all of it."""
     if sequences.num_groups is not None:
       return sequences
-    return sequences.replace(
+    return dataclasses.replace(
+      sequences,
       num_groups=is_valid.sum(),
       total_tokens=self.scored_tokens(sequences.num_tokens, sequences.valid),
     )
@@ -253,12 +254,13 @@ def _blank(sequences: Sequences) -> Sequences:
     mask = {1: valid[:, 0], 2: valid, 3: valid[..., None]}[x.ndim]
     return jnp.where(mask, x, 0)
 
-  return sequences.replace(
+  return dataclasses.replace(
+    sequences,
     **{
       field.name: blank(getattr(sequences, field.name))
       for field in dataclasses.fields(sequences)
       if field.name != "valid"
-    }
+    },
   )
 
 
@@ -304,12 +306,13 @@ class WeightedSum:
   @property
   def num_slots(self) -> int | None:
     slots = [term.num_slots for _, term in self.terms]
-    return None if None in slots else max(slots)
+    counts = [count for count in slots if count is not None]
+    return None if len(counts) < len(slots) else max(counts)
 
   def init(self) -> Any:
     return tuple(term.init() for _, term in self.terms)
 
-  def valid_groups(self, valid: jax.Array) -> jax.Array:
+  def valid_groups(self, valid: Array) -> Array:
     masks = [term.valid_groups(valid) for _, term in self.terms]
     return functools.reduce(operator.and_, masks)
 
@@ -338,9 +341,11 @@ class WeightedSum:
     """As `Objective.apply`."""
     is_valid = self.valid_groups(sequences.valid)
     # A group counts only if every term can read it.
-    sequences = sequences.replace(valid=sequences.valid & is_valid[:, None])
+    valid = sequences.valid & is_valid[:, None]
+    sequences = dataclasses.replace(sequences, valid=valid)
     total = jnp.zeros(is_valid.shape)
-    metrics, states = {}, []
+    metrics: Metrics = {}
+    states = []
     for (weight, term), state in zip(self.terms, loss_state, strict=True):
       per_group, term_metrics, state = term.apply(sequences, state)
       total += weight * per_group

@@ -70,7 +70,8 @@ def binary(
   z = beta * rewards[:, 0]
   is_good = is_desirable(sequences)
   is_valid = sequences.valid[:, 0]
-  new_state, shift, seen = {}, 0.0, 0.0
+  new_state: State = {}
+  shift = seen = jnp.zeros(())
   for name, mask in (
     ("desirable", is_valid & is_good),
     ("undesirable", is_valid & ~is_good),
