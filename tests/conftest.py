@@ -126,7 +126,7 @@ def on_one_device():
 
 @pytest.fixture
 def on_all_devices(on_one_device, monkeypatch):
-  """Of tests on one device, one whose subject is the layout over all."""
+  """Gives a test all devices, in a module whose tests run on one."""
   monkeypatch.setattr(mesh_lib, "make_mesh", _make_mesh)
 
 

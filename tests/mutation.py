@@ -91,9 +91,9 @@ class Mutant:
   Attributes:
     path: file, relative to the root.
     line: line of the change.
-    change: what was changed, for a reader.
+    change: description of the change.
     text: whole file with the change.
-    tests: test files that are to find it.
+    tests: test files that should find it.
   """
 
   path: str

@@ -49,7 +49,7 @@ for step in range(start + 1, start + 1000):
 
 
 def said(output, word):
-  """Numbers behind a word at the beginning of a line."""
+  """Numbers after a word at the beginning of a line."""
   return [
     int(line.split()[1])
     for line in output.splitlines()
@@ -67,8 +67,8 @@ def test_a_kill_loses_no_acknowledged_checkpoint(tmp_path):
     while not first.startswith("restored"):
       assert first, process.wait()
       first = process.stdout.readline()
-    # Nothing that was acknowledged is lost; a step whose manifest was written
-    # just before the kill may be there although nobody was told.
+    # Nothing that was acknowledged is lost. A step whose manifest was written
+    # just before the kill may exist without an acknowledgement.
     assert int(first.split()[1]) in (safe, safe + 1), first
     # At any moment of a save, however fast this machine is just now.
     output, start = first, time.monotonic()
@@ -88,7 +88,7 @@ def test_a_kill_loses_no_acknowledged_checkpoint(tmp_path):
       verify(tmp_path / "checkpoints" / str(latest))
     )
   assert safe >= 10
-  assert killed_in_a_save >= 2  # else these kills prove nothing
+  assert killed_in_a_save >= 2  # otherwise these kills prove nothing
 
 
 _TRAINER = """

@@ -56,7 +56,7 @@ def make_config(**overrides):
 
 
 def read_state(workdir, step):
-  """All arrays of a checkpoint, as they lie on the disk, by their paths."""
+  """All arrays of a checkpoint on the disk, by their paths."""
   folder = pathlib.Path(workdir) / "checkpoints" / str(step)
   tree = ocp.v1.load_checkpointables(folder)
   return {
@@ -141,7 +141,7 @@ def note_order(monkeypatch):
 
 
 def check_resume(monkeypatch, workdir, config, stop):
-  """A run that is stopped and goes on is the run that was not stopped."""
+  """A run that is stopped and resumed equals one that was not stopped."""
   whole, parts = workdir / "whole", workdir / "parts"
   order = note_order(monkeypatch)
   figures = train(config, whole)
@@ -320,7 +320,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
   assert "last good checkpoint is step 4;" in message
   run = build_run(config, Workdir.at(tmp_path))
   assert str(run.data.train.order(4)[:8].tolist()) in message
-  # The bad step is not in the record, and the run goes on without the fault.
+  # The bad step is not recorded, and the run resumes without the fault.
   assert [row["step"] for row in curve(tmp_path / "parts")] == [1, 2, 3, 4]
   train(config, tmp_path / "parts")
   train(config, tmp_path / "whole")
@@ -386,7 +386,7 @@ def test_a_policy_that_does_not_start_as_its_reference_is_stopped(
 def test_bfloat16_starts_with_cached_log_probs_and_tells_their_rounding(
   tmp_path, caplog, seed, batch_size
 ):
-  """Scoring and training round apart, which is no reason to stop."""
+  """Scoring and training round differently, which does not stop a run."""
   config = make_config(
     seed=seed,
     batch_size=batch_size,
@@ -402,7 +402,7 @@ def test_bfloat16_starts_with_cached_log_probs_and_tells_their_rounding(
 
 
 def change_cache(folder, change):
-  """Writes what is cached anew, with a manifest that agrees with it."""
+  """Writes changed values to a cache, with a manifest that agrees."""
   [path] = folder.glob("*.npy")
   layout = logps_cache.read_layout(folder, path.stem)
   logps = logps_cache.load_cache(folder, path.stem)
@@ -701,7 +701,7 @@ def test_the_mark_of_a_finished_run_comes_last(tmp_path, monkeypatch):
   assert seen == {"manifest": True, "eval": [0, 4], "samples": {0, 4}}
   mark = json.loads(path.read_text())
   assert mark["total_steps"] == 4 and mark["finished_at"].endswith("+00:00")
-  # A run that goes on is not finished; one that is over says so again.
+  # A resumed run is not finished until its last step.
   with monkeypatch.context() as patch:
     change_batches(patch, lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -164,7 +164,7 @@ def make_sequences(
   Args:
     num_slots: K.
     num: B.
-    seed: of the random numbers.
+    seed: seed of the random numbers.
     scale: standard deviation of the log-ratios, nats.
   """
   rng = np.random.default_rng(seed)
@@ -274,7 +274,7 @@ def make_program(
 def naive_logps(
   policy: Policy, params, groups: list[list[np.ndarray]]
 ) -> np.ndarray:
-  """f64 [N, K]: each response alone behind its prompt, all logits, a loop."""
+  """f64 [N, K]: each response alone after its prompt, all logits, a loop."""
   width = max(len(g[0]) + len(r) for g in groups for r in g[1:])
   rows = [np.concatenate([g[0], r]) for g in groups for r in g[1:]]
   tokens = np.stack([np.pad(row, (0, width - len(row))) for row in rows])

@@ -24,7 +24,7 @@ class Check:
     measure: report of a source, or loaders of a training and a held-out set,
       -> value.
     limit: value above which it acts.
-    message: what was found, with {value} as a number and {share} in per cent,
+    message: the finding, with {value} as a number and {share} in per cent,
       and how to fix it.
   """
 
@@ -43,7 +43,7 @@ class Result:
     value: measure.
     limit: value above which the check acts.
     action: "off", "warn" or "stop".
-    message: what was found and how to fix it; "" within the limit.
+    message: the finding and how to fix it; "" within the limit.
   """
 
   name: str

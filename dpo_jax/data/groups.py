@@ -259,8 +259,8 @@ def _encode(
   Args:
     examples: texts.
     tokenizer: encodes texts.
-    reads_tokens: whether special tokens that plain text spells become tokens,
-      not letters.
+    reads_tokens: whether a special token that is written out in the text, such
+      as '</s>', is encoded as that token and not as ordinary characters.
   """
   encoded: list[Any] = [None] * len(examples)
   for is_rendered in (False, True):

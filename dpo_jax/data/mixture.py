@@ -78,13 +78,13 @@ class Mixture:
     return np.array([of_group[i] for i in indices.tolist()])
 
   def keep(self, indices: np.ndarray) -> "Mixture":
-    """Returns the mixture of some of the groups.
+    """Restricts the mixture to some of its groups, with the same weights.
 
     Args:
       indices: i64 [N], groups to keep.
 
     Raises:
-      ValueError: a source without any of them.
+      ValueError: a source would have no group left.
     """
     parts = tuple(part[np.isin(part, indices)] for part in self.indices)
     for number, part in enumerate(parts):
@@ -96,7 +96,10 @@ class Mixture:
 
   @functools.cached_property
   def counts(self) -> np.ndarray:
-    """Draws of each source in a cycle, by largest remainder: i64 [S]."""
+    """Number of draws from each source in a cycle: i64 [S].
+
+    Shares of the weights, rounded by largest remainder.
+    """
     shares = np.array(self.weights) / sum(self.weights) * _CYCLE
     counts = np.floor(shares).astype(np.int64)
     rest = np.argsort(counts - shares, kind="stable")

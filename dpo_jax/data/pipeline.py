@@ -166,7 +166,7 @@ class Pipeline:
   def _hold_out(
     self, groups: Groups
   ) -> tuple[np.ndarray, dict[str, tuple[Groups, np.ndarray]]]:
-    """Returns the groups to train on, and each held-out set's by its name."""
+    """Returns the training indices, and name -> (groups, indices) held out."""
     settings = self.config.data
     sets = config_lib.eval_sets(settings)
     if any(sets.values()):

@@ -69,7 +69,7 @@ def settle_prompt(
 
 
 def _is_conversation(turns: Sequence[Message]) -> bool:
-  """Returns whether a response starts with the user's question."""
+  """Returns whether a response is a whole conversation, prompt included."""
   roles = [m["role"] for m in turns if m["role"] not in ("system", "developer")]
   return len(roles) > 1 and roles[0] == "user"
 

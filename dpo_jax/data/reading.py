@@ -292,7 +292,7 @@ def _unread_inputs(unread: Record, *, is_whole: bool) -> dict[str, str]:
 
   Args:
     unread: columns by name.
-    is_whole: whether the responses are messages: a question beside them is
+    is_whole: whether the responses are messages: a question next to them is
       the user's turn, which they hold.
   """
   return {

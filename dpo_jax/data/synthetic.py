@@ -129,11 +129,11 @@ def review_demonstrations(num: int, seed: int) -> Iterator[dict]:
 
 
 def review_pairs(num: int, seed: int) -> Iterator[dict]:
-  """Two reviews to a prompt, labelled by Bradley-Terry on `sentiment`.
+  """Yields two reviews to a prompt, labelled by Bradley-Terry on `sentiment`.
 
-  P(first is chosen) = sigmoid(r_first - r_second), so labels are as noisy as
-  the model of preferences behind DPO assumes. The two never score the same:
-  such a pair would teach nothing.
+  P(first is chosen) = sigmoid(r_first - r_second): labels are as noisy as DPO's
+  model of preferences assumes. The two reviews never score the same, because a
+  loss learns nothing from such a pair.
   """
   rng = random.Random(f"pairs {seed}")
   for _ in range(num):

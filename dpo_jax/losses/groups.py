@@ -44,7 +44,11 @@ def _label_metrics(
 def _order_metrics(
   values: Mapping[str, jax.Array], sequences: Sequences
 ) -> Metrics:
-  """Chosen is slot 0, rejected the mean of the others; a tie counts 0.5."""
+  """Computes margin and accuracy of each group's rewards, and their parts.
+
+  The chosen response is slot 0, the rejected one the mean of the other slots. A
+  tie counts 0.5 in the accuracy.
+  """
   others = sequences.valid.at[:, 0].set(False)
   count = jnp.maximum(others.sum(-1), 1)
   metrics = {}

@@ -279,7 +279,7 @@ class ModelConfig:
     return self.out_bias if projection == "attention_out" else self.mlp_bias
 
   def layer_norms(self) -> tuple[str, ...]:
-    """Returns the names of a layer's norms over D."""
+    """Returns the names of a layer's norms over the model width D."""
     names = []
     if self.pre_norm:
       names += ["attention_norm"]

@@ -144,7 +144,11 @@ def _initial(targets, num_shards, has_reference, names) -> _Running:
 
 
 def _join_shards(running: _Running) -> _Running:
-  """Joins the running values of the P shards: [..., P] -> [...]."""
+  """Combines the shards' running maxima and sums of exponentials.
+
+  Each has a last axis of the P vocabulary shards, which is reduced:
+  [..., P] -> [...].
+  """
   maxima = {name: x.max(-1) for name, x in running.items() if "max" in name}
   running = _rescale(running, {k: x[..., None] for k, x in maxima.items()})
   return {name: x.sum(-1) for name, x in running.items()} | maxima

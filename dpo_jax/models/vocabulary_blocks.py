@@ -171,14 +171,16 @@ class VocabularyBlocks:
   def scan(
     self, body: Callable[..., Any], carry: Any, *readouts: Readout | None
   ) -> Any:
-    """Visits all blocks: carry = body(carry, start, ids, *blocks).
+    """Loops over the blocks of the vocabulary.
+
+    carry = body(carry, start, ids, *blocks) for each block of columns.
 
     Args:
       body: function of the carry, the block's first column within each shard,
         the token ids of its columns, i32 [P, size], and a block of each of
         `readouts`.
       carry: initial carry.
-      readouts: output projections of the same shape, or None.
+      readouts: output projections of the same shape; any may be None.
 
     Returns:
       The last carry.

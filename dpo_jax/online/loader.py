@@ -302,7 +302,7 @@ class OnPolicyLoader:
     measured: dict[str, np.ndarray],
     kl_weight: float,
   ) -> dict[str, np.ndarray]:
-    """Returns the on-policy fields of Batch that the loss needs."""
+    """Computes the arrays of `Batch.on_policy` that the loss needs, by name."""
     fields = {}
     if "advantages" in self._program.objective.needs:
       fields = rollouts.advantage_fields(

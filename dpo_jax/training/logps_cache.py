@@ -25,8 +25,9 @@ def scoring_layout(
 ) -> dict[str, Any]:
   """Describes all that rounding depends on, apart from weights and data.
 
-  Two scorings of the same layout give the same bits. A GPU chooses its
-  algorithms again in every process, so there two processes never agree.
+  Two scorings with equal descriptions give the same bits. On a GPU XLA chooses
+  its algorithms again in every process, so there the description holds an id of
+  the process.
 
   Args:
     loader: loader of the groups that are scored.

@@ -74,7 +74,8 @@ class Program:
 
     Args:
       params: trained parameters.
-      ref_params: the same of the reference, or None.
+      ref_params: those parameters of the reference; None if no reference runs
+        in a step.
     """
     if self.reference_kind == "adapter_off" and ref_params is not None:
       ref_params = {}

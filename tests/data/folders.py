@@ -20,7 +20,7 @@ SENTENCES = (
   "the answer is no\n\nand the dog ran away",
   "what is the answer\n\nwhat does the cat say",
 ) * 8
-# Writes BOS and EOS itself, and a line break behind EOS, as many do.
+# Writes BOS, EOS and a line break after EOS itself, as many templates do.
 CHAT_TEMPLATE = (
   "{{ bos_token }}"
   "{% for m in messages %}"
@@ -78,11 +78,10 @@ def write_folder(
   """Writes a tokenizer's folder.
 
   Args:
-    folder: made if it is not there.
-    tokenizer: a byte-level one unless given.
-    puts_bos: whether a step of it puts a BOS before a text.
-    **config: what tokenizer_config.json says differently; None leaves a key
-      out.
+    folder: folder to make.
+    tokenizer: tokenizer; None: a byte-level one.
+    puts_bos: whether the tokenizer puts a BOS before a text.
+    **config: other values of tokenizer_config.json; None leaves a key out.
 
   Returns:
     The folder, for HFTokenizer.

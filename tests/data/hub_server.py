@@ -81,8 +81,8 @@ def serve(cache_dir: str, monkeypatch) -> Iterator[http.server.HTTPServer]:
   """Answers as the Hub until the context ends.
 
   Args:
-    cache_dir: folder of what huggingface_hub downloads.
-    monkeypatch: of the test.
+    cache_dir: folder for the downloads of huggingface_hub.
+    monkeypatch: fixture of the test.
 
   Yields:
     The server; its `repositories`, ORG/NAME -> branch -> path -> content, are

@@ -18,7 +18,7 @@ EXAMPLES = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def scored_contexts(batch):
-  """What each scored token is predicted from, by plain loops.
+  """Finds the context of each scored token by plain loops.
 
   Returns:
     (group, slot, context, target) of every scored token, counted. A context

@@ -168,7 +168,7 @@ def test_broken_line_is_named_and_reading_continues(
 
 
 def large_gz(path):
-  # Hard to compress, so that a damaged middle lies far from the header.
+  # Hard to compress, so a damaged middle is far from the header.
   records = [{"n": i, "digits": str(7 ** (500 + i))} for i in range(200)]
   return write_jsonl(path, records)
 

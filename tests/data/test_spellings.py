@@ -59,7 +59,7 @@ def test_only_the_template_writes_special_tokens(tokenizer, tmp_path):
   assert specials(prompt) == [BOS, USER, ASSISTANT]
   assert specials(chosen) == [EOS]
   assert chosen[-1] == EOS
-  # Nothing behind the spelled EOS is lost, and the tokens are those of text.
+  # Nothing after the spelled EOS is lost, and the tokens are those of text.
   plain = tokenizer.encode([SPELLED], is_rendered=False, is_continuation=True)[
     0
   ]

@@ -715,7 +715,7 @@ def test_mismatched_responses_are_those_of_other_groups():
   paired = mismatched.add_slot(store, seed=3, max_tokens=1000)
   responses = [store.group(i)[1].tolist() for i in range(len(store))]
   taken = [paired.group(i)[2].tolist() for i in range(len(store))]
-  # Every response is somebody's mismatch once, and nobody's is his own.
+  # Every response is a mismatch once, and never of its own group.
   assert sorted(taken) == sorted(responses)
   assert all(a != b for a, b in zip(taken, responses, strict=True))
   assert paired.score[:, 1].tolist() == [0.0] * len(store)

@@ -321,7 +321,7 @@ def test_no_child_outlives_its_template():
 
 
 def test_the_child_loads_no_jax():
-  """It starts for every run, and is no place for a device."""
+  """It starts for every run, and must not hold a device."""
   code = (
     "import sys, dpo_jax.data.templates;"
     "print({'jax', 'numpy', 'tokenizers', 'etils'} & set(sys.modules))"

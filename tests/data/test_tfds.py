@@ -45,7 +45,7 @@ def as_json(record):
 
 
 def records_of(spec):
-  """Records of a source, whatever their order."""
+  """Records of a source, sorted."""
   found = [record for _, record in sources.open_source(spec)]
   return sorted(found, key=as_json)
 

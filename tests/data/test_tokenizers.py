@@ -211,10 +211,8 @@ def piece_tokenizers(tmp_path):
 @pytest.mark.parametrize(
   "text", ["the cat", " the cat", "\nthe cat", "\n\nthe cat", "  the", "t", " "]
 )
-def test_a_response_keeps_its_border_whatever_a_tokenizer_prepends(
-  tmp_path, text
-):
-  """The pieces of a response spell it, and no space besides."""
+def test_a_tokenizer_prepends_nothing_to_a_response(tmp_path, text):
+  """The pieces of a response spell it, without an extra space."""
   for trained, tokenizer in piece_tokenizers(tmp_path):
     ids = encode(tokenizer, text)
     spelled = "".join(trained.id_to_token(i) for i in ids)
@@ -537,7 +535,7 @@ def test_stop_ids_are_the_eos_and_what_else_a_model_stops_at(tmp_path):
   folder = write_folder(tmp_path)
   assert HFTokenizer(folder).stop_ids == (1,)
   path = tmp_path / "generation_config.json"
-  # One of them is no token of this vocabulary.
+  # One of them is not in this vocabulary.
   path.write_text(json.dumps({"eos_token_id": [2, 1, 4, 9999]}))
   assert HFTokenizer(folder).stop_ids == (1, 2, 4)
   assert ByteTokenizer().stop_ids == (ByteTokenizer.eos_id,)

@@ -73,7 +73,7 @@ def test_the_last_turn_of_a_response_is_scored(tmp_path, tokenizer):
 
 
 def test_all_assistant_turns_of_a_response_are_scored(tmp_path, tokenizer):
-  """With their ends, and without the line breaks that nobody samples."""
+  """With their ends, and without line breaks that are never sampled."""
   opened = build([TALK], tmp_path, tokenizer, "all")
   assert spell(opened, 0, tokenizer) == [
     "<s><|user|>hi</s>\n<|assistant|>yes</s>\n<|user|>why</s>\n<|assistant|>",
@@ -127,7 +127,7 @@ def test_transcripts_split_at_the_first_difference(tmp_path, tokenizer):
     "[so</s>]\n<|user|>oh</s>\n<|assistant|>[well</s>]",
     "[no</s>]\n<|user|>oh</s>\n<|assistant|>[dog</s>]",
   ]
-  # The last turns do not stand behind one prompt, nor do a user's answers.
+  # The last turns do not follow one prompt, nor do a user's answers.
   with pytest.raises(ValueError, match="'prompts_differ': 1"):
     build([record], tmp_path, tokenizer, "last")
   other = {k: [user(k), answer("so")] for k in ("chosen", "rejected")}

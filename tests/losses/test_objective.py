@@ -96,7 +96,7 @@ def test_an_unread_knob_of_a_divergence_need_not_be_set_in_another_row():
 
 
 def test_scored_tokens_are_those_of_valid_groups():
-  """Of the first response, or of all samples; half a pair does not count."""
+  """The first response or all samples count; half a pair does not."""
   num_tokens = jnp.array([[5.0, 7.0], [11.0, 13.0], [17.0, 19.0]])
   valid = jnp.array([[True, True], [True, False], [True, True]])
   terms = [{"name": "dpo", "weight": 1.0}, {"name": "sft", "weight": 1.0}]

@@ -288,7 +288,7 @@ def test_an_init_that_names_nothing_is_refused(init, error, message):
 
 
 def test_a_branch_is_pinned_to_its_commit(tmp_path, monkeypatch, caplog):
-  """The config of the run records the commit, with which a resume goes on."""
+  """The config of the run records the commit, which a resume uses."""
   commits = ["1" * 40, "2" * 40]
   for commit in commits:
     write_model(tmp_path / commit)

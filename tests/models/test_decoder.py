@@ -75,7 +75,7 @@ def test_remat_changes_no_gradient(remat):
 
 
 def lower_gradient(**fields):
-  """Of a policy on packed rows."""
+  """Lowers the gradient of a policy on packed rows."""
   batch = tiny.pack(tiny.make_groups(4))
   policy = tiny.make_policy(attention="xla", activation="relu", **fields)
 
@@ -90,7 +90,7 @@ def lower_gradient(**fields):
 
 @pytest.mark.slow
 def test_remat_keeps_attention():
-  """Whose softmax is not computed once more; that of `full` is."""
+  """Its softmax is not computed again; with `full` it is."""
 
   def num_exponentials(remat):
     text = lower_gradient(remat=remat).compile().as_text()

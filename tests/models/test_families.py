@@ -54,7 +54,7 @@ def ragged():
 
 def our_logits(policy, params, tokens):
   """f32 [T, V] of one sequence; one program for all lengths up to 32."""
-  # What stands behind a token does not change its logits.
+  # Later tokens do not change the logits of a token.
   padded = np.pad(np.asarray(tokens), (0, 32 - len(tokens)))
   return _padded_logits(policy, params, padded.astype(np.int32))[: len(tokens)]
 

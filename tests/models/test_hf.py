@@ -254,7 +254,7 @@ def test_only_the_device_s_shard_is_read(folder, monkeypatch):
   shardings = partition_rules.param_shardings(policy.abstract_params(), mesh)
   huggingface.load_params(str(folder), policy, shardings)
   assert max(sizes) == 48 * 12 // 8
-  # What lies on several devices is read once.
+  # A tensor on several devices is read once.
   assert sizes.count(12) == len(["final"]) + 4 * len(["norms"])
 
 

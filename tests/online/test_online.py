@@ -220,7 +220,7 @@ def run_config(folder, loss, **overrides):
 
 
 def figures(workdir):
-  """Of all steps and samplings, without those of the clock."""
+  """Metrics of all steps and samplings, without rates."""
   rows = read_metrics(workdir, "train") + read_metrics(workdir, "online")
   return [
     {

@@ -237,7 +237,7 @@ def test_an_axis_that_is_not_named_is_one():
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-  """What arranging slices looks at."""
+  """A device with the attributes that `arrange_slices` reads."""
 
   id: int
   slice_index: int

@@ -138,8 +138,8 @@ class Step:
   """A step in XLA's words.
 
   Attributes:
-    text: of the compiled program.
-    error: message of a compilation that fails, if not "".
+    text: text of the compiled program.
+    error: message of a failed compilation, or "".
     peak: bytes of a device.
   """
 

@@ -110,7 +110,7 @@ def save_steps(workdir, steps, metrics=None, **fields):
 
 
 def restored_step(workdir, **fields):
-  """Step that a run would go on from; its state is looked at."""
+  """Step that a run would resume from, after a check of its state."""
   checkpoints = open_checkpoints(workdir, **fields)
   state = checkpoints.restore(small_target())
   checkpoints.close()

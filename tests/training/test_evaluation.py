@@ -1,4 +1,4 @@
-"""Held-out figures are exact, whatever the batches; judges are watched."""
+"""Held-out metrics are exact for any batches; judges are checked."""
 
 import dataclasses
 import types
@@ -333,7 +333,7 @@ def test_prompts_that_leave_no_room_are_passed_over():
 
 
 def test_a_mean_over_tokens_counts_scored_ones(models):
-  """Where some turns are only read."""
+  """Some turns are read but not scored."""
   masks = tiny.make_masks(models.groups)
   loader = tiny.make_loader(models.groups, 4)
   flags = [

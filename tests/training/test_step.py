@@ -1,4 +1,4 @@
-"""What a loss may ask of the step beyond sums, and the batch as a whole."""
+"""Optional fields of a loss, and gradients over microbatches."""
 
 import functools
 import re
@@ -283,7 +283,7 @@ def test_references_that_cannot_be_are_refused(loss, settings, message):
 
 
 def test_a_gradient_weight_is_of_all_sums_that_a_loss_reads():
-  """Where every token is in every sum, these losses pull as DPO does."""
+  """If every sum has every token, these losses have the weight of DPO."""
   sequences = tiny.make_sequences(2)
   sequences = sequences.replace(
     head_logps=sequences.logps,
@@ -333,7 +333,7 @@ def test_other_losses_come_from_the_same_forward_pass(model):
       own["reward/margin"][is_valid],
       rtol=1e-5,
     )
-  # IPO's pull is 2 |D - 1 / (2 tau)|.
+  # The gradient weight of IPO is 2 |D - 1 / (2 tau)|.
   log_ratios = np.asarray(sequences.logps - sequences.ref_logps, np.float64)
   margin = log_ratios[:, 0] - log_ratios[:, 1]
   np.testing.assert_allclose(

@@ -348,7 +348,11 @@ def _write_window(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _write_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
-  """Writes the older keys, which all readers of config.json still accept."""
+  """Returns the keys of rotary positions for config.json.
+
+  They have their older names (`rope_theta`, not `rope_parameters`), which all
+  versions of transformers read.
+  """
   raw: dict[str, Any] = {family.theta_key: config.rope_theta}
   if config.local_rope_theta is not None:
     raw["rope_local_base_freq"] = config.local_rope_theta
