@@ -267,7 +267,7 @@ def read_collectives(text: str, devices: list[Any]) -> list[hlo.Collective]:
 
 
 def _compile(subject: Subject) -> tuple[Any, str]:
-  """Compiles the step: (compiled, ""), or (None, message) if it is too large."""
+  """Compiles the step: (compiled, ""), or (None, message) if too large."""
   program, batch = subject.program, subject.batch
   state, _ = program.abstract_state()
   with jax.set_mesh(program.placement.mesh):

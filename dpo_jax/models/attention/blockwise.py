@@ -74,7 +74,7 @@ class Blocks:
 def make_blocks(
   positions: jax.Array, segments: jax.Array, branches: jax.Array, size: int
 ) -> Blocks:
-  """Groups the tokens of packed rows, i32 [R, T] each, into blocks of `size`."""
+  """Groups the tokens of packed rows, i32 [R, T], into blocks of `size`."""
   length = positions.shape[1]
   num_blocks = -(-length // size)
 
