@@ -9,6 +9,7 @@ import re
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -1188,6 +1189,32 @@ def keep_needed(objective, sequences):
   return sequences.replace(**dict.fromkeys(others))
 
 
+def descend(objective, sequences):
+  """Losses of a batch before, between and after two steps down the gradient.
+
+  The steps change the log-probs and values themselves.
+  """
+  names = ("logps", "head_logps", "sampled_logps", "values")
+  names += ("complement_logps",)
+  sums = {
+    name: getattr(sequences, name)
+    for name in names
+    if getattr(sequences, name) is not None
+  }
+
+  def total(sums):
+    given = sequences.replace(**sums)
+    return objective.apply(given, objective.init())[0].sum()
+
+  losses = [total(sums)]
+  for _ in range(2):
+    gradients = jax.grad(total)(sums)
+    largest = max(jnp.abs(g).max() for g in gradients.values())
+    sums = {k: x - 1e-2 / largest * gradients[k] for k, x in sums.items()}
+    losses.append(total(sums))
+  return losses
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["pair", "single", "ranking"])
 def test_every_loss_trains(tmp_path, monkeypatch, group):
@@ -1226,6 +1253,13 @@ def test_every_loss_trains(tmp_path, monkeypatch, group):
   for name, figures in zip(names, measure_all(sequences), strict=True):
     assert np.isfinite(figures[f"{name}/loss"]).all(), name
     assert (figures[f"{name}/gradient_weight"] > 0.0).any(), name
+
+  @jax.jit
+  def descend_all(sequences):
+    return [descend(o, keep_needed(o, sequences)) for o in objectives]
+
+  for name, losses in zip(names, descend_all(sequences), strict=True):
+    assert losses[0] > losses[1] > losses[2], (name, losses)
 
 
 @pytest.mark.parametrize("name", CATALOGUE)

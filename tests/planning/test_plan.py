@@ -268,8 +268,37 @@ def test_bfloat16_is_offered_for_what_is_not_trained(libtpu):
   assert share == pytest.approx(saved, rel=0.05)
 
 
-def test_every_remat_policy_has_its_remedies():
-  assert remedies._FREED_BY_REMAT.keys() == REMAT_POLICIES.keys()
+_STRONGER = {
+  "none": ["attention", "full"],
+  "dots": ["attention", "full"],
+  "attention": ["full"],
+  "full": [],
+}
+
+
+def test_every_remat_policy_is_tested():
+  assert _STRONGER.keys() == REMAT_POLICIES.keys()
+
+
+@pytest.mark.parametrize("remat", _STRONGER)
+def test_remedies_offer_remat_policies_that_keep_less(on_cpu, remat):
+  request = make_request()
+  request.config.policy.remat = remat
+  subject = compilation.build(request)
+  memory = compilation.known_memory(subject)
+  activations = 2.0 * 2**30
+  made = types.SimpleNamespace(
+    subject=subject, memory=memory, peak=sum(memory.values()) + activations
+  )
+  freed = {
+    row["what to change"].removeprefix("policy.remat="): row["frees about, GiB"]
+    for row in remedies.remedies(made)
+    if row["what to change"].startswith("policy.remat=")
+  }
+  assert list(freed) == _STRONGER[remat]
+  # A policy that keeps less frees more, and never all activations.
+  assert list(freed.values()) == sorted(freed.values())
+  assert all(0.0 < gib < 2.0 for gib in freed.values())
 
 
 @pytest.mark.parametrize(
