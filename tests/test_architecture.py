@@ -91,6 +91,7 @@ ROOMS: dict[str, list[str]] = {
     "tokenizer_files",
     "repeats",
     "groups",
+    "checksums",
     "store",
     "mismatched",
     "packing",

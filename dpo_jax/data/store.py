@@ -1,7 +1,8 @@
 """Content-addressed store of token ids and lengths; data are tokenized once.
 
 The folder's name is a digest of everything that decides its content. So a store
-is never stale, and runs with the same data share it.
+is never stale, and runs with the same data share it. Its files have checksums,
+which are verified whenever it is opened.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,11 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax.data import checksums
 from dpo_jax.data.groups import Groups, Limits, tokenize
 from dpo_jax.data.reading import Reading
 from dpo_jax.data.sources import Source
 from dpo_jax.data.tokenizers import Tokenizer
 from dpo_jax.system import files
+
+_LOG = logging.getLogger(__name__)
 
 # Increase it when the same input gives other arrays or another report.
 FORMAT = 6
@@ -265,15 +270,48 @@ def build_store(
   key += [dataclasses.astuple(reading)]
   digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
   folder = os.path.join(cache_dir, digest)
-  if not os.path.exists(folder):
+  store = _open_sound(folder, limits)
+  if store is None:
     groups = tokenize(source, tokenizer, limits, reading)
     _write(groups, cache_dir, folder)
+    store = _open(folder, limits)
+  # The same content may have been read from another path.
+  report = store.report | {"source": source.spec, "content": source.digest}
+  return dataclasses.replace(store, digest=digest, report=report)
+
+
+def _open_sound(folder: str, limits: Limits) -> Store | None:
+  """Opens a store; moves a damaged one aside and returns None."""
+  if not os.path.exists(folder):
+    return None
+  if not checksums.exist(folder):
+    _LOG.info("%s: a store of an older version; tokenizing again", folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+  try:
+    return _open(folder, limits)
+  except checksums.DamagedError as error:
+    aside = f"{folder}.damaged"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    _LOG.warning(
+      "the token store %s is not used: %s. Moved to %s; tokenizing again",
+      folder,
+      error,
+      aside,
+    )
+    return None
+
+
+def _open(folder: str, limits: Limits) -> Store:
+  """Opens a store and verifies it; its digest is not set.
+
+  Raises:
+    DamagedError: a file differs from its checksums, or a value is impossible.
+  """
+  checksums.verify(folder)
   with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
-    # The same content may have been read from another path.
-    report = json.load(file) | {
-      "source": source.spec,
-      "content": source.digest,
-    }
+    report = json.load(file)
   arrays = {
     # A plain view of the mapped file: slices of a memmap are slow to make.
     name: np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r").view(
@@ -282,7 +320,29 @@ def build_store(
     for name in (*_ARRAYS, "scored")
     if name in _ARRAYS or os.path.exists(os.path.join(folder, f"{name}.npy"))
   }
-  return Store(**arrays, digest=digest, report=report)
+  store = Store(**arrays, digest="", report=report)
+  _check_bounds(store, limits)
+  return store
+
+
+def _check_bounds(store: Store, limits: Limits) -> None:
+  """Raises DamagedError for values that no tokenization gives.
+
+  A single wrong length would otherwise allocate rows of a billion tokens.
+  """
+  shape, tokens = store.lengths.shape, np.asarray(store.tokens)
+  if store.starts.shape != shape or store.score.shape != (
+    shape[0],
+    shape[1] - 1,
+  ):
+    raise checksums.DamagedError("its arrays have different numbers of groups")
+  lengths = store.lengths.astype(np.int64)
+  if (lengths < 0).any() or lengths.max(initial=0) > limits.max_tokens:
+    raise checksums.DamagedError("a length is outside its limits")
+  if (store.starts < 0).any() or (store.starts + lengths > len(tokens)).any():
+    raise checksums.DamagedError("a part is outside the tokens")
+  if len(tokens) and tokens.min() < 0:
+    raise checksums.DamagedError("a token id is negative")
 
 
 def part_starts(lengths: np.ndarray) -> np.ndarray:
@@ -318,6 +378,7 @@ def _write(groups: Groups, cache_dir: str, folder: str) -> None:
       os.path.join(temporary, "report.json"), "w", encoding="utf-8"
     ) as file:
       json.dump(groups.report, file, indent=2)
+    checksums.write(temporary)
     # If another process was faster, its folder has the same content.
     if not os.path.exists(folder):
       os.replace(temporary, folder)

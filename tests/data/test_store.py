@@ -5,12 +5,14 @@ import dataclasses
 import gzip
 import itertools
 import json
+import logging
 import os
 
 import numpy as np
 import pytest
 
 from dpo_jax.data import (
+  checksums,
   groups,
   messages,
   mismatched,
@@ -750,3 +752,89 @@ def test_one_group_has_no_mismatch():
   one = tiny.make_loader(tiny.make_groups(1, 1), 1).store
   with pytest.raises(ValueError, match="at least two groups"):
     mismatched.add_slot(one, seed=0, max_tokens=99)
+
+
+def snapshot(store):
+  """Arrays and report of a store."""
+  names = ("tokens", "starts", "lengths", "score", "prompt_hashes")
+  arrays = {name: np.array(getattr(store, name)) for name in names}
+  return arrays, store.report, store.digest
+
+
+def assert_same(one, other):
+  for name, value in one[0].items():
+    np.testing.assert_array_equal(value, other[0][name], err_msg=name)
+  assert one[1:] == other[1:]
+
+
+def make_store(cache):
+  records = [
+    dict(prompt=f"p{i}", chosen=f"good {i}", rejected=f"bad {i}")
+    for i in range(20)
+  ]
+  return build_store(Listed(records), BYTES, LIMITS, str(cache))
+
+
+def flip(path, rng):
+  data = bytearray(path.read_bytes())
+  data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_damaged_store_is_made_again(tmp_path, caplog, seed):
+  """A flipped bit, a cut file or a missing one, in any file of the store."""
+  rng = np.random.default_rng(seed)
+  store = make_store(tmp_path)
+  before = snapshot(store)
+  files = sorted((tmp_path / store.digest).iterdir())
+  path = files[seed % len(files)]
+  damage = seed % 3
+  if damage == 0:
+    flip(path, rng)
+  elif damage == 1:
+    path.write_bytes(path.read_bytes()[: rng.integers(path.stat().st_size)])
+  else:
+    path.unlink()
+  with caplog.at_level(logging.WARNING, "dpo_jax"):
+    assert_same(before, snapshot(make_store(tmp_path)))
+  if path.name != "checksums.json":
+    assert f"{store.digest} is not used: {path.name}" in caplog.text
+    assert (tmp_path / f"{store.digest}.damaged").is_dir()
+  caplog.clear()
+  assert_same(before, snapshot(make_store(tmp_path)))
+  assert not caplog.text
+
+
+@pytest.mark.parametrize(
+  ("name", "change", "message"),
+  [
+    ("lengths", lambda x: x[:1, 1].__ior__(1 << 29), "a length is outside"),
+    ("lengths", lambda x: x[:1, 1].__imul__(-1), "a length is outside"),
+    ("starts", lambda x: x[-1:].__iadd__(1 << 40), "a part is outside"),
+    ("tokens", lambda x: x[:1].__ior__(-(2**31)), "a token id is negative"),
+  ],
+)
+def test_impossible_values_are_found_before_anything_is_allocated(
+  tmp_path, caplog, name, change, message
+):
+  """Files that agree with their checksums, and still cannot be."""
+  store = make_store(tmp_path)
+  before = snapshot(store)
+  folder = tmp_path / store.digest
+  array = np.load(folder / f"{name}.npy")
+  change(array)
+  np.save(folder / f"{name}.npy", array)
+  (folder / "checksums.json").unlink()
+  checksums.write(str(folder))
+  with caplog.at_level(logging.WARNING, "dpo_jax"):
+    assert_same(before, snapshot(make_store(tmp_path)))
+  assert message in caplog.text
+
+
+def test_a_store_without_checksums_is_made_again(tmp_path):
+  store = make_store(tmp_path)
+  before = snapshot(store)
+  (tmp_path / store.digest / "checksums.json").unlink()
+  np.save(tmp_path / store.digest / "tokens.npy", store.tokens * 0)
+  assert_same(before, snapshot(make_store(tmp_path)))
