@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 import json
+import logging
 import math
+import os
 import time
 from typing import Any
 
@@ -12,13 +14,15 @@ import numpy as np
 from dpo_jax.config import eval_sets, metric_prefix, split_name
 from dpo_jax.records.workdir import Workdir
 
+_LOG = logging.getLogger(__name__)
+
 
 class GrowingFile:
   """A text file to append to, local or in a bucket.
 
   Objects in a bucket cannot grow, and opening one for appending would truncate
   it. So the whole text is written again, at most every `_PERIOD_S` and at the
-  end.
+  end. A last line without an end, which a full disk or a kill leaves, is cut.
   """
 
   _PERIOD_S = 20.0
@@ -28,9 +32,11 @@ class GrowingFile:
     self._text, self._written = "", -math.inf
     self._file = None
     if "://" not in str(path):
+      _cut_torn_line(path)
       self._file = path.open("a")
     elif path.exists():
-      self._text = path.read_text()
+      whole, newline, _ = path.read_text().rpartition("\n")
+      self._text = whole + newline
 
   def append(self, text: str) -> None:
     if self._file is not None:
@@ -50,6 +56,17 @@ class GrowingFile:
       self._file.close()
     elif self._text:
       self._write()
+
+
+def _cut_torn_line(path: epath.Path) -> None:
+  """Cuts a local file after its last complete line."""
+  if not path.exists():
+    return
+  content = path.read_bytes()
+  end = content.rfind(b"\n") + 1
+  if end < len(content):
+    _LOG.warning("%s: its last line is incomplete, and is cut", path)
+    os.truncate(path, end)
 
 
 class MetricsWriter:
@@ -119,13 +136,25 @@ def read_metrics(
 
   A run that resumed from a checkpoint writes the steps after it again; the
   last line of a step is the one that counts.
+
+  Raises:
+    ValueError: a damaged line; names file and line.
   """
-  lines = Workdir.at(workdir).metrics.read_text().splitlines()
+  path = Workdir.at(workdir).metrics
+  *lines, rest = path.read_text().split("\n")
+  if rest.endswith("}"):  # otherwise it was not written completely
+    lines.append(rest)
   by_step = {}
-  for line in lines:
-    row = json.loads(line)
-    if row["split"] == split:
-      by_step[row["step"]] = row
+  for number, line in enumerate(lines, 1):
+    try:
+      row = json.loads(line)
+      its_split, step = row["split"], row["step"]
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"{path}:{number} is damaged: {error}. Remove the line to read the rest"
+      ) from error
+    if its_split == split:
+      by_step[step] = row
   return [by_step[step] for step in sorted(by_step)]
 
 

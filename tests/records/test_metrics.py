@@ -147,3 +147,28 @@ def test_a_file_in_a_bucket_grows_over_several_runs():
     file.close()
   wanted = [f"{run} {line}" for run in range(2) for line in range(3)]
   assert bucket.text.splitlines() == wanted
+
+
+def test_a_torn_last_line_is_cut_before_the_next_one(tmp_path, caplog):
+  """A disk that was full, or a kill, leaves half a line."""
+  writer = MetricsWriter(tmp_path, is_writer=True, tensorboard=False)
+  writer.write(1, "train", {"loss": 0.5})
+  writer.write(2, "train", {"loss": 0.4})
+  writer.close()
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(path.read_text()[:-7])
+  assert [row["step"] for row in read_metrics(tmp_path, "train")] == [1]
+  writer = MetricsWriter(tmp_path, is_writer=True, tensorboard=False)
+  writer.write(2, "train", {"loss": 0.3})
+  writer.close()
+  rows = read_metrics(tmp_path, "train")
+  assert [row["loss"] for row in rows] == [0.5, 0.3]
+  assert "last line is incomplete" in caplog.text
+
+
+@pytest.mark.parametrize("line", ['{"step": 1', "[]", '{"step": 2}', "null"])
+def test_a_damaged_line_is_named(tmp_path, line):
+  good = '{"step": 0, "split": "train", "loss": 1.0}'
+  (tmp_path / "metrics.jsonl").write_text(f"{good}\n{line}\n{good}\n")
+  with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is damaged"):
+    read_metrics(tmp_path, "train")
