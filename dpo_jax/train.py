@@ -40,7 +40,7 @@ import jax
 import numpy as np
 
 from dpo_jax import config as config_lib
-from dpo_jax import online
+from dpo_jax import online, trees
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.parallel import hosts
 from dpo_jax.records import resume
@@ -55,6 +55,7 @@ from dpo_jax.training.console import Console
 from dpo_jax.training.evaluator import Evaluator
 from dpo_jax.training.setup import Run, build_run
 from dpo_jax.training.stops import NonFiniteError, Preempted, StopSignal
+from dpo_jax.types import TrainState
 
 _LOG = logging.getLogger(__name__)
 
@@ -223,12 +224,34 @@ class _Loop:
         is_last = done == self._config.total_steps
         metrics = self._evaluator.evaluate(done, state, with_samples=is_last)
       if is_due["save"] or is_due["stop"]:
+        self._check_finite(done, state)
         self._checkpoints.save(done, state, metrics or None)
     if is_due["stop"]:
       self._checkpoints.wait()
       _LOG.warning("SIGTERM: saved at step %d", done)
       raise Preempted(done)
     return metrics
+
+  def _check_finite(self, done: int, state: TrainState) -> None:
+    """Stops a run before it saves a state that it could not resume from."""
+    for name, tree in (
+      ("a parameter", state.params),
+      ("a moment of the optimizer", state.opt_state),
+    ):
+      if not trees.all_finite(tree):
+        raise NonFiniteError(
+          f"after step {done} {name} is not finite, so it is not saved."
+          f" {self._advice()}"
+        )
+
+  def _advice(self) -> str:
+    """Names the last good checkpoint, and settings that may help."""
+    self._checkpoints.wait()
+    good = self._checkpoints.steps
+    return (
+      f"The last good checkpoint is {f'step {good[-1]}' if good else 'none'};"
+      " a lower learning rate or a smaller max_grad_norm may help"
+    )
 
   def _batches(
     self, start: int
@@ -276,14 +299,10 @@ class _Loop:
     metrics = self._placement.fetch(metrics)
     for name in ("loss", "grad_norm"):
       if not np.isfinite(metrics[name]):
-        self._checkpoints.wait()
         ids = self._loader.order(step)[:8].tolist()
-        good = self._checkpoints.steps
         raise NonFiniteError(
           f"step {step + 1}: {name} is {metrics[name]}. Groups of the batch:"
-          f" {ids}... The last good checkpoint is"
-          f" {f'step {good[-1]}' if good else 'none'}; a lower learning rate or"
-          " a smaller max_grad_norm may help"
+          f" {ids}... {self._advice()}"
         )
     self._console.count(metrics, counts)
     if _is_due(step + 1, self._config.log.every_steps):

@@ -28,6 +28,17 @@ def join_trees(one: Params, other: Params | None) -> Params:
   return joined
 
 
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+  """Returns whether all floating-point leaves of a tree are finite: bool []."""
+  is_finite = [
+    jnp.isfinite(leaf).all()
+    for leaf in jax.tree.leaves(tree)
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  ]
+  return jnp.array(is_finite).all()
+
+
 def params_digest(params: Params) -> str:
   """Computes a digest of parameters that is independent of their sharding.
 

@@ -339,6 +339,17 @@ def test_a_learning_rate_that_blows_up_is_noticed(tmp_path):
   assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+  """The loss is measured before the update, so it does not show this one."""
+  config = make_config(
+    total_steps=4, checkpoint__every_steps=1, optimizer__weight_decay=1e38
+  )
+  config.optimizer.learning_rate = 1e3
+  with pytest.raises(NonFiniteError, match="after step 1 a parameter is not"):
+    train(config, tmp_path)
+  assert not list((tmp_path / "checkpoints").iterdir())
+
+
 def test_a_data_error_is_not_the_end_of_the_data(tmp_path, monkeypatch):
   def fail(loader, step, batch):
     if step == 3:

@@ -316,12 +316,17 @@ def verify(folder: epath.PathLike, part: str = "") -> str:
     wanted = json.loads((folder / _MANIFEST).read_text())
   except ValueError:  # not JSON, or not even text
     return f"{_MANIFEST} is damaged"
+  if not isinstance(wanted, dict) or not wanted:
+    return f"{_MANIFEST} is damaged"
   found = _files(folder)
-  for name, digest in wanted.items():
+  for name in sorted(wanted.keys() | found.keys()):
     if name.partition("/")[0] in others:
       continue
     if name not in found:
       return f"{name} is missing"
+    if name not in wanted:
+      return f"{name} is not in {_MANIFEST}"
+    digest = wanted[name]
     if _sha256(found[name]) != digest:
       return f"{name} is damaged"
   return ""

@@ -347,6 +347,15 @@ def make_file(folder):
   folder.write_text("not a folder")
 
 
+def leave_out(folder):
+  """Takes the largest file from the manifest, and flips a byte of it."""
+  largest = faults.largest_file(folder)
+  manifest = json.loads((folder / "manifest.json").read_text())
+  del manifest[str(largest.relative_to(folder))]
+  (folder / "manifest.json").write_text(json.dumps(manifest))
+  faults.flip_byte(largest)
+
+
 @pytest.mark.parametrize(
   ("damage", "reason"),
   [
@@ -361,6 +370,11 @@ def make_file(folder):
     (lambda f: (f / "manifest.json").unlink(), "no manifest"),
     (lambda f: faults.truncate(f / "manifest.json"), "manifest.json is"),
     (lambda f: faults.flip_byte(f / "manifest.json", 0), "manifest.json is"),
+    (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is"),
+    (lambda f: (f / "manifest.json").write_text("3"), "manifest.json is"),
+    (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json is"),
+    (leave_out, "is not in manifest.json"),
+    (lambda f: (f / "params" / "x").write_text(""), "is not in manifest.json"),
   ],
   ids=[
     "byte flipped",
@@ -374,6 +388,11 @@ def make_file(folder):
     "no manifest",
     "manifest truncated",
     "manifest byte flipped",
+    "manifest is a list",
+    "manifest is a number",
+    "manifest is empty",
+    "manifest lacks a file",
+    "file added",
   ],
 )
 def test_a_damaged_step_is_moved_aside_and_the_one_before_is_restored(
