@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.data import batch_plan
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.store import Store
 from dpo_jax.models.config import ModelConfig
@@ -120,10 +121,10 @@ def make_loader(
     layout: "shared", "packed" or "padded".
     row_tokens: tokens of a row; 0: chosen by the plan.
     row_multiple: number that the rows of a batch must divide by.
-    **limits: further limits of `loader.make_plan`.
+    **limits: further limits of `batch_plan.make_plan`.
   """
   indices = np.arange(len(store))
-  plan = loader_lib.make_plan(
+  plan = batch_plan.make_plan(
     store,
     indices,
     batch_size=batch_size,

@@ -143,7 +143,7 @@ def test_an_adapter_on_a_base_that_changed_is_refused(tmp_path):
   train(config, tmp_path / "run")
   shutil.rmtree(start)
   train(tiny.make_config(total_steps=1, seed=1), start)
-  with pytest.raises(ValueError, match="bring the old weights back"):
+  with pytest.raises(ValueError, match="restore the old weights"):
     export(tmp_path / "run", tmp_path / "adapter", only_adapter=True)
 
 
