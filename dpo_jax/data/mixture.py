@@ -72,10 +72,10 @@ class Mixture:
     Returns:
       f64 [N]; sums to 1 where `indices` are the groups of all sources.
     """
-    of_group: dict[int, float] = {}
+    shares = np.zeros(1 + max(int(own.max()) for own in self.indices))
     for own, count in zip(self.indices, self.counts, strict=True):
-      of_group |= dict.fromkeys(own.tolist(), count / _CYCLE / len(own))
-    return np.array([of_group[i] for i in indices.tolist()])
+      shares[own] = count / _CYCLE / len(own)
+    return shares[indices]
 
   def keep(self, indices: np.ndarray) -> "Mixture":
     """Restricts the mixture to some of its groups, with the same weights.

@@ -6,6 +6,7 @@ which are verified whenever it is opened.
 """
 
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -290,10 +291,13 @@ def _open_sound(folder: str, limits: Limits) -> Store | None:
     return None
   try:
     return _open(folder, limits)
+  except FileNotFoundError:  # another process has moved it aside
+    return None
   except checksums.DamagedError as error:
     aside = f"{folder}.damaged"
     shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)
+    with contextlib.suppress(OSError):  # another process was faster
+      os.replace(folder, aside)
     _LOG.warning(
       "the token store %s is not used: %s. Moved to %s; tokenizing again",
       folder,

@@ -40,7 +40,10 @@ def open_loaders(
     judge=run.online_judge,
   )
   attached = cached_reference.attach(
-    run, state, list(loaders.values()), label=label
+    run,
+    state,
+    list(loaders.values()),
+    unscored=run.data.train,
+    label=label,
   )
-  cached_reference.check_unscored(run, state, run.data.train)
   return sampled, dict(zip(loaders, attached, strict=True))

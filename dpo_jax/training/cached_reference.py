@@ -25,6 +25,7 @@ def attach(
   state: TrainState,
   loaders: Sequence[Loader],
   *,
+  unscored: Loader | None = None,
   label: str = "",
 ) -> list[Loader]:
   """Gives loaders the reference's log-probs, computing them where needed.
@@ -33,6 +34,8 @@ def attach(
     run: run whose reference is read.
     state: first state, or that of the latest checkpoint; on the mesh.
     loaders: training batches and held-out sets.
+    unscored: groups that a fresh policy is compared with its reference on,
+      where the training batches are sampled and have no log-probs yet.
     label: name of the work for `progress.track`; "" shows nothing.
 
   Returns:
@@ -48,49 +51,33 @@ def attach(
     return list(loaders)
   is_fresh = int(state.step) == 0
   params = initial_state.reference_params(run, state)
-  _check_same_reference(run, params, is_fresh=is_fresh)
+  digest = params_digest(params)
+  _check_same_reference(run, digest, is_fresh=is_fresh)
   # Each store is scored once, however many loaders read it.
   by_key: dict[str, np.ndarray] = {}
   attached = []
   for loader in loaders:
     key = reference.cache_key(
-      params,
+      digest,
       run.program.policy.without_adapters.config,
       f"{loader.store.digest}/{len(loader.store)}",
     )
     if key not in by_key:
       by_key[key] = _logps_of_store(run, state, params, loader, key, label)
     attached.append(dataclasses.replace(loader, ref_logps=by_key[key]))
+  if unscored is not None and is_fresh and run.starts_as_reference:
+    start.check_adapters(state.policy_params)
+    _check_in_float32(run, state, params, _every_group(run, unscored))
   return attached
 
 
-def check_unscored(run: Run, state: TrainState, loader: Loader) -> None:
-  """Checks a fresh policy against its reference, without a cache.
-
-  Args:
-    run: run on samples, which have no log-probs yet.
-    state: first state, on the mesh.
-    loader: groups to compare on.
-
-  Raises:
-    StartError: see `start.check_in_float32`.
-  """
-  is_cached = run.config.reference.kind == "cached"
-  needs_reference = is_cached and run.program.objective.needs_reference
-  if needs_reference and int(state.step) == 0 and run.starts_as_reference:
-    start.check_adapters(state.policy_params)
-    params = initial_state.reference_params(run, state)
-    _check_in_float32(run, state, params, _every_group(run, loader))
-
-
-def _check_same_reference(run: Run, params: Any, *, is_fresh: bool) -> None:
+def _check_same_reference(run: Run, digest: str, *, is_fresh: bool) -> None:
   """Stops a run that would resume with another reference than it began with.
 
   The target of `reference.init` may have changed since: a run that was
   trained further, a folder that was written again.
   """
   path = run.workdir.reference_digest
-  digest = params_digest(params)
   before = "" if is_fresh else run.workdir.read_digest(path)
   if before and before != digest:
     raise ValueError(

@@ -18,7 +18,6 @@ from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.parallel.mesh import on_mesh
 from dpo_jax.parallel.placement import Placement
-from dpo_jax.trees import params_digest
 
 
 def make_update(config: Any) -> Callable[[Any, Any, jax.Array], Any] | None:
@@ -54,7 +53,9 @@ def make_update(config: Any) -> Callable[[Any, Any, jax.Array], Any] | None:
   return update
 
 
-def cache_key(params: Any, config: ModelConfig, store_digest: str) -> str:
+def cache_key(
+  weights_digest: str, config: ModelConfig, store_digest: str
+) -> str:
   """Computes the digest of all that decides cached log-probs.
 
   Settings that change only how they are computed (remat, attention, mesh,
@@ -62,7 +63,7 @@ def cache_key(params: Any, config: ModelConfig, store_digest: str) -> str:
   """
   shape = dataclasses.asdict(config)
   del shape["remat"], shape["attention"], shape["frozen"]
-  key = json.dumps([params_digest(params), shape, store_digest])
+  key = json.dumps([weights_digest, shape, store_digest])
   return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
