@@ -1220,7 +1220,7 @@ def descend(objective, sequences):
   losses = [total(sums)]
   for _ in range(2):
     gradients = jax.grad(total)(sums)
-    largest = max(jnp.abs(g).max() for g in gradients.values())
+    largest = jnp.max(jnp.stack([jnp.abs(g).max() for g in gradients.values()]))
     sums = {k: x - 1e-2 / largest * gradients[k] for k, x in sums.items()}
     losses.append(total(sums))
   return losses
