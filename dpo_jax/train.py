@@ -9,10 +9,8 @@ steps, evaluates and saves. It is the only module that knows all rooms.
 from collections.abc import Generator, Mapping
 import dataclasses
 import logging
-import os
-import subprocess
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -43,29 +41,34 @@ from dpo_jax import config as config_lib
 from dpo_jax import online, trees
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.parallel import hosts
+from dpo_jax.parallel.stop_signal import Preempted, StopSignal
 from dpo_jax.records import resume
 from dpo_jax.records.checkpoint import Checkpoints, open_checkpoints
 from dpo_jax.records.metrics import MetricsWriter, read_last_evaluation
 from dpo_jax.records.profile import ProfileWindow
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.cache import use_compilation_cache
-from dpo_jax.system.files import write_atomically, write_json
-from dpo_jax.training import initial_state
+from dpo_jax.system.files import write_json
+from dpo_jax.system.version import code_version
+from dpo_jax.training import initial_state, optimizer
 from dpo_jax.training.console import Console
 from dpo_jax.training.evaluator import Evaluator
 from dpo_jax.training.setup import Run, build_run
-from dpo_jax.training.stops import NonFiniteError, Preempted, StopSignal
+from dpo_jax.training.stops import NonFiniteError
 from dpo_jax.types import TrainState
 
 _LOG = logging.getLogger(__name__)
 
 
-def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
+def train(
+  config: Any, workdir: epath.PathLike, *, stop: StopSignal | None = None
+) -> dict[str, float]:
   """Trains the run of a workdir, or resumes it.
 
   Args:
     config: complete, see `dpo_jax.config.default_config`.
     workdir: run directory, local or gs://; `records.workdir` lists its files.
+    stop: notices SIGTERM and Ctrl-C; None for one that ends no process.
 
   Returns:
     Metrics of the last evaluation, named as `checkpoint.best_metric` names
@@ -75,8 +78,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     ValueError: a mistake in the config, the data or the workdir.
     NonFiniteError: a loss or gradient that is not finite; the last good
       checkpoint is kept.
-    Preempted: SIGTERM came; the run has saved, and resumes when it is started
-      again.
+    Preempted: SIGTERM or Ctrl-C came; the run has saved, and resumes when it
+      is started again.
   """
   workdir = Workdir.at(workdir)
   workdir.check_format()
@@ -85,42 +88,38 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     {k: v for k, v in config_lib.flatten(config) if "cache_dir" not in k},
     "config",
   )
-  run = hosts.together(lambda: build_run(config, workdir))
-  identity = run.data.identity()
-  hosts.check_same(identity, "data")
-  resume.check_same_data(identity, workdir)
-  resume.record_config(run.config, workdir, is_writer=run.is_writer)
-  if run.is_writer:
-    resume.record_data(run.data.description(), workdir)
-    write_json(workdir.model, dataclasses.asdict(run.program.policy.config))
-    write_atomically(workdir.git, _git_hash() + "\n")
-  checkpoints = open_checkpoints(workdir, run.config)
-  writer = MetricsWriter(
-    workdir,
-    is_writer=run.is_writer,
-    tensorboard=run.config.log.tensorboard,
-  )
-  try:
-    with StopSignal() as stop, Console(run) as console:
-      metrics = _Loop(run, checkpoints, writer, stop, console).run_all()
-  finally:
-    writer.close()
-    checkpoints.close()
-  if run.is_writer:
-    workdir.write_finished(run.config.total_steps)
+  with stop or StopSignal() as stop:
+    run = hosts.together(lambda: build_run(config, workdir))
+    identity = run.data.identity()
+    hosts.check_same(identity, "data")
+    accepted = resume.check_same(
+      run.config, identity, workdir, optimizer.build_schedule
+    )
+    checkpoints = open_checkpoints(
+      workdir,
+      run.config,
+      go_back_to=resume.go_back_to(run.config, accepted, workdir),
+      may_restart="restart"
+      in config_lib.parse_allowed(run.config.resume.allow),
+    )
+    if run.is_writer:
+      resume.record(run.config, run.data.description(), accepted, workdir)
+      write_json(workdir.model, dataclasses.asdict(run.program.policy.config))
+      workdir.record_version(code_version())
+    writer = MetricsWriter(
+      workdir,
+      is_writer=run.is_writer,
+      tensorboard=run.config.log.tensorboard,
+    )
+    try:
+      with Console(run) as console:
+        metrics = _Loop(run, checkpoints, writer, stop, console).run_all()
+    finally:
+      writer.close()
+      checkpoints.close()
+    if run.is_writer:
+      workdir.write_finished(run.config.total_steps)
   return metrics
-
-
-def _git_hash() -> str:
-  here = os.path.dirname(os.path.abspath(__file__))
-  done = subprocess.run(
-    ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-    cwd=here,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  return done.stdout.strip() or "unknown"
 
 
 class _Loop:
@@ -144,13 +143,16 @@ class _Loop:
     run, config = self._run, self._config
     done = max(self._checkpoints.steps, default=0)
     self._console.begin(done)
-    if done >= config.total_steps:
+    # A run that was stopped in its last evaluation makes up for it.
+    is_evaluated = done > config.total_steps or run.workdir.finished.exists()
+    if done >= config.total_steps and is_evaluated:
       self._console.end(self._checkpoints.best_step)
       return read_last_evaluation(run.workdir, config.data)
     state = initial_state.load_state(run, self._checkpoints)
     start = int(state.step)
     if run.is_writer:  # a finished run may be given more steps
       run.workdir.finished.unlink(missing_ok=True)
+    self._writer.write_resumed(start)
     self._loader, eval_loaders = online.open_loaders(
       run, state, label=self._console.label("reference")
     )
@@ -165,10 +167,12 @@ class _Loop:
     metrics = {}
     if start == 0:
       metrics = self._evaluator.evaluate(0, state, with_samples=True)
-    elif _is_due(start, config.eval.every_steps):
+    elif self._is_due(start, config.eval):
       metrics = self._evaluator.make_up(start, state)
-    metrics = self._train(start) or metrics
-    self._checkpoints.wait()
+    with self._stop.holding(True):
+      metrics = self._train(start) or metrics
+      self._checkpoints.wait()
+    self._stop.unsaved = False
     self._console.end(self._checkpoints.best_step)
     return metrics
 
@@ -178,59 +182,73 @@ class _Loop:
       max_traces=len(self._loader.plan.shapes)
     )
     compiled = self._placement.bind(compiled)
-    metrics, pending = {}, None
+    metrics, pending, done = {}, None, start
     profile = ProfileWindow(self._config.profile.steps, self._run.workdir)
     batches = self._console.watch(self._batches(start), start)
     try:
-      for step, (batch, counts) in enumerate(batches, start):
-        with profile.step(step):
+      for batch, counts in batches:
+        with profile.step(done):
           self._state, measured = compiled(self._state, batch)
-        profile.after(step, measured)
+        self._stop.unsaved = True
+        profile.after(done, measured)
         # The metrics of the step before are fetched while this one runs.
         self._look_at(pending)
-        pending = (step, measured, counts)
-        is_due = self._is_due_after(step + 1)
-        if any(is_due.values()):
+        pending, done = (done, measured, counts), done + 1
+        if self._stop.reached():
+          raise Preempted
+        config = self._config
+        if self._is_due(done, config.eval) or self._is_due(
+          done, config.checkpoint
+        ):
           self._look_at(pending)
           pending = None
-          metrics = self._between_steps(step + 1, is_due) or metrics
+          metrics = self._between_steps(done) or metrics
         self._checkpoints.poll()
+    except Preempted:
+      self._look_at(pending)
+      self._save_and_stop(done)
     finally:
       batches.close()
       profile.close()
     return metrics
 
-  def _is_due_after(self, done: int) -> dict[str, bool]:
-    """Returns what is due after so many steps: evaluate, save, stop."""
+  def _is_due(self, done: int, settings: Any) -> bool:
+    """Returns whether an evaluation or a save is due after so many steps."""
     is_last = done == self._config.total_steps
-    # A run at its last step is not interrupted: its last metrics are due.
-    stop = self._stop.reached(done) and not is_last
-    evaluate = _is_due(done, self._config.eval.every_steps) or is_last
-    save = _is_due(done, self._config.checkpoint.every_steps) or is_last
-    return {"evaluate": evaluate and not stop, "save": save, "stop": stop}
+    return is_last or _is_multiple(done, settings.every_steps)
 
-  def _between_steps(
-    self, done: int, is_due: Mapping[str, bool]
-  ) -> dict[str, float]:
-    """Evaluates, saves and stops as is due; returns the evaluation's metrics.
-
-    Raises:
-      Preempted: the run was told to stop, and has saved.
-    """
+  def _between_steps(self, done: int) -> dict[str, float]:
+    """Evaluates and saves as is due; returns the evaluation's metrics."""
     metrics = {}
     with self._console.pause():
       state = self._placement.gather_state(self._state)
-      if is_due["evaluate"]:
+      if self._is_due(done, self._config.eval):
         is_last = done == self._config.total_steps
-        metrics = self._evaluator.evaluate(done, state, with_samples=is_last)
-      if is_due["save"] or is_due["stop"]:
-        self._check_finite(done, state)
-        self._checkpoints.save(done, state, metrics or None)
-    if is_due["stop"]:
-      self._checkpoints.wait()
-      _LOG.warning("SIGTERM: saved at step %d", done)
-      raise Preempted(done)
+        with self._stop.holding(False):
+          metrics = self._evaluator.evaluate(done, state, with_samples=is_last)
+      if self._is_due(done, self._config.checkpoint):
+        self._save(done, state, metrics)
     return metrics
+
+  def _save(
+    self, done: int, state: TrainState, metrics: dict[str, float]
+  ) -> None:
+    self._check_finite(done, state)
+    self._checkpoints.save(done, state, metrics or None)
+
+  def _save_and_stop(self, done: int) -> NoReturn:
+    """Saves the state after so many steps, unless it is there.
+
+    Raises:
+      Preempted: always.
+    """
+    self._checkpoints.wait()
+    if done and done not in self._checkpoints.steps:
+      self._save(done, self._placement.gather_state(self._state), {})
+      self._checkpoints.wait()
+    self._stop.unsaved = False
+    _LOG.warning("step %d is saved: the same command resumes from it", done)
+    raise Preempted(done)
 
   def _check_finite(self, done: int, state: TrainState) -> None:
     """Stops a run before it saves a state that it could not resume from."""
@@ -265,9 +283,10 @@ class _Loop:
   def _begin_batches(self, step: int) -> int:
     """Returns the first step whose batch depends on parameters to come."""
     params = self._placement.gather_state(self._state).policy_params
-    stop, metrics = self._loader.begin(
-      step, params, oldest=min(self._checkpoints.steps, default=0)
-    )
+    with self._stop.holding(False):
+      stop, metrics = self._loader.begin(
+        step, params, oldest=min(self._checkpoints.steps, default=0)
+      )
     if metrics:
       self._record(step, "online", metrics)
     return min(stop, self._config.total_steps)
@@ -305,13 +324,13 @@ class _Loop:
           f" {ids}... {self._advice()}"
         )
     self._console.count(metrics, counts)
-    if _is_due(step + 1, self._config.log.every_steps):
+    if _is_multiple(step + 1, self._config.log.every_steps):
       padding = {"padding_fraction": counts["padding_fraction"]}
       rates = self._console.rates()
       self._record(step + 1, "train", metrics | rates | padding)
 
 
-def _is_due(step: int, every: int) -> bool:
+def _is_multiple(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
@@ -322,7 +341,11 @@ def main() -> None:
     flags.FLAGS.process_id,
   )
   command_line.show_logs(jax.process_index())
-  train(flags.FLAGS.config, flags.FLAGS.workdir)
+  train(
+    flags.FLAGS.config,
+    flags.FLAGS.workdir,
+    stop=StopSignal(ends_process=True),
+  )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Faults on purpose: damaged files, and child processes that are killed."""
 
+import itertools
 import os
 import pathlib
 import re
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from dpo_jax.training import stops
+from dpo_jax.parallel import stop_signal
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -49,8 +50,9 @@ def environment(num_devices: int = 1) -> dict[str, str]:
 
 def stop_at(monkeypatch, *steps: int) -> None:
   """Makes runs stop as if SIGTERM had arrived during these steps."""
+  calls = itertools.count(1)  # one after each step
   monkeypatch.setattr(
-    stops.StopSignal, "reached", lambda self, step: step in steps
+    stop_signal.StopSignal, "reached", lambda self: next(calls) in steps
   )
 
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from dpo_jax.records.checkpoint import verify
+from dpo_jax.records.manifest import verify
 from tests import faults
 
 # Saves as fast as it can; says which steps it was promised are safe.

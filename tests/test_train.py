@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import pathlib
 import re
 import signal
@@ -27,11 +28,13 @@ from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.cache import use_compilation_cache
 from dpo_jax.train import NonFiniteError, Preempted, train
 from dpo_jax.training import (
+  cached_reference,
   evaluation,
   initial_state,
   logps_cache,
   measure,
   reference,
+  samples,
   start,
 )
 from dpo_jax.training.setup import build_run
@@ -688,6 +691,50 @@ def snapshot(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  ("moment", "saved"),
+  [
+    ((cached_reference, "_compute", 1), None),
+    ((evaluation, "evaluate", 1), None),  # at the start
+    ((evaluation, "evaluate", 2), 2),
+    ((samples, "draw_samples", 3), 4),  # of the policy, at the end
+  ],
+  ids=["caching", "first evaluation", "evaluation", "last samples"],
+)
+def test_sigterm_outside_of_a_step_saves_what_there_is(
+  tmp_path, monkeypatch, moment, saved
+):
+  config = make_config(
+    total_steps=4,
+    eval__every_steps=2,
+    eval__num_samples=2,
+    checkpoint__every_steps=100,
+    data__cache_dir=str(tmp_path / "stores"),
+  )
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  train(config, whole)
+  module, name, number = moment
+  original, calls = getattr(module, name), itertools.count(1)
+
+  def interrupted(*args, **kwargs):
+    if next(calls) == number:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(module, name, interrupted)
+    with pytest.raises(Preempted) as stopped:
+      train(config, parts)
+  assert stopped.value.code == 75 and stopped.value.step == saved
+  assert not (parts / "finished.json").exists()
+  train(config, parts)
+  assert (parts / "finished.json").exists()
+  for split in ("train", "eval"):
+    assert curve(parts, split) == curve(whole, split)
+  assert_same_bits(read_state(parts, 4), read_state(whole, 4))
+
+
+@pytest.mark.slow
 def test_the_mark_of_a_finished_run_comes_last(tmp_path, monkeypatch):
   """After manifest, evaluation and samples; a stopped run has none."""
   config = make_config(total_steps=4, eval__num_samples=2)
@@ -1280,9 +1327,7 @@ def test_a_recorded_loss_is_the_loss_that_was_named(tmp_path, name):
   config = make_config(loss__name=name)
   if objective.group == "samples":
     config.online.update(dict(kind="rollouts", judge="sentiment"))
-  resume.record_config(
-    config_lib.resolve(config), Workdir.at(tmp_path), is_writer=True
-  )
+  resume.record(config_lib.resolve(config), {}, {}, Workdir.at(tmp_path))
   recorded = json.loads((tmp_path / "config.json").read_text())["loss"]
   read = [k for k in KNOBS if k in CATALOGUE[name].knobs]
   for knob in set(KNOBS) - set(read):

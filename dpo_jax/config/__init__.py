@@ -17,6 +17,7 @@ from dpo_jax.config.values import (
   CHECKS,
   LIVE_REFERENCES,
   VALUES,
+  parse_allowed,
   parse_pairs,
   parse_steps,
 )
@@ -32,6 +33,7 @@ __all__ = [
   "flatten",
   "loss_config",
   "metric_prefix",
+  "parse_allowed",
   "parse_pairs",
   "parse_steps",
   "resolve",

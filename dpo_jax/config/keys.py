@@ -188,6 +188,14 @@ def default_config() -> ml_collections.ConfigDict:
   config.checkpoint.best_metric = config_dict.placeholder(str)
   config.checkpoint.best_is_lower = config_dict.placeholder(bool)
 
+  # Of one start: no part of the run, and not recorded with it.
+  config.resume = ml_collections.ConfigDict()
+  # Differences from what the workdir holds to accept, such as
+  # "data,total_steps"; config/values.py lists them.
+  config.resume.allow = ""
+  # Checkpoint to go back to; later ones are moved to quarantine/.
+  config.resume.step = config_dict.placeholder(int)
+
   config.log = ml_collections.ConfigDict()
   config.log.every_steps = 10
   config.log.tensorboard = False  # event files in WORKDIR/tensorboard

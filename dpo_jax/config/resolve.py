@@ -13,7 +13,12 @@ from typing import Any
 import ml_collections
 
 from dpo_jax.config.keys import default_config, flatten
-from dpo_jax.config.values import VALUES, parse_pairs, parse_steps
+from dpo_jax.config.values import (
+  VALUES,
+  parse_allowed,
+  parse_pairs,
+  parse_steps,
+)
 from dpo_jax.losses import Knob, Objective, WeightedSum, build_objective
 from dpo_jax.names import did_you_mean
 from dpo_jax.types import fields_of
@@ -73,6 +78,7 @@ def resolve(
     check_schedule(settings)
   _warn_of_best(settings)
   parse_steps(settings["profile"]["steps"])
+  parse_allowed(settings["resume"]["allow"])
   return _freeze(settings)
 
 

@@ -19,6 +19,15 @@ CHECKS = (
   "small_data",
 )
 
+# Differences from the run of a workdir that `resume.allow` may accept:
+# another value of a key, a schedule over other total_steps, other records,
+# tokens made by another version, another tokenizer or chat template, other
+# weights of the reference, and no checkpoint left of those that were saved.
+DIFFERENCES = (
+  *("config", "total_steps", "data", "format", "tokenizer", "reference"),
+  "restart",
+)
+
 
 def _count(doc: str, low: int = 0) -> Knob:
   return Knob(int, doc, low=low)
@@ -101,6 +110,7 @@ VALUES: dict[str, Knob] = {
     "the one before stays until the latest is whole", 2
   ),
   "log.every_steps": _count("steps", 1),
+  "resume.step": _count("step of a checkpoint", 1),
 }
 
 
@@ -128,6 +138,22 @@ def parse_pairs(text: str, key: str, example: str) -> dict[str, str]:
       )
     found[name] = value
   return found
+
+
+def parse_allowed(text: str) -> frozenset[str]:
+  """Reads `resume.allow`: some of DIFFERENCES, separated by commas.
+
+  Raises:
+    ValueError: another name.
+  """
+  names = [part.strip() for part in text.split(",") if part.strip()]
+  for name in names:
+    if name not in DIFFERENCES:
+      raise ValueError(
+        f"resume.allow={text!r}: {name!r} must be one of"
+        f" {', '.join(DIFFERENCES)}"
+      )
+  return frozenset(names)
 
 
 def parse_steps(text: str) -> range:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from dpo_jax.data.loader import Loader
+from dpo_jax.parallel import stop_signal
 from dpo_jax.parallel.hosts import to_host
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.system import progress
@@ -41,6 +42,7 @@ def score_all(
   for index in progress.track(
     sorted(batches), label, total=len(batches), unit="batches"
   ):
+    stop_signal.check()
     batch = placement.place_rows(loader.eval_batch(index))
     out = step(batch)
     batch_ids = to_host(cast(jax.Array, batch.example_ids)).reshape(-1)

@@ -6,6 +6,7 @@ from dpo_jax.model_sources.base import (
   open_tokenizer,
 )
 from dpo_jax.model_sources.huggingface_model import HuggingFaceModel
+from dpo_jax.model_sources.moved import MovedSource
 from dpo_jax.model_sources.parse import (
   KINDS,
   TrainedRun,
@@ -18,6 +19,7 @@ __all__ = [
   "TOKENIZER_KEYS",
   "HuggingFaceModel",
   "ModelSource",
+  "MovedSource",
   "TrainedRun",
   "check_frozen",
   "open_tokenizer",

@@ -30,7 +30,7 @@ def model_card(run: TrainedRun, *, base: str, is_adapter: bool) -> str:
   sources = ", ".join(f"`{entry['source']}`" for entry in mixture)
   revision = "unknown"
   if workdir.git.exists():
-    revision = workdir.git.read_text().strip()
+    revision = workdir.git.read_text().split("\n")[-2]
   library = "peft" if is_adapter else "transformers"
   opening = ["---", f"library_name: {library}"]
   if is_adapter:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models.decoder import Policy
+from dpo_jax.parallel import stop_signal
 from dpo_jax.system import progress
 from dpo_jax.trees import Params
 
@@ -175,6 +176,7 @@ def sample(
   responses: list[list[int]] = []
   starts = range(0, len(prompts), batch_size)
   for start in progress.track(starts, label, total=len(starts), unit="batches"):
+    stop_signal.check()
     part = prompts[start : start + batch_size]
     indices = first_index + start + np.arange(batch_size)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(base, indices)

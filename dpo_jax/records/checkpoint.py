@@ -1,20 +1,14 @@
 """Orbax checkpoints, verified before they are used.
 
-  WORKDIR/checkpoints/STEP/params      the policy
-  WORKDIR/checkpoints/STEP/rest        step, optimizer, loss state, reference
-  WORKDIR/checkpoints/STEP/manifest.json   sha256 of every file
+  WORKDIR/checkpoints/STEP/params         the policy
+  WORKDIR/checkpoints/STEP/rest           step, optimizer, loss state, reference
+  WORKDIR/checkpoints/STEP/manifest.json  see `records.manifest`
 
-Orbax commits a step atomically, but it does not notice a flipped bit in an
-array file, and it takes any directory with a number for a checkpoint. So a step
-counts once its manifest is written, and is restored only if every file agrees
-with it. A damaged step is moved aside, and the step before it is used.
+A run that opens them moves damaged steps aside first, see `records.recovery`.
 """
 
 from collections.abc import Mapping
 import concurrent.futures
-import hashlib
-import itertools
-import json
 import logging
 import math
 import shutil
@@ -22,18 +16,17 @@ from typing import Any
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
+from dpo_jax.parallel import hosts
+from dpo_jax.records import manifest, recovery
 from dpo_jax.records.workdir import Workdir
-from dpo_jax.system.files import write_json
 from dpo_jax.trees import path_name
 from dpo_jax.types import TrainState
 
 _LOG = logging.getLogger(__name__)
 _training = ocp.v1.training
 _policies = _training.preservation_policies
-_MANIFEST = "manifest.json"
 
 
 class Checkpoints:
@@ -47,29 +40,33 @@ class Checkpoints:
     best_metric: str,
     best_is_lower: bool,
     is_reader: bool = False,
+    go_back_to: int | None = None,
+    may_restart: bool = False,
   ):
-    """Opens the folder, moving aside what is damaged.
+    """Opens the folder; see `recovery.recover` for what it does to the steps.
 
     Args:
       workdir: run directory.
-      keep: number of latest steps to keep. With 1, a kill between the commit of
-        a step and its manifest would leave none.
+      keep: number of latest steps to keep.
       best_metric: metric whose best step is kept too; "" for none.
       best_is_lower: whether a lower value of the metric is better.
       is_reader: whether only `params` are read, of a run that another process
         may be training: damaged and unfinished steps are skipped and left in
         place. A step is verified when it is asked for, `params` alone.
+      go_back_to: step that becomes the latest; None for the latest there is.
+      may_restart: whether steps may have been saved and all be lost.
+
+    Raises:
+      ValueError: see `recovery.recover`.
     """
-    self._root = Workdir.at(workdir).checkpoints
+    self._workdir = Workdir.at(workdir)
+    self._root = self._workdir.checkpoints
     self._best_metric = best_metric
     self._best_is_lower = best_is_lower
     self._is_reader = is_reader
     self._faults: dict[int, str] = {}
-    if not is_reader and jax.process_index() == 0:
-      self._root.mkdir(parents=True, exist_ok=True)
-      _quarantine_damaged(self._root)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("checkpoints verified")
+    if not is_reader:
+      hosts.together(lambda: self._prepare(go_back_to, may_restart))
     self._checkpointer = _training.Checkpointer(
       self._root,
       preservation_policy=_policies.AnyPreservationPolicy(
@@ -84,9 +81,13 @@ class Checkpoints:
       ),
       cleanup_tmp_directories=not is_reader,
     )
-    self._hasher = concurrent.futures.ThreadPoolExecutor(1)
-    self._pending: tuple[int, Any] | None = None
-    self._hashing: concurrent.futures.Future | None = None
+    self._finisher = concurrent.futures.ThreadPoolExecutor(1)
+    self._saving: concurrent.futures.Future | None = None
+
+  def _prepare(self, go_back_to: int | None, may_restart: bool) -> None:
+    if jax.process_index() == 0:
+      self._root.mkdir(parents=True, exist_ok=True)
+      recovery.recover(self._workdir, step=go_back_to, may_restart=may_restart)
 
   def _merit(self, metrics: dict[str, float]) -> float:
     value = metrics.get(self._best_metric, math.nan)
@@ -100,7 +101,9 @@ class Checkpoints:
       return True
     if step not in self._faults:
       folder = self._root / str(step)
-      self._faults[step] = fault = verify(folder, part="params")
+      self._faults[step] = fault = manifest.verify(
+        folder, part="params", run_id=self._workdir.run_id
+      )
       if fault:
         _LOG.warning("checkpoint %s is not used: %s", folder, fault)
     return not self._faults[step]
@@ -136,6 +139,8 @@ class Checkpoints:
     """
     self.wait()
     _check_room(self._root, (state.params, _rest(state)))
+    if jax.process_index() == 0:
+      recovery.mark_begun(self._workdir, step)
     if metrics and self._best_metric and self._best_metric not in metrics:
       _LOG.warning(
         "checkpoint.best_metric=%r is not measured, so the latest step counts"
@@ -152,29 +157,31 @@ class Checkpoints:
     )
     if response is None:
       raise RuntimeError(f"the checkpoint of step {step} was not taken")
-    self._pending = (step, response)
+    self._saving = self._finisher.submit(self._finish, step, response)
+
+  def _finish(self, step: int, response: Any) -> None:
+    """Waits for the commit, and writes the manifest at once."""
+    response.result()
+    if jax.process_index() == 0:
+      manifest.write(self._root / str(step), self._workdir.run_id)
+      recovery.mark_saved(self._workdir, step)
+      _LOG.info("%-11s step %d saved", "checkpoint", step)
+
+  @property
+  def is_saving(self) -> bool:
+    """Whether the last save is not complete yet."""
+    return self._saving is not None and not self._saving.done()
 
   def poll(self) -> None:
-    """Finishes a save whose files are written, without waiting for it."""
-    if self._pending and not self._checkpointer.is_saving_in_progress():
-      self._finish()
+    """Raises what the last save has failed with, without waiting for it."""
+    if not self.is_saving:
+      self.wait()
 
   def wait(self) -> None:
     """Waits until the last save is committed and has its manifest."""
-    if self._pending:
-      self._finish()
-    if self._hashing:
-      self._hashing.result()
-      self._hashing = None
-
-  def _finish(self) -> None:
-    step, response = self._pending
-    self._pending = None
-    response.result()
-    if jax.process_index() == 0:
-      self._hashing = self._hasher.submit(
-        _write_manifest, self._root / str(step)
-      )
+    if self._saving is not None:
+      self._saving.result()
+      self._saving = None
 
   def restore(
     self, abstract_state: TrainState, *, step: int | None = None
@@ -225,21 +232,27 @@ class Checkpoints:
   def close(self) -> None:
     """Finishes the last save and closes the folder."""
     self.wait()
-    self._hasher.shutdown()
+    self._finisher.shutdown()
     self._checkpointer.close()
 
 
 def open_checkpoints(
-  workdir: Workdir, config: Mapping[str, Any], *, is_reader: bool = False
+  workdir: Workdir, config: Mapping[str, Any], **options: Any
 ) -> Checkpoints:
-  """Opens the checkpoints of a run with that config; see `Checkpoints`."""
+  """Opens the checkpoints of a run with that config.
+
+  Args:
+    workdir: run directory.
+    config: resolved.
+    **options: is_reader, go_back_to and may_restart of `Checkpoints`.
+  """
   settings = config["checkpoint"]
   return Checkpoints(
     workdir,
     keep=settings["keep"],
     best_metric=settings["best_metric"],
     best_is_lower=settings["best_is_lower"],
-    is_reader=is_reader,
+    **options,
   )
 
 
@@ -276,85 +289,6 @@ def check_same_tree(wanted: Any, found: Any, where: str) -> None:
     raise ValueError(
       f"{where} holds another model or optimizer; {len(faults)} arrays differ,"
       " the first:\n  " + "\n  ".join(faults[:5])
-    )
-
-
-def _files(folder: epath.Path) -> dict[str, epath.Path]:
-  found, folders = {}, [folder]
-  while folders:
-    for path in folders.pop().iterdir():
-      if path.is_dir():
-        folders.append(path)
-      elif path.name != _MANIFEST:
-        found[str(path.relative_to(folder))] = path
-  return found
-
-
-def _sha256(path: epath.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_manifest(folder: epath.Path) -> None:
-  hashes = {name: _sha256(path) for name, path in _files(folder).items()}
-  write_json(folder / _MANIFEST, hashes, sort_keys=True)
-  _LOG.info("%-11s step %s saved", "checkpoint", folder.name)
-
-
-def verify(folder: epath.PathLike, part: str = "") -> str:
-  """Returns what is wrong with a checkpoint's files, or "".
-
-  Args:
-    folder: folder of a step.
-    part: "params" or "rest" to verify that one alone; "" for both.
-  """
-  others = {"params", "rest"} - {part} if part else set()
-  folder = epath.Path(folder)
-  if not (folder / _MANIFEST).exists():
-    return "it has no manifest: its save was not finished"
-  try:
-    wanted = json.loads((folder / _MANIFEST).read_text())
-  except ValueError:  # not JSON, or not even text
-    return f"{_MANIFEST} is damaged"
-  if not isinstance(wanted, dict) or not wanted:
-    return f"{_MANIFEST} is damaged"
-  found = _files(folder)
-  for name in sorted(wanted.keys() | found.keys()):
-    if name.partition("/")[0] in others:
-      continue
-    if name not in found:
-      return f"{name} is missing"
-    if name not in wanted:
-      return f"{name} is not in {_MANIFEST}"
-    digest = wanted[name]
-    if _sha256(found[name]) != digest:
-      return f"{name} is damaged"
-  return ""
-
-
-def _damaged(root: epath.Path) -> dict[epath.Path, str]:
-  """Returns the folders of damaged steps, and what is wrong with each."""
-  if not root.exists():
-    return {}
-  folders = sorted(f for f in root.iterdir() if f.name.isdecimal())
-  faults = {folder: verify(folder) for folder in folders}
-  return {folder: fault for folder, fault in faults.items() if fault}
-
-
-def _quarantine_damaged(root: epath.Path) -> None:
-  for folder, fault in _damaged(root).items():
-    aside = root.parent / "quarantine"
-    aside.mkdir(parents=True, exist_ok=True)
-    taken = {path.name for path in aside.iterdir()}
-    names = (f"{folder.name}-{i}" for i in itertools.count())
-    target = aside / next(name for name in names if name not in taken)
-    folder.rename(target)
-    _LOG.warning(
-      "checkpoint %s is not used: %s. Moved to %s; the step before it is"
-      " used instead",
-      folder,
-      fault,
-      target,
     )
 
 

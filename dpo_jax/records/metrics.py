@@ -1,6 +1,6 @@
 """Metrics: their files, rates while a run trains, and tables."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import json
 import logging
 import math
@@ -13,8 +13,10 @@ import numpy as np
 
 from dpo_jax.config import eval_sets, metric_prefix, split_name
 from dpo_jax.records.workdir import Workdir
+from dpo_jax.system.files import write_atomically
 
 _LOG = logging.getLogger(__name__)
+_RESUMED = "resumed"  # split of a line that says where a run resumed
 
 
 class GrowingFile:
@@ -95,6 +97,7 @@ class MetricsWriter:
       return
     workdir = Workdir.at(workdir)
     workdir.path.mkdir(parents=True, exist_ok=True)
+    self._is_old = workdir.metrics.exists()
     self._file = GrowingFile(workdir.metrics)
     if tensorboard:
       from tensorboardX import SummaryWriter  # slow to import
@@ -122,6 +125,12 @@ class MetricsWriter:
         self._events.add_scalar(f"{split}/{name}", number, step)
       self._events.flush()
 
+  def write_resumed(self, step: int) -> None:
+    """Records where a run resumes: what it wrote after that step is void."""
+    if self._file is not None and self._is_old:
+      line = {"step": step, "split": _RESUMED}
+      self._file.append(json.dumps(line) + "\n")
+
   def close(self) -> None:
     if self._file is not None:
       self._file.close()
@@ -134,28 +143,49 @@ def read_metrics(
 ) -> list[dict[str, Any]]:
   """Reads the lines of a split from metrics.jsonl, one for each step.
 
-  A run that resumed from a checkpoint writes the steps after it again; the
-  last line of a step is the one that counts.
+  A run that resumes at a step says so in a line, and trains the steps after it
+  again: lines of these steps that stand above it do not count.
 
   Raises:
     ValueError: a damaged line; names file and line.
   """
   path = Workdir.at(workdir).metrics
+  by_step: dict[int, dict[str, Any]] = {}
+  for row in _read_rows(path, ("step", "split")):
+    if row["split"] == _RESUMED:
+      by_step = {k: v for k, v in by_step.items() if k <= row["step"]}
+    elif row["split"] == split:
+      by_step[row["step"]] = row
+  return [by_step[step] for step in sorted(by_step)]
+
+
+def _read_rows(
+  path: epath.Path, keys: Collection[str]
+) -> Iterator[dict[str, Any]]:
+  """Yields the lines of a JSONL file, which all must have some keys."""
   *lines, rest = path.read_text().split("\n")
   if rest.endswith("}"):  # otherwise it was not written completely
     lines.append(rest)
-  by_step = {}
   for number, line in enumerate(lines, 1):
     try:
       row = json.loads(line)
-      its_split, step = row["split"], row["step"]
-    except (ValueError, KeyError, TypeError) as error:
+      missing = [key for key in keys if key not in row]
+    except (ValueError, TypeError, RecursionError) as error:
+      missing = [str(error)]
+    if missing:
       raise ValueError(
-        f"{path}:{number} is damaged: {error}. Remove the line to read the rest"
-      ) from error
-    if its_split == split:
-      by_step[step] = row
-  return [by_step[step] for step in sorted(by_step)]
+        f"{path}:{number} is damaged: {', '.join(missing)}. Remove the line to"
+        " read the rest"
+      )
+    yield row
+
+
+def cut_lines_after(path: epath.Path, step: int) -> None:
+  """Removes the lines of a JSONL file whose "step" is above a step."""
+  if not path.exists():
+    return
+  rows = [row for row in _read_rows(path, ("step",)) if row["step"] <= step]
+  write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_last_evaluation(

@@ -1,6 +1,7 @@
-"""Checks of a resumed run: its config and data are those of its workdir."""
+"""Identity of a run: a resumed one has the config and data of its workdir."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+import datetime
 import json
 import logging
 import re
@@ -9,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from dpo_jax.config.keys import default_config, flatten
-from dpo_jax.config.values import parse_pairs
+from dpo_jax.config.values import parse_allowed, parse_pairs
 from dpo_jax.losses import build_objective
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.files import read_json, write_json
@@ -30,9 +31,19 @@ _PLACES = (
   "checkpoint.every_steps",
   "checkpoint.keep",
   "eval.save_logps",
+  "resume.",
 )
 # Groups of losses without an accuracy.
 _UNRANKED = ("first", "samples")
+# Kinds of differences, and the beginnings of their keys; "config" is the rest.
+_KINDS = {
+  "data": ("data.source", "data.eval_source"),
+  "tokenizer": (
+    *("data.tokenizer", "data.chat_template", "data.eos_token"),
+    "data.template_date",
+  ),
+  "config": ("",),
+}
 _COMMIT = "[0-9a-f]{40}"
 
 
@@ -43,19 +54,21 @@ def decides_result(key: str) -> bool:
 
 def check_same_config(
   config: ml_collections.ConfigDict, workdir: Workdir
-) -> None:
+) -> dict[str, list[str]]:
   """Compares a config with the one that a workdir holds, if any.
 
   Args:
     config: resolved.
     workdir: run directory.
 
+  Returns:
+    The differences that `resume.allow` accepts, by kind.
+
   Raises:
-    ValueError: the workdir belongs to a run with another config; shows the
-      difference.
+    ValueError: other differences; shows them.
   """
   if not workdir.config.exists():
-    return
+    return {}
   resolved = _as_json(config)
   before, now = _recorded(workdir), dict(flatten(resolved))
   # Runs once recorded "" for the tokenizer of policy.init.
@@ -65,37 +78,169 @@ def check_same_config(
     # Once the default of losses too that have no accuracy.
     for key in ("checkpoint.best_metric", "checkpoint.best_is_lower"):
       before[key] = now[key]
-  changed = [
-    f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
-    for key in sorted(before.keys() | now.keys())
-    if before.get(key) != now.get(key)
-    and decides_result(key)
-    and key not in ("total_steps", "epochs")  # a run may take more steps
-  ]
-  if changed:
-    raise ValueError(
-      f"{workdir} holds a run with another config:\n"
-      + "\n".join(changed)
-      + "\nChoose another workdir, or resume with the config that is there"
+  keys = {
+    key
+    for key in before.keys() | now.keys()
+    # A run may take more steps; `_compare_schedules` says of which schedule.
+    if decides_result(key) and key not in ("total_steps", "epochs")
+  }
+  accepted = {}
+  for kind, names in _KINDS.items():
+    its_keys = {key for key in keys if key.startswith(names)}
+    keys -= its_keys
+    accepted |= _accept(
+      kind,
+      _differences(before, now, its_keys),
+      config,
+      f"{workdir} holds a run with another config",
+      "Choose another workdir, or resume with the config that is there",
     )
+  return accepted
 
 
-def record_config(
-  config: ml_collections.ConfigDict, workdir: Workdir, *, is_writer: bool
-) -> None:
-  """Records a config in a workdir, once it is the one there.
+def check_same(
+  config: ml_collections.ConfigDict,
+  identity: Mapping[str, Any],
+  workdir: Workdir,
+  build_schedule: Callable[[Any, int], Callable[[int], Any]],
+) -> dict[str, list[str]]:
+  """Compares a run with the one that its workdir holds, if any.
 
   Args:
     config: resolved.
+    identity: `Data.identity`.
     workdir: run directory.
-    is_writer: whether this process writes.
+    build_schedule: (`config.optimizer`, steps) -> rate by step.
+
+  Returns:
+    The differences that `resume.allow` accepts, by kind; `record` writes them.
 
   Raises:
-    ValueError: see `check_same_config`.
+    ValueError: another config, data, tokenizer or template, or another number
+      of steps under a schedule; shows the difference.
   """
-  check_same_config(config, workdir)
-  if is_writer:
-    workdir.write_config(_as_json(config))
+  accepted: dict[str, list[str]] = {}
+  for found in (
+    check_same_config(config, workdir),
+    _compare_schedules(config, workdir, build_schedule),
+    _compare_data(config, identity, workdir),
+  ):
+    for kind, lines in found.items():
+      accepted[kind] = accepted.get(kind, []) + lines
+  return accepted
+
+
+def _accept(
+  kind: str, changed: list[str], config: Any, what: str, remedy: str
+) -> dict[str, list[str]]:
+  """Returns differences under their kind if they are allowed.
+
+  Raises:
+    ValueError: they are not.
+  """
+  if not changed:
+    return {}
+  if kind not in parse_allowed(config["resume"]["allow"]):
+    lines = "\n".join(f"  {line}" for line in changed)
+    raise ValueError(
+      f"{what}:\n{lines}\n{remedy}. --config.resume.allow={kind} takes the"
+      " difference"
+    )
+  return {kind: changed}
+
+
+def _differences(
+  before: Mapping[str, Any], now: Mapping[str, Any], keys: Collection[str]
+) -> list[str]:
+  return [
+    f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+    for key in sorted(keys)
+    if before.get(key) != now.get(key)
+  ]
+
+
+def _compare_schedules(
+  config: Any,
+  workdir: Workdir,
+  build_schedule: Callable[[Any, int], Callable[[int], Any]],
+) -> dict[str, list[str]]:
+  """Compares the lengths of a decaying schedule, which bends with them."""
+  if config["optimizer"]["schedule"] == "constant":
+    return {}
+  if not workdir.config.exists():
+    return {}
+  before = workdir.read_config()["total_steps"]
+  now = config["total_steps"]
+  if before == now:
+    return {}
+  curves = [build_schedule(config["optimizer"], n) for n in (before, now)]
+  longest = max(before, now)
+  rates = [
+    (step, *(float(curve(step)) for curve in curves))
+    for step in (longest * quarter // 4 for quarter in range(5))
+  ]
+  return _accept(
+    "total_steps",
+    [
+      f"total_steps: {before} there, {now} now",
+      *(f"rate at step {n}: {a:.3g} there, {b:.3g} now" for n, a, b in rates),
+    ],
+    config,
+    f"{workdir} holds a run whose learning rate follows another curve",
+    "Resume with the total_steps that are there, or choose another workdir",
+  )
+
+
+def record(
+  config: ml_collections.ConfigDict,
+  description: Mapping[str, Any],
+  accepted: Mapping[str, list[str]],
+  workdir: Workdir,
+) -> None:
+  """Records a run in its workdir, at each start.
+
+  Args:
+    config: resolved.
+    description: `Data.description`.
+    accepted: differences that `check_same` has returned.
+    workdir: run directory.
+  """
+  workdir.write_config(_as_json(config))
+  known = read_json(workdir.data) if workdir.data.exists() else {}
+  history = known.get("history", [])
+  if accepted or go_back_to(config, accepted, workdir):
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    entry = {"at": now, "step": config["resume"]["step"], "accepted": accepted}
+    history = [*history, entry]
+  if not known or {"data", "format", "tokenizer"} & accepted.keys():
+    known = dict(description)
+  if known.get("history", []) != history or not workdir.data.exists():
+    write_json(workdir.data, known | {"history": history})
+  for kind, lines in accepted.items():
+    _LOG.warning("resume.allow=%s takes:\n  %s", kind, "\n  ".join(lines))
+
+
+def go_back_to(
+  config: ml_collections.ConfigDict,
+  accepted: Mapping[str, list[str]],
+  workdir: Workdir,
+) -> int | None:
+  """Returns `resume.step`, or None where the last start went back to it.
+
+  A job that is started again with the same command would never pass the step.
+
+  Args:
+    config: resolved.
+    accepted: differences that `check_same` has returned.
+    workdir: run directory.
+  """
+  step = config["resume"]["step"]
+  known = read_json(workdir.data) if workdir.data.exists() else {}
+  last = known.get("history", [{}])[-1] if known.get("history") else {}
+  if step is None or accepted or last.get("step") != step:
+    return step
+  _LOG.info("resume.step=%d was done at %s", step, last["at"])
+  return None
 
 
 def recorded_spellings(
@@ -120,6 +265,11 @@ def recorded_spellings(
     key: _recorded_commit(value, recorded.get(key, ""))
     for key, value in given.items()
   }
+
+
+def recorded_init(key: str, workdir: Workdir) -> str:
+  """Returns the policy.init or reference.init that a run began with."""
+  return _spellings(workdir.read_config())[key]
 
 
 def _spellings(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -155,7 +305,9 @@ def _recorded_commit(given: str, recorded: str) -> str:
 
 
 def _as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  return json.loads(json.dumps(config.to_dict(), default=_plain))
+  """Returns what config.json holds: all but the settings of one start."""
+  settings = config.to_dict() | {"resume": default_config().resume.to_dict()}
+  return json.loads(json.dumps(settings, default=_plain))
 
 
 def _recorded(workdir: Workdir) -> dict[str, Any]:
@@ -173,21 +325,15 @@ def _plain(value: Any) -> Any:
   return dict(value) if isinstance(value, Mapping) else str(value)
 
 
-def check_same_data(identity: Mapping[str, Any], workdir: Workdir) -> None:
-  """Compares what a run reads with what it began with.
-
-  Args:
-    identity: `Data.identity`.
-    workdir: run directory.
-
-  Raises:
-    ValueError: other data, another tokenizer or another chat template; shows
-      the difference.
-  """
+def _compare_data(
+  config: Any, identity: Mapping[str, Any], workdir: Workdir
+) -> dict[str, list[str]]:
+  """Compares data, tokenizer and template with what a run began with."""
   if not workdir.data.exists():
-    return
+    return {}
   before = read_json(workdir.data)
-  before = {k: v for k, v in before.items() if k not in ("reports", "checks")}
+  others = ("reports", "checks", "history")
+  before = {k: v for k, v in before.items() if k not in others}
   if isinstance(before["train"], str):  # as older runs recorded a split
     identity = {
       name: f"{split['store']}, {split['groups']} groups"
@@ -195,30 +341,30 @@ def check_same_data(identity: Mapping[str, Any], workdir: Workdir) -> None:
       if name != "tokenizer"
     }
   before, now = (dict(flatten(x)) for x in (before, identity))
-  changed = [
-    f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
-    for key in sorted(before.keys() | now.keys())
-    if before.get(key) != now.get(key)
-  ]
-  is_content = [
-    key for key in before.keys() | now.keys() if not key.endswith(".store")
-  ]
-  if changed and all(before.get(k) == now.get(k) for k in is_content):
-    raise ValueError(
+  keys = before.keys() | now.keys()
+  of_text = {key for key in keys if key.startswith("tokenizer.")}
+  # A store follows from all others, and from the code that made it.
+  of_store = {key for key in keys if key.endswith(".store")}
+  tokenizer = _differences(before, now, of_text)
+  data = _differences(before, now, keys - of_text - of_store)
+  store = _differences(before, now, of_store)
+  remedy = "Restore the old files, or choose another workdir"
+  accepted = _accept(
+    "data", data, config, f"{workdir} holds a run on other data", remedy
+  ) | _accept(
+    "tokenizer",
+    tokenizer,
+    config,
+    f"{workdir} holds a run with another tokenizer or chat template",
+    remedy,
+  )
+  if store and not accepted:
+    return _accept(
+      "format",
+      store,
+      config,
       f"{workdir} holds a run whose data are the same, but were tokenized by"
-      " another version of dpo_jax: resume it with the version in"
-      f" {workdir.git}, or choose another workdir"
+      " another version of dpo_jax",
+      f"Resume it with the version in {workdir.git}, or choose another workdir",
     )
-  if changed:
-    raise ValueError(
-      f"{workdir} holds a run on other data, or with another tokenizer or chat"
-      " template:\n"
-      + "\n".join(changed)
-      + "\nRestore the old files, or choose another workdir"
-    )
-
-
-def record_data(description: Mapping[str, Any], workdir: Workdir) -> None:
-  """Records what a run reads, at its first start; see `Data.description`."""
-  if not workdir.data.exists():
-    write_json(workdir.data, description)
+  return accepted

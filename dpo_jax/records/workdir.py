@@ -1,17 +1,18 @@
 """The files of a run: their names, and those that are written whole.
 
-workdir.json     format of the other files
+workdir.json     format of the other files, and the name of the run
 config.json      resolved config
 model.json       shape of the model
 data.json        digests of data, tokenizer and template
-git.txt          commit of the code
+git.txt          commits of the code that trained it, the latest last
 reference.txt    digest of the reference's parameters
 frozen.txt       digest of the parameters that are not trained
 metrics.jsonl    a JSON object a line
 samples.jsonl    prompts and responses
 eval_logps/      STEP.npz, log-probs of held-out groups
 checkpoints/     STEP/, see `records.checkpoint`
-quarantine/      damaged checkpoints
+saves.json       step that was begun last, and step that was saved last
+quarantine/      the latest two checkpoints that were moved aside
 reference/       cached log-probs
 online/          STEP.npz, sampled responses that the policy trains on
 profile/, tensorboard/
@@ -21,11 +22,15 @@ finished.json    written last, when the run has finished
 from collections.abc import Mapping
 import dataclasses
 import datetime
+import logging
 from typing import Any
+import uuid
 
 from etils import epath
 
-from dpo_jax.system.files import read_json, write_json
+from dpo_jax.system.files import read_json, write_atomically, write_json
+
+_LOG = logging.getLogger(__name__)
 
 # Raise it when a file changes so that an older version would misread it, and
 # _OLDEST when this version no longer reads what was written before.
@@ -118,6 +123,10 @@ class Workdir:
     return folder if "://" in str(folder) else folder.absolute()
 
   @property
+  def saves(self) -> epath.Path:
+    return self.path / "saves.json"
+
+  @property
   def quarantine(self) -> epath.Path:
     return self.checkpoints.parent / "quarantine"
 
@@ -145,14 +154,20 @@ class Workdir:
   def _format(self) -> epath.Path:
     return self.path / "workdir.json"
 
-  def _read_format(self) -> int:
-    return read_json(self._format)["format"] if self._format.exists() else 0
+  def _read_format(self) -> dict[str, Any]:
+    """Reads workdir.json; format 0 is from before there was one."""
+    return read_json(self._format) if self._format.exists() else {"format": 0}
+
+  @property
+  def run_id(self) -> str:
+    """Name of the run, which its checkpoints hold; "" where it has none."""
+    return self._read_format().get("run", "")
 
   def check_format(self) -> None:
     """Raises ValueError unless this version reads what the folder holds."""
     if not self.config.exists():
       return
-    found = self._read_format()
+    found = self._read_format()["format"]
     if not _OLDEST <= found <= FORMAT:
       raise ValueError(
         f"{self} has format {found}, and this version of dpo_jax reads formats"
@@ -165,10 +180,23 @@ class Workdir:
     return read_json(self.config)
 
   def write_config(self, config: Mapping[str, Any]) -> None:
-    """Records the resolved config, and the format of the folder."""
-    if self._read_format() != FORMAT:
-      write_json(self._format, {"format": FORMAT})
+    """Records the resolved config, the format of the folder and its name."""
+    known = self._read_format()
+    if known["format"] != FORMAT or "run" not in known:
+      name = known.get("run") or uuid.uuid4().hex
+      write_json(self._format, {"format": FORMAT, "run": name})
     write_json(self.config, config, sort_keys=True)
+
+  def record_version(self, version: str) -> None:
+    """Appends a version of the code to git.txt, unless it is the last."""
+    before = self.git.read_text().splitlines() if self.git.exists() else []
+    if before[-1:] == [version]:
+      return
+    if before:
+      _LOG.warning(
+        "the run began with the code %s, and this is %s", before[0], version
+      )
+    write_atomically(self.git, "".join(f"{v}\n" for v in [*before, version]))
 
   def read_digest(self, path: epath.Path) -> str:
     """Reads one of the digests; "" where none was recorded."""

@@ -93,7 +93,11 @@ class Evaluator:
       for row in read_metrics(self._run.workdir, config_lib.split_name(name))
       if row["step"] == step
     }
-    return self.evaluate(step, state, with_samples=False, skip=done)
+    is_last = step == self._run.config.total_steps
+    is_sampled = next(iter(self._run.data.eval), None) in done
+    return self.evaluate(
+      step, state, with_samples=is_last and not is_sampled, skip=done
+    )
 
   def _measure_samples(self, step: int, state: TrainState) -> dict[str, float]:
     """Samples from the policy, and compares with the reference's samples."""

@@ -6,6 +6,7 @@ compiled, loaded or overwritten.
 
 from collections.abc import Mapping
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from dpo_jax.records import resume
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.training import evaluation
 from dpo_jax.training.program import Program, build_program, needs_value_head
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +82,35 @@ def resolve(
   """
   config = config_lib.resolve(config)
   spelled = resume.recorded_spellings(config, workdir)
-  source = model_sources.parse(spelled["policy.init"])
+  source = _open_source(spelled, "policy.init", workdir)
   settings = source.tokenizer_settings(config.data)
   pinned = {f"data.{key}": value for key, value in settings.items()}
   pinned["policy.init"] = source.init
   if spelled["reference.init"]:
-    theirs = model_sources.parse(spelled["reference.init"], "reference.init")
+    theirs = _open_source(spelled, "reference.init", workdir)
     pinned["reference.init"] = theirs.init
   pinned |= _pin_data(config.data, spelled)
   config = config_lib.with_values(config, pinned)
   resume.check_same_config(config, workdir)
   return config, source
+
+
+def _open_source(
+  spelled: Mapping[str, str], key: str, workdir: Workdir
+) -> model_sources.ModelSource:
+  """Opens a model source, which a resumed run may do without.
+
+  Raises:
+    FileNotFoundError: it does not exist, and the run has not begun with it.
+  """
+  try:
+    return model_sources.parse(spelled[key], key)
+  except FileNotFoundError as error:
+    is_known = workdir.config.exists() and workdir.model.exists()
+    if not is_known or spelled[key] != resume.recorded_init(key, workdir):
+      raise
+    _LOG.warning("%s. The run resumes without it as far as it can", error)
+    return model_sources.MovedSource(spelled[key], workdir, str(error))
 
 
 def _pin_data(data: Any, spelled: Mapping[str, str]) -> dict[str, Any]:

@@ -218,12 +218,14 @@ def test_the_readmes_config_reads_with_the_models_tokenizer(
 def test_an_old_workdir_without_a_tokenizers_name_goes_on(tmp_path):
   config = tiny.make_config()
   config.data.tokenizer = ""
-  resume.record_config(config, Workdir.at(tmp_path), is_writer=True)
+  workdir = Workdir.at(tmp_path)
+  resume.record(config, {}, {}, workdir)
   config.data.tokenizer = "bytes"
-  resume.record_config(config, Workdir.at(tmp_path), is_writer=True)
+  assert not resume.check_same_config(config, workdir)
+  resume.record(config, {}, {}, workdir)
   config.data.tokenizer = "letters:4"
   with pytest.raises(ValueError, match="'bytes' there, 'letters:4' now"):
-    resume.record_config(config, Workdir.at(tmp_path), is_writer=True)
+    resume.check_same_config(config, workdir)
 
 
 @pytest.mark.slow

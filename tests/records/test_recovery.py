@@ -1,0 +1,132 @@
+"""Steps are adopted, moved aside, gone back to, and never lost in silence."""
+
+import json
+import logging
+
+import pytest
+
+from dpo_jax.records import manifest, recovery
+from dpo_jax.records.metrics import GrowingFile, read_metrics
+from dpo_jax.records.workdir import Workdir
+from tests import faults
+
+
+def make_step(workdir, step, run_id="", *, is_whole=True):
+  """A step of two files, as Orbax leaves it."""
+  folder = Workdir.at(workdir).checkpoints / str(step)
+  for part in ("params", "rest"):
+    (folder / part).mkdir(parents=True)
+    (folder / part / "array").write_text(f"{part} of step {step}")
+  if is_whole:
+    manifest.write(folder, run_id)
+  return folder
+
+
+def steps_of(workdir):
+  return sorted(int(f.name) for f in Workdir.at(workdir).checkpoints.iterdir())
+
+
+def moved(workdir):
+  return sorted(f.name for f in Workdir.at(workdir).quarantine.iterdir())
+
+
+def name_run(workdir, name):
+  (workdir / "workdir.json").write_text(json.dumps({"format": 1, "run": name}))
+
+
+def test_a_committed_step_without_a_manifest_is_adopted(tmp_path):
+  """A kill between the two costs nothing."""
+  workdir = Workdir.at(tmp_path)
+  make_step(tmp_path, 2)
+  recovery.mark_saved(workdir, 2)
+  folder = make_step(tmp_path, 4, is_whole=False)
+  recovery.mark_begun(workdir, 4)
+  recovery.recover(workdir)
+  assert steps_of(tmp_path) == [2, 4]
+  assert not manifest.verify(folder)
+
+
+def test_a_saved_step_that_lost_its_manifest_is_not_adopted(tmp_path):
+  workdir = Workdir.at(tmp_path)
+  make_step(tmp_path, 2)
+  make_step(tmp_path, 4, is_whole=False)
+  recovery.mark_saved(workdir, 4)
+  recovery.recover(workdir)
+  assert steps_of(tmp_path) == [2]
+  assert moved(tmp_path) == ["4-0"]
+
+
+def test_step_of_another_run_is_moved_aside(tmp_path, caplog):
+  name_run(tmp_path, "ours")
+  make_step(tmp_path, 2, "ours")
+  make_step(tmp_path, 4, "theirs")
+  make_step(tmp_path, 1)  # from before steps had the name of their run
+  with caplog.at_level(logging.WARNING, "dpo_jax"):
+    recovery.recover(Workdir.at(tmp_path))
+  assert steps_of(tmp_path) == [1, 2]
+  assert "it is a step of another run, theirs" in caplog.text
+
+
+def test_the_name_of_a_run_is_part_of_the_manifest(tmp_path):
+  folder = make_step(tmp_path, 2, "ours")
+  (folder / "run.txt").write_text("theirs\n")
+  assert manifest.verify(folder, run_id="theirs") == "run.txt is damaged"
+  (folder / "run.txt").unlink()
+  assert manifest.verify(folder) == "run.txt is missing"
+
+
+def test_a_run_that_lost_all_steps_does_not_start_again(tmp_path, caplog):
+  workdir = Workdir.at(tmp_path)
+  for step in (2, 4):
+    faults.flip_byte(make_step(tmp_path, step) / "params" / "array")
+  recovery.mark_saved(workdir, 4)
+  for _ in range(2):  # the mark outlives the damaged steps
+    with pytest.raises(ValueError, match="has saved step 4, and no step is"):
+      recovery.recover(workdir)
+  assert str(tmp_path / "quarantine" / "4-1") in caplog.text
+  recovery.recover(workdir, may_restart=True)
+
+
+def test_a_lost_latest_step_is_told(tmp_path, caplog):
+  workdir = Workdir.at(tmp_path)
+  make_step(tmp_path, 2)
+  recovery.mark_saved(workdir, 4)
+  recovery.recover(workdir)
+  assert "step 4 was saved and cannot be used" in caplog.text
+
+
+def test_two_steps_stay_in_quarantine(tmp_path):
+  for step in (2, 4, 6, 8):
+    faults.flip_byte(make_step(tmp_path, step) / "rest" / "array")
+    recovery.recover(Workdir.at(tmp_path))
+  assert moved(tmp_path) == ["6-2", "8-3"]
+
+
+def test_going_back_forgets_what_came_after(tmp_path):
+  workdir = Workdir.at(tmp_path)
+  for step in (2, 4, 6):
+    make_step(tmp_path, step)
+  recovery.mark_saved(workdir, 6)
+  for path in (workdir.metrics, workdir.samples):
+    file = GrowingFile(path)
+    for step in (0, 2, 4, 6):
+      file.append(json.dumps({"step": step, "split": "train"}) + "\n")
+    file.close()
+  (tmp_path / "eval_logps" / "other").mkdir(parents=True)
+  for step in (2, 4, 6):
+    (tmp_path / "eval_logps" / "other" / f"{step}.npz").touch()
+  recovery.recover(workdir, step=2)
+  assert steps_of(tmp_path) == [2]
+  assert moved(tmp_path) == ["4-0", "6-1"]
+  assert [row["step"] for row in read_metrics(tmp_path, "train")] == [0, 2]
+  assert len(workdir.samples.read_text().splitlines()) == 2
+  assert [p.name for p in workdir.eval_logps.glob("*/*")] == ["2.npz"]
+  recovery.recover(workdir)  # the steps that were left are not missed
+
+
+def test_going_back_to_a_step_that_is_not_there_lists_the_steps(tmp_path):
+  make_step(tmp_path, 2)
+  make_step(tmp_path, 4)
+  with pytest.raises(ValueError, match=r"resume\.step=3: .* the steps 2, 4"):
+    recovery.recover(Workdir.at(tmp_path), step=3)
+  assert steps_of(tmp_path) == [2, 4]
