@@ -7,7 +7,6 @@ steps, evaluates and saves. It is the only module that knows all rooms.
 """
 
 from collections.abc import Generator, Mapping
-import dataclasses
 import logging
 import sys
 from typing import Any, NoReturn
@@ -42,17 +41,14 @@ from dpo_jax import online, trees
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.parallel import hosts
 from dpo_jax.parallel.stop_signal import Preempted, StopSignal
-from dpo_jax.records import resume
-from dpo_jax.records.checkpoint import Checkpoints, open_checkpoints
-from dpo_jax.records.metrics import MetricsWriter, read_last_evaluation
+from dpo_jax.records.metrics import read_last_evaluation
 from dpo_jax.records.profile import ProfileWindow
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.cache import use_compilation_cache
-from dpo_jax.system.files import write_json
-from dpo_jax.system.version import code_version
-from dpo_jax.training import initial_state, optimizer
+from dpo_jax.training import initial_state
 from dpo_jax.training.console import Console
 from dpo_jax.training.evaluator import Evaluator
+from dpo_jax.training.opening import Opened, open_workdir
 from dpo_jax.training.setup import Run, build_run
 from dpo_jax.training.stops import NonFiniteError
 from dpo_jax.types import TrainState
@@ -76,6 +72,7 @@ def train(
 
   Raises:
     ValueError: a mistake in the config, the data or the workdir.
+    LockLost: another process took the workdir over while this one was frozen.
     NonFiniteError: a loss or gradient that is not finite; the last good
       checkpoint is kept.
     Preempted: SIGTERM or Ctrl-C came; the run has saved, and resumes when it
@@ -90,35 +87,12 @@ def train(
   )
   with stop or StopSignal() as stop:
     run = hosts.together(lambda: build_run(config, workdir))
-    identity = run.data.identity()
-    hosts.check_same(identity, "data")
-    accepted = resume.check_same(
-      run.config, identity, workdir, optimizer.build_schedule
-    )
-    checkpoints = open_checkpoints(
-      workdir,
-      run.config,
-      go_back_to=resume.go_back_to(run.config, accepted, workdir),
-      may_restart="restart"
-      in config_lib.parse_allowed(run.config.resume.allow),
-    )
-    if run.is_writer:
-      resume.record(run.config, run.data.description(), accepted, workdir)
-      write_json(workdir.model, dataclasses.asdict(run.program.policy.config))
-      workdir.record_version(code_version())
-    writer = MetricsWriter(
-      workdir,
-      is_writer=run.is_writer,
-      tensorboard=run.config.log.tensorboard,
-    )
-    try:
-      with Console(run) as console:
-        metrics = _Loop(run, checkpoints, writer, stop, console).run_all()
-    finally:
-      writer.close()
-      checkpoints.close()
-    if run.is_writer:
-      workdir.write_finished(run.config.total_steps)
+    hosts.check_same(run.data.identity(), "data")
+    with open_workdir(run) as opened, Console(run) as console:
+      metrics = _Loop(run, opened, stop, console).run_all()
+      opened.lock.check()
+      if run.is_writer:
+        workdir.write_finished(run.config.total_steps)
   return metrics
 
 
@@ -126,16 +100,12 @@ class _Loop:
   """The steps of a run, from its latest checkpoint on."""
 
   def __init__(
-    self,
-    run: Run,
-    checkpoints: Checkpoints,
-    writer: MetricsWriter,
-    stop: StopSignal,
-    console: Console,
+    self, run: Run, opened: Opened, stop: StopSignal, console: Console
   ):
     self._run, self._config = run, run.config
     self._placement = run.program.placement
-    self._checkpoints, self._writer = checkpoints, writer
+    self._lock, self._writer = opened.lock, opened.writer
+    self._checkpoints = opened.checkpoints
     self._stop, self._console = stop, console
 
   def run_all(self) -> dict[str, float]:
@@ -233,6 +203,7 @@ class _Loop:
   def _save(
     self, done: int, state: TrainState, metrics: dict[str, float]
   ) -> None:
+    self._lock.check()
     self._check_finite(done, state)
     self._checkpoints.save(done, state, metrics or None)
 
@@ -307,6 +278,8 @@ class _Loop:
     return self._placement.place_training_batch(batch), counts
 
   def _record(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+    if self._lock.lost:
+      raise self._lock.lost
     self._writer.write(step, split, metrics)
     self._console.show(step, split, metrics)
 

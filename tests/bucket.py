@@ -9,7 +9,10 @@ from fsspec.implementations import dirfs, local
 
 
 class _Buckets(dirfs.DirFileSystem):
-  """Maps gs://NAME/PATH to FOLDER/NAME/PATH; `opened` lists files read."""
+  """Maps gs://NAME/PATH to FOLDER/NAME/PATH; `opened` lists files read.
+
+  As in gcsfs, `pipe_file` with mode "create" is atomic.
+  """
 
   def __init__(self, folder: str):
     super().__init__(path=folder, fs=local.LocalFileSystem(auto_mkdir=True))
@@ -19,6 +22,12 @@ class _Buckets(dirfs.DirFileSystem):
     if isinstance(path, str):
       path = path.removeprefix("gs://")
     return super()._join(path)
+
+  def pipe_file(self, path, value, mode="overwrite", **settings):
+    if mode != "create":
+      return super().pipe_file(path, value, mode=mode, **settings)
+    with open(self._join(path), "xb") as file:
+      file.write(value)
 
   def open(self, path, mode="rb", **settings):
     if "r" in mode:

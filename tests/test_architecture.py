@@ -112,6 +112,7 @@ ROOMS: dict[str, list[str]] = {
   ],
   "records": [
     "workdir",
+    "lock",
     "resume",
     "metrics",
     "manifest",
@@ -151,6 +152,7 @@ ROOMS: dict[str, list[str]] = {
     "evaluation",
     "start",
     "setup",
+    "opening",
     "stops",
     "initial_state",
     "cached_reference",

@@ -202,6 +202,11 @@ def default_config() -> ml_collections.ConfigDict:
   # Bars on a terminal; elsewhere a line a minute of what takes long.
   config.log.progress = True
 
+  config.workdir = ml_collections.ConfigDict()
+  # A process on another machine that trained this workdir, and gave no sign of
+  # life for so many seconds, is gone; one gives three in that time.
+  config.workdir.lock_timeout_s = 30.0
+
   config.profile = ml_collections.ConfigDict()
   config.profile.steps = ""  # "10:13" traces steps 10 to 12: WORKDIR/profile
   return config

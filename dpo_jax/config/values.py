@@ -57,6 +57,9 @@ VALUES: dict[str, Knob] = {
     float, "part of the prompts to hold out", low=0, high=1, below=True
   ),
   "data.scored_turns": _choice("last", "all"),
+  "data.template_timeout_s": Knob(
+    float, "seconds for 1,000 records", low=0, above=True, finite=False
+  ),
   "data.special_tokens": _choice("letters", "read"),
   "data.max_broken_records": _count("broken records to leave out"),
   **{f"data.checks.{name}": _choice("off", "warn", "stop") for name in CHECKS},
@@ -111,6 +114,9 @@ VALUES: dict[str, Knob] = {
   ),
   "log.every_steps": _count("steps", 1),
   "resume.step": _count("step of a checkpoint", 1),
+  "workdir.lock_timeout_s": Knob(
+    float, "seconds without a sign of life", low=1
+  ),
 }
 
 

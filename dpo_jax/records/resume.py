@@ -27,6 +27,7 @@ _PLACES = (
   "data.max_shapes",
   "data.checks.",
   "profile.",
+  "workdir.",
   "compilation_cache_dir",
   "checkpoint.every_steps",
   "checkpoint.keep",

@@ -1,6 +1,7 @@
 """The files of a run: their names, and those that are written whole.
 
 workdir.json     format of the other files, and the name of the run
+lock.json        process that trains the run, until it ends: `records.lock`
 config.json      resolved config
 model.json       shape of the model
 data.json        digests of data, tokenizer and template
@@ -149,6 +150,10 @@ class Workdir:
   @property
   def finished(self) -> epath.Path:
     return self.path / "finished.json"
+
+  @property
+  def lock(self) -> epath.Path:
+    return self.path / "lock.json"
 
   @property
   def _format(self) -> epath.Path:

@@ -19,6 +19,7 @@ import tempfile
 from typing import Any
 
 from etils import epath
+from etils.epath import backend
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 2**26  # bytes of a request
@@ -194,6 +195,55 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
     content = content.encode()
   temporary.write_bytes(content)
   temporary.replace(path)
+
+
+def create(path: epath.Path, content: bytes) -> bool:
+  """Creates a file unless it exists.
+
+  Of several processes that create the same file at the same time, one does.
+
+  Args:
+    path: local or gs://; its folder exists.
+    content: bytes of the file.
+
+  Returns:
+    Whether this call created it.
+  """
+  try:
+    if not is_remote(path):
+      with open(path, "xb") as file:
+        file.write(content)
+    elif (store := _object_store(path)) is not None:
+      store.pipe_file(str(path), content, mode="create")
+    elif path.exists():
+      return False
+    else:
+      _LOG.warning(
+        "%s: without gcsfs two processes may both create it; pip install gcsfs",
+        path,
+      )
+      path.write_bytes(content)
+  except FileExistsError:
+    return False
+  return True
+
+
+def read_if_there(path: epath.Path) -> bytes | None:
+  """Reads a file as it is now, or returns None if there is none."""
+  store = _object_store(path) if is_remote(path) else None
+  try:
+    # epath looks up the size first, in listings that gcsfs has cached.
+    return path.read_bytes() if store is None else store.cat_file(str(path))
+  except FileNotFoundError:
+    return None
+
+
+def _object_store(path: epath.Path) -> Any:
+  """Returns fsspec's file system, or None if epath has only TensorFlow's."""
+  try:
+    return backend.fsspec_backend.fs(path)
+  except ImportError:
+    return None
 
 
 def read_json(path: epath.Path) -> Any:

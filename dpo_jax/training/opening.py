@@ -1,0 +1,68 @@
+"""Opens the workdir of a run: locks it, compares, recovers and records."""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+
+from dpo_jax.config import parse_allowed
+from dpo_jax.records import resume
+from dpo_jax.records.checkpoint import Checkpoints, open_checkpoints
+from dpo_jax.records.lock import RunLock
+from dpo_jax.records.metrics import MetricsWriter
+from dpo_jax.system.files import write_json
+from dpo_jax.system.version import code_version
+from dpo_jax.training import optimizer
+from dpo_jax.training.setup import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """What a run writes to.
+
+  Attributes:
+    lock: lock of the workdir, which the run holds.
+    checkpoints: checkpoints, the latest of which is verified.
+    writer: writer of the metrics.
+  """
+
+  lock: RunLock
+  checkpoints: Checkpoints
+  writer: MetricsWriter
+
+
+@contextlib.contextmanager
+def open_workdir(run: Run) -> Iterator[Opened]:
+  """Opens the workdir of a run, and closes it after a complete last save.
+
+  Args:
+    run: run to begin or to resume; nothing was written before.
+
+  Raises:
+    ValueError: the workdir holds another run, or has lost its checkpoints.
+    WorkdirInUse: another process trains the run.
+    LockLost: another process took the workdir over while this one was frozen.
+  """
+  config, workdir = run.config, run.workdir
+  with RunLock(workdir, timeout_s=config.workdir.lock_timeout_s) as lock:
+    accepted = resume.check_same(
+      config, run.data.identity(), workdir, optimizer.build_schedule
+    )
+    checkpoints = open_checkpoints(
+      workdir,
+      config,
+      go_back_to=resume.go_back_to(config, accepted, workdir),
+      may_restart="restart" in parse_allowed(config.resume.allow),
+    )
+    if run.is_writer:
+      resume.record(config, run.data.description(), accepted, workdir)
+      write_json(workdir.model, dataclasses.asdict(run.program.policy.config))
+      workdir.record_version(code_version())
+    writer = MetricsWriter(
+      workdir, is_writer=run.is_writer, tensorboard=config.log.tensorboard
+    )
+    try:
+      yield Opened(lock, checkpoints, writer)
+    finally:
+      if not lock.lost:  # metrics.jsonl is another process's now
+        writer.close()
+      checkpoints.close()
