@@ -1,7 +1,9 @@
 """A stand-in for gs://: a folder, reached through epath's own backend."""
 
+import os
 import pathlib
 import posixpath
+import uuid
 
 from etils.epath import backend
 import fsspec
@@ -11,7 +13,8 @@ from fsspec.implementations import dirfs, local
 class _Buckets(dirfs.DirFileSystem):
   """Maps gs://NAME/PATH to FOLDER/NAME/PATH; `opened` lists files read.
 
-  As in gcsfs, `pipe_file` with mode "create" is atomic.
+  As in an object store, `pipe_file` writes a file whole, and with mode "create"
+  only if there is none.
   """
 
   def __init__(self, folder: str):
@@ -24,10 +27,14 @@ class _Buckets(dirfs.DirFileSystem):
     return super()._join(path)
 
   def pipe_file(self, path, value, mode="overwrite", **settings):
-    if mode != "create":
-      return super().pipe_file(path, value, mode=mode, **settings)
-    with open(self._join(path), "xb") as file:
-      file.write(value)
+    target = pathlib.Path(self._join(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    written = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+    written.write_bytes(value)
+    try:
+      (os.link if mode == "create" else os.replace)(written, target)
+    finally:
+      written.unlink(missing_ok=True)
 
   def open(self, path, mode="rb", **settings):
     if "r" in mode:

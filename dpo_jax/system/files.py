@@ -188,11 +188,14 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
     content: text as UTF-8, or bytes.
   """
   path = epath.Path(path)
+  if isinstance(content, str):
+    content = content.encode()
+  if is_remote(path) and (store := _object_store(path)) is not None:
+    store.pipe_file(str(path), content)  # an object is replaced as a whole
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   # Processes that share a folder may write the same file at the same time.
   temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  if isinstance(content, str):
-    content = content.encode()
   temporary.write_bytes(content)
   temporary.replace(path)
 
