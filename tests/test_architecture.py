@@ -142,6 +142,7 @@ ROOMS: dict[str, list[str]] = {
     "optimizer",
     "reference",
     "logps_cache",
+    "logps_parts",
     "forward",
     "gradients",
     "step",

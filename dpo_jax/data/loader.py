@@ -89,8 +89,8 @@ class Loader:
     """Returns the number of batches that cover every group once."""
     return -(-len(self.indices) // self.batch_size)
 
-  def eval_batch(self, index: int) -> Batch:
-    """Returns the index-th evaluation batch; each group is in one of them.
+  def eval_order(self, index: int) -> np.ndarray:
+    """Returns the groups of an evaluation batch: i64, store indices.
 
     If rows hold many groups, every batch gets groups of all lengths: batches
     have about the same number of tokens, so they share a shape. Otherwise a
@@ -98,9 +98,13 @@ class Loader:
     may hold fewer groups.
     """
     if self._is_dealt:
-      return self._pack(self._by_length[index :: self.num_eval_batches()])
+      return self._by_length[index :: self.num_eval_batches()]
     start = index * self.batch_size
-    return self._pack(self._by_length[start : start + self.batch_size])
+    return self._by_length[start : start + self.batch_size]
+
+  def eval_batch(self, index: int) -> Batch:
+    """Returns the index-th evaluation batch; each group is in one of them."""
+    return self._pack(self.eval_order(index))
 
   @property
   def _is_dealt(self) -> bool:

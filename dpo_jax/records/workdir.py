@@ -6,7 +6,7 @@ config.json      resolved config
 model.json       shape of the model
 data.json        digests of data, tokenizer and template
 git.txt          commits of the code that trained it, the latest last
-reference.txt    digest of the reference's parameters
+reference.json   digests of the reference's parameters and of its log-probs
 frozen.txt       digest of the parameters that are not trained
 metrics.jsonl    a JSON object a line
 samples.jsonl    prompts and responses
@@ -98,7 +98,12 @@ class Workdir:
     return self.path / "git.txt"
 
   @property
-  def reference_digest(self) -> epath.Path:
+  def reference_digests(self) -> epath.Path:
+    return self.path / "reference.json"
+
+  @property
+  def old_reference_digest(self) -> epath.Path:
+    """Digest of the parameters alone, as older runs recorded it."""
     return self.path / "reference.txt"
 
   @property

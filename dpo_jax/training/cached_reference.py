@@ -1,23 +1,30 @@
 """Cached log-probs of the reference: computed once, checked, and attached."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import json
+import logging
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
+from etils import epath
 import numpy as np
 
-from dpo_jax.data import batch_plan
+from dpo_jax.data import batch_plan, scoring
 from dpo_jax.data.loader import Loader
 from dpo_jax.models import lora
-from dpo_jax.system.files import write_atomically
+from dpo_jax.parallel import hosts
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.system.files import read_json, write_json
 from dpo_jax.training import initial_state, logps_cache, reference, start
+from dpo_jax.training.logps_cache import Cached
+from dpo_jax.training.logps_parts import Parts, remove_parts
 from dpo_jax.training.setup import Run
 from dpo_jax.training.stops import NonFiniteError
 from dpo_jax.trees import params_digest
 from dpo_jax.types import TrainState
+
+_LOG = logging.getLogger(__name__)
 
 
 def attach(
@@ -27,6 +34,7 @@ def attach(
   *,
   unscored: Loader | None = None,
   label: str = "",
+  check: Callable[[], None] = lambda: None,
 ) -> list[Loader]:
   """Gives loaders the reference's log-probs, computing them where needed.
 
@@ -37,12 +45,15 @@ def attach(
     unscored: groups that a fresh policy is compared with its reference on,
       where the training batches are sampled and have no log-probs yet.
     label: name of the work for `progress.track`; "" shows nothing.
+    check: called between the batches that are scored. It may raise to stop the
+      run; what was computed is written then.
 
   Returns:
     The loaders, with `ref_logps` where the run's reference is cached.
 
   Raises:
-    ValueError: a reference that has changed since the run began.
+    ValueError: a reference, or log-probs, that have changed since the run
+      began; or a damaged cache.
     StartError: a fresh policy that differs from its reference.
     NonFiniteError: a log-prob that is not finite.
   """
@@ -52,9 +63,10 @@ def attach(
   is_fresh = int(state.step) == 0
   params = initial_state.reference_params(run, state)
   digest = params_digest(params)
-  _check_same_reference(run, digest, is_fresh=is_fresh)
+  known = {} if is_fresh else _known_caches(run, digest)
+  scorer = _Scorer(run, params, label, check)
   # Each store is scored once, however many loaders read it.
-  by_key: dict[str, np.ndarray] = {}
+  caches: dict[str, Cached] = {}
   attached = []
   for loader in loaders:
     key = reference.cache_key(
@@ -62,31 +74,62 @@ def attach(
       run.program.policy.without_adapters.config,
       f"{loader.store.digest}/{len(loader.store)}",
     )
-    if key not in by_key:
-      by_key[key] = _logps_of_store(run, state, params, loader, key, label)
-    attached.append(dataclasses.replace(loader, ref_logps=by_key[key]))
+    if key not in caches:
+      whole = _every_group(run, loader)
+      caches[key] = scorer.open(whole, key, known)
+      if is_fresh and run.starts_as_reference:
+        _check_start(run, state, params, whole, caches[key])
+    ref_logps = caches[key].logps
+    attached.append(dataclasses.replace(loader, ref_logps=ref_logps))
   if unscored is not None and is_fresh and run.starts_as_reference:
     start.check_adapters(state.policy_params)
     _check_in_float32(run, state, params, _every_group(run, unscored))
+  if run.is_writer:
+    digests = {key: cache.digest for key, cache in caches.items()}
+    write_json(
+      run.workdir.reference_digests, {"weights": digest, "logps": digests}
+    )
   return attached
 
 
-def _check_same_reference(run: Run, digest: str, *, is_fresh: bool) -> None:
-  """Stops a run that would resume with another reference than it began with.
+def _known_caches(run: Run, digest: str) -> Mapping[str, str]:
+  """Returns the digests of the caches that a run began with, by key.
 
   The target of `reference.init` may have changed since: a run that was
   trained further, a folder that was written again.
+
+  Args:
+    run: run that resumes.
+    digest: digest of the reference's parameters now.
+
+  Raises:
+    ValueError: another reference than the run began with, or no record of it.
   """
-  path = run.workdir.reference_digest
-  before = "" if is_fresh else run.workdir.read_digest(path)
-  if before and before != digest:
+  before = _read_digests(run.workdir)
+  path = run.workdir.reference_digests
+  if not before["weights"]:
+    record = json.dumps({"weights": digest, "logps": {}})
+    raise ValueError(
+      f"{path} is missing, so nothing tells whether {run.reference_init} still"
+      " holds the reference that this run began with. Restore the file; or, if"
+      f" you know that it has not changed, write {record} into it"
+    )
+  if before["weights"] != digest:
     raise ValueError(
       f"{run.reference_init} holds other weights than when this run began:"
-      f" {path} says {before[:12]}, and they are {digest[:12]} now. Restore the"
-      " old ones, or choose another workdir"
+      f" {run.workdir} records {before['weights'][:12]}, and they are"
+      f" {digest[:12]} now. Restore the old ones, or choose another workdir"
     )
-  if run.is_writer:
-    write_atomically(path, digest + "\n")
+  return before["logps"]
+
+
+def _read_digests(workdir: Workdir) -> Mapping[str, Any]:
+  """Reads the digests of a run's reference; "weights" is "" without any."""
+  if workdir.reference_digests.exists():
+    return read_json(workdir.reference_digests)
+  # Older runs recorded that of the weights alone.
+  weights = workdir.read_digest(workdir.old_reference_digest)
+  return {"weights": weights, "logps": {}}
 
 
 def _every_group(run: Run, loader: Loader) -> Loader:
@@ -113,53 +156,146 @@ def _every_group(run: Run, loader: Loader) -> Loader:
   )
 
 
-def _logps_of_store(
-  run: Run, state: TrainState, params: Any, loader: Loader, key: str, label: str
-) -> np.ndarray:
-  """Reads or computes the log-probs of a store: f32 [N, K]."""
-  folder = run.config.reference.cache_dir or run.workdir.reference_cache
-  whole = _every_group(run, loader)
-  layout = logps_cache.scoring_layout(
-    whole,
-    run.program.policy,
-    run.program.placement,
-    run.program.chunk_size,
-  )
-  logps = logps_cache.load_cache(folder, key)
-  if logps is None:
-    logps = _compute(run, params, whole, label)
-    if run.is_writer:
-      logps_cache.write_cache(folder, key, logps, layout)
-    if jax.process_count() > 1:
-      # The other processes read the manifest next.
-      multihost_utils.sync_global_devices("reference cached")
-  if int(state.step) == 0 and run.starts_as_reference:
-    start.check_adapters(state.policy_params)
-    layout = json.loads(json.dumps(layout))
-    if logps_cache.read_layout(folder, key) == layout:
-      start.check_in_its_layout(
-        run.program.logps_step,
-        lora.without_adapters(state.policy_params),
-        whole,
-        logps,
-        run.program.placement,
+@dataclasses.dataclass(frozen=True)
+class _Scorer:
+  """Reference of a run, which scores the groups that no cache holds.
+
+  Attributes:
+    run: run whose reference it is.
+    params: its parameters.
+    label, check: see `attach`.
+  """
+
+  run: Run
+  params: Any
+  label: str
+  check: Callable[[], None]
+
+  @property
+  def folder(self) -> epath.Path:
+    """Folder of caches."""
+    given = self.run.config.reference.cache_dir
+    return epath.Path(given or self.run.workdir.reference_cache)
+
+  def open(self, whole: Loader, key: str, known: Mapping[str, str]) -> Cached:
+    """Reads the log-probs of a store; computes them first if there are none.
+
+    Args:
+      whole: all groups of the store.
+      key: key of the cache.
+      known: digests of the caches that the run began with, by key.
+
+    Raises:
+      ValueError: other log-probs than the run began with; or a damaged cache.
+    """
+    path = logps_cache.cache_path(self.folder, key)
+    shape = whole.store.score.shape
+    cache = logps_cache.load_cache(self.folder, key, shape)
+    was_there = cache is not None
+    if cache is None:
+      parts = self._compute(whole, key)
+      # The other processes read the cache next.
+      hosts.together(lambda: self._write(key, parts))
+      cache = logps_cache.load_cache(self.folder, key, shape)
+    if cache is None:
+      raise FileNotFoundError(
+        f"process 0 has written {path}, and it is not there:"
+        " reference.cache_dir must be a folder that all hosts share"
       )
-    else:
-      _check_in_float32(run, state, params, whole)
-  return logps
+    if known.get(key, cache.digest) != cache.digest:
+      if was_there:
+        raise ValueError(
+          f"{path} holds other log-probs than this run began with:"
+          f" {self.run.workdir.reference_digests} says {known[key][:12]}, and"
+          f" their sha256 is {cache.digest[:12]} now. Restore the file; or"
+          f" delete it and {path.with_suffix('.json')}, and the log-probs are"
+          " computed again"
+        )
+      _LOG.warning(
+        "%s was computed again, and rounds differently than when this run"
+        " began: its layout is another, or the version of jax",
+        path,
+      )
+    if self.run.is_writer:
+      remove_parts(self.folder, key)
+    return cache
+
+  def _write(self, key: str, parts: Parts) -> None:
+    """Writes a cache, unless a run that shares the folder was faster.
+
+    That run, and others, may already train with what it wrote.
+    """
+    if not self.run.is_writer:
+      return
+    if logps_cache.load_cache(self.folder, key, parts.logps.shape) is None:
+      logps_cache.write_cache(self.folder, key, parts.logps, parts.layout)
+
+  def _compute(self, whole: Loader, key: str) -> Parts:
+    """Scores the groups that no part has yet.
+
+    Process 0 reads and writes the parts, and the others score what it lacks.
+
+    Args:
+      whole: all groups of the store.
+      key: key of the cache.
+
+    Returns:
+      On process 0, log-probs of all groups.
+
+    Raises:
+      NonFiniteError: a log-prob that is not finite.
+    """
+    run = self.run
+    shape = whole.store.score.shape
+    parts = Parts(self.folder, key, _layout(run, whole), shape)
+    hosts.together(lambda: parts.read() if run.is_writer else None)
+    count = whole.num_eval_batches()
+    left = [i for i in range(count) if not parts.has(whole.eval_order(i))]
+    left = json.loads(hosts.gather_texts(json.dumps(left))[0])
+    if len(left) < count:
+      done = count - len(left)
+      _LOG.info("log-probs of %d of %d batches are there", done, count)
+    step = functools.partial(run.program.logps_step, self.params)
+    placement = run.program.placement
+    try:
+      for ids, logps in scoring.score_batches(
+        step, whole, placement, label=self.label, batches=left
+      ):
+        if not np.isfinite(logps).all():
+          bad = int(ids[~np.isfinite(logps).all(1)][0])
+          raise NonFiniteError(
+            f"the reference gives group {bad} a log-prob that is not finite"
+          )
+        if run.is_writer:
+          parts.add(ids, logps)
+        self.check()
+    except BaseException:  # KeyboardInterrupt and SystemExit too
+      parts.write()
+      raise
+    return parts
 
 
-def _compute(run: Run, params: Any, whole: Loader, label: str) -> np.ndarray:
-  """Scores all groups by the reference: f32 [N, K], finite."""
-  logps = reference.compute_logps(
-    run.program.logps_step, params, whole, run.program.placement, label=label
+def _layout(run: Run, whole: Loader) -> dict[str, Any]:
+  return logps_cache.scoring_layout(
+    whole, run.program.policy, run.program.placement, run.program.chunk_size
   )
-  if not np.isfinite(logps).all():
-    bad = int(np.flatnonzero(~np.isfinite(logps).all(1))[0])
-    raise NonFiniteError(
-      f"the reference gives group {bad} a log-prob that is not finite"
+
+
+def _check_start(
+  run: Run, state: TrainState, params: Any, whole: Loader, cache: Cached
+) -> None:
+  """Checks that a fresh policy gives the log-probs of a cache."""
+  start.check_adapters(state.policy_params)
+  if cache.layout == json.loads(json.dumps(_layout(run, whole))):
+    start.check_in_its_layout(
+      run.program.logps_step,
+      lora.without_adapters(state.policy_params),
+      whole,
+      cache.logps,
+      run.program.placement,
     )
-  return logps
+  else:
+    _check_in_float32(run, state, params, whole)
 
 
 def _check_in_float32(

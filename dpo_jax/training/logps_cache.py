@@ -7,7 +7,7 @@ import io
 import json
 import os
 import platform
-from typing import Any
+from typing import Any, NamedTuple
 import uuid
 
 from etils import epath
@@ -78,30 +78,61 @@ def _machine() -> list[Any]:
   ]
 
 
-def read_layout(folder: epath.PathLike, key: str) -> dict[str, Any]:
-  """Returns the `scoring_layout` of a cache; {} of an older one."""
-  meta = json.loads((epath.Path(folder) / f"{key}.json").read_text())
-  return meta.get("layout", {})
+class Cached(NamedTuple):
+  """A cache that was read and verified.
+
+  Attributes:
+    logps: f32 [N, K].
+    digest: sha256 of its file.
+    layout: `scoring_layout`; {} of an older one.
+  """
+
+  logps: np.ndarray
+  digest: str
+  layout: dict[str, Any]
 
 
-def load_cache(folder: epath.PathLike, key: str) -> np.ndarray | None:
+def cache_path(folder: epath.PathLike, key: str) -> epath.Path:
+  """Returns the path of a cache's array."""
+  return epath.Path(folder) / f"{key}.npy"
+
+
+def load_cache(
+  folder: epath.PathLike, key: str, shape: tuple[int, int]
+) -> Cached | None:
   """Reads a cache; None if there is no complete one.
 
+  Args:
+    folder: folder of caches.
+    key: `cache_key`.
+    shape: (N, K) of the groups that it is for.
+
   Raises:
-    ValueError: the file does not agree with its digest.
+    ValueError: the file does not agree with its digest, or has another shape.
   """
-  path = epath.Path(folder) / f"{key}.npy"
-  meta_path = epath.Path(folder) / f"{key}.json"
+  path = cache_path(folder, key)
+  meta_path = path.with_suffix(".json")
   if not (path.exists() and meta_path.exists()):
     return None
   content = path.read_bytes()
   digest = hashlib.sha256(content).hexdigest()
-  if f'"{digest}"'.encode() not in meta_path.read_bytes():
+  try:
+    meta = dict(json.loads(meta_path.read_bytes()))
+  except (ValueError, TypeError):
+    meta = {}
+  if meta.get("sha256") != digest:
     raise ValueError(
       f"{path} is damaged: its sha256 is not the one in {meta_path}. Delete"
       " both, and the log-probs are computed again"
     )
-  return np.load(io.BytesIO(content))
+  logps = np.load(io.BytesIO(content))
+  if logps.shape != shape or logps.dtype != np.float32:
+    raise ValueError(
+      f"{path} holds {logps.dtype} {list(logps.shape)}, and the log-probs of"
+      f" these groups are float32 {list(shape)}: it is not their cache. Delete"
+      f" it and {meta_path}, and the log-probs are computed again"
+    )
+  return Cached(logps, digest, meta.get("layout", {}))
 
 
 def write_cache(
@@ -118,7 +149,6 @@ def write_cache(
     logps: f32 [N, K].
     layout: `scoring_layout`.
   """
-  folder = epath.Path(folder)
   buffer = io.BytesIO()
   np.save(buffer, logps)
   content = buffer.getvalue()
@@ -127,5 +157,6 @@ def write_cache(
     "shape": list(logps.shape),
     "layout": layout,
   }
-  write_atomically(folder / f"{key}.npy", content)
-  write_json(folder / f"{key}.json", meta)
+  path = cache_path(folder, key)
+  write_atomically(path, content)
+  write_json(path.with_suffix(".json"), meta)

@@ -145,32 +145,34 @@ def test_groups_that_the_loader_lacks_stay_unknown():
 LOGPS = np.arange(6, dtype=np.float32).reshape(3, 2) - 0.1
 
 
+def load(folder, key=KEY, shape=(3, 2)):
+  return logps_cache.load_cache(folder, key, shape)
+
+
 def test_a_cache_comes_back_bit_for_bit(tmp_path):
   logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
-  loaded = logps_cache.load_cache(tmp_path, KEY)
-  assert loaded.dtype == np.float32
-  np.testing.assert_array_equal(loaded, LOGPS)
+  loaded = load(tmp_path)
+  assert loaded.logps.dtype == np.float32
+  np.testing.assert_array_equal(loaded.logps, LOGPS)
   # Nothing is left over, and the folder may be given as a string.
   names = sorted(path.name for path in tmp_path.iterdir())
   assert names == [f"{KEY}.json", f"{KEY}.npy"]
-  np.testing.assert_array_equal(
-    logps_cache.load_cache(str(tmp_path), KEY), LOGPS
-  )
+  np.testing.assert_array_equal(load(str(tmp_path)).logps, LOGPS)
 
 
 def test_there_is_no_cache_of_another_key(tmp_path):
-  assert logps_cache.load_cache(tmp_path / "nowhere", KEY) is None
+  assert load(tmp_path / "nowhere") is None
   logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
-  assert logps_cache.load_cache(tmp_path, KEY[::-1]) is None
+  assert load(tmp_path, KEY[::-1]) is None
 
 
 @pytest.mark.parametrize("suffix", ["npy", "json"])
 def test_a_half_written_cache_is_not_used(tmp_path, suffix):
   logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
   (tmp_path / f"{KEY}.{suffix}").unlink()
-  assert logps_cache.load_cache(tmp_path, KEY) is None
+  assert load(tmp_path) is None
   logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
-  np.testing.assert_array_equal(logps_cache.load_cache(tmp_path, KEY), LOGPS)
+  np.testing.assert_array_equal(load(tmp_path).logps, LOGPS)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,7 @@ def test_a_damaged_cache_is_an_error(tmp_path, damage):
   logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
   damage(tmp_path / f"{KEY}.npy", tmp_path / f"{KEY}.json")
   with pytest.raises(ValueError, match=r"is damaged.*Delete both"):
-    logps_cache.load_cache(tmp_path, KEY)
+    load(tmp_path)
 
 
 def test_a_cache_with_one_changed_number_is_an_error(tmp_path):
@@ -198,7 +200,7 @@ def test_a_cache_with_one_changed_number_is_an_error(tmp_path):
   path.write_bytes(content[:-4] + struct.pack("<f", 1.0))
   assert np.load(path)[2, 1] == 1.0  # numpy sees nothing wrong with it
   with pytest.raises(ValueError, match="is damaged"):
-    logps_cache.load_cache(tmp_path, KEY)
+    load(tmp_path)
 
 
 def test_pickles_are_not_loaded(tmp_path):
@@ -208,4 +210,12 @@ def test_pickles_are_not_loaded(tmp_path):
   digest = reference.hashlib.sha256(path.read_bytes()).hexdigest()
   (tmp_path / f"{KEY}.json").write_text(json.dumps({"sha256": digest}))
   with pytest.raises(ValueError, match="allow_pickle"):
-    logps_cache.load_cache(tmp_path, KEY)
+    load(tmp_path)
+
+
+@pytest.mark.parametrize("logps", [LOGPS[:2], LOGPS.astype(np.float64)])
+def test_a_cache_of_another_shape_or_dtype_is_an_error(tmp_path, logps):
+  logps_cache.write_cache(tmp_path, KEY, logps, {})
+  with pytest.raises(ValueError, match=r"float32 \[3, 2\].*Delete it and") as e:
+    load(tmp_path)
+  assert f"{KEY}.npy holds {logps.dtype} {list(logps.shape)}" in str(e.value)
