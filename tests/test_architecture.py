@@ -92,6 +92,7 @@ ROOMS: dict[str, list[str]] = {
     "tfds_builders",
     "hub",
     "sources",
+    "template_child",
     "templates",
     "tokenizer_json",
     "alphabets",

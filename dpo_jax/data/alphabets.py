@@ -1,6 +1,7 @@
 """Tokenizers without a vocabulary of their own: bytes, and a few letters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import math
 from typing import Any
 
 from dpo_jax.data.dialogues import Request
@@ -29,9 +30,10 @@ class _WithoutTemplate:
     raise self._refusal()
 
   def render_batch(
-    self, requests: Sequence[Request]
-  ) -> list[str | RecordError]:
-    return [self._refusal()] * len(requests)
+    self, requests: Sequence[Request], *, timeout_s: float = math.inf
+  ) -> Iterator[str | RecordError]:
+    del timeout_s
+    return iter([self._refusal()] * len(requests))
 
   def _refusal(self) -> RecordError:
     return RecordError(f"the tokenizer {self.digest!r} has no chat template")

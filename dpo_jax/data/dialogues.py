@@ -1,6 +1,6 @@
 """Renders conversations as text, and finds the characters that are scored."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ class Request(NamedTuple):
 
 
 # Renders conversations; gives an error in place of each that fails.
-Render = Callable[[Sequence[Request]], list[str | RecordError]]
+Render = Callable[[Sequence[Request]], Iterator[str | RecordError]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,17 +112,21 @@ class Dialogue:
         needed.append((self.prompt + turns[:count], header))
     return [Request(*one, self.extras) for one in needed]
 
-  def finish(self, rendered: Sequence[str | RecordError]) -> Example:
+  def finish(self, rendered: Iterable[str | RecordError]) -> Example:
     """Makes the example from the rendered texts.
+
+    Args:
+      rendered: texts of `requests`; none is read after an error.
 
     Raises:
       RecordError: the template fails, or renders a prefix differently if more
         turns follow.
     """
+    whole_texts = []
     for text in rendered:
       if isinstance(text, RecordError):
         raise RecordError(f"{self.where}: {text}") from text
-    whole_texts = [text for text in rendered if isinstance(text, str)]
+      whole_texts.append(text)
     check_unicode(whole_texts, self.where)
     texts = iter(whole_texts)
     prefix = next(texts)

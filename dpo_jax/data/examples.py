@@ -1,7 +1,14 @@
 """One record of any known format -> Example(prompt, responses, score)."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Generator,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 import itertools
 import math
 from typing import Any
@@ -56,8 +63,8 @@ def parse_records(
   scored_turns: str,
   counts: Counter[str],
   hide: Callable[[Any, str], Any] | None = None,
-) -> list[Example | Unusable | RecordError]:
-  """Reads records, rendering their conversations all at once.
+) -> Generator[Example | Unusable | RecordError, None, None]:
+  """Reads records, rendering their conversations one after the other.
 
   Which of the assistant's turns are scored is `scored_turns`:
 
@@ -86,8 +93,11 @@ def parse_records(
       has the lower score.
     hide: hides what messages spell, see `Spellings.hide`; None hides nothing.
 
-  Returns:
-    Examples, responses best first, or the error of a record.
+  Yields:
+    Examples, responses best first, or the error of a record, when it occurs.
+
+  Raises:
+    TimeoutError: rendering took too long; names the record.
   """
   parsed: list[Example | Unusable | RecordError | Dialogue] = []
   for record in records:
@@ -103,21 +113,29 @@ def parse_records(
       parsed.append(fault)
   dialogues = [one for one in parsed if isinstance(one, Dialogue)]
   requests = [request for one in dialogues for request in one.requests()]
-  texts = iter(render(requests) if requests and render else [])
-  return [
-    _finish(one, texts) if isinstance(one, Dialogue) else one for one in parsed
-  ]
+  texts = render(requests) if requests and render else iter(())
+  for one in parsed:
+    if not isinstance(one, Dialogue):
+      yield one
+      continue
+    own = _texts_of(one, texts)
+    try:
+      result: Example | RecordError = one.finish(own)
+    except RecordError as error:
+      result = error
+    yield result
+    for _ in own:  # those after an error
+      pass
 
 
-def _finish(
+def _texts_of(
   dialogue: Dialogue, texts: Iterator[str | RecordError]
-) -> Example | RecordError:
-  """Makes the example of a dialogue from the next rendered texts."""
-  count = len(dialogue.requests())
+) -> Iterator[str | RecordError]:
+  """Yields the next rendered texts, which are those of a dialogue."""
   try:
-    return dialogue.finish(list(itertools.islice(texts, count)))
-  except RecordError as error:
-    return error
+    yield from itertools.islice(texts, len(dialogue.requests()))
+  except TimeoutError as error:
+    raise TimeoutError(f"{dialogue.where}: {error}") from error
 
 
 def _parse(

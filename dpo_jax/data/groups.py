@@ -3,10 +3,13 @@
 import array
 from collections import Counter
 from collections.abc import Iterator
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import logging
+import math
 from typing import Any, NamedTuple
 
 from dpo_jax.data.dialogues import Example
@@ -73,7 +76,12 @@ class Groups:
 
 
 def tokenize(
-  source: Source, tokenizer: Tokenizer, limits: Limits, reading: Reading
+  source: Source,
+  tokenizer: Tokenizer,
+  limits: Limits,
+  reading: Reading,
+  *,
+  template_timeout_s: float = math.inf,
 ) -> Groups:
   """Reads a whole source.
 
@@ -92,9 +100,11 @@ def tokenize(
     tokenizer: encodes texts.
     limits: maximum lengths.
     reading: how records are read.
+    template_timeout_s: seconds that a chat template may take for 1,000 records.
 
   Raises:
     RecordError: more broken records than `reading` allows.
+    TimeoutError: a chat template that takes too long; names the record.
     ValueError: no usable group; the message has the counts of records.
   """
   reads_tokens = reading.special_tokens == "read"
@@ -102,7 +112,11 @@ def tokenize(
     raise ValueError(
       "data.special_tokens='read': this tokenizer has no special tokens"
     )
-  render = tokenizer.render_batch if tokenizer.has_chat_template else None
+  render = None
+  if tokenizer.has_chat_template:
+    render = functools.partial(
+      tokenizer.render_batch, timeout_s=template_timeout_s
+    )
   hide = None if reads_tokens else tokenizer.spellings.hide
   collected = _Collected(tokenizer, reading, seen=Seen())
   # One iterator: a second one over the progress bar would end the data early.
@@ -113,7 +127,8 @@ def tokenize(
     parsed = parse_records(
       chunk, render, reading.scored_turns, collected.counts, hide
     )
-    examples = [e for result in parsed for e in collected.usable(result)]
+    with contextlib.closing(parsed):  # ends the renders at an error
+      examples = [e for result in parsed for e in collected.usable(result)]
     for example, (prompt, responses) in zip(
       examples, _encode(examples, tokenizer, reads_tokens), strict=True
     ):

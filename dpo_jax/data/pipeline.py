@@ -261,6 +261,7 @@ class Pipeline:
         special_tokens=config.data.special_tokens,
         max_broken_records=config.data.max_broken_records,
       ),
+      template_timeout_s=config.data.template_timeout_s,
     )
     self._check_ids(opened)
     reasons = {}

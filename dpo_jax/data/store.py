@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -244,6 +245,8 @@ def build_store(
   limits: Limits,
   cache_dir: str,
   reading: Reading | None = None,
+  *,
+  template_timeout_s: float = math.inf,
 ) -> Store:
   """Opens the store of a source, and tokenizes it first if there is none.
 
@@ -253,12 +256,14 @@ def build_store(
     limits: maximum lengths.
     cache_dir: folder of stores.
     reading: how records are read; the defaults unless given.
+    template_timeout_s: see `groups.tokenize`.
 
   Returns:
     The store, its arrays mapped from disk.
 
   Raises:
     RecordError: a broken record, with its file and line.
+    TimeoutError: a chat template that takes too long; names the record.
     ValueError: no usable group; the message has the counts of records.
   """
   if files.is_remote(cache_dir):
@@ -273,7 +278,9 @@ def build_store(
   folder = os.path.join(cache_dir, digest)
   store = _open_sound(folder, limits)
   if store is None:
-    groups = tokenize(source, tokenizer, limits, reading)
+    groups = tokenize(
+      source, tokenizer, limits, reading, template_timeout_s=template_timeout_s
+    )
     _write(groups, cache_dir, folder)
     store = _open(folder, limits)
   # The same content may have been read from another path.

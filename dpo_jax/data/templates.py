@@ -4,13 +4,11 @@ A template is a program that came with a checkpoint. jinja2's sandbox keeps it
 from files and from the process, but stops neither nested loops nor a string of
 a gigabyte, so it runs in a child process with caps on output, time and memory.
 The child serves many renders over pipes, one after the other; a render that
-breaks a cap ends the child, and the next one starts another.
-
-`python -m dpo_jax.data.templates` is the child. It imports little, so that it
-starts fast, and is not a fork of a process that runs jax.
+breaks a cap ends the child, and the next one starts another. On Linux it ends
+with this process, however that ends.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import datetime
@@ -18,10 +16,8 @@ import json
 import math
 import os
 import pathlib
-import resource
 import selectors
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -29,33 +25,14 @@ import time
 from typing import IO, Any
 import weakref
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from dpo_jax.data.dialogues import Request
 from dpo_jax.data.messages import RecordError
+from dpo_jax.data.template_child import LENGTH, Caps, send
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_LENGTH = struct.Struct(">Q")
 # Wall-clock time that a render may take, as a multiple of its processor time.
 _PATIENCE = 3.0
 _BATCH = 256  # requests sent at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Caps:
-  """Limits of one render.
-
-  Attributes:
-    chars: characters of text.
-    seconds: processor time; the wall-clock limit is three times that.
-    mebibytes: memory, including about 40 of the child's own.
-  """
-
-  chars: int = 4_500_000  # a prompt and a response of `messages.MAX_CHARS`
-  seconds: int = 10
-  mebibytes: int = 512
 
 
 class ChatTemplate:
@@ -94,62 +71,93 @@ class ChatTemplate:
     self._lock = threading.Lock()
     self._child: _Child | None = None
 
-  def render(self, requests: Sequence[Request]) -> list[str | RecordError]:
-    """Renders conversations.
+  def render(
+    self, requests: Sequence[Request], *, timeout_s: float = math.inf
+  ) -> Iterator[str | RecordError]:
+    """Renders conversations, one after the other.
 
     Args:
       requests: conversations; the caps apply to each.
+      timeout_s: seconds that all of them may take together.
 
-    Returns:
+    Yields:
       A text for each, or an error in its place if the template raises or
       exceeds a cap.
+
+    Raises:
+      TimeoutError: they took longer than `timeout_s`.
     """
-    replies: list[str | RecordError] = []
-    with self._lock:
-      while len(replies) < len(requests):
-        start = len(replies)
-        replies += self._ask(requests[start : start + _BATCH])
-    return replies
+    deadline = time.monotonic() + timeout_s
+    done = 0
+    while done < len(requests):
+      try:
+        for text in self._ask(requests[done : done + _BATCH], deadline):
+          done += 1
+          yield text
+      except TimeoutError as error:
+        raise TimeoutError(
+          f"the chat template has rendered {done} of {len(requests)}"
+          f" conversations in data.template_timeout_s={timeout_s:g}. Correct"
+          " the template, or raise that limit"
+        ) from error
 
   def close(self) -> None:
     """Ends the child; a later render starts another."""
-    if self._child is not None:
-      self._child.end()
-      self._child = None
+    self._keep(None)
 
-  def _ask(self, requests: Sequence[Request]) -> list[str | RecordError]:
-    """Returns replies to the first requests, at least one.
+  def _keep(self, child: "_Child | None") -> None:
+    """Keeps a child for the next render, instead of the one before."""
+    with self._lock:
+      before, self._child = self._child, child
+    if before is not None:
+      before.end()
+
+  def _take(self) -> "_Child":
+    """Takes the child that was kept, or starts one.
+
+    Renders of several threads so have a child each.
+    """
+    with self._lock:
+      child, self._child = self._child, None
+    if child is None:
+      child = _Child(self._setting)
+      weakref.finalize(self, child.end)
+    return child
+
+  def _ask(
+    self, requests: Sequence[Request], deadline: float
+  ) -> Iterator[str | RecordError]:
+    """Yields replies to the first requests, at least one.
 
     A fault may end the child before the last request.
     """
-    if self._child is None:
-      self._child = _Child(self._setting)
-      weakref.finalize(self, self._child.end)
-    child = self._child
-    replies: list[str | RecordError] = []
+    child, is_read = self._take(), False
     try:
       # Replies start when the whole batch is read: neither side waits for
       # the other to empty a full pipe.
       child.send([request._asdict() for request in requests])
       for request in requests:
-        reply = self._reply(child)
-        replies.append(
-          reply["text"] if "text" in reply else _error(reply, request)
-        )
+        reply = self._reply(child, deadline)
         if reply.get("ends"):
-          self.close()
-          break
-    except BaseException:
-      # Unread replies would be taken for those to the next requests.
-      self.close()
-      raise
-    return replies
+          child.end()  # before an error stops whoever reads
+        yield reply["text"] if "text" in reply else _error(reply, request)
+        if reply.get("ends"):
+          return
+      is_read = True
+    finally:
+      if is_read:
+        self._keep(child)
+      else:
+        # Unread replies would be taken for those to the next requests.
+        child.end()
 
-  def _reply(self, child: "_Child") -> Mapping[str, Any]:
-    deadline = time.monotonic() + _PATIENCE * self._caps.seconds
+  def _reply(self, child: "_Child", deadline: float) -> Mapping[str, Any]:
+    limit = time.monotonic() + _PATIENCE * self._caps.seconds
     try:
-      return child.receive(deadline)
+      return child.receive(min(limit, deadline))
     except TimeoutError:
+      if deadline < limit:
+        raise
       fault = f"took longer than {self._caps.seconds} s"
     except EOFError:
       fault = child.explain_end(self._caps)
@@ -171,7 +179,7 @@ class _Child:
   def __init__(self, setting: Mapping[str, Any]):
     path = os.pathsep.join([str(_ROOT), *filter(None, sys.path)])
     self._process = subprocess.Popen(
-      [sys.executable, "-m", "dpo_jax.data.templates"],
+      [sys.executable, "-m", "dpo_jax.data.template_child"],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -182,7 +190,8 @@ class _Child:
     self._stdin, self._stdout, self._stderr = (_opened(pipe) for pipe in pipes)
     self._selector = selectors.DefaultSelector()
     self._selector.register(self._stdout, selectors.EVENT_READ)
-    self._setting: Mapping[str, Any] | None = setting
+    is_main = threading.current_thread() is threading.main_thread()
+    self._setting: Mapping[str, Any] | None = {**setting, "is_of_main": is_main}
 
   def send(self, batch: Any) -> None:
     """Sends JSON. A child that has ended is noticed by `receive`."""
@@ -192,9 +201,9 @@ class _Child:
       raise RecordError(f"a message holds what JSON cannot: {error}") from error
     with contextlib.suppress(BrokenPipeError):
       if self._setting:
-        _send(self._stdin, json.dumps(self._setting).encode())
+        send(self._stdin, json.dumps(self._setting).encode())
         self._setting = None
-      _send(self._stdin, message)
+      send(self._stdin, message)
 
   def receive(self, deadline: float) -> Mapping[str, Any]:
     """Receives the next reply.
@@ -203,7 +212,7 @@ class _Child:
       TimeoutError: none came before the deadline.
       EOFError: the child ended.
     """
-    length = _LENGTH.unpack(self._read(_LENGTH.size, deadline))[0]
+    length = LENGTH.unpack(self._read(LENGTH.size, deadline))[0]
     return json.loads(self._read(length, deadline))
 
   def _read(self, size: int, deadline: float) -> bytes:
@@ -247,125 +256,3 @@ def _to_plain(value: Any) -> Any:
   if isinstance(value, Mapping):
     return dict(value)
   raise TypeError(f"{type(value).__name__} is not a type of JSON")
-
-
-def _send(file: IO[bytes], message: bytes) -> None:
-  rest = memoryview(_LENGTH.pack(len(message)) + message)
-  while rest:
-    rest = rest[file.write(rest) :]
-
-
-# What follows runs in the child.
-
-
-class _Generation(Extension):
-  """{% generation %}: marks what a model wrote, and changes no text."""
-
-  tags = {"generation"}
-
-  def parse(self, parser: Any) -> jinja2.nodes.Node:
-    line = next(parser.stream).lineno
-    body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-    return jinja2.nodes.Scope(body, lineno=line)
-
-
-def _compile(source: str, date: datetime.date) -> jinja2.Template:
-  """Compiles a template; it may read its arguments and nothing else."""
-
-  def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-  def strftime_now(spec: str) -> str:
-    return date.strftime(spec)
-
-  def tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-  ) -> str:
-    # jinja2's own filter writes HTML's escapes.
-    return json.dumps(
-      value,
-      ensure_ascii=ensure_ascii,
-      indent=indent,
-      separators=separators,
-      sort_keys=sort_keys,
-    )
-
-  environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=["jinja2.ext.loopcontrols", _Generation],
-  )
-  environment.filters["tojson"] = tojson
-  environment.globals["raise_exception"] = raise_exception
-  environment.globals["strftime_now"] = strftime_now
-  return environment.from_string(source)
-
-
-def _limit(what: int, value: int) -> None:
-  """Lowers a limit, or says on stderr that this system has none."""
-  hard = resource.getrlimit(what)[1]
-  value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-  try:
-    resource.setrlimit(what, (value, hard))
-  except (OSError, ValueError) as error:  # macOS has no cap on addresses
-    print(f"no limit {what}: {error}", file=sys.stderr)
-
-
-def _render(
-  template: jinja2.Template, variables: Mapping[str, Any], caps: Caps
-) -> dict[str, Any]:
-  pieces, length = [], 0
-  for piece in template.generate(**variables):
-    pieces.append(piece)
-    length += len(piece)
-    if length > caps.chars:
-      return {"fault": f"wrote more than {caps.chars} characters"}
-  return {"text": "".join(pieces)}
-
-
-def _serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-  setting = _receive(requests)
-  caps = Caps(**setting["caps"])
-  date = datetime.date.fromisoformat(setting["date"])
-  _limit(resource.RLIMIT_CORE, 0)
-  _limit(resource.RLIMIT_AS, caps.mebibytes << 20)
-  template = None
-  while (batch := _receive(requests)) is not None:
-    for request in batch:
-      # The limit counts from the start of the process.
-      spent = math.ceil(time.process_time())
-      _limit(resource.RLIMIT_CPU, spent + caps.seconds)
-      variables = {
-        "tools": None,
-        "documents": None,
-        **setting["variables"],
-        **request["extras"],
-        "messages": request["messages"],
-        "add_generation_prompt": request["header"],
-      }
-      try:
-        template = template or _compile(setting["source"], date)
-        reply = _render(template, variables, caps)
-      except MemoryError:
-        fault = f"needed more memory than {caps.mebibytes} MiB"
-        reply = {"fault": fault, "ends": True}
-      except Exception as error:  # a template is a program: it may raise any
-        told = f"{type(error).__name__}: {str(error)[:500]}"
-        reply = {"fault": "fails", "told": told}
-      _send(replies, json.dumps(reply).encode())
-
-
-def _receive(file: IO[bytes]) -> Any:
-  head = file.read(_LENGTH.size)
-  if len(head) < _LENGTH.size:
-    return None  # the parent is gone
-  return json.loads(file.read(*_LENGTH.unpack(head)))
-
-
-if __name__ == "__main__":
-  with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as out:
-    _serve(sys.stdin.buffer, out)

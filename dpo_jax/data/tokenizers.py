@@ -4,12 +4,13 @@ Prompt and response are encoded separately and their ids joined. So no token
 straddles their border.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import datetime
 import functools
 import hashlib
 import json
 import logging
+import math
 from typing import Any, Protocol
 
 from etils import epath
@@ -93,9 +94,9 @@ class Tokenizer(Protocol):
     """Renders messages with the chat template; see `Request`."""
 
   def render_batch(
-    self, requests: Sequence[Request]
-  ) -> list[str | RecordError]:
-    """Renders many at once; gives an error in place of each that fails."""
+    self, requests: Sequence[Request], *, timeout_s: float = math.inf
+  ) -> Iterator[str | RecordError]:
+    """Renders several; see `templates.ChatTemplate.render`."""
 
 
 class HFTokenizer:
@@ -297,14 +298,14 @@ class HFTokenizer:
     return text
 
   def render_batch(
-    self, requests: Sequence[Request]
-  ) -> list[str | RecordError]:
+    self, requests: Sequence[Request], *, timeout_s: float = math.inf
+  ) -> Iterator[str | RecordError]:
     if self._needs_parts:
       requests = [
         request._replace(messages=[_in_parts(m) for m in request.messages])
         for request in requests
       ]
-    return self._template.render(requests)
+    return self._template.render(requests, timeout_s=timeout_s)
 
   @functools.cached_property
   def _needs_parts(self) -> bool:

@@ -26,6 +26,7 @@ _PLACES = (
   "policy.remat",
   "data.max_shapes",
   "data.checks.",
+  "data.template_timeout_s",
   "profile.",
   "workdir.",
   "compilation_cache_dir",

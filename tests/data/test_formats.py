@@ -178,7 +178,7 @@ def parse_all(records, render=None, scored_turns="last"):
   seen, counts = Seen(), Counter()
   numbered = [(f"data.jsonl:{i + 1}", r) for i, r in enumerate(records)]
   shaped = shape_records(numbered, Reading(), seen)
-  found = parse_records(shaped, render, scored_turns, counts)
+  found = list(parse_records(shaped, render, scored_turns, counts))
   return found, seen, counts
 
 

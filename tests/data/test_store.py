@@ -2,11 +2,13 @@
 
 from collections import Counter
 import dataclasses
+import datetime
 import gzip
 import itertools
 import json
 import logging
 import os
+import time
 
 import numpy as np
 import pytest
@@ -23,6 +25,8 @@ from dpo_jax.data import (
 from dpo_jax.data.examples import RecordError
 from dpo_jax.data.reading import Reading
 from dpo_jax.data.store import Limits, Store, build_store
+from dpo_jax.data.template_child import Caps
+from dpo_jax.data.templates import ChatTemplate
 from dpo_jax.data.tokenizers import ByteTokenizer, HFTokenizer
 from tests import tiny
 from tests.data import folders
@@ -388,6 +392,73 @@ def test_as_many_broken_records_as_allowed_are_left_out(tmp_path, caplog):
   assert "left out: listed:records:3: not a line of JSON" in caplog.text
   with pytest.raises(RecordError, match=r"^listed:records:3: not a line"):
     build_with(1)
+
+
+# Endless for an answer "endless", and fails for "broken".
+FAULTY = (
+  "{% for m in messages %}{{ m.content }}</s>{% if m.content == 'endless' %}"
+  "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+  "{% endfor %}{% elif m.content == 'broken' %}{{ raise_exception('no') }}"
+  "{% endif %}{% endfor %}"
+)
+
+
+def chat(answer):
+  asked = {"role": "user", "content": "p"}
+  answers = [{"role": "assistant", "content": text} for text in (answer, "no")]
+  return {"prompt": [asked], "chosen": answers[:1], "rejected": answers[1:]}
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("faulty")
+  return HFTokenizer(folders.write_folder(folder, chat_template=FAULTY))
+
+
+@pytest.mark.parametrize("most", [0, 9])
+def test_a_template_that_takes_too_long_stops_the_run_at_its_record(
+  tmp_path, faulty, most
+):
+  """However many broken records are allowed: it is the time of a chunk."""
+  records = [chat("a"), chat("b"), *[chat("endless")] * 50]
+  start = time.monotonic()
+  with pytest.raises(TimeoutError, match=r"^listed:records:3: .* 7 of 156 con"):
+    build_store(
+      Listed(records),
+      faulty,
+      LIMITS,
+      str(tmp_path),
+      Reading(max_broken_records=most),
+      template_timeout_s=1.0,
+    )
+  assert time.monotonic() - start < 8
+
+
+def test_the_first_record_over_its_own_cap_stops_the_run(
+  tmp_path, faulty, monkeypatch
+):
+  template = ChatTemplate(
+    FAULTY, {}, date=datetime.date.today(), caps=Caps(seconds=1)
+  )
+  monkeypatch.setattr(faulty, "_template", template)
+  start = time.monotonic()
+  with pytest.raises(RecordError, match=r"^listed:records:2: .*than 1 s"):
+    build([chat("a"), *[chat("endless")] * 50], tmp_path, tokenizer=faulty)
+  assert time.monotonic() - start < 8
+
+
+def test_a_record_that_a_template_fails_on_moves_no_other(tmp_path, faulty):
+  records = [chat("a"), chat("broken"), chat("b")]
+  opened = build_store(
+    Listed(records),
+    faulty,
+    LIMITS,
+    str(tmp_path),
+    Reading(max_broken_records=1),
+  )
+  found = [faulty.decode(opened.group(i)[1]) for i in range(len(opened))]
+  assert [text.strip() for text in found] == ["a", "b"]
+  assert opened.report["broken"] == 1
 
 
 def test_groups_that_repeat_or_contradict_another_are_counted(tmp_path):

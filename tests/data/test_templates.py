@@ -12,8 +12,10 @@ import pytest
 
 from dpo_jax.data.dialogues import Request
 from dpo_jax.data.messages import RecordError
-from dpo_jax.data.templates import Caps, ChatTemplate
+from dpo_jax.data.template_child import Caps
+from dpo_jax.data.templates import ChatTemplate
 from dpo_jax.data.tokenizers import HFTokenizer
+from tests import faults
 from tests.data import folders
 
 USER = {"role": "user", "content": 'what is 2 < 3 & "é"?'}
@@ -171,8 +173,8 @@ def render(template, messages=(USER,), header=True, extras=None):
   return text
 
 
-def children():
-  """Processes of ours that run or were never waited for."""
+def children(of=None):
+  """Processes that render, of ours or another's, or were never waited for."""
   found = []
   for name in os.listdir("/proc"):
     if name.isdigit():
@@ -183,7 +185,9 @@ def children():
           command = file.read()
       except (FileNotFoundError, ProcessLookupError):
         continue
-      if parent == os.getpid() and (not command or "templates" in command):
+      if parent == (of or os.getpid()) and (
+        not command or "template_child" in command
+      ):
         found.append(int(name))
   return found
 
@@ -281,11 +285,13 @@ def test_a_fault_costs_its_own_request_only():
   source = "{{ messages[0].content }}{{ 'x' * messages[0].size }}"
   sizes = [0, 10**9, 1, 10**9, 10**7, 2]
   template = make(source)
-  texts = template.render(
-    [
-      Request([{"role": "user", "content": str(i), "size": size}], False, {})
-      for i, size in enumerate(sizes)
-    ]
+  texts = list(
+    template.render(
+      [
+        Request([{"role": "user", "content": str(i), "size": size}], False, {})
+        for i, size in enumerate(sizes)
+      ]
+    )
   )
   assert [texts[i] for i in (0, 2, 5)] == ["0", "2x", "5xx"]
   assert "memory" in str(texts[1]) and "memory" in str(texts[3])
@@ -296,8 +302,10 @@ def test_many_large_conversations_fill_no_pipe():
   """More than a pipe holds, both ways, and more than one batch."""
   template = make("{{ messages[0].content }}")
   contents = [f"{i} " * 5000 for i in range(300)]
-  texts = template.render(
-    [Request([{"role": "user", "content": c}], False, {}) for c in contents]
+  texts = list(
+    template.render(
+      [Request([{"role": "user", "content": c}], False, {}) for c in contents]
+    )
   )
   assert texts == contents
 
@@ -323,7 +331,7 @@ def test_no_child_outlives_its_template():
 def test_the_child_loads_no_jax():
   """It starts for every run, and must not hold a device."""
   code = (
-    "import sys, dpo_jax.data.templates;"
+    "import sys, dpo_jax.data.template_child;"
     "print({'jax', 'numpy', 'tokenizers', 'etils'} & set(sys.modules))"
   )
   done = subprocess.run(
@@ -343,3 +351,89 @@ def test_half_a_character_passes_through():
   """It is told with its line where text is checked, and not here."""
   text = json.loads('"\\ud83d"')
   assert render(make("{{ messages[0].content }}"), [{**USER, "content": text}])
+
+
+ENDLESS = (
+  "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+  "{% endfor %}"
+)
+
+
+def test_renders_that_take_too_long_together_are_stopped():
+  """Each is within its own cap."""
+  template = make(ENDLESS.replace("99999", "2000"))
+  requests = [Request([USER], False, {})] * 100
+  start = time.monotonic()
+  with pytest.raises(
+    TimeoutError, match=r"\d of 100 conversations in"
+  ) as error:
+    list(template.render(requests, timeout_s=1.0))
+  assert "data.template_timeout_s=1." in str(error.value)
+  assert time.monotonic() - start < 5
+  assert not children()
+
+
+def test_an_error_is_given_before_what_follows_is_rendered():
+  template = make(ENDLESS, seconds=1)
+  start = time.monotonic()
+  replies = template.render([Request([USER], False, {})] * 100)
+  assert "took longer than 1 s" in str(next(replies))
+  assert time.monotonic() - start < 8
+  replies.close()
+  assert not children()
+
+
+def test_unread_replies_are_not_those_to_the_next_requests():
+  template = make("{{ messages[0].content }}")
+  others = template.render([Request([YES], False, {})] * 3)
+  assert next(others) == YES["content"]
+  others.close()
+  assert render(template) == USER["content"]
+
+
+def test_interleaved_renders_do_not_mix():
+  template = make("{{ messages[0].content }}")
+  requests = [
+    [Request([{"role": "user", "content": f"{name}{i}"}], False, {})] * 3
+    for i, name in enumerate("ab")
+  ]
+  pairs = zip(*(template.render(some) for some in requests), strict=True)
+  assert list(pairs) == [("a0", "b1")] * 3
+  assert len(children()) == 1  # the second one's has ended
+
+
+def processor_seconds(pid):
+  """Processor time of a process; 0 once it has ended."""
+  try:
+    with open(f"/proc/{pid}/stat") as file:
+      state, *fields = file.read().rpartition(")")[2].split()
+  except (FileNotFoundError, ProcessLookupError):
+    return 0.0
+  ticks = 0 if state == "Z" else int(fields[10]) + int(fields[11])
+  return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends the child")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_render_outlives_a_process_that_is_ended(number):
+  code = f"""
+import datetime
+from dpo_jax.data.dialogues import Request
+from dpo_jax.data.template_child import Caps
+from dpo_jax.data.templates import ChatTemplate
+template = ChatTemplate(
+  {ENDLESS!r}, {{}}, date=datetime.date.today(), caps=Caps(seconds=60)
+)
+list(template.render([Request([], False, {{}})]))
+"""
+  process, found = faults.spawn(code), []
+
+  def is_rendering():
+    found[:] = children(process.pid)
+    return any(processor_seconds(pid) > 1.0 for pid in found)
+
+  assert faults.kill_when(process, is_rendering, number) == -number
+  deadline = time.monotonic() + 5
+  while any(map(processor_seconds, found)):
+    assert time.monotonic() < deadline, "it still renders"
+    time.sleep(0.01)
