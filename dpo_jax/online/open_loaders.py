@@ -1,7 +1,5 @@
 """Loaders of a run: from its data, or sampled from its policy."""
 
-from collections.abc import Callable
-
 from dpo_jax.data.loader import Loader
 from dpo_jax.online.loader import OnPolicyLoader
 from dpo_jax.training import cached_reference, initial_state
@@ -14,7 +12,6 @@ def open_loaders(
   state: TrainState,
   *,
   label: str,
-  check: Callable[[], None] = lambda: None,
 ) -> tuple[Loader | OnPolicyLoader, dict[str, Loader]]:
   """Opens the training batches and the held-out sets that are measured.
 
@@ -22,7 +19,6 @@ def open_loaders(
     run: run to train.
     state: first state, or that of the latest checkpoint; on the mesh.
     label: name of the reference's scoring for `progress.track`.
-    check: called between the batches of that scoring; may raise.
 
   Returns:
     The training loader, and held-out loaders by name; those that read their
@@ -38,7 +34,6 @@ def open_loaders(
       state,
       [run.data.train, *loaders.values()],
       label=label,
-      check=check,
     )
     return attached[0], dict(zip(loaders, attached[1:], strict=True))
   sampled = OnPolicyLoader(
@@ -56,6 +51,5 @@ def open_loaders(
     list(loaders.values()),
     unscored=run.data.train,
     label=label,
-    check=check,
   )
   return sampled, dict(zip(loaders, attached, strict=True))

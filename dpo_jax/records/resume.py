@@ -37,14 +37,14 @@ _PLACES = (
 )
 # Groups of losses without an accuracy.
 _UNRANKED = ("first", "samples")
-# Kinds of differences, and the beginnings of their keys; "config" is the rest.
+# Kinds of differences of a config, by the beginnings of keys; the rest is
+# "config".
 _KINDS = {
   "data": ("data.source", "data.eval_source"),
   "tokenizer": (
     *("data.tokenizer", "data.chat_template", "data.eos_token"),
     "data.template_date",
   ),
-  "config": ("",),
 }
 _COMMIT = "[0-9a-f]{40}"
 
@@ -87,9 +87,12 @@ def check_same_config(
     if decides_result(key) and key not in ("total_steps", "epochs")
   }
   accepted = {}
-  for kind, names in _KINDS.items():
-    its_keys = {key for key in keys if key.startswith(names)}
-    keys -= its_keys
+  of_kind = {
+    kind: {key for key in keys if key.startswith(names)}
+    for kind, names in _KINDS.items()
+  }
+  rest = keys.difference(*of_kind.values())
+  for kind, its_keys in {"config": rest, **of_kind}.items():
     accepted |= _accept(
       kind,
       _differences(before, now, its_keys),

@@ -1,6 +1,6 @@
 """Cached log-probs of the reference: computed once, checked, and attached."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 import numpy as np
 
+from dpo_jax.config import parse_allowed
 from dpo_jax.data import batch_plan, scoring
 from dpo_jax.data.loader import Loader
 from dpo_jax.models import lora
@@ -34,7 +35,6 @@ def attach(
   *,
   unscored: Loader | None = None,
   label: str = "",
-  check: Callable[[], None] = lambda: None,
 ) -> list[Loader]:
   """Gives loaders the reference's log-probs, computing them where needed.
 
@@ -45,8 +45,6 @@ def attach(
     unscored: groups that a fresh policy is compared with its reference on,
       where the training batches are sampled and have no log-probs yet.
     label: name of the work for `progress.track`; "" shows nothing.
-    check: called between the batches that are scored. It may raise to stop the
-      run; what was computed is written then.
 
   Returns:
     The loaders, with `ref_logps` where the run's reference is cached.
@@ -61,10 +59,9 @@ def attach(
   if not (is_cached and run.program.objective.needs_reference):
     return list(loaders)
   is_fresh = int(state.step) == 0
-  params = initial_state.reference_params(run, state)
-  digest = params_digest(params)
+  params, digest = _read_reference(run, state)
   known = {} if is_fresh else _known_caches(run, digest)
-  scorer = _Scorer(run, params, label, check)
+  scorer = _Scorer(run, params, label)
   # Each store is scored once, however many loaders read it.
   caches: dict[str, Cached] = {}
   attached = []
@@ -92,6 +89,23 @@ def attach(
   return attached
 
 
+def _read_reference(run: Run, state: TrainState) -> tuple[Any, str]:
+  """Returns the reference's parameters, and their digest.
+
+  A resumed run whose reference was moved has the digest alone, which names its
+  caches. It needs the parameters only if one is gone.
+  """
+  try:
+    params = initial_state.reference_params(run, state)
+  except FileNotFoundError as error:
+    digest = _read_digests(run.workdir)["weights"]
+    if int(state.step) == 0 or not digest:
+      raise
+    _LOG.warning("%s. The log-probs that are cached are used", error)
+    return None, digest
+  return params, params_digest(params)
+
+
 def _known_caches(run: Run, digest: str) -> Mapping[str, str]:
   """Returns the digests of the caches that a run began with, by key.
 
@@ -115,10 +129,14 @@ def _known_caches(run: Run, digest: str) -> Mapping[str, str]:
       f" you know that it has not changed, write {record} into it"
     )
   if before["weights"] != digest:
+    if "reference" in parse_allowed(run.config.resume.allow):
+      _LOG.warning("resume.allow=reference takes other weights")
+      return {}
     raise ValueError(
       f"{run.reference_init} holds other weights than when this run began:"
       f" {run.workdir} records {before['weights'][:12]}, and they are"
-      f" {digest[:12]} now. Restore the old ones, or choose another workdir"
+      f" {digest[:12]} now. Restore the old ones, or choose another workdir;"
+      " --config.resume.allow=reference takes the new ones"
     )
   return before["logps"]
 
@@ -162,14 +180,13 @@ class _Scorer:
 
   Attributes:
     run: run whose reference it is.
-    params: its parameters.
-    label, check: see `attach`.
+    params: its parameters; None if they cannot be read.
+    label: see `attach`.
   """
 
   run: Run
   params: Any
   label: str
-  check: Callable[[], None]
 
   @property
   def folder(self) -> epath.Path:
@@ -193,6 +210,11 @@ class _Scorer:
     cache = logps_cache.load_cache(self.folder, key, shape)
     was_there = cache is not None
     if cache is None:
+      if self.params is None:
+        raise FileNotFoundError(
+          f"{path} is gone, and {self.run.reference_init} too, which gave it:"
+          " put one of them back"
+        )
       parts = self._compute(whole, key)
       # The other processes read the cache next.
       hosts.together(lambda: self._write(key, parts))
@@ -268,7 +290,6 @@ class _Scorer:
           )
         if run.is_writer:
           parts.add(ids, logps)
-        self.check()
     except BaseException:  # KeyboardInterrupt and SystemExit too
       parts.write()
       raise

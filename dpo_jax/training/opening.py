@@ -17,7 +17,7 @@ from dpo_jax.training.setup import Run
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-  """What a run writes to.
+  """The open files of a run.
 
   Attributes:
     lock: lock of the workdir, which the run holds.

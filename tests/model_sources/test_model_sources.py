@@ -19,7 +19,7 @@ from dpo_jax.records import resume
 from dpo_jax.records.metrics import read_metrics
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.train import train
-from tests import tiny
+from tests import faults, tiny
 from tests.data.folders import train_bytes, write_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -315,3 +315,38 @@ def test_a_branch_is_pinned_to_its_commit(tmp_path, monkeypatch, caplog):
   config.policy.init = f"hub:me/model@{latest}"
   with pytest.raises(ValueError, match=f"policy.init: .*{latest}' now"):
     train(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_resumes_without_the_run_that_it_began_with(
+  tmp_path, monkeypatch
+):
+  """Its parameters are saved, and its reference's log-probs are cached."""
+  shared = dict(
+    data__source="synthetic:review_pairs:40",
+    data__eval_fraction=0.1,
+    data__cache_dir=str(tmp_path / "stores"),
+  )
+  train(tiny.make_config(total_steps=1, **shared), tmp_path / "sft")
+  config = tiny.make_config(
+    total_steps=4, policy__init=f"run:{tmp_path / 'sft'}", **shared
+  )
+  train(config, tmp_path / "whole")
+  with monkeypatch.context() as patch:
+    faults.stop_at(patch, 2)
+    with pytest.raises(SystemExit):
+      train(config, tmp_path / "parts")
+  (tmp_path / "sft").rename(tmp_path / "elsewhere")
+  train(config, tmp_path / "parts")
+  whole, parts = (
+    [row["loss"] for row in read_metrics(tmp_path / name, "train")]
+    for name in ("whole", "parts")
+  )
+  assert parts == whole
+  with pytest.raises(FileNotFoundError, match="sft"):  # a fresh run needs it
+    train(config, tmp_path / "fresh")
+  for path in (tmp_path / "parts" / "reference").iterdir():
+    path.unlink()
+  config.total_steps = 6
+  with pytest.raises(FileNotFoundError, match="put one of them back"):
+    train(config, tmp_path / "parts")
