@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "dpo_jax"
 ROOMS: dict[str, list[str]] = {
   "names": [],
   "trees": [],
-  "system": ["compat", "version", "files", "cache", "progress"],
+  "system": ["compat", "version", "downloads", "files", "cache", "progress"],
   "types": [],
   "losses": [
     "numerics",
@@ -73,6 +73,7 @@ ROOMS: dict[str, list[str]] = {
     "generate",
     "huggingface/unread_keys",
     "huggingface/families",
+    "huggingface/ranges",
     "huggingface/config_json",
     "huggingface/tensor_map",
     "huggingface/read",

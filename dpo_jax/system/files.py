@@ -21,6 +21,8 @@ from typing import Any
 from etils import epath
 from etils.epath import backend
 
+from dpo_jax.system import downloads
+
 _LOG = logging.getLogger(__name__)
 _CHUNK = 2**26  # bytes of a request
 _SHOWN = 5  # names that an error lists
@@ -249,16 +251,49 @@ def _object_store(path: epath.Path) -> Any:
     return None
 
 
-def read_json(path: epath.Path) -> Any:
-  """Reads a JSON file.
+def read_text(path: epath.Path) -> str:
+  """Reads a file of text in UTF-8.
 
   Raises:
-    ValueError: it is damaged.
+    ValueError: it is damaged; names it.
+  """
+  downloads.verify([path])
+  try:
+    return path.read_bytes().decode()
+  except UnicodeDecodeError as error:
+    raise _damaged(path, error) from error
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """Reads a file of one JSON object.
+
+  Raises:
+    ValueError: it is damaged, or holds no object; names it.
+  """
+  text = read_text(path)
+  try:
+    value = parse_json(text)
+  except ValueError as error:
+    raise _damaged(path, error) from error
+  if not isinstance(value, dict):
+    raise _damaged(path, f"it holds a {type(value).__name__}, not an object")
+  return value
+
+
+def _damaged(path: epath.Path, why: object) -> ValueError:
+  return ValueError(f"{path} is damaged: {why}. Restore it from a copy")
+
+
+def parse_json(text: str) -> Any:
+  """Parses JSON.
+
+  Raises:
+    ValueError: not JSON, nested too deeply, or a number of too many digits.
   """
   try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(f"{path} is damaged: {error}") from error
+    return json.loads(text)
+  except RecursionError as error:
+    raise ValueError("it is nested too deeply") from error
 
 
 def write_json(

@@ -1,6 +1,8 @@
 """Hugging Face checkpoints: what is read, and what is refused."""
 
+import hashlib
 import json
+import reprlib
 import shutil
 
 import jax
@@ -12,7 +14,7 @@ from dpo_jax.models import generate, huggingface, partition_rules
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.huggingface import tensor_map
 from dpo_jax.parallel import mesh as mesh_lib
-from tests import bucket
+from tests import bucket, faults
 
 
 def load(folder, **overrides):
@@ -194,6 +196,109 @@ def test_unsupported_keys_are_refused(folder, fields, message):
     huggingface.load_config(str(folder))
 
 
+@pytest.mark.parametrize(
+  ("key", "value", "allowed"),
+  [
+    ("vocab_size", "384", "a whole number from 1 to 16,777,216"),
+    ("vocab_size", 384.0, "a whole number from 1 to 16,777,216"),
+    ("vocab_size", [384], "a whole number from 1 to 16,777,216"),
+    ("vocab_size", True, "a whole number from 1 to 16,777,216"),
+    ("num_hidden_layers", 10**9, "a whole number from 1 to 10,000"),
+    ("num_hidden_layers", 0, "a whole number from 1 to 10,000"),
+    ("num_key_value_heads", 0, "a whole number from 1 to 4,194,304"),
+    ("max_position_embeddings", -5, "a whole number from 1 to 2,147,483,648"),
+    ("max_position_embeddings", 10**15, "a whole number from 1 to"),
+    ("rms_norm_eps", None, "a number from 1e-12 to 0.1"),
+    ("rms_norm_eps", float("nan"), "a number from 1e-12 to 0.1"),
+    ("rms_norm_eps", -1, "a number from 1e-12 to 0.1"),
+    ("rms_norm_eps", 10**400, "a number from 1e-12 to 0.1"),
+    ("rope_theta", 0, "a number from 1 to 1e+12"),
+    ("rope_theta", float("inf"), "a number from 1 to 1e+12"),
+    ("tie_word_embeddings", "no", "true or false"),
+    ("attention_bias", 1, "true or false"),
+    ("hidden_act", ["silu"], "text"),
+    ("rope_scaling", "linear", "an object"),
+  ],
+)
+def test_values_out_of_range_are_named_with_what_is_allowed(
+  folder, key, value, allowed
+):
+  reconfigure(folder, **{key: value})
+  with pytest.raises(ValueError) as caught:
+    huggingface.load_config(str(folder))
+  message = f"{folder / 'config.json'}: {key}={reprlib.repr(value)} must be"
+  assert str(caught.value).startswith(f"{message} {allowed}")
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "message"),
+  [
+    ("rope_scaling", {"type": "linear"}, "type 'linear' without factor"),
+    ("rope_scaling", {"type": "linear", "factor": 0}, "scaling.factor=0 must"),
+    (
+      "rope_scaling",
+      {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0},
+      "without high_freq_factor, original_max_position_embeddings",
+    ),
+    (
+      "rope_scaling",
+      {
+        "type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 4.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+      },
+      "low_freq_factor=4.0 not below high_freq_factor=4.0",
+    ),
+    (
+      "rope_parameters",
+      {"full_attention": {"rope_theta": 1e4}},
+      "rope_parameters.sliding_attention=None must have a rope_theta",
+    ),
+    ("rope_parameters", {"rope_theta": "1e4"}, "parameters.rope_theta='1e4'"),
+    ("layer_types", 3, "sets what this decoder does not support"),
+    ("num_attention_heads", 3, "num_heads=3 must be a multiple"),
+    ("model_type", ["llama"], r"model_type=\['llama'\] is not one of"),
+  ],
+)
+def test_odd_values_are_refused_with_the_file(folder, name, value, message):
+  reconfigure(folder, **{name: value})
+  with pytest.raises(ValueError, match=f"config.json.*{message}"):
+    huggingface.load_config(str(folder))
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int8", "bool"])
+def test_weights_of_integers_are_refused(folder, dtype):
+  def spoil(tensors):
+    name = "model.norm.weight"
+    tensors[name] = np.ones_like(tensors[name]).astype(dtype)
+
+  rewrite(folder, spoil)
+  theirs = {"int64": "I64", "int8": "I8", "bool": "BOOL"}[dtype]
+  message = rf"norm\.weight has the dtype {theirs} in model\.safetensors"
+  with pytest.raises(ValueError, match=message):
+    load(folder)
+
+
+@pytest.mark.parametrize("target", ["config.json", "model.safetensors"])
+def test_a_damaged_download_is_refused(folder, target):
+  """As the cache of the Hub holds it: a link to a file named by its digest."""
+  path = folder / target
+  content = path.read_bytes()
+  digest = hashlib.sha256(content).hexdigest()
+  if target == "config.json":
+    start = b"blob %d\0" % len(content)
+    digest = hashlib.sha1(start + content).hexdigest()
+  (folder / "blobs").mkdir()
+  path.rename(folder / "blobs" / digest)
+  path.symlink_to(folder / "blobs" / digest)
+  load(folder)
+  faults.flip_byte(path, -2)
+  with pytest.raises(ValueError, match=f"{target} is damaged: its digest"):
+    load(folder)
+
+
 def test_a_missing_field_is_named(folder):
   path = folder / "config.json"
   raw = json.loads(path.read_text())
@@ -226,8 +331,12 @@ def test_an_index_that_names_absent_files_is_refused(folder):
   index.write_text(json.dumps({"weight_map": {"x": "model-2.safetensors"}}))
   with pytest.raises(FileNotFoundError, match=r"model-2\.safetensors"):
     load(folder)
+  for value in (3, None, ["model.safetensors"], {"lm_head.weight": 3}):
+    index.write_text(json.dumps({"weight_map": value}))
+    with pytest.raises(ValueError, match=r"index\.json: weight_map must map"):
+      load(folder)
   index.write_text("{")
-  with pytest.raises(ValueError, match="is not JSON"):
+  with pytest.raises(ValueError, match="json is damaged"):
     load(folder)
 
 

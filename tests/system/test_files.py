@@ -22,6 +22,28 @@ def read(path):
     return file.read()
 
 
+@pytest.mark.parametrize(
+  ("content", "why"),
+  [
+    (b'{"a": 1', "Expecting"),
+    (b'{"a": "\xff"}', "can't decode byte 0xff"),
+    (b"[1]", "it holds a list, not an object"),
+    (b"null", "it holds a NoneType, not an object"),
+    (b"[" * 100_000, "it is nested too deeply"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+  ],
+)
+def test_a_damaged_json_file_is_named_with_what_to_do(tmp_path, content, why):
+  path = epath.Path(tmp_path / "a.json")
+  path.write_bytes(content)
+  with pytest.raises(ValueError) as caught:
+    files.read_json(path)
+  message = str(caught.value)
+  assert message.startswith(f"{path} is damaged: ")
+  assert why in message
+  assert message.endswith("Restore it from a copy")
+
+
 def test_local_paths_are_not_copied(tmp_path):
   assert files.local(tmp_path / "a") == str(tmp_path / "a")
   with files.writing(tmp_path / "a") as path:

@@ -10,7 +10,7 @@ import logging
 from typing import Any
 
 from dpo_jax.models.config import ModelConfig, RopeScaling
-from dpo_jax.models.huggingface import unread_keys
+from dpo_jax.models.huggingface import ranges, unread_keys
 from dpo_jax.models.huggingface.families import FAMILIES, Family
 
 _LOG = logging.getLogger(__name__)
@@ -29,16 +29,19 @@ _NEEDED = ("vocab_size", "d_model", "num_layers", "num_heads", "max_positions")
 # Fields for which null is a value, not a missing key.
 _NULLABLE = ("attention_soft_cap", "logits_soft_cap")
 _ROPE_KEYS = ("rope_scaling", "rope_parameters", "rope_local_base_freq")
+_LLAMA3_PARTS = (
+  "low_freq_factor",
+  "high_freq_factor",
+  "original_max_position_embeddings",
+)
 # Keys that a dict of rope parameters may have.
 _ROPE_PARTS = (
   "type",
   "rope_type",
   "rope_theta",
   "factor",
-  "low_freq_factor",
-  "high_freq_factor",
-  "original_max_position_embeddings",
   "partial_rotary_factor",
+  *_LLAMA3_PARTS,
 )
 _WINDOW_KEYS = (
   "sliding_window",
@@ -73,16 +76,18 @@ def read_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     among them.
 
   Raises:
-    ValueError: an unknown family, missing keys, or keys whose value this
-      decoder does not support; all such keys at once.
+    ValueError: an unknown family, missing keys, values of another type or out
+      of range, or values that this decoder does not support; all such keys at
+      once.
   """
   name = raw.get("model_type")
-  if name not in FAMILIES:
+  if not isinstance(name, str) or name not in FAMILIES:
     raise ValueError(
       f"{where}: model_type={name!r} is not one of the families"
       f" {', '.join(sorted(FAMILIES))}"
     )
   family = FAMILIES[name]
+  ranges.check_values(raw, _read_keys(family), where)
   faults = [
     f"{key}={raw[key]!r} (only {values[0]!r})"
     for key, values in family.required.items()
@@ -265,8 +270,19 @@ def _read_rope_scaling(
   ]
   if kind == "default":
     return {}
+  needed = ["factor", *_LLAMA3_PARTS] if kind == "llama3" else ["factor"]
+  missing = [key for key in needed if rope.get(key) is None]
+  if missing:
+    faults.append(
+      f"rope_parameters or rope_scaling of type {kind!r} without"
+      f" {', '.join(missing)}"
+    )
+    return {}
   scaling = {"kind": kind, "factor": float(rope["factor"])}
   if kind == "llama3":
+    low, high = (rope[key] for key in _LLAMA3_PARTS[:2])
+    if low >= high:
+      faults.append(f"low_freq_factor={low} not below high_freq_factor={high}")
     scaling |= {
       "low_freq_factor": float(rope["low_freq_factor"]),
       "high_freq_factor": float(rope["high_freq_factor"]),

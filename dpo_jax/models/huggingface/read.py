@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 import contextlib
 import dataclasses
-import json
 import logging
 import re
 from typing import Any
@@ -18,7 +17,7 @@ from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.huggingface import config_json
 from dpo_jax.models.huggingface.tensor_map import Tensor, tensor_map
-from dpo_jax.system import files
+from dpo_jax.system import downloads, files
 from dpo_jax.trees import Params
 
 _LOG = logging.getLogger(__name__)
@@ -29,6 +28,8 @@ _SPARE = re.compile(
   r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|"
   r"attention\.(masked_)?bias)$"
 )
+# Dtypes of weights, as safetensors spells them.
+_DTYPES = ("F64", "F32", "F16", "BF16")
 # Rows of a tensor that are compared at once.
 _ROWS = 8192
 # tokenizer.model is not read; it shows that the model has a tokenizer.
@@ -62,8 +63,12 @@ def load_config(folder: str, **overrides: Any) -> ModelConfig:
       f"{path} does not exist: a Hugging Face model folder holds config.json"
       " and *.safetensors"
     )
-  fields = config_json.read_config(_read_json(path), str(path))
-  config = ModelConfig(**fields, **overrides)
+  fields = config_json.read_config(files.read_json(path), str(path))
+  try:
+    config = ModelConfig(**fields)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  config = dataclasses.replace(config, **overrides)
   if config.tie_embeddings and _has_own_head(epath.Path(folder), config):
     _LOG.warning(
       "%s: config.json ties the output projection to the embedding, but the"
@@ -89,7 +94,7 @@ def _has_own_head(root: epath.Path, config: ModelConfig) -> bool:
     )
     if head not in where or embedding not in where:
       return False
-    one, other = (where[name].get_slice(name) for name in (head, embedding))
+    one, other = (where[name].open() for name in (head, embedding))
     if one.get_shape() != other.get_shape():
       return True
     num_rows = one.get_shape()[0]
@@ -126,13 +131,6 @@ def download(spec: str) -> str:
   )
 
 
-def _read_json(path: epath.Path) -> Any:
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-
-
 def load_params(folder: str, policy: Policy, shardings: Params) -> Params:
   """Streams a checkpoint's tensors onto the devices.
 
@@ -149,10 +147,12 @@ def load_params(folder: str, policy: Policy, shardings: Params) -> Params:
     The parameters in `policy.config.param_dtype`.
 
   Raises:
-    ValueError: damaged files; missing, unexpected or misshapen tensors, all
-      listed at once; or a tensor with a non-finite value.
+    ValueError: damaged files; missing, unexpected or misshapen tensors, or
+      tensors of integers, all listed at once; or a tensor with a non-finite
+      value.
   """
   tensors = tensor_map(policy.config)
+  downloads.verify(_weight_files(epath.Path(folder)))
   with contextlib.ExitStack() as stack:
     where = _open_files(epath.Path(folder), stack)
     names = _match_names(folder, where, tensors, policy.config)
@@ -166,10 +166,10 @@ def load_params(folder: str, policy: Policy, shardings: Params) -> Params:
       tensor, which = sources["/".join(str(part.key) for part in path)]
 
       def read(name, index):
-        source = where[names[name]].get_slice(names[name])
-        piece = tensor.read(source, which, index)
+        stored = where[names[name]]
+        piece = tensor.read(stored.open(), which, index)
         if not np.isfinite(piece.astype(np.float32)).all():
-          raise ValueError(f"{folder}: {name} holds a NaN or an infinity")
+          raise ValueError(f"{stored.path}: {name} holds a NaN or an infinity")
         return piece.astype(abstract.dtype)
 
       theirs = tensor.names(policy.config.num_layers)
@@ -220,11 +220,30 @@ def _stack_on_devices(
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """A tensor in a file.
+
+  Attributes:
+    path: the file.
+    file: the same, open.
+    name: name of the tensor.
+  """
+
+  path: epath.Path
+  file: Any
+  name: str
+
+  def open(self) -> Any:
+    """Returns the tensor, which is read by slices."""
+    return self.file.get_slice(self.name)
+
+
 def _open_files(
   root: epath.Path, stack: contextlib.ExitStack
-) -> dict[str, Any]:
-  """Opens all files; returns the file of each tensor by name."""
-  where: dict[str, Any] = {}
+) -> dict[str, _Stored]:
+  """Opens all files; returns their tensors by name."""
+  where: dict[str, _Stored] = {}
   for path in _weight_files(root):
     local = files.local(path)
     try:
@@ -234,10 +253,11 @@ def _open_files(
         f"{path} is cut short or damaged ({error}): fetch it again"
       ) from error
     stack.enter_context(file)
-    twice = sorted(where.keys() & set(file.keys()))
+    names = set(file.keys())
+    twice = sorted(where.keys() & names)
     if twice:
       raise ValueError(f"{path} holds {twice[0]}, which another file holds too")
-    where |= dict.fromkeys(file.keys(), file)
+    where |= {name: _Stored(path, file, name) for name in names}
   return where
 
 
@@ -248,11 +268,19 @@ def _weight_files(root: epath.Path) -> list[epath.Path]:
     paths = [whole] if whole.exists() else sorted(root.glob("*.safetensors"))
     if not paths:
       raise FileNotFoundError(
-        f"{root} holds no *.safetensors; pickled weights are not read: convert"
-        " them with save_pretrained(safe_serialization=True)"
+        f"{root} holds no *.safetensors, such as {whole.name}; pickled weights"
+        " are not read: convert them with"
+        " save_pretrained(safe_serialization=True)"
       )
     return paths
-  names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+  weight_map = files.read_json(index).get("weight_map", {})
+  if not isinstance(weight_map, dict) or not all(
+    isinstance(name, str) for name in weight_map.values()
+  ):
+    raise ValueError(
+      f"{index}: weight_map must map names of tensors to names of files"
+    )
+  names = sorted(set(weight_map.values()))
   outside = [n for n in names if n != epath.Path(n).name or n.startswith(".")]
   if outside or not names:
     raise ValueError(
@@ -268,14 +296,15 @@ def _weight_files(root: epath.Path) -> list[epath.Path]:
 
 def _match_names(
   folder: str,
-  where: Mapping[str, Any],
+  where: Mapping[str, _Stored],
   tensors: list[Tensor],
   config: ModelConfig,
 ) -> dict[str, str]:
   """Maps expected names of tensors to names in the files.
 
   Raises:
-    ValueError: missing, unexpected or misshapen tensors, all at once.
+    ValueError: missing, unexpected or misshapen tensors, or tensors of another
+      dtype, all at once.
   """
   wanted = {
     name: tensor.shape
@@ -298,9 +327,15 @@ def _match_names(
   ]
   for name, shape in wanted.items():
     if names[name] in where:
-      found = where[names[name]].get_slice(names[name]).get_shape()
+      stored = where[names[name]]
+      found, dtype = stored.open().get_shape(), stored.open().get_dtype()
       if tuple(found) != shape:
         faults.append(f"{name} is {list(found)}, expected {list(shape)}")
+      if dtype not in _DTYPES:
+        faults.append(
+          f"{name} has the dtype {dtype} in {stored.path.name}; weights are one"
+          f" of {', '.join(_DTYPES)}"
+        )
   if faults:
     shown = "\n  ".join(faults[:20])
     more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""

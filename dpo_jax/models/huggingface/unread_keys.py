@@ -103,7 +103,9 @@ _COMPUTED: tuple[tuple[str, Callable[[Any, Facts], bool]], ...] = (
   (r"(sliding|attention|local)_window(_size)?", _sees_all),
   (
     r"layer_types",
-    lambda value, facts: all(kind == "full_attention" for kind in value),
+    lambda value, facts: (
+      isinstance(value, list) and set(map(str, value)) <= {"full_attention"}
+    ),
   ),
   (
     r"query_pre_attn_scalar",
