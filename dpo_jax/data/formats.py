@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import json
 from typing import Any
 
 from dpo_jax.data.messages import (
@@ -11,6 +10,7 @@ from dpo_jax.data.messages import (
   as_turns,
   is_messages,
 )
+from dpo_jax.system import files
 
 Record = Mapping[str, Any]
 
@@ -86,8 +86,8 @@ def _list(value: Any, name: str) -> list[Any]:
   """Reads a list, or JSON text of one."""
   if isinstance(value, str):
     try:
-      value = json.loads(value)
-    except json.JSONDecodeError as error:
+      value = files.parse_json(value)
+    except ValueError as error:
       raise RecordError(f"{name} is not JSON: {error}") from error
   if not is_messages(value):
     raise RecordError(f"{name} must be a list, and is {type(value).__name__}")

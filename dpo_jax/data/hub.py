@@ -16,7 +16,9 @@ import os
 import re
 from typing import Any, cast
 
-from dpo_jax.system import files
+from etils import epath
+
+from dpo_jax.system import downloads, files
 from dpo_jax.system.files import write_atomically
 
 _LOG = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ class Split:
 
     Raises:
       FileNotFoundError: a file is not cached, and the Hub not reachable.
+      ValueError: a file whose content is not what was downloaded.
     """
     import huggingface_hub  # slow to import, and few runs need it
 
@@ -93,6 +96,7 @@ class Split:
       raise FileNotFoundError(
         f"hub:{self.spec}: not cached, and the Hub was not reached: {absent}"
       )
+    downloads.verify([path for _, path in found])
     return found
 
 
@@ -255,8 +259,7 @@ def _describe(api: Any, name: str, commit: str) -> dict[str, Any]:
   folder = os.path.join(files.cache_dir(), "hub", name.replace("/", "--"))
   cached = os.path.join(folder, f"{commit}.json")
   if os.path.exists(cached):
-    with open(cached, encoding="utf-8") as file:
-      return json.load(file)
+    return files.read_json(epath.Path(cached))
   tree = api.list_repo_tree(
     name, repo_type="dataset", revision=commit, recursive=True
   )

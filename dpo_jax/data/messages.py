@@ -1,8 +1,9 @@
 """Messages of a conversation, cleaned of what tables and APIs add to them."""
 
 from collections.abc import Callable, Mapping, Sequence
-import json
 from typing import Any
+
+from dpo_jax.system import files
 
 Message = Mapping[str, Any]
 
@@ -106,8 +107,8 @@ def drop_nulls(value: Any) -> Any:
 def read_json(text: str, name: str, where: str, kind: type) -> Any:
   """Reads a column of JSON text that must hold a list or an object."""
   try:
-    value = json.loads(text)
-  except json.JSONDecodeError as error:
+    value = files.parse_json(text)
+  except ValueError as error:
     raise RecordError(f"{where}: {name} is not JSON: {error}") from error
   if not isinstance(value, kind):
     raise RecordError(

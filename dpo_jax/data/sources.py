@@ -17,7 +17,6 @@ import gzip
 import hashlib
 import inspect
 import io
-import json
 import os
 from typing import Any
 import zlib
@@ -138,6 +137,8 @@ def _read_jsonl(paths: _Files) -> Iterator[Record]:
         f"{shown}: the compressed file breaks off or is damaged after line"
         f" {number}: {error}"
       ) from error
+    except OSError as error:
+      raise OSError(f"{shown} after line {number}: {error}") from error
 
 
 class _ZstdError(Exception):
@@ -170,8 +171,8 @@ def _open_lines(path: str) -> io.BufferedReader | gzip.GzipFile:
 
 def _read_line(address: str, line: bytes) -> dict[str, Any] | RecordError:
   try:
-    record = json.loads(line.decode("utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    record = files.parse_json(line.decode("utf-8"))
+  except ValueError as error:
     line = line.strip()
     is_begun = line.startswith(b"{") and not line.endswith(b"}")
     hint = (
@@ -200,8 +201,8 @@ def _read_array(shown: str, file: Any) -> Iterator[Record]:
       f" bytes; write one object a line: jq -c '.[]' {shown} > LINES.jsonl"
     )
   try:
-    records = json.loads(content.decode("utf-8-sig"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    records = files.parse_json(content.decode("utf-8-sig"))
+  except ValueError as error:
     raise ValueError(
       f"{shown} begins with '[', so it must be one JSON array in UTF-8: {error}"
     ) from error
@@ -215,16 +216,27 @@ def _read_parquet(paths: _Files) -> Iterator[Record]:
   import pyarrow.parquet as pq
 
   for shown, path in paths:
-    row = 0
+    row, group = 0, 0
     try:
-      for batch in pq.ParquetFile(path).iter_batches():
-        for record in batch.to_pylist():
-          row += 1
-          yield f"{shown} row {row}", record
+      with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for group in range(file.num_row_groups):
+          for batch in file.iter_batches(row_groups=[group]):
+            for one in range(len(batch)):
+              row += 1
+              address = f"{shown} row {row}"
+              yield address, _read_row(address, batch.slice(one, 1))
     except (pa.ArrowException, OSError) as error:
       raise ValueError(
-        f"{shown}: no Parquet file, or damaged after row {row}: {error}"
+        f"{shown}: no Parquet file, or damaged after row {row}, in row group"
+        f" {group}: {error}. Restore it from a copy"
       ) from error
+
+
+def _read_row(address: str, row: Any) -> dict[str, Any] | RecordError:
+  try:
+    return row.to_pylist()[0]
+  except (ValueError, OverflowError) as error:  # such as text that is not UTF-8
+    return RecordError(f"{address}: {error}")
 
 
 def _read_hub(what: str) -> Iterator[Record]:

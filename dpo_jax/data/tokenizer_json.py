@@ -1,8 +1,11 @@
 """Reads tokenizer.json, and tokens that other files of its folder add."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
 import functools
 import json
+import reprlib
 from typing import Any
 
 from etils import epath
@@ -12,17 +15,99 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from dpo_jax.data.spellings import Spellings
 from dpo_jax.system import files
 
+# Ids of a vocabulary, at most.
+MAX_IDS = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonFile:
+  """JSON file of a tokenizer's folder.
+
+  Attributes:
+    path: its path.
+    values: its keys; {} if the file does not exist.
+  """
+
+  path: epath.Path
+  values: Mapping[str, Any]
+
+  @classmethod
+  def read(cls, path: epath.Path) -> "JsonFile":
+    return cls(path, files.read_json(path) if path.exists() else {})
+
+  def get(self, key: str) -> Any:
+    """Returns the value of a key, or None."""
+    return self.values.get(key)
+
+  def token(self, key: str) -> str:
+    """Returns the text of a special token; "" without one."""
+    value = self.get(key)
+    text = value.get("content") if isinstance(value, dict) else value
+    if value is None or isinstance(text, str):
+      return text or ""
+    raise self._odd(key, "text, or an object with the text 'content'")
+
+  def ids(self, key: str) -> list[int]:
+    """Returns the ids of a key that may have none, one or several."""
+    value = self.get(key)
+    found = value if isinstance(value, list) else [value]
+    if value is None:
+      return []
+    if all(type(i) is int and 0 <= i < MAX_IDS for i in found):
+      return found
+    raise self._odd(key, f"ids from 0 to {MAX_IDS - 1:,}")
+
+  def _odd(self, key: str, allowed: str) -> ValueError:
+    shown = reprlib.repr(self.get(key))
+    return ValueError(f"{self.path}: {key}={shown} must be {allowed}")
+
+  def added_tokens(self) -> dict[int, tokenizers.AddedToken]:
+    """Returns the tokens of the key `added_tokens_decoder`, by id."""
+    with _naming(self.path):
+      return {
+        int(i): tokenizers.AddedToken(
+          **{k: v for k, v in token.items() if k != "__type"}
+        )
+        for i, token in (self.get("added_tokens_decoder") or {}).items()
+      }
+
+  def chat_template(self) -> str | None:
+    """Returns the chat template; of several the one named `default`."""
+    template = self.get("chat_template")
+    if isinstance(template, list):
+      with _naming(self.path):
+        by_name = {entry["name"]: entry["template"] for entry in template}
+      template = by_name.get("default")
+    if template is None or isinstance(template, str):
+      return template
+    raise self._odd("chat_template", "text, or a list of named templates")
+
+
+@contextlib.contextmanager
+def _naming(path: object) -> Iterator[None]:
+  """Names a file in the errors that its content causes."""
+  try:
+    yield
+  except Exception as error:  # tokenizers raises no narrower class
+    raise ValueError(
+      f"{path} is damaged: {error!r:.300}. Restore it from a copy"
+    ) from error
+
 
 class Encoder:
   """Tokenizer of a tokenizer.json.
+
+  Args:
+    text: content of the file.
+    path: its path, for errors.
 
   Attributes:
     plain: the tokenizer; special tokens in a text are letters to it.
     spellings: its special tokens.
   """
 
-  def __init__(self, text: str):
-    self._text = text
+  def __init__(self, text: str, path: object):
+    self._text, self._path = text, path
     self.plain, self._with_specials = _build(text), _build(text)
     self.plain.encode_special_tokens = True
 
@@ -45,10 +130,9 @@ class Encoder:
   ) -> list[list[int]]:
     """Returns ids of each text; see `Tokenizer.encode`."""
     tokenizer = self._with_specials if is_rendered else self.plain
-    ids = [
-      one.ids
-      for one in tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    ]
+    with _naming(self._path):
+      encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    ids = [one.ids for one in encoded]
     if is_rendered:
       for i, text in enumerate(texts):
         if self.spellings.is_hidden_in(text):
@@ -109,16 +193,12 @@ def _same_kind(
   )
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-  return json.loads(path.read_text()) if path.exists() else {}
-
-
-def read_tokenizer(root: epath.Path, config: Mapping[str, Any]) -> str:
+def read_tokenizer(root: epath.Path, config: JsonFile) -> str:
   """Returns tokenizer.json, added tokens of other files included."""
   path = root / "tokenizer.json"
   is_pair = not path.exists()
   if not is_pair:
-    text = path.read_text()
+    text = files.read_text(path)
   elif (root / "vocab.json").exists() and (root / "merges.txt").exists():
     text = _byte_level(root, config).to_str()
   else:
@@ -126,15 +206,16 @@ def read_tokenizer(root: epath.Path, config: Mapping[str, Any]) -> str:
       f"{path} does not exist; a tokenizer is a folder with tokenizer.json, or"
       " with vocab.json and merges.txt, or 'bytes'"
     )
-  added = {
-    int(i): tokenizers.AddedToken(
-      **{k: v for k, v in token.items() if k != "__type"}
-    )
-    for i, token in config.get("added_tokens_decoder", {}).items()
-  }
-  for token, i in read_json(root / "added_tokens.json").items():
-    added.setdefault(i, tokenizers.AddedToken(token, special=True))
-  whole = tokenizers.Tokenizer.from_str(text)
+  added = config.added_tokens()
+  others = JsonFile.read(root / "added_tokens.json")
+  for token in others.values:
+    for i in others.ids(token):
+      added.setdefault(i, tokenizers.AddedToken(token, special=True))
+  with _naming(path):
+    whole = tokenizers.Tokenizer.from_str(text)
+    largest = max(whole.get_vocab().values(), default=0)
+    if largest >= MAX_IDS:  # tokenizers would loop over all of them
+      raise ValueError(f"ids must be below {MAX_IDS:,}, and one is {largest:,}")
   missing = [
     i for i in sorted(added) if whole.token_to_id(added[i].content) is None
   ]
@@ -142,13 +223,13 @@ def read_tokenizer(root: epath.Path, config: Mapping[str, Any]) -> str:
     whole.add_tokens([added[i]])
     if whole.token_to_id(added[i].content) != i:
       raise ValueError(
-        f"{root}: the added token {added[i].content!r} has the id {i} in its"
-        f" files, and the next free one is"
+        f"{config.path} or {others.path.name}: the added token"
+        f" {added[i].content!r} has the id {i}, and the next free one is"
         f" {whole.token_to_id(added[i].content)}"
       )
   if is_pair and config.get("add_bos_token"):
     # Without a tokenizer.json, whose steps would decide, the key counts.
-    _put_bos(whole, token_text(config.get("bos_token") or "<|endoftext|>"))
+    _put_bos(whole, config.token("bos_token") or "<|endoftext|>")
     return whole.to_str()
   return whole.to_str() if missing else text
 
@@ -162,18 +243,18 @@ def _put_bos(tokenizer: tokenizers.Tokenizer, bos: str) -> None:
     )
 
 
-def _byte_level(
-  root: epath.Path, config: Mapping[str, Any]
-) -> tokenizers.Tokenizer:
+def _byte_level(root: epath.Path, config: JsonFile) -> tokenizers.Tokenizer:
   """GPT-2's byte-level BPE, from its two files."""
-  vocab = read_json(root / "vocab.json")
-  lines = (root / "merges.txt").read_text().split("\n")
+  file = JsonFile.read(root / "vocab.json")
+  vocab = {token: i for token in file.values for i in file.ids(token)}
+  lines = files.read_text(root / "merges.txt").split("\n")
   merges = [
-    tuple(line.split(" "))
-    for line in lines
-    if line.strip() and not line.startswith("#version")
+    (first, second)
+    for first, _, second in (line.partition(" ") for line in lines)
+    if first.strip() and not first.startswith("#version")
   ]
-  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
+  with _naming(f"{root / 'vocab.json'} or merges.txt"):
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
     add_prefix_space=bool(config.get("add_prefix_space"))
   )
@@ -218,12 +299,8 @@ def without_beginnings(text: str) -> str | None:
   return json.dumps(whole | stripped) if stripped != steps else None
 
 
-def token_text(value: Any) -> str:
-  return value["content"] if isinstance(value, Mapping) else value
-
-
 def find_template(
-  root: epath.Path, config: Mapping[str, Any], override: str
+  root: epath.Path, config: JsonFile, override: str
 ) -> str | None:
   """Returns the chat template of a tokenizer's folder.
 
@@ -233,11 +310,7 @@ def find_template(
     override: path of a jinja file to use instead; "" for none.
   """
   if override:
-    return files.existing(override).read_text()
+    return files.read_text(files.existing(override))
   if (root / "chat_template.jinja").exists():
-    return (root / "chat_template.jinja").read_text()
-  template = config.get("chat_template")
-  if isinstance(template, list):  # several, by name
-    by_name = {entry["name"]: entry["template"] for entry in template}
-    return by_name.get("default")
-  return template
+    return files.read_text(root / "chat_template.jinja")
+  return config.chat_template()

@@ -131,7 +131,7 @@ class HFTokenizer:
     """
     root = epath.Path(folder)
     config, names, model, generation = (
-      tokenizer_json.read_json(root / f"{name}.json")
+      tokenizer_json.JsonFile.read(root / f"{name}.json")
       for name in (
         "tokenizer_config",
         "special_tokens_map",
@@ -140,15 +140,13 @@ class HFTokenizer:
       )
     )
     self.json = text = tokenizer_json.read_tokenizer(root, config)
-    self._encoder = tokenizer_json.Encoder(text)
+    self._path = root / "tokenizer.json"
+    self._encoder = tokenizer_json.Encoder(text, self._path)
     self._plain = self._encoder.plain
     # Not the number of tokens: a vocabulary may have holes.
-    self.vocab_size = 1 + max(self._plain.get_vocab().values())
-    self._special = {
-      key: tokenizer_json.token_text(config.get(key) or names[key])
-      for key in _SPECIAL_TOKENS
-      if config.get(key) or names.get(key)
-    }
+    self.vocab_size = 1 + max(self._plain.get_vocab().values(), default=0)
+    found = {k: config.token(k) or names.token(k) for k in _SPECIAL_TOKENS}
+    self._special = {key: token for key, token in found.items() if token}
     self._fill_special("bos", model, generation)
     self._fill_special("eos", model, generation)
     if eos_token:
@@ -162,7 +160,7 @@ class HFTokenizer:
     self.spellings = self._encoder.spellings
     pad = self._special.get("pad_token")
     self.pad_id = self._plain.token_to_id(pad) if pad else None
-    self._generation_stops = _ids(generation.get("eos_token_id"))
+    self._generation_stops = generation.ids("eos_token_id")
     self.bos_id = self._find_bos(folder, config)
     self.chat_template = tokenizer_json.find_template(
       root, config, chat_template
@@ -185,7 +183,7 @@ class HFTokenizer:
     text = tokenizer_json.without_beginnings(self.json)
     if not text:
       return self._encoder
-    encoder = tokenizer_json.Encoder(text)
+    encoder = tokenizer_json.Encoder(text, self._path)
     encoder.name_special(self._special.values())
     return encoder
 
@@ -199,12 +197,12 @@ class HFTokenizer:
     """Spelling of `bos_token`, `eos_token` and the like, where there is one."""
     return dict(self._special)
 
-  def _fill_special(self, name: str, *configs: Mapping[str, Any]) -> None:
+  def _fill_special(self, name: str, *configs: tokenizer_json.JsonFile) -> None:
     """Adds a special token that only a model's config names, by its id."""
     if f"{name}_token" in self._special:
       return
     for config in configs:
-      for i in _ids(config.get(f"{name}_token_id"))[:1]:
+      for i in config.ids(f"{name}_token_id")[:1]:
         token = self._plain.id_to_token(i)
         if token is not None:
           self._special[f"{name}_token"] = token
@@ -220,7 +218,9 @@ class HFTokenizer:
       )
     return eos_id
 
-  def _find_bos(self, folder: str, config: Mapping[str, Any]) -> int | None:
+  def _find_bos(
+    self, folder: str, config: tokenizer_json.JsonFile
+  ) -> int | None:
     """Returns the BOS that the steps of tokenizer.json put before a text.
 
     `add_bos_token` has no effect with a tokenizer.json, as in transformers 5.
@@ -331,13 +331,6 @@ def _in_parts(message: Message) -> Message:
 def _digest(value: Any) -> str:
   text = json.dumps(value, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _ids(value: Any) -> list[int]:
-  """Returns the ids of a key that may have none, one or several."""
-  if value is None:
-    return []
-  return list(value) if isinstance(value, list) else [value]
 
 
 def _parse_date(date: str) -> datetime.date:

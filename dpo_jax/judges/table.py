@@ -1,7 +1,5 @@
 """A judge that looks rewards up in a JSONL table."""
 
-import json
-
 from dpo_jax.judges.base import Judge, per_text
 from dpo_jax.system import files
 
@@ -22,7 +20,7 @@ def read_table(path: str) -> Judge:
   with files.existing(path).open("r") as file:
     for number, line in enumerate(file, 1):
       try:
-        row = json.loads(line)
+        row = files.parse_json(line)
         table[row["prompt"], row["response"]] = float(row["reward"])
       except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -312,6 +312,11 @@ def test_wrong_types_are_errors_that_name_the_line(record, message, render):
     parse(record, render)
 
 
+def test_a_misspelt_prompt_column_is_named():
+  with pytest.raises(RecordError, match="'promt' may be meant for 'prompt'"):
+    parse({"promt": "p", "chosen": "c", "rejected": "r"})
+
+
 @pytest.mark.parametrize(
   "message",
   [

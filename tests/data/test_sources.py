@@ -98,6 +98,35 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     read(f"parquet:{path}")
 
 
+def test_a_flipped_bit_of_a_parquet_page_is_found_by_its_checksum(tmp_path):
+  path = tmp_path / "a.parquet"
+  table = pa.Table.from_pylist([{"text": f"line {i:04}"} for i in range(300)])
+  pq.write_table(
+    table,
+    path,
+    row_group_size=100,
+    compression="none",
+    use_dictionary=False,
+    write_page_checksum=True,
+  )
+  assert len(read(f"parquet:{path}")) == 300
+  faults.flip_byte(path, path.read_bytes().index(b"line 0150"))
+  message = f"^{path}: .* damaged after row 100, in row group 1: .*checksum"
+  with pytest.raises(ValueError, match=message):
+    read(f"parquet:{path}")
+
+
+def test_a_broken_row_of_parquet_is_named_and_reading_continues(tmp_path):
+  path = tmp_path / "a.parquet"
+  raw = pa.array([b"one", b"\xff", b"three"])
+  text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+  pq.write_table(pa.table({"prompt": text}), path)
+  one, broken, three = sources.open_source(f"parquet:{path}")
+  assert (one[1], three[1]) == ({"prompt": "one"}, {"prompt": "three"})
+  assert isinstance(broken[1], RecordError)
+  assert str(broken[1]).startswith(f"{path} row 2: ")
+
+
 def test_a_glob_reads_its_files_in_the_order_of_their_names(tmp_path):
   for name, part in (("b", RECORDS[2:]), ("a", RECORDS[:2])):
     write_jsonl(tmp_path / f"part_{name}.jsonl", part)
@@ -151,6 +180,8 @@ def test_a_source_may_be_read_twice(tmp_path):
     (b'["a", "b"]', "a record must be an object, not list"),
     (b"3", "a record must be an object, not int"),
     (b"null", "a record must be an object, not NoneType"),
+    (b'{"a": ' + b"[" * 100_000, "not a line .* nested too deeply"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "not a line .* Exceeds the limit"),
   ],
 )
 def test_broken_line_is_named_and_reading_continues(
@@ -220,7 +251,7 @@ def test_io_error_is_not_taken_for_the_end(tmp_path, monkeypatch):
     sources, "open", lambda *a: io.BufferedReader(Failing(*a)), raising=False
   )
   assert [next(source)[1] for _ in range(2)] == RECORDS[:2]
-  with pytest.raises(OSError, match="Input/output error"):
+  with pytest.raises(OSError, match=r"a\.jsonl after line 2: Input/output"):
     next(source)
 
 

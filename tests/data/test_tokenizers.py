@@ -392,6 +392,78 @@ def test_a_real_chat_template_ends_a_response_once(real_data, tmp_path):
   assert prompt.count(turn) == prompt.count(tokenizer.eos_id) + 1
 
 
+# Damaged files.
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("tokenizer.json", "{"),
+    ("tokenizer.json", '{"model": 3}'),
+    ("tokenizer.json", "[" * 100_000),
+    ("tokenizer_config.json", "[]"),
+    ("tokenizer_config.json", '{"eos_token": 3}'),
+    ("tokenizer_config.json", '{"eos_token": {"text": "</s>"}}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+    (
+      "tokenizer_config.json",
+      '{"eos_token": "</s>", "chat_template": [{"name": "default"}]}',
+    ),
+    ("tokenizer_config.json", '{"eos_token": "</s>", "chat_template": 3}'),
+    ("special_tokens_map.json", '{"unk_token": []}'),
+    ("added_tokens.json", '{"<new>": "5"}'),
+    ("added_tokens.json", '{"<new>": -1}'),
+    ("generation_config.json", '{"eos_token_id": "1"}'),
+    ("generation_config.json", '{"eos_token_id": [1, -1]}'),
+    ("chat_template.jinja", b"\xff"),
+  ],
+)
+def test_a_damaged_tokenizer_file_is_named(tmp_path, name, content):
+  folder = write_folder(tmp_path)
+  content = content if isinstance(content, bytes) else content.encode()
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError, match=f"^{tmp_path / name}"):
+    HFTokenizer(folder)
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("vocab.json", "{"),
+    ("vocab.json", '{"a": -1}'),
+    ("vocab.json", '{"a": 1000000000}'),
+    ("vocab.json", '{"b": 0}'),
+    ("merges.txt", "one\n"),
+    ("merges.txt", "one two three\n"),
+    ("merges.txt", b"\xff"),
+  ],
+)
+def test_a_damaged_vocabulary_is_named(tmp_path, name, content):
+  (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+  (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+  HFTokenizer(str(tmp_path), eos_token="b")
+  content = content if isinstance(content, bytes) else content.encode()
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError) as caught:
+    HFTokenizer(str(tmp_path), eos_token="b")
+  assert str(caught.value).startswith(str(tmp_path))
+  assert name in str(caught.value)
+
+
+def test_a_billion_ids_are_refused_before_they_are_counted(tmp_path):
+  folder = write_folder(tmp_path)
+  path = tmp_path / "tokenizer.json"
+  content = json.loads(path.read_text())
+  content["model"]["vocab"]["new"] = 10**9
+  path.write_text(json.dumps(content))
+  (tmp_path / "added_tokens.json").write_text('{"<new>": 330}')
+  with pytest.raises(
+    ValueError, match=r"tokenizer\.json is damaged: .*ids must"
+  ):
+    HFTokenizer(folder)
+
+
 # The rest.
 
 
