@@ -99,12 +99,26 @@ class TrainedRun(ModelSource):
   @functools.cached_property
   def config(self) -> dict[str, Any]:
     """The run's resolved config."""
-    return self.workdir.read_config()
+    config = self.workdir.read_config()
+    for key in ("policy", "data"):
+      if not isinstance(config.get(key), dict):
+        raise ValueError(
+          f"{self.workdir.config} is damaged: {key} must be an object. Restore"
+          " it from a copy"
+        )
+    return config
 
   @functools.cached_property
   def trained_model(self) -> ModelConfig:
     """The shape of what the run trained, adapters included."""
-    recorded = ModelConfig.from_dict(read_json(self.workdir.model))
+    path = self.workdir.model
+    fields = read_json(path)
+    try:
+      recorded = ModelConfig.from_dict(fields)
+    except (TypeError, ValueError) as error:
+      raise ValueError(
+        f"{path} is damaged: {error}. Restore it from a copy"
+      ) from error
     # Runs once recorded what is frozen in their config alone.
     frozen = recorded.frozen or self.config["policy"].get("frozen", "")
     return dataclasses.replace(recorded, frozen=frozen)

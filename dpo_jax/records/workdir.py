@@ -166,7 +166,15 @@ class Workdir:
 
   def _read_format(self) -> dict[str, Any]:
     """Reads workdir.json; format 0 is from before there was one."""
-    return read_json(self._format) if self._format.exists() else {"format": 0}
+    if not self._format.exists():
+      return {"format": 0}
+    found = read_json(self._format)
+    if type(found.get("format")) is not int:
+      raise ValueError(
+        f"{self._format} is damaged: format={found.get('format')!r} must be a"
+        " number. Restore it from a copy"
+      )
+    return found
 
   @property
   def run_id(self) -> str:
@@ -174,15 +182,24 @@ class Workdir:
     return self._read_format().get("run", "")
 
   def check_format(self) -> None:
-    """Raises ValueError unless this version reads what the folder holds."""
+    """Checks that this version reads what the folder holds.
+
+    Raises:
+      ValueError: another format, or a run whose config is not there.
+    """
     if not self.config.exists():
+      if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+        raise ValueError(
+          f"{self.config} does not exist, and {self.checkpoints} holds a run:"
+          " restore the file from a copy, or choose another workdir"
+        )
       return
     found = self._read_format()["format"]
     if not _OLDEST <= found <= FORMAT:
       raise ValueError(
-        f"{self} has format {found}, and this version of dpo_jax reads formats"
-        f" {_OLDEST} to {FORMAT}: use the version that wrote it, or choose"
-        " another workdir"
+        f"{self._format}: format {found}, and this version of dpo_jax reads"
+        f" formats {_OLDEST} to {FORMAT}: use the version that wrote it, or"
+        " choose another workdir"
       )
 
   def read_config(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Tokenizers that come with a model."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -136,6 +137,26 @@ def test_a_model_without_a_tokenizer_must_be_told_one(tmp_path):
 def test_a_run_that_is_not_there_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"nowhere/config\.json"):
     settings(f"run:{tmp_path / 'nowhere'}")
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("config.json", '{"data": {}}'),
+    ("config.json", '{"policy": 3, "data": {}}'),
+    ("model.json", '{"vocab_size": 3}'),
+    ("model.json", "[]"),
+  ],
+)
+def test_damaged_records_of_a_run_are_named(tmp_path, name, content):
+  workdir = Workdir.at(tmp_path)
+  workdir.write_config(tiny.make_config().to_dict())
+  shape = dataclasses.asdict(tiny.make_policy().config)
+  workdir.model.write_text(json.dumps(shape))
+  assert parse(f"run:{tmp_path}").trained_model == tiny.make_policy().config
+  (tmp_path / name).write_text(content)
+  with pytest.raises(ValueError, match=f"^{tmp_path / name} is damaged"):
+    _ = parse(f"run:{tmp_path}").trained_model
 
 
 def test_a_tokenizer_with_other_ids_is_warned_of(tmp_path, caplog):

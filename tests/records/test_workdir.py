@@ -46,6 +46,24 @@ def test_a_workdir_from_before_formats_is_read(tmp_path):
   assert Workdir.of_run(tmp_path).read_config() == {}
 
 
+def test_checkpoints_without_their_config_are_refused(tmp_path):
+  workdir = Workdir.at(tmp_path)
+  workdir.checkpoints.mkdir()
+  workdir.check_format()  # a start that died before its config was written
+  (workdir.checkpoints / "3").mkdir()
+  with pytest.raises(ValueError, match=r"config\.json does not exist, and"):
+    train(tiny.make_config(), tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, "1", 1.0, [1]])
+def test_a_format_that_is_not_a_number_is_named(tmp_path, value):
+  workdir = Workdir.at(tmp_path)
+  workdir.write_config({})
+  (tmp_path / "workdir.json").write_text(json.dumps({"format": value}))
+  with pytest.raises(ValueError, match=r"workdir\.json is damaged: format="):
+    workdir.check_format()
+
+
 def test_a_damaged_file_is_named(tmp_path):
   workdir = Workdir.at(tmp_path)
   workdir.write_config({"seed": 1})
