@@ -19,7 +19,9 @@ from dpo_jax import command_line
 if __name__ == "__main__":
   command_line.define_flags()
   config_flags.DEFINE_config_file(
-    "config", None, "path of a config file, such as configs/hh.py"
+    "config",
+    None,
+    "path of a config file, such as configs/hh.py; it is executed as Python",
   )
   flags.DEFINE_string("workdir", None, "run directory, local or gs://")
   flags.DEFINE_string(
