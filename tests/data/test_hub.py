@@ -183,6 +183,16 @@ def test_cached_data_need_no_hub(repositories, tmp_path, monkeypatch):
   assert list(again) == list(source) and again.digest == source.digest
 
 
+def test_damage_to_a_cached_file_is_named(repositories, tmp_path):
+  repositories["me/pairs"] = {"main": {"a.jsonl": b'{"n": 5}'}}
+  source = sources.open_source("hub:me/pairs@main")
+  assert read(source.spec) == [5]
+  [blob] = tmp_path.rglob("blobs/*")
+  blob.write_bytes(b'{"n": 6}')
+  with pytest.raises(ValueError, match=r"a\.jsonl is damaged: its digest"):
+    read(source.spec)
+
+
 def test_a_token_store_is_found_without_fetching_the_data(
   repositories, tmp_path, monkeypatch
 ):
