@@ -41,7 +41,7 @@ import numpy as np
 from dpo_jax import config as config_lib
 from dpo_jax import online, trees
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.parallel import hosts
+from dpo_jax.parallel import hosts, peers
 from dpo_jax.parallel.stop_signal import Preempted, StopSignal
 from dpo_jax.records.metrics import read_last_evaluation
 from dpo_jax.records.profile import ProfileWindow
@@ -115,6 +115,7 @@ class _Loop:
     run, config = self._run, self._config
     done = max(self._checkpoints.steps, default=0)
     self._console.begin(done)
+    peers.tell_saved(done)
     # A run that was stopped in its last evaluation makes up for it.
     is_evaluated = done > config.total_steps or run.workdir.finished.exists()
     if done >= config.total_steps and is_evaluated:
@@ -310,17 +311,17 @@ def _is_multiple(step: int, every: int) -> bool:
 
 
 def main() -> None:
-  hosts.initialize(
-    flags.FLAGS.coordinator_address,
-    flags.FLAGS.num_processes,
-    flags.FLAGS.process_id,
-  )
-  command_line.show_logs(jax.process_index())
-  train(
-    flags.FLAGS.config,
-    flags.FLAGS.workdir,
-    stop=StopSignal(ends_process=True),
-  )
+  given, config = flags.FLAGS, flags.FLAGS.config
+  config_lib.check_keys(config)
+  with hosts.joined(
+    given.coordinator_address,
+    given.num_processes,
+    given.process_id,
+    start_timeout_s=config.hosts.start_timeout_s,
+    peer_timeout_s=config.hosts.peer_timeout_s,
+  ):
+    command_line.show_logs(jax.process_index())
+    train(config, given.workdir, stop=StopSignal(ends_process=True))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ ROOMS: dict[str, list[str]] = {
   "command_line": [],
   "parallel": [
     "active_mesh",
+    "watcher",
+    "peers",
     "hosts",
     "stop_signal",
     "mesh",

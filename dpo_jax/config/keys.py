@@ -199,6 +199,13 @@ def default_config() -> ml_collections.ConfigDict:
   # Checkpoint to go back to; later ones are moved to quarantine/.
   config.resume.step = config_dict.placeholder(int)
 
+  config.hosts = ml_collections.ConfigDict()
+  # Seconds to wait at the start for the processes of all hosts.
+  config.hosts.start_timeout_s = 120.0
+  # Seconds of silence, or of being stopped, after which a process is lost and
+  # the others end: parallel/watcher.py. JAX's own limit is twice as long.
+  config.hosts.peer_timeout_s = 12.0
+
   config.log = ml_collections.ConfigDict()
   config.log.every_steps = 10
   config.log.tensorboard = False  # event files in WORKDIR/tensorboard

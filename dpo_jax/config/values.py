@@ -112,6 +112,8 @@ VALUES: dict[str, Knob] = {
   "checkpoint.keep": _count(
     "the one before stays until the latest is whole", 2
   ),
+  "hosts.start_timeout_s": Knob(float, "seconds", low=0, above=True),
+  "hosts.peer_timeout_s": Knob(float, "seconds of silence", low=3),
   "log.every_steps": _count("steps", 1),
   "resume.step": _count("step of a checkpoint", 1),
   "workdir.lock_timeout_s": Knob(

@@ -1,13 +1,15 @@
 """Several hosts: joined, and held to the same config and data.
 
-On a TPU pod `initialize()` needs no flags; elsewhere three flags identify the
+On a TPU pod `joined` needs no flags; elsewhere three flags identify the
 processes. A difference between hosts is named before anything is compiled.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import glob
 import importlib.util
 import json
+import math
 import os
 from typing import Any, TypeVar
 
@@ -15,15 +17,16 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from dpo_jax.config import VALUES
+from dpo_jax.parallel import watcher
+from dpo_jax.parallel.peers import OtherHostError, Peers
+from dpo_jax.system import compat
+
 T = TypeVar("T")
 
 
 class HostsDifferError(ValueError):
   """One host has another config or other data than the rest."""
-
-
-class OtherHostError(RuntimeError):
-  """Another host could not start."""
 
 
 def is_tpu_pod() -> bool:
@@ -44,38 +47,69 @@ def is_tpu_pod() -> bool:
   return bool(has_chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def initialize(
+@contextlib.contextmanager
+def joined(
   coordinator_address: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
-) -> None:
+  *,
+  start_timeout_s: float,
+  peer_timeout_s: float,
+) -> Iterator[None]:
   """Joins the processes of a run; does nothing on a machine by itself.
+
+  Within the context this process ends if another is lost: see `peers`.
 
   Args:
     coordinator_address: HOST:PORT of process 0; None on a TPU pod.
     num_processes: number of processes.
     process_id: index of this process, from 0.
+    start_timeout_s: most seconds to wait for the other processes.
+    peer_timeout_s: seconds of silence after which another process is lost.
 
   Raises:
     ValueError: some of the three are given, or out of range.
+    OtherHostError: names the processes that did not come.
   """
   given = (coordinator_address, num_processes, process_id)
   if all(x is None for x in given):
-    if is_tpu_pod() and not jax.distributed.is_initialized():
-      jax.distributed.initialize()
-    return
-  if any(x is None for x in given):
+    if not is_tpu_pod() or jax.distributed.is_initialized():
+      yield
+      return
+    given = compat.find_processes(start_timeout_s)
+  address, count, index = given
+  _check_flags(address, count, index)
+  settings = watcher.Settings(
+    index, count, address, start_timeout_s, peer_timeout_s
+  )
+  for name in ("start_timeout_s", "peer_timeout_s"):
+    VALUES[f"hosts.{name}"].check(f"hosts.{name}", getattr(settings, name))
+  with Peers(settings) if count > 1 else contextlib.nullcontext():
+    jax.distributed.initialize(
+      address,
+      count,
+      index,
+      initialization_timeout=math.ceil(start_timeout_s),
+      # For a process whose watcher is lost too.
+      heartbeat_timeout_seconds=math.ceil(2 * peer_timeout_s),
+    )
+    yield
+
+
+def _check_flags(
+  address: str | None, count: int | None, index: int | None
+) -> None:
+  if address is None or count is None or index is None:
     raise ValueError(
       "--coordinator_address, --num_processes and --process_id belong"
-      f" together, and they are {coordinator_address!r}, {num_processes!r} and"
-      f" {process_id!r}: give all three, or none on a TPU pod"
+      f" together, and they are {address!r}, {count!r} and {index!r}: give all"
+      " three, or none on a TPU pod"
     )
-  if not 0 <= process_id < num_processes:
+  if not 0 <= index < count:
     raise ValueError(
-      f"--process_id={process_id} must be at least 0 and below"
-      f" --num_processes={num_processes}"
+      f"--process_id={index} must be at least 0 and below"
+      f" --num_processes={count}"
     )
-  jax.distributed.initialize(coordinator_address, num_processes, process_id)
 
 
 def gather_texts(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from dpo_jax.parallel import hosts
+from dpo_jax.parallel import hosts, peers
 from dpo_jax.records import manifest, recovery
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.trees import path_name
@@ -165,6 +165,7 @@ class Checkpoints:
     if jax.process_index() == 0:
       manifest.write(self._root / str(step), self._workdir.run_id)
       recovery.mark_saved(self._workdir, step)
+      peers.tell_saved(step)
       _LOG.info("%-11s step %d saved", "checkpoint", step)
 
   @property

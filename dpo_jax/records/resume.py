@@ -19,6 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 # Keys, or prefixes of keys, that do not decide what a run learns.
 _PLACES = (
+  "hosts.",
   "log.",
   "mesh.",
   "parallelism",

@@ -9,6 +9,7 @@ import inspect
 from typing import Any, NamedTuple
 
 import jax
+from jax._src.clusters import ClusterEnv
 from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel as kernel_lib,
@@ -50,6 +51,25 @@ def mesh_platform() -> str | None:
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return None if device is None else device.platform
+
+
+def find_processes(timeout_s: float) -> tuple[str, int, int]:
+  """Finds the processes of a TPU pod, as `jax.distributed.initialize` does.
+
+  The method is private and the same in both versions. The public function does
+  not return what it found.
+
+  Args:
+    timeout_s: most seconds to wait for the coordinator's name.
+
+  Returns:
+    The coordinator's HOST:PORT, the number of processes, and the index of this
+    process.
+  """
+  address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+    None, None, None, None, None, int(timeout_s)
+  )
+  return address, count, index
 
 
 def slice_index(device: Any) -> int:

@@ -238,5 +238,6 @@ def test_a_pod_is_known_without_asking_the_network(
   ],
 )
 def test_flags_that_do_not_say_who_is_who_are_refused(flags, message):
-  with pytest.raises(ValueError, match=message):
-    hosts.initialize(*flags)
+  joined = hosts.joined(*flags, start_timeout_s=60.0, peer_timeout_s=12.0)
+  with pytest.raises(ValueError, match=message), joined:
+    pass
