@@ -196,9 +196,13 @@ def run_until_step(folder, step, *flags):
   workdir = folder / "run"
   processes = start(folder, workdir, 2, "--config.total_steps=100000", *flags)
   manifest = workdir / "checkpoints" / str(step) / "manifest.json"
-  deadline = time.monotonic() + 200
-  while not manifest.exists() and time.monotonic() < deadline:
-    assert all(process.poll() is None for process in processes)
+  deadline = time.monotonic() + 400
+  while not manifest.exists():
+    are_running = all(process.poll() is None for process in processes)
+    if not are_running or time.monotonic() > deadline:
+      for process in processes:
+        process.kill()
+      pytest.fail("\n".join(finish(processes)[1])[-4000:])
     time.sleep(0.1)
   return processes
 

@@ -133,3 +133,22 @@ def test_devices_of_a_topology_have_coordinates(libtpu):
   assert [compat.core_on_chip(d) for d in halves] == [0, 1] * 4
   with jax.set_mesh(Mesh(np.array(one), ("data",))):
     assert compat.mesh_platform() == "tpu"
+
+
+def test_the_processes_of_a_pod_are_found(monkeypatch):
+  class Pod:
+    """Stands in for what JAX finds in the environment of a pod."""
+
+    opt_in_only_method = False
+    is_env_present = staticmethod(lambda: True)
+    get_process_count = staticmethod(lambda: 4)
+    get_process_id = staticmethod(lambda: 3)
+    get_local_process_id = staticmethod(lambda: None)
+
+    @staticmethod
+    def get_coordinator_address(timeout_secs, override_coordinator_port):
+      assert timeout_secs == 60 and not override_coordinator_port
+      return "10.0.0.2:8476"
+
+  monkeypatch.setattr(compat.ClusterEnv, "_cluster_types", [Pod])
+  assert compat.find_processes(60.0) == ("10.0.0.2:8476", 4, 3)
