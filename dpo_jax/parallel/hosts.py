@@ -80,7 +80,7 @@ def joined(
   address, count, index = given
   _check_flags(address, count, index)
   settings = watcher.Settings(
-    index, count, address, start_timeout_s, peer_timeout_s
+    os.getpid(), index, count, address, start_timeout_s, peer_timeout_s
   )
   for name in ("start_timeout_s", "peer_timeout_s"):
     VALUES[f"hosts.{name}"].check(f"hosts.{name}", getattr(settings, name))

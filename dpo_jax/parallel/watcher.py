@@ -31,13 +31,15 @@ class Settings(NamedTuple):
   """Settings of a watcher, given as its argument.
 
   Attributes:
-    index: index of the watched process.
+    pid: id of the watched process, which started the watcher.
+    index: its index.
     count: number of processes of the run.
     address: HOST:PORT of the hub.
     start_timeout_s: most seconds to wait for the other processes.
     peer_timeout_s: seconds of silence after which a process is lost.
   """
 
+  pid: int
   index: int
   count: int
   address: str
@@ -110,7 +112,7 @@ class Watcher:
       process: channel to the watched process, the parent of this one.
     """
     self._settings, self._process = settings, process
-    self._pid = os.getppid()
+    self._pid = settings.pid
     self._is_hub = settings.index == 0
     self._peers: dict[int, Channel] = {}  # of the hub all, of others the hub
     self._names = {settings.index: socket.gethostname()}

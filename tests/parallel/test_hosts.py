@@ -153,7 +153,7 @@ def test_sigterm_to_one_of_two_stops_and_saves_both(tmp_path):
   steps = [int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")]
   last = max(steps)
   assert (workdir / "checkpoints" / str(last) / "manifest.json").exists()
-  assert f"saved at step {last}" in outputs[0]
+  assert f"step {last} is saved" in outputs[0]
 
 
 @pytest.mark.slow

@@ -19,10 +19,11 @@ _HOST = socket.gethostname()
 # A watched process without JAX: it sends its arguments to its watcher, and ends
 # when that says so.
 _WATCHED = """
-import json, subprocess, sys
+import json, os, subprocess, sys
 watcher, settings, *messages = sys.argv[1:]
+settings = [os.getpid(), *json.loads(settings)]
 child = subprocess.Popen(
-  [sys.executable, "-I", watcher, settings],
+  [sys.executable, "-I", watcher, json.dumps(settings)],
   stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
   start_new_session=True,
 )
@@ -37,9 +38,7 @@ for line in child.stdout:
 
 
 def watch(index, count, port, *messages, start_s=20.0, peer_s=10.0):
-  settings = watcher.Settings(
-    index, count, f"127.0.0.1:{port}", start_s, peer_s
-  )
+  settings = index, count, f"127.0.0.1:{port}", start_s, peer_s
   arguments = [watcher.__file__, *map(json.dumps, (settings, *messages))]
   return subprocess.Popen(
     [sys.executable, "-I", "-c", _WATCHED, *arguments],
@@ -164,7 +163,7 @@ def test_a_taken_port_is_an_error():
 
 
 def test_many_missing_processes_are_counted():
-  settings = watcher.Settings(1, 20, "pod:1", 60.0, 12.0)
+  settings = watcher.Settings(7, 1, 20, "pod:1", 60.0, 12.0)
   named = watcher.name_missing(range(12), settings)
   assert named.startswith("host 0, host 1") and "host 8" not in named
   assert named.endswith("and 4 others at pod:1 (of 20)")
