@@ -104,6 +104,7 @@ def test_a_value_out_of_range_is_refused_by_its_name(key, value):
     ),
     ({"data.max_prompt_tokens": 512}, "must be below data.max_tokens=512"),
     ({"profile.steps": "3:3"}, "must be FIRST:LAST"),
+    ({"workdir.lock_timeout_s": 0.5}, r"is outside \[1, inf\)"),
     ({"batch_size": True}, "batch_size=True must be a whole number"),
   ],
 )

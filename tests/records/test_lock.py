@@ -19,7 +19,7 @@ from dpo_jax import train as train_lib
 from dpo_jax.parallel import hosts
 from dpo_jax.records import lock as lock_lib
 from dpo_jax.records.lock import Holder, LockLost, RunLock, WorkdirInUse
-from dpo_jax.records.metrics import read_metrics
+from dpo_jax.records.metrics import MetricsWriter, read_metrics
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system import files
 from dpo_jax.train import train
@@ -367,7 +367,7 @@ def test_a_run_that_lost_its_lock_saves_nothing_more(tmp_path, monkeypatch):
       leave(Workdir.at(tmp_path))  # another process in the place of this one
 
   monkeypatch.setattr(train_lib._Loop, "_record", overtaken)
-  closed = mock.patch.object(train_lib.MetricsWriter, "close")
+  closed = mock.patch.object(MetricsWriter, "close")
   config = tiny.make_config(
     loss__name="sft",
     reference__kind="none",
