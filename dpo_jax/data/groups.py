@@ -64,6 +64,7 @@ class Groups:
     lengths: for each group, tokens of the prompt and of each response.
     scores: for each group, a score for each response.
     hashes: 32 bits of a hash of each prompt's text before any cut.
+    records: number of each group's record in the source, from 0.
     report: counts; see `tokenize`.
   """
 
@@ -72,6 +73,7 @@ class Groups:
   lengths: list[list[int]]
   scores: list[tuple[float, ...]]
   hashes: list[int]
+  records: list[int]
   report: dict[str, Any]
 
 
@@ -128,9 +130,14 @@ def tokenize(
       chunk, render, reading.scored_turns, collected.counts, hide
     )
     with contextlib.closing(parsed):  # ends the renders at an error
-      examples = [e for result in parsed for e in collected.usable(result)]
-    for example, (prompt, responses) in zip(
-      examples, _encode(examples, tokenizer, reads_tokens), strict=True
+      found = [
+        (shaped.number, example)
+        for shaped, result in zip(chunk, parsed, strict=True)
+        for example in collected.usable(result)
+      ]
+    encoded = _encode([e for _, e in found], tokenizer, reads_tokens)
+    for (number, example), (prompt, responses) in zip(
+      found, encoded, strict=True
     ):
       try:
         prompt, responses = _fit(
@@ -140,6 +147,7 @@ def tokenize(
         collected.dropped[unusable.reason] += 1
       else:
         collected.add(example, prompt, responses)
+        collected.records.append(number)
   return collected.groups(source.spec)
 
 
@@ -154,7 +162,7 @@ class _Collected:
     counts: entries of the report.
     dropped: records that teach nothing, by reason.
     repeats: groups that repeat another.
-    tokens, scored, lengths, scores, hashes: see `Groups`.
+    tokens, scored, lengths, scores, hashes, records: see `Groups`.
   """
 
   tokenizer: Tokenizer
@@ -170,6 +178,7 @@ class _Collected:
   lengths: list[list[int]] = dataclasses.field(default_factory=list)
   scores: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
   hashes: list[int] = dataclasses.field(default_factory=list)
+  records: list[int] = dataclasses.field(default_factory=list)
 
   def usable(
     self, result: Example | Unusable | RecordError
@@ -235,7 +244,13 @@ class _Collected:
     if sum(scored) == sum(sum(length[1:]) for length in self.lengths):
       scored = bytearray()
     return Groups(
-      self.tokens, scored, self.lengths, self.scores, self.hashes, report
+      self.tokens,
+      scored,
+      self.lengths,
+      self.scores,
+      self.hashes,
+      self.records,
+      report,
     )
 
 

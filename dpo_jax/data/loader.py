@@ -1,6 +1,6 @@
 """Batches as a pure function of (seed, step): no iterator state to save."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from dpo_jax.data import packing
+from dpo_jax.data.addresses import find_addresses
 from dpo_jax.data.batch_plan import Plan
 from dpo_jax.data.mixture import Mixture, permutation
 from dpo_jax.data.store import Store
@@ -75,6 +76,10 @@ class Loader:
     if self.mixture is not None:
       return self.mixture.draw(positions, self.seed)
     return self.indices[permutation((self.seed,), positions, len(self.indices))]
+
+  def addresses(self, example_ids: Sequence[int]) -> list[str]:
+    """Returns file and line of groups of a batch, see `find_addresses`."""
+    return find_addresses(self.store, example_ids)
 
   def batch(self, step: int) -> Batch:
     """Returns the training batch of a step: this process's rows, in numpy."""

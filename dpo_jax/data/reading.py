@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import difflib
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_jax.config import parse_pairs
 from dpo_jax.data.formats import FORMATS, OPTIONAL, SHAPES, Record
@@ -107,6 +107,7 @@ class Shaped:
 
   Attributes:
     where: file and line.
+    number: number of the record in its source, from 0; of several, the first.
     kind: one of FORMATS.
     columns: those of the format; their messages are clean.
     is_chat: see `Shape`.
@@ -116,11 +117,28 @@ class Shaped:
   """
 
   where: str
+  number: int
   kind: str
   columns: Record
   is_chat: bool
   inputs: Mapping[str, str]
   hint: str
+
+
+class _Named(NamedTuple):
+  """Record with our names of columns.
+
+  Attributes:
+    where: file and line.
+    number: number in its source, from 0.
+    shape: one of SHAPES.
+    record: columns by name.
+  """
+
+  where: str
+  number: int
+  shape: str
+  record: Record
 
 
 def shape_records(
@@ -141,9 +159,9 @@ def shape_records(
     of one prompt become one record where their shape says so.
   """
   columns, roles = reading.column_names(), reading.role_names()
-  group: list[tuple[str, str, Record]] = []
+  group: list[_Named] = []
   for where, record in records:
-    seen.records += 1
+    number, seen.records = seen.records, seen.records + 1
     try:
       if isinstance(record, Exception):
         raise RecordError(str(record)) from record
@@ -154,34 +172,35 @@ def shape_records(
       yield error
       continue
     same = SHAPES[name].same
-    if group and (group[0][1] != name or group[0][2][same] != record[same]):
+    last = group[0] if group else None
+    if last and (last.shape != name or last.record[same] != record[same]):
       yield from _end_group(group, roles, seen)
     seen.shapes[name] = seen.shapes.get(name, 0) + 1
-    group.append((where, name, record))
+    group.append(_Named(where, number, name, record))
     if not same:
       yield from _end_group(group, roles, seen)
   yield from _end_group(group, roles, seen)
 
 
 def _end_group(
-  group: list[tuple[str, str, Record]],
+  group: list[_Named],
   roles: Mapping[str, str],
   seen: Seen,
 ) -> Iterator[Shaped | Unusable | RecordError]:
   """Yields the group that has been read, and empties it."""
   if not group:
     return
-  where, name, record = group[0]
-  if SHAPES[name].same:
-    lists = {key: [r[key] for _, _, r in group] for key in SHAPES[name].needs}
-    record = {**record, **lists}
+  first = group[0]
+  needs = SHAPES[first.shape].needs if SHAPES[first.shape].same else ()
+  lists = {key: [one.record[key] for one in group] for key in needs}
+  first = first._replace(record={**first.record, **lists})
   group.clear()
   try:
-    yield _shape(where, name, record, roles, seen)
+    yield _shape(first, roles, seen)
   except (RecordError, Unusable) as fault:
     yield fault
   except RecursionError:
-    yield RecordError(f"{where}: the record is nested too deeply")
+    yield RecordError(f"{first.where}: the record is nested too deeply")
 
 
 def _rename(
@@ -234,13 +253,8 @@ def _find_shape(record: Record, name: str, where: str) -> str:
   return name
 
 
-def _shape(
-  where: str,
-  name: str,
-  record: Record,
-  roles: Mapping[str, str],
-  seen: Seen,
-) -> Shaped:
+def _shape(named: _Named, roles: Mapping[str, str], seen: Seen) -> Shaped:
+  where, number, name, record = named
   shape = SHAPES[name]
   kept = {key: record[key] for key in record.keys() & OPTIONAL}
   own = {
@@ -265,6 +279,7 @@ def _shape(
   is_whole = is_messages(columns.get("chosen", columns.get("completion")))
   return Shaped(
     where,
+    number,
     next(kind for kind, need in FORMATS.items() if need <= columns.keys()),
     columns,
     is_chat=shape.is_chat or "system" in columns,

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.data import checksums
+from dpo_jax.data.chain import Chain
 from dpo_jax.data.groups import Groups, Limits, tokenize
 from dpo_jax.data.reading import Reading
 from dpo_jax.data.sources import Source
@@ -32,28 +33,7 @@ _LOG = logging.getLogger(__name__)
 # Increase it when the same input gives other arrays or another report.
 FORMAT = 6
 _ARRAYS = ("tokens", "starts", "lengths", "score", "prompt_hashes")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chain:
-  """Concatenated arrays, sliced without a copy.
-
-  Attributes:
-    parts: S arrays, [n_i] each.
-    ends: i64 [S], end of each part. Slices must not cross one.
-  """
-
-  parts: tuple["np.ndarray | _Chain", ...]
-  ends: np.ndarray
-
-  def __len__(self) -> int:
-    return int(self.ends[-1])
-
-  def __getitem__(self, wanted: slice) -> np.ndarray:
-    part = int(np.searchsorted(self.ends, wanted.start, "right"))
-    part = min(part, len(self.parts) - 1)  # an empty slice at the very end
-    start = int(self.ends[part]) - len(self.parts[part])
-    return self.parts[part][wanted.start - start : wanted.stop - start]
+_OPTIONAL = ("scored", "records")  # older stores have no records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +52,11 @@ class Store:
       groups that are not split into training and held-out ones.
     scored: bool [total], whether each of `tokens` is scored; None if all tokens
       of responses are.
+    records: int [N], number of each group's record, counted on through the
+      sources of the report; None where it was not recorded.
   """
 
-  tokens: np.ndarray | _Chain
+  tokens: np.ndarray | Chain
   starts: np.ndarray
   lengths: np.ndarray
   score: np.ndarray
@@ -82,6 +64,7 @@ class Store:
   report: dict[str, Any]
   prompt_hashes: np.ndarray | None = None
   scored: np.ndarray | None = None
+  records: np.ndarray | None = None
 
   @classmethod
   def from_groups(
@@ -139,10 +122,17 @@ class Store:
           for s in stores
         ]
       )
+    records = None
+    if all(store.records is not None for store in stores):
+      counts = [store.report["records"] for store in stores]
+      before = np.cumsum([0, *counts[:-1]])
+      records = np.concatenate(
+        [s.records + n for s, n in zip(stores, before, strict=True)]
+      )
     digests = "/".join(store.digest for store in stores)
     contents = "/".join(store.report["content"] for store in stores)
     return cls(
-      tokens=_Chain(tuple(store.tokens for store in stores), ends),
+      tokens=Chain(tuple(store.tokens for store in stores), ends),
       starts=np.concatenate(starts),
       lengths=np.concatenate([fill(s.lengths, 1 + num_slots) for s in stores]),
       score=np.concatenate([fill(s.score, num_slots) for s in stores]),
@@ -153,6 +143,7 @@ class Store:
       },
       prompt_hashes=np.concatenate([s.prompt_hashes for s in stores]),
       scored=scored,
+      records=records,
     )
 
   def __len__(self) -> int:
@@ -214,7 +205,9 @@ class Store:
       # [N, 1 + 2] -> [2 N, 1 + 1]: each response after the prompt.
       return np.stack([x[:, [0, 1]], x[:, [0, 2]]], 1).reshape(-1, 2)
 
-    hashes = self.prompt_hashes
+    def twice(x: np.ndarray | None) -> np.ndarray | None:
+      return None if x is None else np.repeat(x, 2)
+
     is_pair = self.lengths[:, 2:] > 0
     score = np.where(is_pair, np.array([[1.0, 0.0]], np.float32), self.score)
     return dataclasses.replace(
@@ -223,7 +216,8 @@ class Store:
       lengths=split(self.lengths),
       score=score.reshape(-1, 1),
       digest=f"{self.digest}/split_pairs",
-      prompt_hashes=None if hashes is None else np.repeat(hashes, 2),
+      prompt_hashes=twice(self.prompt_hashes),
+      records=twice(self.records),
     )
 
   def split(self, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -328,7 +322,7 @@ def _open(folder: str, limits: Limits) -> Store:
     name: np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r").view(
       np.ndarray
     )
-    for name in (*_ARRAYS, "scored")
+    for name in (*_ARRAYS, *_OPTIONAL)
     if name in _ARRAYS or os.path.exists(os.path.join(folder, f"{name}.npy"))
   }
   store = Store(**arrays, digest="", report=report)
@@ -378,6 +372,7 @@ def _write(groups: Groups, cache_dir: str, folder: str) -> None:
     "lengths": padded_lengths,
     "score": padded_score,
     "prompt_hashes": np.array(groups.hashes, np.uint32),
+    "records": np.array(groups.records, np.int32),
   }
   if len(groups.scored):
     arrays["scored"] = np.frombuffer(groups.scored, bool)

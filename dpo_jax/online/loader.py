@@ -8,6 +8,7 @@ sampling). The samples are kept in WORKDIR/online/STEP.npz, so a run that stops
 between two samplings resumes with the same batches.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -161,6 +162,10 @@ class OnPolicyLoader:
     """Returns the groups whose prompts a step has: i64 [batch_size]."""
     chosen = self._loader.order(step - self._snapshot.step)
     return self._snapshot.prompts[chosen]
+
+  def addresses(self, example_ids: Sequence[int]) -> list[str]:
+    """Returns file and line of the prompts of a batch's groups."""
+    return self._source.addresses(self._snapshot.prompts[list(example_ids)])
 
   @property
   def process_count(self) -> int:

@@ -287,6 +287,12 @@ def test_prompts_of_a_mixture_are_sampled_by_their_weights(tmp_path):
   loader, _ = online.open_loaders(run, state, label="")
   loader.begin(0, state.policy_params, oldest=0)
   drawn = np.concatenate([loader.order(step) for step in range(3)])
+  ids = loader.batch(0).example_ids.ravel()
+  lines = [
+    f"{tmp_path}/a.jsonl:{i + 1}" if i < 4 else f"{tmp_path}/b.jsonl:{i - 3}"
+    for i in loader.order(0)
+  ]
+  assert sorted(loader.addresses(ids[ids >= 0])) == sorted(lines)
   assert 0 not in drawn  # the long one
   assert (drawn < 4).sum() > (drawn >= 4).sum()
   assert all(loader.batch(step).tokens.any() for step in range(3))
