@@ -228,6 +228,7 @@ class TrainState:
       ones: a copy of the trained ones (`reference.kind` "frozen" or "ema"), or
       {} ("adapter_off"). None for a reference that does not run in a step.
     frozen_params: the policy's other parameters, or None.
+    spikes: `training.spikes.SpikeState`, or () where no step is skipped.
   """
 
   step: jax.Array
@@ -236,6 +237,7 @@ class TrainState:
   loss_state: Any = ()
   ref_params: Any = None
   frozen_params: Any = None
+  spikes: Any = ()
 
   @property
   def policy_params(self) -> Any:

@@ -263,6 +263,7 @@ def _rest(state: TrainState) -> dict[str, Any]:
     "opt_state": state.opt_state,
     "loss_state": state.loss_state,
     "ref_params": state.ref_params,
+    "spikes": state.spikes,
   }
   return {k: v for k, v in parts.items() if jax.tree.leaves(v)}
 
