@@ -150,7 +150,7 @@ class Trainer:
       if ready is None:
         break
       batch, fraction, shape = ready
-      self.state, metrics = self.step(self.state, batch)
+      self.state, metrics, _ = self.step(self.state, batch)
       if pending is not None:
         self.placement.fetch(pending)
       pending = metrics

@@ -36,7 +36,6 @@ if __name__ == "__main__":
 
 from etils import epath
 import jax
-import numpy as np
 
 from dpo_jax import config as config_lib
 from dpo_jax import online, trees
@@ -47,7 +46,7 @@ from dpo_jax.records.metrics import read_last_evaluation
 from dpo_jax.records.profile import ProfileWindow
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.cache import use_compilation_cache
-from dpo_jax.training import initial_state
+from dpo_jax.training import initial_state, nonfinite
 from dpo_jax.training.console import Console
 from dpo_jax.training.evaluator import Evaluator
 from dpo_jax.training.opening import Opened, open_workdir
@@ -75,8 +74,8 @@ def train(
   Raises:
     ValueError: a mistake in the config, the data or the workdir.
     LockLost: another process took the workdir over while this one was frozen.
-    NonFiniteError: a loss or gradient that is not finite; the last good
-      checkpoint is kept.
+    NonFiniteError: a loss or gradient that is not finite, or a log-ratio that
+      is too large; the last good checkpoint is kept.
     Preempted: SIGTERM or Ctrl-C came; the run has saved, and resumes when it
       is started again.
   """
@@ -109,6 +108,8 @@ class _Loop:
     self._lock, self._writer = opened.lock, opened.writer
     self._checkpoints = opened.checkpoints
     self._stop, self._console = stop, console
+    # The last step and its counts, until its metrics have been looked at.
+    self._pending: tuple[nonfinite.Step, dict[str, float]] | None = None
 
   def run_all(self) -> dict[str, float]:
     """Takes the steps that are left, and returns the last evaluation."""
@@ -151,44 +152,43 @@ class _Loop:
 
   def _train(self, start: int) -> dict[str, float]:
     """Takes the steps from `start` on; returns the last evaluation."""
+    config = self._config
     compiled = self._run.program.train_step(
       max_traces=len(self._loader.plan.shapes)
     )
     compiled = self._placement.bind(compiled)
-    metrics, pending, done = {}, None, start
-    profile = ProfileWindow(self._config.profile.steps, self._run.workdir)
+    metrics: dict[str, float] = {}
+    done = start
+    profile = ProfileWindow(config.profile.steps, self._run.workdir)
     batches = self._console.watch(self._batches(start), start)
     try:
       for batch, counts in batches:
         with profile.step(done):
-          self._state, measured = compiled(self._state, batch)
+          self._state, measured, inputs = compiled(self._state, batch)
         self._stop.unsaved = True
         profile.after(done, measured)
         # The metrics of the step before are fetched while this one runs.
-        self._look_at(pending)
-        pending, done = (done, measured, counts), done + 1
+        self._look_at_pending()
+        done += 1
+        self._pending = nonfinite.Step(done, batch, measured, inputs), counts
         if self._stop.reached():
           raise Preempted
-        config = self._config
-        if self._is_due(done, config.eval) or self._is_due(
-          done, config.checkpoint
-        ):
-          self._look_at(pending)
-          pending = None
+        if self._is_due(done, config.eval, config.checkpoint):
+          self._look_at_pending()
           metrics = self._between_steps(done) or metrics
         self._checkpoints.poll()
     except Preempted:
-      self._look_at(pending)
+      self._look_at_pending()
       self._save_and_stop(done)
     finally:
       batches.close()
       profile.close()
     return metrics
 
-  def _is_due(self, done: int, settings: Any) -> bool:
+  def _is_due(self, done: int, *settings: Any) -> bool:
     """Returns whether an evaluation or a save is due after so many steps."""
     is_last = done == self._config.total_steps
-    return is_last or _is_multiple(done, settings.every_steps)
+    return is_last or any(_is_multiple(done, s.every_steps) for s in settings)
 
   def _between_steps(self, done: int) -> dict[str, float]:
     """Evaluates and saves as is due; returns the evaluation's metrics."""
@@ -240,9 +240,13 @@ class _Loop:
     """Names the last good checkpoint, and settings that may help."""
     self._checkpoints.wait()
     good = self._checkpoints.steps
+    last, back = "none", ""
+    if good:
+      last = f"step {good[-1]}"
+      back = f" --config.resume.step={good[-1]} goes back to it;"
     return (
-      f"The last good checkpoint is {f'step {good[-1]}' if good else 'none'};"
-      " a lower learning rate or a smaller max_grad_norm may help"
+      f"The last good checkpoint is {last};{back} a lower learning rate or a"
+      " smaller max_grad_norm may help"
     )
 
   def _batches(
@@ -250,6 +254,7 @@ class _Loop:
   ) -> Generator[tuple[Any, dict[str, float]], None, None]:
     """Yields the batches from a step on, prefetched while they are known."""
     while start < self._config.total_steps:
+      self._look_at_pending()  # before a policy that is not finite samples
       stop = self._begin_batches(start)
       yield from loader_lib.prefetch(self._make_batch, start, stop, depth=2)
       start = stop
@@ -286,24 +291,22 @@ class _Loop:
     self._writer.write(step, split, metrics)
     self._console.show(step, split, metrics)
 
-  def _look_at(self, pending: Any) -> None:
+  def _look_at_pending(self) -> None:
     """Fetches a step's metrics, stops if they are not finite, and logs them."""
-    if pending is None:
+    if self._pending is None:
       return
-    step, metrics, counts = pending
-    metrics = self._placement.fetch(metrics)
-    for name in ("loss", "grad_norm"):
-      if not np.isfinite(metrics[name]):
-        ids = self._loader.order(step)[:8].tolist()
-        raise NonFiniteError(
-          f"step {step + 1}: {name} is {metrics[name]}. Groups of the batch:"
-          f" {ids}... {self._advice()}"
-        )
+    (step, counts), self._pending = self._pending, None
+    metrics = self._placement.fetch(step.metrics)
+    limit = self._config.numerics.max_log_ratio
+    if fault := nonfinite.find_fault(metrics, limit):
+      found = nonfinite.explain(self._run, self._loader, step, fault)
+      raise NonFiniteError(f"step {step.number}: {found} {self._advice()}")
+    nonfinite.warn_of_spike(step.number, metrics)
     self._console.count(metrics, counts)
-    if _is_multiple(step + 1, self._config.log.every_steps):
+    if _is_multiple(step.number, self._config.log.every_steps):
       padding = {"padding_fraction": counts["padding_fraction"]}
       rates = self._console.rates()
-      self._record(step + 1, "train", metrics | rates | padding)
+      self._record(step.number, "train", metrics | rates | padding)
 
 
 def _is_multiple(step: int, every: int) -> bool:

@@ -321,8 +321,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
   message = str(error.value)
   assert "step 5: loss is nan" in message
   assert "last good checkpoint is step 4;" in message
-  run = build_run(config, Workdir.at(tmp_path))
-  assert str(run.data.train.order(4)[:8].tolist()) in message
+  assert "Groups with a log-prob that is not finite, 8 of 8: " in message
   # The bad step is not recorded, and the run resumes without the fault.
   assert [row["step"] for row in curve(tmp_path / "parts")] == [1, 2, 3, 4]
   train(config, tmp_path / "parts")

@@ -166,6 +166,15 @@ def default_config() -> ml_collections.ConfigDict:
   config.optimizer.b2 = 0.95  # adamw, lion
   config.optimizer.epsilon = 1e-8  # adamw, rmsprop
 
+  config.numerics = ml_collections.ConfigDict()
+  # A response whose log-ratio of policy to reference is larger stops the run,
+  # as a loss that is not finite does. Nats; inf: no limit.
+  config.numerics.max_log_ratio = 1000.0
+  # A step whose gradient norm is above this multiple of the median of the
+  # latest steps is skipped: training/spikes.py. 0: none is.
+  config.numerics.skip_spikes = 0.0
+  config.numerics.spike_window = 100  # steps of that median
+
   config.eval = ml_collections.ConfigDict()
   config.eval.every_steps = 100  # 0: at the start and the end only
   config.eval.batch_size = 64  # groups

@@ -156,6 +156,12 @@ def _check_values(settings: Mapping[str, Any]) -> None:
   for key, knob in VALUES.items():
     if found.get(key) is not None:
       knob.check(key, found[key])
+  factor = settings["numerics"]["skip_spikes"]
+  if 0 < factor <= 1:
+    raise ValueError(
+      f"numerics.skip_spikes={factor} would skip half of all steps: set it"
+      " above 1, or to 0 to skip none"
+    )
   data = settings["data"]
   if data["max_prompt_tokens"] >= data["max_tokens"]:
     raise ValueError(

@@ -98,6 +98,11 @@ VALUES: dict[str, Knob] = {
   "optimizer.b1": Knob(float, low=0, high=1, below=True),
   "optimizer.b2": Knob(float, low=0, high=1, below=True),
   "optimizer.epsilon": Knob(float, low=0),
+  "numerics.max_log_ratio": Knob(
+    float, "nats a response", low=0, above=True, finite=False
+  ),
+  "numerics.skip_spikes": Knob(float, "multiple of a median; 0 is off", low=0),
+  "numerics.spike_window": _count("steps of that median", 2),
   "eval.every_steps": _count("steps; 0 is at the start and the end"),
   "eval.batch_size": _count("groups", 1),
   "eval.max_groups": _count("held-out groups; 0 is all"),

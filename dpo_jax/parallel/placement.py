@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from dpo_jax.parallel.active_mesh import ROW_AXES
+from dpo_jax.parallel.hosts import to_host
 from dpo_jax.parallel.mesh import nearest_mesh, on_mesh
 from dpo_jax.trees import path_name
 from dpo_jax.types import Batch
@@ -144,17 +145,22 @@ class Placement:
   def compile_step(
     self, step: Callable[..., Any], shardings: Any
   ) -> Callable[..., Any]:
-    """Compiles (state, batch) -> (state, metrics), the state donated.
+    """Compiles a step, the state donated.
 
     Args:
-      step: pure; it sums over `axis_name` itself, if there is one.
+      step: (state, batch) -> (state, metrics, (arrays of groups, scalars)),
+        pure; it sums over `axis_name` itself, if there is one.
       shardings: shardings of the state on the mesh.
 
     Returns:
-      The compiled step, to be called in `bind`. `fetch` reads its metrics.
+      The compiled step, to be called in `bind`. `fetch` reads its metrics and
+      scalars, `gather_rows` its arrays of groups.
     """
+    of_groups = (self.row_sharding, self.replicated)
     return jax.jit(
-      step, donate_argnums=0, out_shardings=(shardings, self.replicated)
+      step,
+      donate_argnums=0,
+      out_shardings=(shardings, self.replicated, of_groups),
     )
 
   def bind(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,3 +170,7 @@ class Placement:
   def fetch(self, metrics: Any) -> Any:
     """Waits for a step's metrics and returns them as numpy scalars."""
     return jax.tree.map(lambda x: np.asarray(x).reshape(()), metrics)
+
+  def gather_rows(self, arrays: Any) -> Any:
+    """Returns a batch, or a step's arrays of groups, of all hosts as numpy."""
+    return jax.tree.map(to_host, arrays)

@@ -84,6 +84,12 @@ class PmapPlacement(Placement):
     one = jax.tree.map(lambda x: x.addressable_shards[0].data, metrics)
     return super().fetch(one)
 
+  def gather_rows(self, arrays: Any) -> Any:
+    # The leading axis is the device's, and the rows of devices are in order.
+    return jax.tree.map(
+      lambda x: x.reshape(-1, *x.shape[2:]), super().gather_rows(arrays)
+    )
+
 
 def make_placement(mesh: Mesh, parallelism: str) -> Placement:
   """Returns the placement that `config.parallelism` names.

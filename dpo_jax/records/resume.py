@@ -30,6 +30,7 @@ _PLACES = (
   "data.template_timeout_s",
   "profile.",
   "workdir.",
+  "numerics.max_log_ratio",
   "compilation_cache_dir",
   "checkpoint.every_steps",
   "checkpoint.keep",

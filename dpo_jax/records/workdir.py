@@ -14,6 +14,7 @@ eval_logps/      STEP.npz, log-probs of held-out groups
 checkpoints/     STEP/, see `records.checkpoint`
 saves.json       step that was begun last, and step that was saved last
 quarantine/      the latest two checkpoints that were moved aside
+nonfinite/       STEP.json, STEP.npz: a step that is not finite, and its batch
 reference/       cached log-probs
 online/          STEP.npz, sampled responses that the policy trains on
 profile/, tensorboard/
@@ -135,6 +136,10 @@ class Workdir:
   @property
   def quarantine(self) -> epath.Path:
     return self.checkpoints.parent / "quarantine"
+
+  @property
+  def nonfinite(self) -> epath.Path:
+    return self.path / "nonfinite"
 
   @property
   def reference_cache(self) -> epath.Path:

@@ -22,6 +22,8 @@ Metrics = dict[str, jax.Array]
 # (loss, (sums and counts of metrics, loss state)), and gradients of the
 # parameters that are trained.
 ValueAndGradients = tuple[tuple[jax.Array, Any], Any]
+# And the sequences that the loss read.
+_Found = tuple[ValueAndGradients, Sequences]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,29 +80,39 @@ class BatchLoss:
     counts: dict[str, jax.Array],
     *,
     num_parts: int,
-  ) -> ValueAndGradients:
-    """Computes the loss and its gradients, `num_parts` microbatches in turn."""
+  ) -> _Found:
+    """Computes the loss and its gradients, `num_parts` microbatches in turn.
+
+    Returns:
+      The loss and its gradients, and the sequences in the order of the batch.
+    """
     if num_parts == 1:
       return self._of_batch(state, batch, counts)
     parts = split_rows(batch, num_parts)
     if self.objective.is_coupled:
-      return self._of_coupled_parts(state, parts, counts)
-    return sum_over_parts(
-      lambda part: self._of_batch(state, part, counts), parts
-    )
+      found, sequences = self._of_coupled_parts(state, parts, counts)
+    else:
+      found, sequences = sum_over_parts(
+        lambda part: self._of_batch(state, part, counts), parts
+      )
+    return found, join_groups(sequences, batch.valid.shape[1])
 
   def _of_batch(
     self, state: TrainState, batch: Batch, counts: dict[str, jax.Array]
-  ) -> ValueAndGradients:
+  ) -> _Found:
     def loss_fn(params):
       sequences = self.read(params, state, batch)
-      return self.apply(sequences, state.loss_state, counts)
+      loss, aux = self.apply(sequences, state.loss_state, counts)
+      return loss, (aux, sequences)
 
-    return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (loss, (aux, sequences)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      state.params
+    )
+    return ((loss, aux), grads), sequences
 
   def _of_coupled_parts(
     self, state: TrainState, parts: Batch, counts: dict[str, jax.Array]
-  ) -> ValueAndGradients:
+  ) -> _Found:
     """Computes the gradients of a loss that couples all groups of a batch.
 
     Two passes: the first reads the sequences of all microbatches, which are
@@ -131,9 +143,10 @@ class BatchLoss:
       def floats_of(params):
         return split_floats(self.read(params, state, part))[0]
 
-      return jax.vjp(floats_of, state.params)[1](part_cotangents)[0]
+      return jax.vjp(floats_of, state.params)[1](part_cotangents)[0], ()
 
-    return (loss, aux), sum_over_parts(backpropagate, (parts, cotangents))
+    grads, _ = sum_over_parts(backpropagate, (parts, cotangents))
+    return ((loss, aux), grads), sequences
 
 
 def sum_and_count(values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -145,16 +158,27 @@ def sum_and_count(values: jax.Array) -> tuple[jax.Array, jax.Array]:
   )
 
 
-def sum_over_parts(function: Callable[[Any], Any], parts: Any) -> Any:
-  """Sums function(part) over the leading axis, one part at a time."""
+def sum_over_parts(
+  function: Callable[[Any], tuple[Any, Any]], parts: Any
+) -> tuple[Any, Any]:
+  """Calls a function for each entry of the leading axis, one at a time.
+
+  Args:
+    function: part -> (what is summed, what is kept).
+    parts: tree of arrays, [num_parts, ...].
+
+  Returns:
+    The sums, and what is kept, stacked: [num_parts, ...].
+  """
   first = jax.tree.map(lambda x: x[0], parts)
-  shapes = jax.eval_shape(function, first)
+  shapes, _ = jax.eval_shape(function, first)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
   def add(sums, part):
-    return jax.tree.map(jnp.add, sums, function(part)), None
+    terms, kept = function(part)
+    return jax.tree.map(jnp.add, sums, terms), kept
 
-  return jax.lax.scan(add, zeros, parts)[0]
+  return jax.lax.scan(add, zeros, parts)
 
 
 def split_floats(tree: Any) -> tuple[list[jax.Array], Any]:
@@ -186,3 +210,21 @@ def split_rows(batch: Batch, num_parts: int) -> Batch:
     return jnp.moveaxis(x, 1, 0)
 
   return jax.tree.map(split, batch)
+
+
+def join_groups(parts: Any, num_groups: int) -> Any:
+  """Joins arrays of the groups of microbatches, in the order of the batch.
+
+  Args:
+    parts: tree of arrays, [num_parts, R / num_parts * G, ...].
+    num_groups: G, groups of a row.
+
+  Returns:
+    [R * G, ...], the rows as they were before `split_rows`.
+  """
+
+  def join(x: jax.Array) -> jax.Array:
+    x = x.reshape(x.shape[0], -1, num_groups, *x.shape[2:])
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
+
+  return jax.tree.map(join, parts)

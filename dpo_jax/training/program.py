@@ -20,6 +20,7 @@ from dpo_jax.models.decoder import Policy
 from dpo_jax.parallel import mesh, sharding
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.training import forward, measure, optimizer, reference, step
+from dpo_jax.training.spikes import SpikeRule
 from dpo_jax.types import FIELDS, TrainState, fields_of
 
 _MANY_STEPS = 10**9
@@ -40,6 +41,7 @@ class Program:
     update_reference: see `reference.make_update`; None for one that stays.
     accumulation_steps: microbatches of a step.
     chunk_size: see `logps.chunked_token_figures`.
+    skip_spikes: rule by which steps are skipped, or None.
   """
 
   policy: Policy
@@ -52,6 +54,7 @@ class Program:
   update_reference: Callable[[Any, Any, jax.Array], Any] | None = None
   accumulation_steps: int = 1
   chunk_size: int = 0
+  skip_spikes: SpikeRule | None = None
 
   @property
   def has_live_reference(self) -> bool:
@@ -85,6 +88,7 @@ class Program:
       opt_state=self.optimizer.init(params),
       loss_state=self.objective.init(),
       ref_params=ref_params,
+      spikes=self.skip_spikes.init() if self.skip_spikes else (),
     )
 
   def abstract_state(self) -> tuple[TrainState, TrainState]:
@@ -117,7 +121,7 @@ class Program:
     return make(trained, ref_params).replace(frozen_params=frozen)
 
   def train_step(self, *, max_traces: int = 0) -> Callable[..., Any]:
-    """Returns jitted (state, batch) -> (state, metrics), the state donated.
+    """Returns `step.make_train_step`'s step jitted, the state donated.
 
     Args:
       max_traces: traces after which the step raises, 0 for no limit: a batch
@@ -132,6 +136,7 @@ class Program:
       chunk_size=self.chunk_size,
       axis_name=self.placement.axis_name,
       update_reference=self.update_reference,
+      skip_spikes=self.skip_spikes,
     )
     if max_traces:
       chex.clear_trace_counter()
@@ -194,7 +199,14 @@ def build_program(config: Any, policy: Policy, placement: Placement) -> Program:
     update_reference=reference.make_update(config.reference),
     accumulation_steps=config.accumulation_steps,
     chunk_size=config.logps_chunk,
+    skip_spikes=_spike_rule(config.numerics),
   )
+
+
+def _spike_rule(settings: Any) -> SpikeRule | None:
+  if not settings.skip_spikes:
+    return None
+  return SpikeRule(settings.skip_spikes, settings.spike_window)
 
 
 def needs_value_head(objective: Objective | WeightedSum) -> bool:

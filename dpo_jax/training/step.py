@@ -11,7 +11,13 @@ from dpo_jax.losses import Objective, WeightedSum
 from dpo_jax.models.decoder import Policy
 from dpo_jax.training.forward import count_batch
 from dpo_jax.training.gradients import BatchLoss, Metrics
-from dpo_jax.types import Batch, TrainState
+from dpo_jax.training.spikes import SpikeRule
+from dpo_jax.types import Batch, Sequences, TrainState
+
+# Largest absolute log-ratio of a response in a batch, nats.
+LARGEST_LOG_RATIO = "log_ratio/largest"
+# What a loss is computed from: sequences, and the loss state before the step.
+LossInputs = tuple[Sequences, Any]
 
 
 def make_train_step(
@@ -24,8 +30,9 @@ def make_train_step(
   chunk_size: int,
   axis_name: str | None,
   update_reference: Callable[[Any, Any, jax.Array], Any] | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """Builds (state, batch) -> (state, metrics).
+  skip_spikes: SpikeRule | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, LossInputs]]:
+  """Builds (state, batch) -> (state, metrics, loss inputs).
 
   Args:
     policy: the decoder.
@@ -38,9 +45,12 @@ def make_train_step(
     axis_name: mapped axis of `jax.pmap`, or None.
     update_reference: (ref_params, params, step) -> ref_params after a step;
       None for a reference that does not change.
+    skip_spikes: rule by which a step is skipped; None skips none.
 
   Returns:
     The step. Metrics are f32 scalars of the global batch, before the update.
+    The loss inputs explain a loss that is not finite, and are not fetched
+    otherwise; under pmap they are those of each device.
 
   Raises:
     ValueError: a loss that couples the batch, under pmap.
@@ -51,12 +61,15 @@ def make_train_step(
   def total(tree: Any) -> Any:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  def train_step(
+    state: TrainState, batch: Batch
+  ) -> tuple[TrainState, Metrics, LossInputs]:
     counts = total(count_batch(objective, batch))
     with jax.named_scope("gradient"):
-      (loss, (sums, loss_state)), grads = batch_loss.value_and_gradients(
+      found, sequences = batch_loss.value_and_gradients(
         state, batch, counts, num_parts=accumulation_steps
       )
+    (loss, (sums, loss_state)), grads = found
     loss, sums, grads = total((loss, sums, grads))
     if not objective.is_coupled:
       loss_state = state.loss_state
@@ -67,10 +80,27 @@ def make_train_step(
       "grad_norm": optax.global_norm(grads),
       "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
-    state = _apply_gradients(state, grads, optimizer, update_reference)
-    return state.replace(loss_state=loss_state), metrics
+    if sequences.ref_logps is not None:
+      largest = _largest_log_ratio(sequences)
+      if axis_name is not None:
+        largest = jax.lax.pmax(largest, axis_name)
+      metrics[LARGEST_LOG_RATIO] = largest
+    after = _apply_gradients(state, grads, optimizer, update_reference)
+    after = after.replace(loss_state=loss_state)
+    if skip_spikes is not None:
+      metrics["learning_rate"] = jnp.asarray(
+        schedule(state.step - state.spikes.skipped_steps), jnp.float32
+      )
+      after, counted = skip_spikes.choose(state, after, metrics["grad_norm"])
+      metrics |= counted
+    return after, metrics, (sequences, state.loss_state)
 
   return train_step
+
+
+def _largest_log_ratio(sequences: Sequences) -> jax.Array:
+  log_ratios = jnp.abs(sequences.logps - sequences.ref_logps)
+  return jnp.where(sequences.valid, log_ratios, 0.0).max()
 
 
 def _apply_gradients(

@@ -92,8 +92,9 @@ def run_step(
     batch = batch.replace(ref_logps=None)
   history = []
   for _ in range(num_steps):
-    state, metrics = step(state, batch)
-    history.append(placement.fetch(metrics))
+    state, metrics, (sequences, _) = step(state, batch)
+    logps = placement.gather_rows(sequences.logps)
+    history.append({**placement.fetch(metrics), "logps": logps})
   params = jax.device_get(placement.gather_state(state).params)
   return params, history
 

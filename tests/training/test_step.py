@@ -194,8 +194,9 @@ def one_step(loss, *, devices=1, parts=1, parallelism="jit"):
   batch = placement.place_training_batch(batch)
   history = []
   for _ in range(2):
-    state, metrics = step(state, batch)
-    history.append(placement.fetch(metrics))
+    state, metrics, (sequences, _) = step(state, batch)
+    logps = placement.gather_rows(sequences.logps)
+    history.append({**placement.fetch(metrics), "logps": logps})
   return history, jax.device_get((state.params, state.loss_state))
 
 
