@@ -240,10 +240,8 @@ class _Loop:
     """Names the last good checkpoint, and settings that may help."""
     self._checkpoints.wait()
     good = self._checkpoints.steps
-    last, back = "none", ""
-    if good:
-      last = f"step {good[-1]}"
-      back = f" --config.resume.step={good[-1]} goes back to it;"
+    last = f"step {good[-1]}" if good else "none"
+    back = f" --config.resume.step={good[-1]} goes back to it;" if good else ""
     return (
       f"The last good checkpoint is {last};{back} a lower learning rate or a"
       " smaller max_grad_norm may help"
@@ -296,12 +294,7 @@ class _Loop:
     if self._pending is None:
       return
     (step, counts), self._pending = self._pending, None
-    metrics = self._placement.fetch(step.metrics)
-    limit = self._config.numerics.max_log_ratio
-    if fault := nonfinite.find_fault(metrics, limit):
-      found = nonfinite.explain(self._run, self._loader, step, fault)
-      raise NonFiniteError(f"step {step.number}: {found} {self._advice()}")
-    nonfinite.warn_of_spike(step.number, metrics)
+    metrics = nonfinite.check(self._run, self._loader, step, self._advice)
     self._console.count(metrics, counts)
     if _is_multiple(step.number, self._config.log.every_steps):
       padding = {"padding_fraction": counts["padding_fraction"]}

@@ -85,9 +85,15 @@ class PmapPlacement(Placement):
     return super().fetch(one)
 
   def gather_rows(self, arrays: Any) -> Any:
-    # The leading axis is the device's, and the rows of devices are in order.
-    return jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:]), super().gather_rows(arrays)
+    stacked = super().gather_rows(jax.tree.map(self._of_all_hosts, arrays))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
+
+  def _of_all_hosts(self, x: jax.Array) -> jax.Array:
+    """A result of pmap, which has the devices of one host, over all of them."""
+    return jax.make_array_from_single_device_arrays(
+      (self.mesh.size, *x.shape[1:]),
+      self._stacked,
+      [shard.data for shard in x.addressable_shards],
     )
 
 

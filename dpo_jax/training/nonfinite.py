@@ -9,7 +9,7 @@
 Groups are in the order of the batch, flattened: B = R * G.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import io
 import logging
@@ -25,6 +25,7 @@ from dpo_jax.losses import Objective, WeightedSum
 from dpo_jax.system.files import write_atomically, write_json
 from dpo_jax.training.setup import Run
 from dpo_jax.training.step import LARGEST_LOG_RATIO, LossInputs
+from dpo_jax.training.stops import NonFiniteError
 from dpo_jax.trees import path_name
 from dpo_jax.types import Batch, Sequences
 
@@ -60,6 +61,28 @@ class Step:
   inputs: LossInputs
 
 
+def check(
+  run: Run, loader: Addresses, step: Step, advice: Callable[[], str]
+) -> dict[str, np.ndarray]:
+  """Fetches the metrics of a step, and checks that they are finite.
+
+  Args:
+    run: run.
+    loader: made the batch.
+    step: step that was taken.
+    advice: gives the end of an error's message.
+
+  Raises:
+    NonFiniteError: they are not finite, or a log-ratio is above its limit.
+  """
+  metrics = run.program.placement.fetch(step.metrics)
+  if fault := find_fault(metrics, run.config.numerics.max_log_ratio):
+    found = explain(run, loader, step, fault)
+    raise NonFiniteError(f"step {step.number}: {found} {advice()}")
+  _warn_of_spike(step.number, metrics)
+  return metrics
+
+
 def find_fault(metrics: Mapping[str, Any], max_log_ratio: float) -> str:
   """Says which metric of a step is not finite, or too large; "" if none is."""
   for name in ("loss", "grad_norm"):
@@ -74,7 +97,7 @@ def find_fault(metrics: Mapping[str, Any], max_log_ratio: float) -> str:
   return ""
 
 
-def warn_of_spike(step: int, metrics: Mapping[str, Any]) -> None:
+def _warn_of_spike(step: int, metrics: Mapping[str, Any]) -> None:
   """Logs that a step was skipped, see `spikes`."""
   if metrics["grad_norm"] > metrics.get("spike_limit", math.inf):
     _LOG.warning(

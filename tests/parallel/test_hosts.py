@@ -15,6 +15,7 @@ import pytest
 from dpo_jax import EXIT_PREEMPTED
 from dpo_jax.parallel import hosts
 from dpo_jax.records.metrics import read_metrics
+from dpo_jax.training import nonfinite
 from tests import faults
 
 _CONFIG = """
@@ -179,6 +180,28 @@ def test_hosts_with_another_config_or_other_data_do_not_start(tmp_path):
   assert 0 not in codes
   for output in outputs:
     assert "the hosts do not have the same data" in output, output[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallelism", ["jit", "pmap"])
+def test_all_hosts_name_the_groups_of_a_step_that_is_not_finite(
+  tmp_path, parallelism
+):
+  flags = ["--config.numerics.max_log_ratio=1e-9"]
+  if parallelism == "pmap":
+    flags += ["--config.parallelism=pmap", "--config.mesh.data=4"]
+    flags += ["--config.mesh.fsdp=1"]
+  codes, outputs = finish(start(tmp_path, tmp_path / "run", 2, *flags))
+  assert 0 not in codes
+  (path,) = (tmp_path / "run" / "nonfinite").glob("*.npz")
+  ids = nonfinite.read_batch(path).example_ids
+  assert (ids >= 0).sum() == 8  # of both hosts
+  groups = json.loads(path.with_suffix(".json").read_text())["groups"]
+  assert {group["id"] for group in groups} == set(ids[ids >= 0].tolist())
+  guilty = [group for group in groups if group["is_guilty"]]
+  for output in outputs:
+    assert f"above numerics.max_log_ratio, {len(guilty)} of 8:" in output
+    assert f"{guilty[0]['id']} ({guilty[0]['address']})" in output
 
 
 def test_what_differs_is_named(monkeypatch):
