@@ -317,6 +317,9 @@ def _open(folder: str, limits: Limits) -> Store:
   checksums.verify(folder)
   with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
     report = json.load(file)
+  name = os.path.basename(folder)
+  if report.pop("digest", name) != name:  # older stores do not name theirs
+    raise checksums.DamagedError("it is the store of other data")
   arrays = {
     # A plain view of the mapped file: slices of a memmap are slow to make.
     name: np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r").view(
@@ -383,7 +386,8 @@ def _write(groups: Groups, cache_dir: str, folder: str) -> None:
     with open(
       os.path.join(temporary, "report.json"), "w", encoding="utf-8"
     ) as file:
-      json.dump(groups.report, file, indent=2)
+      report = groups.report | {"digest": os.path.basename(folder)}
+      json.dump(report, file, indent=2)
     checksums.write(temporary)
     # If another process was faster, its folder has the same content.
     if not os.path.exists(folder):

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import time
 
 import numpy as np
@@ -909,3 +910,32 @@ def test_a_store_without_checksums_is_made_again(tmp_path):
   (tmp_path / store.digest / "checksums.json").unlink()
   np.save(tmp_path / store.digest / "tokens.npy", store.tokens * 0)
   assert_same(before, snapshot(make_store(tmp_path)))
+
+
+def test_a_store_of_other_data_is_made_again(tmp_path, caplog):
+  """A whole folder, copied by hand, agrees with its own checksums."""
+  store = make_store(tmp_path)
+  before = snapshot(store)
+  source = Listed([pair("a", "b")], digest="of other content")
+  other = build_store(source, BYTES, LIMITS, str(tmp_path))
+  folder = tmp_path / store.digest
+  shutil.rmtree(folder)
+  (tmp_path / other.digest).rename(folder)
+  with caplog.at_level(logging.WARNING, "dpo_jax"):
+    assert_same(before, snapshot(make_store(tmp_path)))
+  assert "it is the store of other data" in caplog.text
+
+
+def test_a_store_that_does_not_name_its_digest_is_read(tmp_path, caplog):
+  """Stores of an older version."""
+  store = make_store(tmp_path)
+  before = snapshot(store)
+  folder = tmp_path / store.digest
+  report = json.loads((folder / "report.json").read_text())
+  del report["digest"]
+  (folder / "report.json").write_text(json.dumps(report))
+  (folder / "checksums.json").unlink()
+  checksums.write(str(folder))
+  with caplog.at_level(logging.WARNING, "dpo_jax"):
+    assert_same(before, snapshot(make_store(tmp_path)))
+  assert not caplog.text
