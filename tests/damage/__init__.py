@@ -1,0 +1,1 @@
+"""Fault harness: damages files and kills processes at random, and compares."""
