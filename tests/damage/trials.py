@@ -35,9 +35,9 @@ KINDS = {
   "store": Kind("files of a token store", 60),
   "reference_cache": Kind("cached log-probs of the reference", 30),
   "outside": Kind("data, tokenizer and Hugging Face files", 60),
-  "kills": Kind("runs that are killed and resumed", 2, timeout_s=900),
+  "kills": Kind("runs that are killed and resumed", 2, timeout_s=3600),
   # Not in CI yet: the other host ends after 90 s, and names no host.
-  "hosts": Kind("one of two processes", 0, timeout_s=900),
+  "hosts": Kind("one of two processes", 0, timeout_s=3600),
 }
 
 
