@@ -249,6 +249,7 @@ def test_infinity_and_placeholders_survive_the_file(tmp_path):
   assert there["loss"]["tau"] is None
 
 
+@pytest.mark.fault(48)
 def test_the_workdir_of_another_run_is_refused_with_the_difference(tmp_path):
   settle(tiny.make_config(loss__beta=0.1, seed=1), tmp_path)
   before = (tmp_path / "config.json").read_text()

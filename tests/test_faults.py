@@ -57,6 +57,7 @@ def said(output, word):
   ]
 
 
+@pytest.mark.fault(39)
 @pytest.mark.slow
 def test_a_kill_loses_no_acknowledged_checkpoint(tmp_path):
   rng = random.Random(0)
@@ -132,6 +133,7 @@ def run_until(workdir, number_of_steps):
   ), process.communicate()[0]
 
 
+@pytest.mark.fault(39)
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(
   tmp_path,
@@ -169,6 +171,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(
   assert np.all(hashes)
 
 
+@pytest.mark.fault(43)
 @pytest.mark.slow
 def test_a_disk_that_is_full_is_an_error_and_the_step_before_stays(tmp_path):
   code = """

@@ -176,6 +176,7 @@ def check_resume(monkeypatch, workdir, config, stop):
   assert all(np.abs(after[k] - before[k]).max() > 1e-6 for k in after)
 
 
+@pytest.mark.fault(38)
 @pytest.mark.slow
 def test_three_steps_and_three_more_are_six(
   on_all_devices, tmp_path, monkeypatch
@@ -291,6 +292,7 @@ def test_the_signal_handler_of_before_comes_back(tmp_path):
   assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.fault(40)
 @pytest.mark.slow
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
   tmp_path, caplog
@@ -305,6 +307,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
   assert_same_bits(read_state(tmp_path, 6), state)
 
 
+@pytest.mark.fault(29)
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
   config = make_config(total_steps=8, checkpoint__every_steps=2)
@@ -340,6 +343,7 @@ def test_a_learning_rate_that_blows_up_is_noticed(tmp_path):
   assert not list((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.fault(29)
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
   """The loss is measured before the update, so it does not show this one."""
   config = make_config(
@@ -351,6 +355,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
   assert not list((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.fault(57)
 def test_a_data_error_is_not_the_end_of_the_data(tmp_path, monkeypatch):
   def fail(loader, step, batch):
     if step == 3:
@@ -375,6 +380,7 @@ def load_other_reference(monkeypatch, change):
   monkeypatch.setattr(ModelSource, "load", load)
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("kind", ["cached", "frozen"])
 def test_a_policy_that_does_not_start_as_its_reference_is_stopped(
   tmp_path, monkeypatch, kind
@@ -520,6 +526,7 @@ def test_the_first_loss_is_log_two(tmp_path):
   assert abs(second["loss"] - math.log(2)) > 1e-4
 
 
+@pytest.mark.fault(32, 33)
 @pytest.mark.slow
 def test_a_frozen_reference_stays_what_it_was(tmp_path):
   config = make_config(
@@ -557,6 +564,7 @@ def test_the_cache_is_computed_once(tmp_path, monkeypatch):
     train(config, tmp_path / "three")
 
 
+@pytest.mark.fault(34)
 @pytest.mark.slow
 def test_a_reference_that_changed_under_a_run_is_refused(tmp_path, monkeypatch):
   config = make_config(total_steps=4)
@@ -793,7 +801,12 @@ def test_a_finished_run_says_so_does_nothing_and_gives_its_figures(
   assert all(name.startswith("eval/") for name in figures)
 
 
-def test_a_workdir_and_a_pipe_tell_what_was_run(tmp_path, logs, capsys):
+@pytest.mark.fault(65)
+def test_a_workdir_and_a_pipe_tell_what_was_run_and_no_secret(
+  tmp_path, logs, capsys, monkeypatch
+):
+  for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+    monkeypatch.setenv(name, "a secret")
   command_line.show_logs()
   config = make_config(total_steps=1, log__progress=True)
   # No other test has compiled these.
@@ -801,6 +814,9 @@ def test_a_workdir_and_a_pipe_tell_what_was_run(tmp_path, logs, capsys):
   config.logps_chunk = 24
   train(config, tmp_path)
   shown = capsys.readouterr().err
+  files = [path for path in tmp_path.rglob("*") if path.is_file()]
+  assert not any(b"a secret" in path.read_bytes() for path in files)
+  assert len(files) > 10 and "a secret" not in shown
   for name in ("scoring", "evaluation", "training"):
     assert f"compiled    the {name} step in " in shown
   labels = ["model", "loss", "held out", "checkpoint", "best", "export"]
@@ -878,6 +894,7 @@ def test_the_same_run_in_another_way(
   assert_same_training(plain_run, tmp_path)
 
 
+@pytest.mark.fault(51)
 @pytest.mark.slow
 def test_a_run_goes_on_in_another_way(
   on_all_devices, tmp_path, monkeypatch, plain_run
@@ -909,6 +926,7 @@ def refuse(config, message, error=ValueError):
   assert message in str(raised.value), raised.value
 
 
+@pytest.mark.fault(55)
 @pytest.mark.parametrize(
   ("overrides", "message"),
   [
@@ -951,6 +969,7 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(
   refuse(make_config(**overrides), message)
 
 
+@pytest.mark.fault(15)
 def test_a_token_beyond_the_vocabulary_is_refused(monkeypatch):
   monkeypatch.setattr(
     ModelSource, "policy", lambda *args, **kwargs: tiny.make_policy(96)
@@ -964,6 +983,7 @@ def swap_labels(records):
   ]
 
 
+@pytest.mark.fault(48)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cached", "frozen"])
 def test_a_run_does_not_go_on_with_other_data(tmp_path, kind):
@@ -987,6 +1007,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, kind):
   train(make_config(total_steps=2, **knobs), tmp_path / "run")
 
 
+@pytest.mark.fault(48)
 @pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_tokenizer_or_template(tmp_path):
   folder = tmp_path / "tokenizer"

@@ -30,7 +30,11 @@ def _begin(
   folder: pathlib.Path, workdir: pathlib.Path, victim: int, variant: str
 ) -> list[subprocess.Popen]:
   """Starts both processes, or all but the victim."""
-  flags = ("--config.total_steps=1000000", "--config.checkpoint.every_steps=20")
+  flags = (
+    "--config.total_steps=1000000",
+    "--config.checkpoint.every_steps=20",
+    "--config.log.every_steps=50",  # a pipe that nothing reads must not fill
+  )
   processes = test_hosts.start(folder, workdir, 2, *flags)
   if variant == "never comes":
     processes[victim].kill()

@@ -119,6 +119,7 @@ def test_a_transcript_splits_at_the_last_assistant_turn():
   assert example.responses == (" Sure, x", " S")
 
 
+@pytest.mark.fault(13)
 def test_a_response_that_begins_as_the_other_stays_whole():
   opening = "\n\nHuman: a\n\nAssistant:"
   example = parse({"chosen": opening + " yes", "rejected": opening + " yes!"})
@@ -219,6 +220,7 @@ def test_plain_text_is_not_marked_as_rendered(render):
 # Broken records.
 
 
+@pytest.mark.fault(16)
 def test_misspelt_columns_are_named_with_the_nearest():
   with pytest.raises(RecordError) as caught:
     parse({"promt": "p", "chosen_": "c", "rejected": "r"})
@@ -246,6 +248,7 @@ def test_a_record_without_columns_says_so():
     parse({})
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize(
   ("record", "message"),
   [
@@ -343,6 +346,7 @@ def test_messages_need_a_chat_template():
     parse({"prompt": [USER], "completion": [YES]}, None)
 
 
+@pytest.mark.fault(19)
 def test_template_errors_name_the_line_and_the_roles(tmp_path):
   render = render_with(
     tmp_path, "{{ raise_exception('roles must alternate') }}"
@@ -355,6 +359,7 @@ def test_template_errors_name_the_line_and_the_roles(tmp_path):
   assert "roles must alternate" in message
 
 
+@pytest.mark.fault(20)
 def test_a_prompt_that_is_rendered_differently_before_an_answer_is_refused(
   tmp_path,
 ):

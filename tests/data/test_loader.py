@@ -151,6 +151,7 @@ def test_rows_of_all_processes_are_the_whole_batch(process_count, layout):
     assert_equal(joined, whole.eval_batch(index))
 
 
+@pytest.mark.fault(52)
 def test_a_process_without_groups_has_the_same_shape():
   fields = dict(num=3, batch_size=1, row_multiple=4)
   batches = [

@@ -91,6 +91,7 @@ def test_a_file_of_another_kind_is_named(
     read(f"jsonl:{path}")
 
 
+@pytest.mark.fault(18)
 def test_a_damaged_parquet_file_is_named(tmp_path):
   path = tmp_path / "a.parquet"
   path.write_text("no table")
@@ -169,6 +170,7 @@ def test_a_source_may_be_read_twice(tmp_path):
 # Damage.
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 @pytest.mark.parametrize(
   ("line", "message"),
@@ -204,6 +206,7 @@ def large_gz(path):
   return write_jsonl(path, records)
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
 def test_truncated_archive_is_an_error(tmp_path, name):
   path = tmp_path / name
@@ -226,6 +229,7 @@ def test_a_gzip_with_a_wrong_byte_is_an_error_that_names_it(tmp_path):
   assert len(read(spec)) == 200
 
 
+@pytest.mark.fault(57)
 def test_io_error_is_not_taken_for_the_end(tmp_path, monkeypatch):
   spec = write_jsonl(tmp_path / "a.jsonl")
 

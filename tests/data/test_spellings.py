@@ -82,6 +82,7 @@ def test_tools_and_calls_are_letters_too(tmp_path):
   assert specials(chosen) == [EOS]
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize(
   "content",
   [

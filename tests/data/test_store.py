@@ -177,6 +177,7 @@ def test_every_record_of_a_large_source_arrives(tmp_path):
 # Limits: tokens of "bytes" are letters, plus BOS and EOS.
 
 
+@pytest.mark.fault(8, 10)
 @pytest.mark.parametrize(
   ("record", "expected"),
   [
@@ -251,6 +252,7 @@ def test_limits_that_leave_no_room_are_refused(most, prompt):
 # Drops.
 
 
+@pytest.mark.fault(11, 12)
 def test_what_is_dropped_is_counted_by_reason(tmp_path):
   talk = "\n\nHuman: a\n\nAssistant: x"
   records = [
@@ -279,6 +281,7 @@ def test_what_is_dropped_is_counted_by_reason(tmp_path):
   assert texts(opened, 0) == ["[p", "good]", "no]"]
 
 
+@pytest.mark.fault(9)
 def test_responses_that_a_cut_makes_identical_are_dropped(tmp_path):
   records = [pair("p", "x" * 40 + "a", "x" * 40 + "b"), pair("p", "a")]
   opened = build(records, tmp_path, Limits(20, 8))
@@ -324,6 +327,7 @@ def test_text_without_tokens_is_an_empty_response(tmp_path):
   assert opened.report["dropped"] == {"empty_response": 2}
 
 
+@pytest.mark.fault(14, 22)
 def test_no_usable_group_is_an_error_that_tells_why(tmp_path):
   records = [pair("p", "x", "x"), pair("p", "x", ""), pair("p", "")]
   with pytest.raises(ValueError) as caught:
@@ -462,6 +466,7 @@ def test_a_record_that_a_template_fails_on_moves_no_other(tmp_path, faulty):
   assert opened.report["broken"] == 1
 
 
+@pytest.mark.fault(21)
 def test_groups_that_repeat_or_contradict_another_are_counted(tmp_path):
   def fed_back(completion, label):
     return {"prompt": "p", "completion": completion, "label": label}
@@ -504,6 +509,7 @@ def test_messages_that_are_too_long_to_render_are_cut(tmp_path, monkeypatch):
   assert opened.report["messages_cut"] == 2
 
 
+@pytest.mark.fault(17)
 def test_formats_may_be_mixed_in_one_source(tmp_path):
   opened = build(
     [
@@ -667,6 +673,7 @@ def prompts_of(records, indices):
   return {records[i]["prompt"] for i in indices}
 
 
+@pytest.mark.fault(21)
 def test_no_prompt_is_on_both_sides_of_the_split(tmp_path):
   records = records_by_prompt(100)
   train, held_out = build(records, tmp_path).split(0.3)
@@ -878,6 +885,7 @@ def test_a_damaged_store_is_made_again(tmp_path, caplog, seed):
   assert not caplog.text
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize(
   ("name", "change", "message"),
   [

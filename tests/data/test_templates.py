@@ -231,6 +231,7 @@ def test_tools_are_null_where_there_are_none():
   assert render(make(source)) == "True True False"
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize(
   ("source", "message"),
   [
@@ -262,6 +263,7 @@ def test_what_a_template_may_not_do_is_named(source, message):
   assert not children()
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize(
   "source",
   [

@@ -68,6 +68,7 @@ def assert_one_bos_and_one_eos(group, bos_id, eos_id):
 # BOS and EOS.
 
 
+@pytest.mark.fault(4, 7)
 def test_a_prompt_has_one_bos_and_a_response_one_eos(tokenizer, tmp_path):
   [group] = groups_of([PAIR], tokenizer, tmp_path)
   assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
@@ -76,6 +77,7 @@ def test_a_prompt_has_one_bos_and_a_response_one_eos(tokenizer, tmp_path):
   assert texts == list(PAIR.values())
 
 
+@pytest.mark.fault(3)
 def test_a_tokenizer_that_adds_both_does_not_double_them(tmp_path):
   trained = folders.train_bytes()
   trained.post_processor = processors.TemplateProcessing(
@@ -137,6 +139,7 @@ def test_eos_is_scored(tokenizer, tmp_path):
     assert scored[-1] == tokenizer.eos_id
 
 
+@pytest.mark.fault(6)
 def test_a_pad_token_that_is_the_eos_changes_nothing(tmp_path):
   padded = folders.train_bytes()
   padded.enable_padding(pad_id=1, pad_token=EOS, length=50)
@@ -189,6 +192,7 @@ def test_special_tokens_may_be_spelled_as_objects(tmp_path):
 # Borders.
 
 
+@pytest.mark.fault(1)
 def test_no_token_straddles_the_border(tokenizer, tmp_path):
   record = {"prompt": "the ans", "completion": "wer is"}
   joined = encode(tokenizer, "the answer is")
@@ -257,6 +261,7 @@ def test_a_real_sentencepiece_vocabulary_keeps_the_border(real_data, tmp_path):
 # Chat templates.
 
 
+@pytest.mark.fault(2)
 def test_a_template_that_writes_bos_and_eos_does_not_double_them(
   tokenizer, tmp_path
 ):
@@ -339,6 +344,7 @@ def test_a_template_reads_messages_tokens_and_the_header_flag(tmp_path):
   assert rendered == '<s>"<é \\"x\\">"</s>True'
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize(
   "template",
   [
@@ -613,6 +619,7 @@ def test_stop_ids_are_the_eos_and_what_else_a_model_stops_at(tmp_path):
   assert ByteTokenizer().stop_ids == (ByteTokenizer.eos_id,)
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize("end", ["<|system|>", "<|system|>\n", "", " the end"])
 def test_a_turn_has_one_end_and_it_is_the_template_s(tmp_path, end):
   """As Gemma's, whose end of a turn is not its EOS."""

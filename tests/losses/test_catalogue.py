@@ -87,6 +87,7 @@ SHIFTED = ("bco", "bco_pair", "beta_dpo")
 SAMPLED = ("ppo", "reinforce")
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
   ("name", "knobs"),
   [v for v in VARIANTS if v[0] not in (*SHIFTED, *SAMPLED)],
@@ -211,6 +212,7 @@ def test_no_gradient_flows_through_statistics_of_the_batch(name):
     assert np.abs(jacobian[i, i]).max() > 0
 
 
+@pytest.mark.fault(24, 25, 28)
 @pytest.mark.parametrize(("name", "knobs"), VARIANTS, ids=str)
 def test_extreme_log_ratios_stay_finite(name, knobs):
   objective = build(name, **knobs)
@@ -486,6 +488,7 @@ def test_beta_dpo_compares_a_batch_with_earlier_ones():
     mean = 0.9 * mean + 0.1 * batch_mean
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize(
   ("name", "knobs"),
   [

@@ -170,6 +170,7 @@ def test_a_config_alone_is_enough_for_its_shape(folder):
   assert huggingface.load_config(str(folder)).tie_embeddings
 
 
+@pytest.mark.fault(62)
 def test_nan_weights_are_refused(folder):
   def spoil(tensors):
     tensors["model.norm.weight"][3] = np.nan
@@ -179,6 +180,7 @@ def test_nan_weights_are_refused(folder):
     load(folder)
 
 
+@pytest.mark.fault(60)
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
@@ -308,6 +310,7 @@ def test_a_missing_field_is_named(folder):
     huggingface.load_config(str(folder))
 
 
+@pytest.mark.fault(62)
 @pytest.mark.parametrize("kept", [0, 5, 300, -40])
 def test_a_file_that_is_cut_short_is_named(folder, kept):
   path = folder / "model.safetensors"
@@ -316,6 +319,7 @@ def test_a_file_that_is_cut_short_is_named(folder, kept):
     load(folder)
 
 
+@pytest.mark.fault(63)
 @pytest.mark.parametrize(
   "name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"]
 )
@@ -367,6 +371,7 @@ def test_only_the_device_s_shard_is_read(folder, monkeypatch):
   assert sizes.count(12) == len(["final"]) + 4 * len(["norms"])
 
 
+@pytest.mark.fault(60)
 def test_hub_model_requires_a_revision(monkeypatch, folder):
   calls = []
 
@@ -383,6 +388,7 @@ def test_hub_model_requires_a_revision(monkeypatch, folder):
   assert not any("bin" in p or "py" in p for p in settings["allow_patterns"])
 
 
+@pytest.mark.fault(59)
 def test_missing_files_are_named(tmp_path, folder):
   with pytest.raises(FileNotFoundError, match=r"config\.json"):
     huggingface.load_config(str(tmp_path / "nowhere"))

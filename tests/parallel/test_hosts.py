@@ -136,6 +136,7 @@ def test_each_layout_goes_on_from_the_others_checkpoint(runs):
   assert_same_curves(runs / "from_1", runs / "from_2", since=4)
 
 
+@pytest.mark.fault(45)
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_stops_and_saves_both(tmp_path):
   workdir = tmp_path / "run"
@@ -157,6 +158,7 @@ def test_sigterm_to_one_of_two_stops_and_saves_both(tmp_path):
   assert f"step {last} is saved" in outputs[0]
 
 
+@pytest.mark.fault(54)
 @pytest.mark.slow
 def test_hosts_with_another_config_or_other_data_do_not_start(tmp_path):
   codes, outputs = finish(

@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, or are not believed."""
 
+import itertools
 import json
 import logging
 import shutil
@@ -162,6 +163,7 @@ def test_a_relative_workdir_is_as_good_as_another(tmp_path, monkeypatch):
   checkpoints.close()
 
 
+@pytest.mark.fault(51)
 @pytest.mark.slow
 @pytest.mark.parametrize("there", MESHES[3:], ids=str)
 def test_a_state_comes_back_on_any_mesh(tmp_path, there):
@@ -265,6 +267,7 @@ def test_of_equally_good_steps_the_later_is_best(tmp_path):
   checkpoints.close()
 
 
+@pytest.mark.fault(50)
 def test_the_best_is_remembered_over_a_restart(tmp_path):
   save_steps(tmp_path, [1, 2], {1: 0.9, 2: 0.2})
   root = save_steps(tmp_path, [3, 4], {3: 0.3, 4: 0.1})
@@ -281,6 +284,17 @@ def test_a_best_metric_that_nobody_measures_is_told(tmp_path, caplog):
   checkpoints.wait()
   assert checkpoints.best_step == 2
   checkpoints.close()
+
+
+@pytest.mark.fault(47)
+def test_a_clock_that_runs_backwards_changes_no_step(tmp_path, monkeypatch):
+  year = itertools.count(0, -365 * 24 * 3600)
+  monkeypatch.setattr(time, "time", lambda: 2e9 + next(year))
+  monkeypatch.setattr(time, "time_ns", lambda: 10**18 + 10**9 * next(year))
+  save_steps(tmp_path, [1, 2, 3])
+  assert restored_step(tmp_path) == 3
+  save_steps(tmp_path, [4])
+  assert restored_step(tmp_path) == 4
 
 
 def test_a_run_that_went_back_saves_its_steps_again(tmp_path):
@@ -357,6 +371,7 @@ def leave_out(folder):
   faults.flip_byte(largest)
 
 
+@pytest.mark.fault(40, 41, 42)
 @pytest.mark.parametrize(
   ("damage", "reason"),
   [
@@ -502,6 +517,7 @@ def with_head(shape, dtype):
   return change
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize(
   ("change", "message"),
   [
@@ -543,6 +559,7 @@ def test_the_first_five_differences_are_listed_and_all_are_counted():
   assert "w5" not in message
 
 
+@pytest.mark.fault(43)
 def test_no_room_is_said_in_bytes_before_anything_is_written(
   tmp_path, monkeypatch
 ):

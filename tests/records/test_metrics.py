@@ -149,6 +149,7 @@ def test_a_file_in_a_bucket_grows_over_several_runs():
   assert bucket.text.splitlines() == wanted
 
 
+@pytest.mark.fault(43)
 def test_a_torn_last_line_is_cut_before_the_next_one(tmp_path, caplog):
   """A disk that was full, or a kill, leaves half a line."""
   writer = MetricsWriter(tmp_path, is_writer=True, tensorboard=False)

@@ -266,6 +266,16 @@ def test_batches_are_described_by_what_is_in_them():
   assert f"longest {lengths[-1]}" in header.describe_lengths(loader)
 
 
+@pytest.mark.fault(31)
+def test_counts_keep_their_last_digits(now):
+  """2**24 + 1 tokens, which float32 cannot hold."""
+  clock = Clock()
+  for tokens in (2.0**24, 1.0):
+    clock.count({"num_groups": 1.0, "num_tokens": tokens})
+  now[0] = 1.0
+  assert clock.rates()["tokens_per_second"] == 2**24 + 1
+
+
 def test_groups_per_second_leave_evaluation_and_compilation_out(now):
   clock = Clock()
   now[0] = 2.0

@@ -76,6 +76,7 @@ def test_a_digest_does_not_change_with_sharding():
     assert trees.params_digest(placed) == wanted, sizes
 
 
+@pytest.mark.fault(36)
 def test_a_key_changes_with_weights_config_and_data():
   policy = tiny.make_policy()
   params = tiny.make_params(policy)
@@ -166,6 +167,7 @@ def test_there_is_no_cache_of_another_key(tmp_path):
   assert load(tmp_path, KEY[::-1]) is None
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize("suffix", ["npy", "json"])
 def test_a_half_written_cache_is_not_used(tmp_path, suffix):
   logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
@@ -175,6 +177,7 @@ def test_a_half_written_cache_is_not_used(tmp_path, suffix):
   np.testing.assert_array_equal(load(tmp_path).logps, LOGPS)
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize(
   "damage",
   [
@@ -203,6 +206,7 @@ def test_a_cache_with_one_changed_number_is_an_error(tmp_path):
     load(tmp_path)
 
 
+@pytest.mark.fault(59)
 def test_pickles_are_not_loaded(tmp_path):
   logps_cache.write_cache(tmp_path, KEY, LOGPS, {})
   path = tmp_path / f"{KEY}.npy"
