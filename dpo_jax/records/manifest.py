@@ -3,7 +3,8 @@
 Orbax commits a step atomically, but it does not notice a flipped bit in an
 array file, and it takes any directory with a number for a checkpoint. So a step
 counts once its manifest is written, and only while every file agrees with it.
-The manifest covers `run.txt` too, which names the run that the step belongs to.
+The manifest covers `run.txt` too: the run that the step belongs to, and its
+number, which a copied or renamed folder would belie.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ def write(folder: epath.Path, run_id: str = "") -> None:
     run_id: `Workdir.run_id`; "" for a run from before runs had names.
   """
   if run_id:
-    files.write_atomically(folder / _RUN, run_id + "\n")
+    files.write_atomically(folder / _RUN, f"{run_id}\n{folder.name}\n")
   digests = {name: _sha256(path) for name, path in _members(folder).items()}
   files.write_json(folder / MANIFEST, digests, sort_keys=True)
 
@@ -58,10 +59,12 @@ def verify(folder: epath.PathLike, part: str = "", run_id: str = "") -> str:
       return f"{name} is not in {MANIFEST}"
     if _sha256(found[name]) != wanted[name]:
       return f"{name} is damaged"
-  if run_id and _RUN in found:
-    owner = found[_RUN].read_text().strip()
-    if owner != run_id:
+  if _RUN in found:
+    owner, step = found[_RUN].read_text().split()
+    if run_id and owner != run_id:
       return f"it is a step of another run, {owner[:12]}"
+    if step != folder.name:
+      return f"it is a copy of step {step}"
   return ""
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dpo_jax.judges.classifier import Classifier
-from dpo_jax.records.checkpoint import verify
+from dpo_jax.records.manifest import verify
 from tests import faults
 from tests.damage import files
 

@@ -67,6 +67,18 @@ def test_step_of_another_run_is_moved_aside(tmp_path, caplog):
   assert "it is a step of another run, theirs" in caplog.text
 
 
+@pytest.mark.fault(42)
+def test_a_renamed_step_is_moved_aside(tmp_path, caplog):
+  """Otherwise it is resumed with the wrong data, or taken for the last."""
+  name_run(tmp_path, "ours")
+  make_step(tmp_path, 2, "ours")
+  make_step(tmp_path, 4, "ours").rename(tmp_path / "checkpoints" / "12")
+  with caplog.at_level(logging.WARNING, "dpo_jax"):
+    recovery.recover(Workdir.at(tmp_path))
+  assert steps_of(tmp_path) == [2]
+  assert "it is a copy of step 4" in caplog.text
+
+
 def test_the_name_of_a_run_is_part_of_the_manifest(tmp_path):
   folder = make_step(tmp_path, 2, "ours")
   (folder / "run.txt").write_text("theirs\n")
