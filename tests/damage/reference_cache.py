@@ -1,12 +1,13 @@
 """Damaged caches of the reference: batches have its log-probs, or none."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
 import functools
 import pathlib
 import shutil
 import tempfile
 from typing import Any, NamedTuple
-from unittest import mock
 
 from etils import epath
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.records.workdir import Workdir
-from dpo_jax.training import cached_reference, logps_cache, reference
+from dpo_jax.training import cached_reference, logps_cache
 from dpo_jax.training.initial_state import load_params
 from dpo_jax.training.setup import Run, build_run
 from tests import tiny
@@ -22,24 +23,35 @@ from tests.damage import files
 
 
 class Made(NamedTuple):
-  """A run with its cache, and that of a run with another policy.
+  """A run that has scored its groups, and what else it may find there.
 
   Attributes:
-    run: run whose cache is damaged.
+    run: the run.
     state: its first state.
-    caches: folder of its cache and folder of the other's.
+    caches: workdirs: of the run, of the run when it was stopped while scoring,
+      and of a run with another policy.
     logps: log-probs of the reference, one array for each loader.
   """
 
   run: Run
   state: Any
-  caches: tuple[pathlib.Path, pathlib.Path]
+  caches: tuple[pathlib.Path, pathlib.Path, pathlib.Path]
   logps: Sequence[np.ndarray]
 
 
-def _attach(run: Run, state: Any) -> list[np.ndarray]:
+class _StoppedError(Exception):
+  pass
+
+
+def _stop() -> None:
+  raise _StoppedError
+
+
+def _attach(
+  run: Run, state: Any, check: Callable[[], None] = lambda: None
+) -> list[np.ndarray]:
   loaders = [run.data.train, *run.data.eval.values()]
-  attached = cached_reference.attach(run, state, loaders)
+  attached = cached_reference.attach(run, state, loaders, check=check)
   return [np.asarray(loader.ref_logps) for loader in attached]
 
 
@@ -57,18 +69,23 @@ def _start(folder: pathlib.Path, seed: int) -> tuple[Run, Any]:
 
 @functools.cache
 def made() -> Made:
-  """Computes both caches, once in a process."""
+  """Computes the caches, once in a process."""
   folder = pathlib.Path(tempfile.mkdtemp())
   jax.config.update("jax_disable_most_optimizations", True)
   other, other_state = _start(folder, 1)
   _attach(other, other_state)
   run, state = _start(folder, 0)
   logps = _attach(run, state)
-  caches = [
-    pathlib.Path(x.workdir.reference_cache).rename(folder / f"cache{i}")
-    for i, x in enumerate((run, other))
-  ]
-  return Made(run, state, tuple(caches), logps)
+  whole, stopped, others = (folder / x for x in ("run0", "stopped", "run1"))
+  shutil.copytree(whole, stopped)
+  shutil.rmtree(stopped / "reference")
+  with contextlib.suppress(_StoppedError):
+    _attach(_moved(run, stopped), state, _stop)
+  return Made(run, state, (whole, stopped, others), logps)
+
+
+def _moved(run: Run, folder: pathlib.Path) -> Run:
+  return dataclasses.replace(run, workdir=Workdir.at(folder))
 
 
 def _file(rng, cache: pathlib.Path) -> str:
@@ -77,8 +94,8 @@ def _file(rng, cache: pathlib.Path) -> str:
 
 def _others_file(rng, cache: pathlib.Path) -> str:
   """Replaces one or all files by those of another run."""
-  ours, theirs = map(files.all_files, (cache, made().caches[1]))
-  pairs = list(zip(ours, theirs, strict=True))
+  ours, theirs = map(files.all_files, (cache, made().caches[2] / "reference"))
+  pairs = list(zip(ours, theirs, strict=False))  # parts have other numbers
   if rng.random() < 0.5:
     pairs = [files.pick(rng, pairs)]
   for path, source in pairs:
@@ -88,9 +105,10 @@ def _others_file(rng, cache: pathlib.Path) -> str:
 
 def _rewritten(rng, cache: pathlib.Path) -> str:
   """Writes a cache that agrees with its digest, and is not this run's."""
-  key = files.pick(rng, sorted(cache.glob("*.json"))).stem
-  logps = logps_cache.load_cache(cache, key)
-  layout = logps_cache.read_layout(cache, key)
+  whole = made().caches[0] / "reference"
+  key = files.pick(rng, sorted(whole.glob("*.json"))).stem
+  logps = np.load(whole / f"{key}.npy")
+  sound = logps_cache.load_cache(epath.Path(whole), key, logps.shape)
   changes = {
     "columns exchanged": logps[:, ::-1],
     "groups rolled": np.roll(logps, 1, axis=0),
@@ -101,7 +119,7 @@ def _rewritten(rng, cache: pathlib.Path) -> str:
     "not finite": np.where(logps == logps.min(), np.nan, logps),
   }
   name = files.pick(rng, changes)
-  logps_cache.write_cache(epath.Path(cache), key, changes[name], layout)
+  logps_cache.write_cache(epath.Path(cache), key, changes[name], sound.layout)
   return f"{name}, with a digest"
 
 
@@ -112,32 +130,23 @@ def reference_cache(
   rng: np.random.Generator, folder: pathlib.Path
 ) -> tuple[str, str]:
   """Damages a cache once; a fresh or a resumed run then reads it."""
-  del folder  # the run has its own
   sound = made()
-  cache = pathlib.Path(sound.run.workdir.reference_cache)
-  shutil.rmtree(cache, ignore_errors=True)
-  shutil.copytree(sound.caches[0], cache)
-  detail = files.pick(rng, _DAMAGES)(rng, cache)
+  is_stopped = rng.random() < 0.25
+  workdir = folder / "run"
+  shutil.copytree(sound.caches[is_stopped], workdir)
+  detail = files.pick(rng, _DAMAGES)(rng, workdir / "reference")
+  detail += ", stopped while scoring" * is_stopped
   state = sound.state
   if rng.random() < 0.5:
     state = state.replace(step=jnp.int32(2))
-    detail = f"{detail}, resumed"
-  compute = mock.patch.object(
-    reference, "compute_logps", wraps=reference.compute_logps
-  )
+    detail += ", resumed"
   try:
-    with compute as computed:
-      found = _attach(sound.run, state)
+    found = _attach(_moved(sound.run, workdir), state)
   except Exception as error:
-    is_named = files.names(error, cache)
-    return (
-      f"refused, {'named' if is_named else 'unnamed'}",
-      f"{detail}: {error!r}",
-    )
+    outcome = "named" if files.names(error, workdir) else "unnamed"
+    return f"refused, {outcome}", f"{detail}: {error!r}"
   same = [
     a.dtype == b.dtype and a.tobytes() == b.tobytes()
     for a, b in zip(found, sound.logps, strict=True)
   ]
-  if not all(same):
-    return "wrong, silent", detail
-  return ("computed again, right" if computed.called else "same"), detail
+  return ("right" if all(same) else "wrong, silent"), detail
