@@ -249,7 +249,6 @@ class Watcher:
         self._report(loss)
       if "saved" in message:
         self._saved = message["saved"]
-        self._tell_peers(saved=self._saved)
     return False
 
   def _hear_peer(self, index: int) -> bool:
