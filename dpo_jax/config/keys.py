@@ -90,9 +90,7 @@ def default_config() -> ml_collections.ConfigDict:
   config.data.eos_token = ""  # spelling; "": what the tokenizer's folder says
   # Today, to a template that asks; "": as policy.init's run, or 2024-07-26.
   config.data.template_date = ""
-  config.data.template_timeout_s = (
-    600.0  # of a chat template, for 1,000 records
-  )
+  config.data.template_timeout_s = 600.0  # a chat template, 1,000 records
   # Of messages: the "last" assistant turn of a response, or "all" of them, and
   # of a demonstration all of the conversation's: data/examples.py.
   config.data.scored_turns = "last"
