@@ -704,6 +704,7 @@ def snapshot(folder):
   ],
   ids=["caching", "first evaluation", "evaluation", "last samples"],
 )
+@pytest.mark.fault(46)
 def test_sigterm_outside_of_a_step_saves_what_there_is(
   tmp_path, monkeypatch, moment, saved
 ):

@@ -28,7 +28,7 @@ _SETTINGS = {
   "data__source": "synthetic:review_demonstrations:40",
   "data__layout": "padded",
 }
-# JSON that is no table of files, and text that is no JSON.
+# JSON of other kinds than a table of files, and text that JSON cannot be.
 _ODD = (
   "[]",
   "null",

@@ -20,7 +20,7 @@ class Kind(NamedTuple):
   """A kind of trial: function NAME of module tests/damage/NAME.py.
 
   Attributes:
-    meaning: what is damaged.
+    meaning: damaged files or processes.
     small: number of trials in CI.
     timeout_s: time limit of a trial.
   """
@@ -49,7 +49,7 @@ class Result(NamedTuple):
     kind: key of KINDS.
     index: index of the trial; -1 for the control.
     outcome: a few words; those that begin with "wrong" are failures.
-    detail: what was done, and what came of it.
+    detail: damage, and its effect.
     seconds: duration.
   """
 

@@ -61,6 +61,7 @@ def watch_all(count, *messages, **settings):
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.fault(53)
 def test_a_killed_process_ends_the_others_which_name_it(victim):
   processes = watch_all(3, {"saved": 40})
   time.sleep(0.1)  # for the message to arrive
@@ -211,6 +212,7 @@ def run_until_step(folder, step, *flags):
   ("victim", "number"),
   [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)],
 )
+@pytest.mark.fault(53)
 def test_a_lost_process_of_a_run_ends_the_other(tmp_path, victim, number):
   processes = run_until_step(tmp_path, 2)
   began = time.monotonic()

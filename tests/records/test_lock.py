@@ -424,6 +424,7 @@ except ValueError as error:
 
 
 @pytest.mark.slow
+@pytest.mark.fault(49)
 def test_of_two_runs_started_together_one_trains(tmp_path):
   workdir, go = tmp_path / "run", tmp_path / "go"
   processes = [faults.spawn(_TRAINER, str(workdir), str(go)) for _ in range(2)]

@@ -34,6 +34,7 @@ def name_run(workdir, name):
   (workdir / "workdir.json").write_text(json.dumps({"format": 1, "run": name}))
 
 
+@pytest.mark.fault(39)
 def test_a_committed_step_without_a_manifest_is_adopted(tmp_path):
   """A kill between the two costs nothing."""
   workdir = Workdir.at(tmp_path)
@@ -56,6 +57,7 @@ def test_a_saved_step_that_lost_its_manifest_is_not_adopted(tmp_path):
   assert moved(tmp_path) == ["4-0"]
 
 
+@pytest.mark.fault(42)
 def test_step_of_another_run_is_moved_aside(tmp_path, caplog):
   name_run(tmp_path, "ours")
   make_step(tmp_path, 2, "ours")

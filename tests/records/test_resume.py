@@ -48,6 +48,7 @@ def history(tmp_path):
     ("format", change("train.store", "t")),
   ],
 )
+@pytest.mark.fault(48)
 def test_other_data_are_refused_unless_allowed(tmp_path, kind, identity):
   start(tmp_path)
   with pytest.raises(ValueError, match=f"resume.allow={kind} takes"):

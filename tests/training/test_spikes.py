@@ -43,6 +43,7 @@ def take_steps(rule, norms):
   return skipped, metrics
 
 
+@pytest.mark.fault(30)
 def test_a_spike_is_skipped_and_counted():
   skipped, metrics = take_steps(SpikeRule(3.0, 4), [1, 1.2, 1.1, 9, 1, 3.2])
   assert skipped == [False, False, False, True, False, False]
