@@ -1,5 +1,6 @@
 """Sweeps: each run is executed once, resumed, locked and reported."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -107,6 +108,13 @@ def test_a_changed_loss_is_refused_and_a_changed_log_is_not(tmp_path):
   assert execute(runs(**{"log.every_steps": 3}), tmp_path) == stopped
   with pytest.raises(ValueError, match=r"config.loss.beta was None and is 0.3"):
     execute(runs(**{"loss.beta": 0.3}), tmp_path)
+  # A spec that is older than a key stands for its default.
+  spec = json.loads((tmp_path / "a" / "spec.json").read_text())
+  del spec["config.numerics.skip_spikes"]
+  (tmp_path / "a" / "spec.json").write_text(json.dumps(spec))
+  assert execute(runs(), tmp_path) == stopped
+  with pytest.raises(ValueError, match=r"skip_spikes was 0\.0 and is 9\.0"):
+    execute(runs(**{"numerics.skip_spikes": 9.0}), tmp_path)
 
 
 def test_a_failed_run_stops_only_those_that_start_from_it(tmp_path):

@@ -74,7 +74,8 @@ def check_same_config(
   if not workdir.config.exists():
     return {}
   resolved = _as_json(config)
-  before, now = _recorded(workdir), dict(flatten(resolved))
+  before = with_defaults(dict(flatten(workdir.read_config())))
+  now = dict(flatten(resolved))
   # Runs once recorded "" for the tokenizer of policy.init.
   before["data.tokenizer"] = before["data.tokenizer"] or now["data.tokenizer"]
   was_accuracy = before["checkpoint.best_metric"] == "eval/reward/accuracy"
@@ -317,15 +318,18 @@ def _as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return json.loads(json.dumps(settings, default=_plain))
 
 
-def _recorded(workdir: Workdir) -> dict[str, Any]:
-  """Reads a run's config; a key that its version lacked has the default."""
-  recorded = workdir.read_config()
+def with_defaults(recorded: Mapping[str, Any]) -> dict[str, Any]:
+  """Adds the keys that the version lacked which recorded a config.
+
+  Args:
+    recorded: leaves of the config, as JSON, by path.
+  """
   defaults = {
     key: value
     for key, value in flatten(default_config())
     if key.partition(".")[0] != "loss"
   }
-  return json.loads(json.dumps(defaults)) | dict(flatten(recorded))
+  return json.loads(json.dumps(defaults)) | dict(recorded)
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Executes runs: each once, under a lock, resumed where it stopped."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import fcntl
 import json
@@ -8,6 +8,7 @@ import os
 import pathlib
 import time
 import traceback
+from typing import Any
 
 import jax
 
@@ -96,6 +97,20 @@ def _execute_one(run: Run, folder: pathlib.Path) -> None:
       )
 
 
+def _with_defaults(spec: Mapping[str, Any]) -> dict[str, Any]:
+  """Adds keys of the config that are newer than a spec."""
+  prefix = "config."
+  config = {
+    key.removeprefix(prefix): value
+    for key, value in spec.items()
+    if key.startswith(prefix)
+  }
+  if not config:
+    return dict(spec)
+  known = {f"{prefix}{k}": v for k, v in resume.with_defaults(config).items()}
+  return {**known, **spec}
+
+
 def _check_unchanged(runs: Sequence[Run], root: pathlib.Path) -> None:
   """Raises ValueError where a started run had another spec."""
   faults = []
@@ -103,7 +118,7 @@ def _check_unchanged(runs: Sequence[Run], root: pathlib.Path) -> None:
     path = root / run.name / "spec.json"
     if not path.exists():
       continue
-    before, now = json.loads(path.read_text()), run.spec()
+    before, now = _with_defaults(json.loads(path.read_text())), run.spec()
     faults += [
       f"  {run.name}: {key} was {before.get(key)!r} and is {now.get(key)!r}"
       for key in sorted(before.keys() | now.keys())
