@@ -6,6 +6,7 @@ import logging
 import pathlib
 import shutil
 import signal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -55,8 +56,16 @@ def every_batch(monkeypatch):
   monkeypatch.setattr(logps_parts, "_EVERY_S", 0.0)
 
 
-def attach(run, state, **settings):
-  [loader] = cached_reference.attach(run, state, [run.data.train], **settings)
+def attach(run, state, *, check=lambda: None):
+  """Returns the log-probs; `check` is called after each scored batch."""
+  add = logps_parts.Parts.add
+
+  def add_and_check(*args):
+    add(*args)
+    check()
+
+  with mock.patch.object(logps_parts.Parts, "add", add_and_check):
+    [loader] = cached_reference.attach(run, state, [run.data.train])
   return loader.ref_logps
 
 
