@@ -4,7 +4,7 @@ import jax
 import pytest
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def no_rank_promotion():
   with jax.numpy_rank_promotion("raise"):
     yield

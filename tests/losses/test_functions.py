@@ -126,20 +126,61 @@ def test_values_equal_those_in_training_bit_for_bit(name, knobs):
   )
 
 
+def traced_knobs(name, knobs):
+  """Values of the knobs that a loss reads and that may be traced."""
+  full, row = CATALOGUE[name].defaults | knobs, CATALOGUE[name]
+  return {
+    k: v
+    for k, v in full.items()
+    if KNOBS[k].type is float and row.is_read(k, full)
+  }
+
+
+@pytest.fixture(scope="module")
+def compiled(unoptimized):
+  """By case: (value, gradients by arrays), and gradients by knobs.
+
+  In one program, as one for each case takes longer to compile.
+  """
+
+  def measure(name, knobs, arrays, values):
+    known = ARGUMENTS[CATALOGUE[name].group]
+    trained = {k: a for k, a in arrays.items() if known[k].field in TRAINED}
+    fixed = {k: v for k, v in knobs.items() if k not in values}
+
+    def by_arrays(trained):
+      return function_of(name)(**(arrays | trained), **knobs).sum()
+
+    def by_knobs(values):
+      return function_of(name)(**arrays, **fixed, **values).sum()
+
+    return jax.value_and_grad(by_arrays)(trained), jax.grad(by_knobs)(values)
+
+  @jax.jit
+  def measure_all(inputs):
+    return {
+      f"{name}-{knobs}": measure(name, knobs, *inputs[f"{name}-{knobs}"])
+      for name, knobs in CASES
+    }
+
+  return measure_all(
+    {
+      f"{name}-{knobs}": (
+        case(name, knobs, scale=1.0)[1],
+        traced_knobs(name, knobs),
+      )
+      for name, knobs in CASES
+    }
+  )
+
+
 @pytest.mark.parametrize(("name", "knobs"), CASES, ids=str)
-def test_gradients_under_jit_equal_finite_differences(name, knobs):
+def test_gradients_under_jit_equal_finite_differences(compiled, name, knobs):
   """By every array that depends on the policy; values under jit too."""
   sequences, arrays = case(name, knobs, scale=1.0)
   known = ARGUMENTS[CATALOGUE[name].group]
-  trained = {k: a for k, a in arrays.items() if known[k].field in TRAINED}
-  assert trained
-
-  @jax.jit
-  @jax.value_and_grad
-  def total(trained):
-    return function_of(name)(**(arrays | trained), **knobs).sum()
-
-  value, gradients = total(trained)
+  (value, gradients), _ = compiled[f"{name}-{knobs}"]
+  assert gradients
   eager = function_of(name)(**arrays, **knobs).sum()
   np.testing.assert_allclose(value, eager, rtol=1e-5)
   groups, full = as_groups(sequences), CATALOGUE[name].defaults | knobs
@@ -152,21 +193,12 @@ def test_gradients_under_jit_equal_finite_differences(name, knobs):
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES, ids=str)
-def test_gradients_by_knobs_equal_finite_differences(name, knobs):
+def test_gradients_by_knobs_equal_finite_differences(compiled, name, knobs):
   """A knob may be traced; flags and names may not."""
-  sequences, arrays = case(name, knobs, scale=1.0)
+  sequences, _ = case(name, knobs, scale=1.0)
   groups, full = as_groups(sequences), CATALOGUE[name].defaults | knobs
-  row = CATALOGUE[name]
-  values = {
-    k: v
-    for k, v in full.items()
-    if KNOBS[k].type is float and row.is_read(k, full)
-  }
-  fixed = {k: v for k, v in knobs.items() if k not in values}
-  slopes = jax.jit(
-    jax.grad(lambda v: function_of(name)(**arrays, **fixed, **v).sum())
-  )(values)
-  for key, value in values.items():
+  _, slopes = compiled[f"{name}-{knobs}"]
+  for key, value in traced_knobs(name, knobs).items():
     step = 1e-6 * value or 1e-6
     above = sum(oracles.loss(name, groups, full | {key: value + step}))
     below = sum(oracles.loss(name, groups, full | {key: value - step}))

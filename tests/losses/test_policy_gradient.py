@@ -1,5 +1,7 @@
 """Policy-gradient functions against float64 loops over tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.test_util import check_grads
@@ -100,7 +102,7 @@ def agree(ours, wanted, rtol=1e-5):
 def test_gae_equals_a_loop_over_later_tokens(gamma, lam, is_cut_off):
   rewards, values = draw(B, T, seed=1), draw(B, T, seed=2)
   last = draw(B, seed=3) if is_cut_off else None
-  advantages, returns = pg.gae(
+  advantages, returns = jax.jit(pg.gae)(
     rewards, values, MASK, last, discount=gamma, gae_lambda=lam
   )
   bootstrap = np.zeros(B) if last is None else last
@@ -243,17 +245,27 @@ def test_gradients_equal_finite_differences():
     lambda x: pg.kl_penalty(x, old, MASK, estimator="k3").sum(),
     lambda x: pg.reinforce(x, advantages, MASK).sum(),
   ):
-    check_grads(function, (logps,), order=1, modes=["rev"], rtol=2e-2, atol=0.1)
+    check_grads(
+      jax.jit(function), (logps,), order=1, modes=["rev"], rtol=2e-2, atol=0.1
+    )
+
+
+@jax.jit
+@jax.grad
+def slope_of_surrogate(log_ratio, advantage):
+  return pg.clipped_surrogate(
+    log_ratio,
+    jnp.zeros((1, 1)),
+    jnp.full((1, 1), advantage),
+    MASK[:1, :1],
+    clip=0.2,
+  ).sum()
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("log_ratio", [-1.0, -0.1, 0.0, 0.1, 1.0])
 def test_clip_stops_gains_but_not_the_way_back(advantage, log_ratio):
-  slope = jax.grad(
-    lambda x: pg.clipped_surrogate(
-      x, jnp.zeros((1, 1)), jnp.full((1, 1), advantage), MASK[:1, :1], clip=0.2
-    ).sum()
-  )(jnp.full((1, 1), log_ratio))
+  slope = slope_of_surrogate(jnp.full((1, 1), log_ratio), advantage)
   has_gained = advantage * log_ratio > 0.2
   wanted = 0.0 if has_gained else -advantage * np.exp(log_ratio)
   agree(slope, [[wanted]])
@@ -283,7 +295,7 @@ def test_rloo_has_the_gradient_of_the_expected_reward():
     return (weight * terms.mean(-1)).sum()
 
   wanted = jax.grad(lambda x: -(jax.nn.softmax(x) * rewards).sum())(logits)
-  agree(jax.grad(loss)(logits), wanted)
+  agree(jax.jit(jax.grad(loss))(logits), wanted)
 
 
 def test_no_gradient_flows_through_sampled_values():
@@ -306,13 +318,14 @@ def test_no_gradient_flows_through_sampled_values():
     ).sum()
 
   arrays = [draw(B, T, seed=s) for s in range(4)]
-  for slope in jax.grad(total, argnums=(0, 1, 2, 3))(*arrays):
+  for slope in jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))(*arrays):
     np.testing.assert_array_equal(slope, 0.0)
 
 
 # Properties of every function.
 
 
+@jax.jit
 def chain(logps, other, values, scores, mask):
   """Calls every function once: outputs by token, and a differentiable total."""
   rewards = pg.shape_rewards(
@@ -343,6 +356,7 @@ def chain(logps, other, values, scores, mask):
   return total, outputs | losses
 
 
+@jax.jit
 def outputs_and_slopes(*arrays, mask):
   (total, outputs), slopes = jax.value_and_grad(
     chain, argnums=(0, 2), has_aux=True
@@ -406,6 +420,12 @@ def test_responses_of_one_token():
   agree(outputs["gae"], scores[:, None] - 0.1 * kl - values[:, :1])
 
 
+@functools.partial(jax.jit, static_argnames="estimator")
+@jax.grad
+def slope_of_penalty(logps, ref_logps, estimator):
+  return pg.kl_penalty(logps, ref_logps, MASK, estimator=estimator).sum()
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("size", [30.0, 100.0, 500.0])
 def test_extreme_log_ratios_have_finite_gradients_that_point_back(size, sign):
@@ -414,11 +434,8 @@ def test_extreme_log_ratios_have_finite_gradients_that_point_back(size, sign):
   outcome = outputs_and_slopes(*arrays, mask=MASK)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(outcome))
 
-  def penalty(logps, estimator):
-    return pg.kl_penalty(logps, arrays[1], MASK, estimator=estimator).sum()
-
   for estimator in ("k2", "k3"):
-    pull = jax.grad(penalty)(arrays[0], estimator)
+    pull = slope_of_penalty(*arrays[:2], estimator)
     assert (np.sign(pull[MASK]) == sign).all(), estimator
 
 
@@ -427,7 +444,6 @@ def test_four_devices_give_the_values_of_one():
   rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
   arrays = inputs()
   wanted = outputs_and_slopes(*arrays, mask=MASK)
-  ours = jax.jit(lambda *x: outputs_and_slopes(*x[:4], mask=x[4]))(
-    *jax.device_put((*arrays, MASK), rows)
-  )
+  arrays, mask = jax.device_put((arrays, MASK), rows)
+  ours = outputs_and_slopes(*arrays, mask=mask)
   jax.tree.map(agree, ours, wanted)
