@@ -240,7 +240,7 @@ def slow(self, step):
 
 Loader.batch = slow
 train(
-  tiny.make_config(total_steps=100_000, **json.loads(sys.argv[2])), sys.argv[1]
+  tiny.make_config(total_steps=1_000, **json.loads(sys.argv[2])), sys.argv[1]
 )
 """
 

@@ -31,7 +31,7 @@ def _begin(
 ) -> list[subprocess.Popen]:
   """Starts both processes, or all but the victim."""
   flags = (
-    "--config.total_steps=1000000",
+    "--config.total_steps=2000",
     "--config.checkpoint.every_steps=20",
     "--config.log.every_steps=50",  # a pipe that nothing reads must not fill
   )

@@ -140,7 +140,7 @@ def test_each_layout_goes_on_from_the_others_checkpoint(runs):
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_stops_and_saves_both(tmp_path):
   workdir = tmp_path / "run"
-  processes = start(tmp_path, workdir, 2, "--config.total_steps=100000")
+  processes = start(tmp_path, workdir, 2, "--config.total_steps=1000")
   metrics = workdir / "metrics.jsonl"
   deadline = time.monotonic() + _TIMEOUT_S
   while time.monotonic() < deadline and not (

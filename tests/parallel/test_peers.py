@@ -194,7 +194,7 @@ def test_timeouts_out_of_range_are_refused_before_the_processes_meet():
 def run_until_step(folder, step, *flags):
   """Starts two processes of a run, and waits until a step was saved."""
   workdir = folder / "run"
-  processes = start(folder, workdir, 2, "--config.total_steps=100000", *flags)
+  processes = start(folder, workdir, 2, "--config.total_steps=1000", *flags)
   manifest = workdir / "checkpoints" / str(step) / "manifest.json"
   deadline = time.monotonic() + 400
   while not manifest.exists():
