@@ -381,14 +381,15 @@ def _write(groups: Groups, cache_dir: str, folder: str) -> None:
     arrays["scored"] = np.frombuffer(groups.scored, bool)
   temporary = tempfile.mkdtemp(dir=cache_dir, prefix="writing_")
   try:
-    for name, value in arrays.items():
-      np.save(os.path.join(temporary, f"{name}.npy"), value)
-    with open(
-      os.path.join(temporary, "report.json"), "w", encoding="utf-8"
-    ) as file:
-      report = groups.report | {"digest": os.path.basename(folder)}
-      json.dump(report, file, indent=2)
-    checksums.write(temporary)
+    with files.naming(folder, sum(x.nbytes for x in arrays.values())):
+      for name, value in arrays.items():
+        np.save(os.path.join(temporary, f"{name}.npy"), value)
+      with open(
+        os.path.join(temporary, "report.json"), "w", encoding="utf-8"
+      ) as file:
+        report = groups.report | {"digest": os.path.basename(folder)}
+        json.dump(report, file, indent=2)
+      checksums.write(temporary)
     # If another process was faster, its folder has the same content.
     if not os.path.exists(folder):
       os.replace(temporary, folder)

@@ -177,7 +177,7 @@ def together(function: Callable[[], T]) -> T:
     raise error
   for host, text in enumerate(errors):
     if text:
-      raise OtherHostError(f"host {host} could not start: {text}")
+      raise OtherHostError(f"host {host}: {text}")
   return result
 
 

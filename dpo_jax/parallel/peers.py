@@ -22,7 +22,7 @@ _current: "Peers | None" = None
 
 
 class OtherHostError(RuntimeError):
-  """Another host could not start."""
+  """Another host has failed, or did not come."""
 
 
 def tell_saved(step: int) -> None:

@@ -6,7 +6,8 @@ coordinator's address before JAX uses it: that of process 0 is the hub, and the
 others connect to it. They end their processes when one is lost, with a message
 that names it. Pipes and connections carry JSON, an object a line.
 
-This module imports the standard library only, so that it starts fast.
+This module imports the standard library only, so that it starts fast. It is
+longer than 400 lines, since a process that runs one file needs no other.
 """
 
 from collections.abc import Sequence

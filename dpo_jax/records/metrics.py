@@ -1,6 +1,7 @@
 """Metrics: their files, rates while a run trains, and tables."""
 
 from collections.abc import Collection, Iterator, Mapping
+import contextlib
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ import numpy as np
 
 from dpo_jax.config import eval_sets, metric_prefix, split_name
 from dpo_jax.records.workdir import Workdir
-from dpo_jax.system.files import write_atomically
+from dpo_jax.system.files import naming, write_atomically
 
 _LOG = logging.getLogger(__name__)
 _RESUMED = "resumed"  # split of a line that says where a run resumed
@@ -42,8 +43,15 @@ class GrowingFile:
 
   def append(self, text: str) -> None:
     if self._file is not None:
-      self._file.write(text)
-      self._file.flush()
+      try:
+        with naming(self._path, len(text)):
+          self._file.write(text)
+          self._file.flush()
+      except OSError:
+        # Closing would try to write what is left once more.
+        with contextlib.suppress(OSError):
+          self._file.close()
+        raise
       return
     self._text += text
     if time.monotonic() - self._written >= self._PERIOD_S:
@@ -55,7 +63,7 @@ class GrowingFile:
 
   def close(self) -> None:
     if self._file is not None:
-      self._file.close()
+      self._file.close()  # again is no error
     elif self._text:
       self._write()
 

@@ -182,6 +182,23 @@ def writing(path: epath.PathLike) -> Iterator[str]:
     written.copy(path, overwrite=True)
 
 
+@contextlib.contextmanager
+def naming(path: epath.PathLike, num_bytes: int) -> Iterator[None]:
+  """Names the file and the bytes in an error of writing, as of a full disk.
+
+  Args:
+    path: file that is written.
+    num_bytes: bytes that are written.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.filename is not None or error.errno is None:
+      raise
+    text = f"{error.strerror}, while {num_bytes:,} bytes were written"
+    raise type(error)(error.errno, text, str(path)) from error
+
+
 def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
   """Writes a file whole or not at all.
 
@@ -198,7 +215,12 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   # Processes that share a folder may write the same file at the same time.
   temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  temporary.write_bytes(content)
+  try:
+    with naming(path, len(content)):
+      temporary.write_bytes(content)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
   temporary.replace(path)
 
 

@@ -218,9 +218,7 @@ def test_what_differs_is_named(monkeypatch):
 def test_what_fails_on_one_host_fails_on_all(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(hosts, "gather_texts", lambda text: ["", "no such file"])
-  with pytest.raises(
-    hosts.OtherHostError, match="host 1 could not start: no such"
-  ):
+  with pytest.raises(hosts.OtherHostError, match="host 1: no such"):
     hosts.together(lambda: 3)
   monkeypatch.setattr(hosts, "gather_texts", lambda text: [text, ""])
   with pytest.raises(KeyError, match="mine"):
