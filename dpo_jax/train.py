@@ -142,7 +142,8 @@ class _Loop:
     if start == 0:
       metrics = self._evaluator.evaluate(0, state, with_samples=True)
     elif self._is_due(start, config.eval):
-      metrics = self._evaluator.make_up(start, state)
+      self._evaluator.make_up(start, state)
+      metrics = read_last_evaluation(run.workdir, config.data)
     with self._stop.holding(True):
       metrics = self._train(start) or metrics
       self._checkpoints.wait()
