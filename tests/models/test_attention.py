@@ -20,6 +20,8 @@ from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.system import compat
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def random_batch(seed, num_slots, length, layout="shared", num_groups=0):
   """Packs groups of random lengths; some prompts span several blocks."""
@@ -61,6 +63,25 @@ def values_and_grads(attend, batch, *, num_heads, num_kv_heads):
     *arrays
   )
   return out, *grads
+
+
+@functools.cache
+def dense_case(num_slots, length, window, soft_cap, kv_heads, layout):
+  """Returns a batch, settings, and what dense attention makes of them."""
+  batch = random_batch(num_slots, num_slots, length, layout)
+  rows = attention.make_rows(*labels_of(batch), backend="dense")
+  settings = dict(
+    window=None if window is None else jnp.int32(window),
+    scale=0.7,
+    soft_cap=soft_cap,
+  )
+  wanted = values_and_grads(
+    lambda q, k, v: attention.attend_rows(q, k, v, rows, **settings),
+    batch,
+    num_heads=4,
+    num_kv_heads=kv_heads,
+  )
+  return batch, settings, wanted
 
 
 def spy_on_batches(monkeypatch):
@@ -105,21 +126,11 @@ def test_blockwise_equals_dense_attention(
     monkeypatch.setattr(
       blockwise, "_MAX_PARALLEL_SCORES", parallel * 4 * size**2
     )
-  batch = random_batch(num_slots, num_slots, length, layout)
-  labels = labels_of(batch)
-  rows = attention.make_rows(*labels, backend="dense")
-  blocks = blockwise.make_blocks(*labels, size)
-  settings = dict(
-    window=None if window is None else jnp.int32(window),
-    scale=0.7,
-    soft_cap=soft_cap,
+  batch, settings, wanted = dense_case(
+    num_slots, length, window, soft_cap, kv_heads, layout
   )
   heads = dict(num_heads=4, num_kv_heads=kv_heads)
-  wanted = values_and_grads(
-    lambda q, k, v: attention.attend_rows(q, k, v, rows, **settings),
-    batch,
-    **heads,
-  )
+  blocks = blockwise.make_blocks(*labels_of(batch), size)
   sizes = spy_on_batches(monkeypatch)
   got = values_and_grads(
     lambda q, k, v: blockwise.attend_blocks(q, k, v, blocks, **settings),
@@ -321,11 +332,16 @@ def test_finished_query_block_adds_nothing(monkeypatch):
 
 
 def block_size(length, groups_per_row):
-  ones = jnp.ones((1, length), jnp.int32)
-  rows = attention.make_rows(
-    ones, ones, ones, backend="xla", groups_per_row=groups_per_row
+  label = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  positions = jax.eval_shape(
+    lambda *labels: (
+      attention.make_rows(
+        *labels, backend="xla", groups_per_row=groups_per_row
+      ).blocks.positions
+    ),
+    *[label] * 3,
   )
-  return rows.blocks.positions.shape[2]
+  return positions.shape[2]
 
 
 def test_long_groups_get_large_blocks():
