@@ -28,7 +28,7 @@ _SETTINGS = {
   "data__source": "synthetic:review_demonstrations:40",
   "data__layout": "padded",
 }
-# JSON of other kinds than a table of files, and text that JSON cannot be.
+# JSON other than a table of files, and text other than JSON.
 _ODD = (
   "[]",
   "null",

@@ -1,6 +1,6 @@
 """Damaged caches of the reference: batches have its log-probs, or none."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import functools
@@ -8,12 +8,14 @@ import pathlib
 import shutil
 import tempfile
 from typing import Any, NamedTuple
+from unittest import mock
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.parallel import stop_signal
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.training import cached_reference, logps_cache
 from dpo_jax.training.initial_state import load_params
@@ -43,15 +45,9 @@ class _StoppedError(Exception):
   pass
 
 
-def _stop() -> None:
-  raise _StoppedError
-
-
-def _attach(
-  run: Run, state: Any, check: Callable[[], None] = lambda: None
-) -> list[np.ndarray]:
+def _attach(run: Run, state: Any) -> list[np.ndarray]:
   loaders = [run.data.train, *run.data.eval.values()]
-  attached = cached_reference.attach(run, state, loaders, check=check)
+  attached = cached_reference.attach(run, state, loaders)
   return [np.asarray(loader.ref_logps) for loader in attached]
 
 
@@ -79,8 +75,11 @@ def made() -> Made:
   whole, stopped, others = (folder / x for x in ("run0", "stopped", "run1"))
   shutil.copytree(whole, stopped)
   shutil.rmtree(stopped / "reference")
-  with contextlib.suppress(_StoppedError):
-    _attach(_moved(run, stopped), state, _stop)
+  check = mock.patch.object(
+    stop_signal, "check", side_effect=[None, _StoppedError]
+  )
+  with check, contextlib.suppress(_StoppedError):
+    _attach(_moved(run, stopped), state)
   return Made(run, state, (whole, stopped, others), logps)
 
 

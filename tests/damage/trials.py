@@ -20,7 +20,7 @@ class Kind(NamedTuple):
   """A kind of trial: function NAME of module tests/damage/NAME.py.
 
   Attributes:
-    meaning: damaged files or processes.
+    meaning: files or processes that are damaged.
     small: number of trials in CI.
     timeout_s: time limit of a trial.
   """
@@ -33,12 +33,10 @@ class Kind(NamedTuple):
 KINDS = {
   "checkpoints": Kind("files of a run's checkpoints", 60),
   "store": Kind("files of a token store", 60),
-  # Not in CI yet: a cache that agrees with itself is read for another.
-  "reference_cache": Kind("cached log-probs of the reference", 0),
+  "reference_cache": Kind("cached log-probs of the reference", 60),
   "outside": Kind("data, tokenizer and Hugging Face files", 60),
   "kills": Kind("runs that are killed and resumed", 1, timeout_s=3600),
-  # Not in CI yet: the other host ends after 90 s, and names no host.
-  "hosts": Kind("one of two processes", 0, timeout_s=3600),
+  "hosts": Kind("one of two processes", 1, timeout_s=3600),
 }
 
 
@@ -49,7 +47,7 @@ class Result(NamedTuple):
     kind: key of KINDS.
     index: index of the trial; -1 for the control.
     outcome: a few words; those that begin with "wrong" are failures.
-    detail: damage, and its effect.
+    detail: the damage, and the error if there was one.
     seconds: duration.
   """
 

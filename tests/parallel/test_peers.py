@@ -75,6 +75,7 @@ def test_a_killed_process_ends_the_others_which_name_it(victim):
     ) in output
 
 
+@pytest.mark.fault(53)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_process_is_killed_and_ends_the_others(victim):
   processes = watch_all(2, peer_s=2.0)
@@ -129,6 +130,7 @@ def test_a_run_that_is_done_ends_all_watchers_silently():
   assert codes == [0] * 3 and outputs == [""] * 3
 
 
+@pytest.mark.fault(53)
 def test_processes_that_never_come_are_named_by_those_that_wait():
   port = free_port()
   processes = [watch(i, 3, port, start_s=0.8) for i in (0, 1)]

@@ -11,6 +11,7 @@ from dpo_jax.parallel.stop_signal import Preempted, StopSignal
 from tests import faults
 
 
+@pytest.mark.fault(46)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_what_is_not_held_at_once(number):
   with StopSignal(), pytest.raises(Preempted) as stopped:
@@ -54,6 +55,7 @@ with stop:
 """
 
 
+@pytest.mark.fault(46)
 def test_a_process_in_c_ends_unless_a_step_would_be_lost():
   idle = faults.spawn(_COMPILES, "saved")
   busy = faults.spawn(_COMPILES, "unsaved")

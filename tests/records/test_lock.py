@@ -85,6 +85,7 @@ def test_a_lock_names_its_process_and_is_gone_at_the_end(workdir):
   assert names(workdir) == []
 
 
+@pytest.mark.fault(49)
 def test_a_live_process_of_this_machine_is_named_at_once(workdir):
   with make_lock(workdir, timeout_s=30.0) as lock:
     started = time.monotonic()

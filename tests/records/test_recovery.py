@@ -89,6 +89,7 @@ def test_the_name_of_a_run_is_part_of_the_manifest(tmp_path):
   assert manifest.verify(folder) == "run.txt is missing"
 
 
+@pytest.mark.fault(41)
 def test_a_run_that_lost_all_steps_does_not_start_again(tmp_path, caplog):
   workdir = Workdir.at(tmp_path)
   for step in (2, 4):

@@ -116,6 +116,7 @@ def test_stops_at_every_batch_still_reach_the_end(made, fresh):
   assert logps.tobytes() == made[2].tobytes()
 
 
+@pytest.mark.fault(39)
 @pytest.mark.slow
 def test_a_killed_scoring_is_continued_with_the_same_bits(made, fresh):
   run, _ = fresh
@@ -240,6 +241,7 @@ def swap_columns(run):
   return path
 
 
+@pytest.mark.fault(36)
 def test_other_log_probs_are_refused_on_resume(fresh):
   run, state = fresh
   before = attach(run, state)
@@ -279,6 +281,7 @@ def test_log_probs_that_round_differently_on_resume_are_told(fresh, caplog):
   assert not caplog.text
 
 
+@pytest.mark.fault(34)
 def test_a_resumed_run_without_a_record_of_its_reference_is_refused(fresh):
   run, state = fresh
   attach(run, state)
