@@ -36,7 +36,7 @@ def _begin(
     "--config.log.every_steps=50",  # a pipe that nothing reads must not fill
   )
   if variant == "never comes":
-    flags += ("--config.hosts.start_timeout_s=15.0",)
+    flags += ("--config.hosts.start_timeout_s=5.0",)
   processes = test_hosts.start(folder, workdir, 2, *flags)
   if variant == "never comes":
     processes[victim].kill()
