@@ -111,8 +111,9 @@ def assert_same_training(one, other):
   assert_close(after, others)
   for split in ("train", "eval"):
     for a, b in zip(curve(one, split), curve(other, split), strict=True):
-      # At the start margins are rounding, and accuracy its sign.
-      left_out = ["split", "padding_fraction"]
+      # At the start margins are rounding, and accuracy its sign. The largest
+      # log-ratio, in nats, is a difference of sums some hundreds large.
+      left_out = ["split", "padding_fraction", "log_ratio/largest"]
       left_out += [name for name in a if "accuracy" in name]
       assert_close(
         {k: v for k, v in a.items() if k not in left_out},
@@ -279,9 +280,14 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(
 
 
 @pytest.mark.slow
-def test_a_signal_in_the_last_step_changes_nothing(tmp_path, monkeypatch):
+def test_the_evaluation_after_a_signal_in_the_last_step_is_made_up_for(
+  tmp_path, monkeypatch
+):
   faults.stop_at(monkeypatch, 2)
-  figures = train(make_config(total_steps=2), tmp_path)
+  config = make_config(total_steps=2)
+  with pytest.raises(Preempted):
+    train(config, tmp_path)
+  figures = train(config, tmp_path)
   assert figures["eval/num_groups"] > 0
   assert [row["step"] for row in curve(tmp_path, "eval")] == [0, 2]
 
@@ -697,7 +703,7 @@ def snapshot(folder):
 @pytest.mark.parametrize(
   ("moment", "saved"),
   [
-    ((cached_reference, "_compute", 1), None),
+    ((cached_reference._Scorer, "_compute", 1), None),
     ((evaluation, "evaluate", 1), None),  # at the start
     ((evaluation, "evaluate", 2), 2),
     ((samples, "draw_samples", 3), 4),  # of the policy, at the end
