@@ -63,7 +63,7 @@ class GrowingFile:
 
   def close(self) -> None:
     if self._file is not None:
-      self._file.close()  # again is no error
+      self._file.close()  # closing twice does nothing
     elif self._text:
       self._write()
 

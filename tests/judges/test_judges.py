@@ -140,7 +140,9 @@ def test_a_judge_that_always_takes_the_first_gives_a_half():
 def test_a_run_that_is_no_reward_model_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"loss\.name='reward_model'"):
     judges.get_judge(f"reward:{tmp_path}")
-  (tmp_path / "config.json").write_text('{"policy": {}}')
+  (tmp_path / "config.json").write_text(
+    '{"policy": {}, "data": {}, "loss": {}}'
+  )
   model = dataclasses.asdict(tiny.make_policy().config)
   (tmp_path / "model.json").write_text(json.dumps(model))
   with pytest.raises(ValueError, match="has no value head"):
