@@ -131,6 +131,8 @@ def metrics(workdir: pathlib.Path) -> dict[tuple[str, int], Any] | None:
   """Returns the metrics by split and step; None if a repeated step differs."""
   by_step: dict[tuple[str, int], Any] = {}
   for row in _rows(workdir):
+    if row["split"] == "resumed":  # a mark of each start
+      continue
     if by_step.setdefault((row["split"], row["step"]), row) != row:
       return None
   return by_step
