@@ -173,6 +173,17 @@ def render(template, messages=(USER,), header=True, extras=None):
   return text
 
 
+# Processes that tests of other files left to be waited for.
+_OLDER: set[str] = set()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def older_children():
+  _OLDER.update(map(str, children()))
+  yield
+  _OLDER.clear()
+
+
 def children(of=None):
   """Processes that render, of ours or another's, or were never waited for."""
   found = []
@@ -185,8 +196,10 @@ def children(of=None):
           command = file.read()
       except (FileNotFoundError, ProcessLookupError):
         continue
-      if parent == (of or os.getpid()) and (
-        not command or "template_child" in command
+      if (
+        name not in _OLDER
+        and parent == (of or os.getpid())
+        and (not command or "template_child" in command)
       ):
         found.append(int(name))
   return found
