@@ -8,10 +8,7 @@ from dpo_jax.types import TrainState
 
 
 def open_loaders(
-  run: Run,
-  state: TrainState,
-  *,
-  label: str,
+  run: Run, state: TrainState, *, label: str
 ) -> tuple[Loader | OnPolicyLoader, dict[str, Loader]]:
   """Opens the training batches and the held-out sets that are measured.
 
@@ -30,10 +27,7 @@ def open_loaders(
   loaders = {n: x for n, x in run.data.eval.items() if n in run.data.measured}
   if run.config.online.kind == "none":
     attached = cached_reference.attach(
-      run,
-      state,
-      [run.data.train, *loaders.values()],
-      label=label,
+      run, state, [run.data.train, *loaders.values()], label=label
     )
     return attached[0], dict(zip(loaders, attached[1:], strict=True))
   sampled = OnPolicyLoader(

@@ -15,6 +15,7 @@ from etils import epath
 
 from dpo_jax.records import manifest
 from dpo_jax.records.metrics import cut_lines_after
+from dpo_jax.records.resume import add_to_history
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.files import is_remote, read_json, tree, write_json
 
@@ -49,7 +50,7 @@ def recover(
     ValueError: no such step to go back to, or no step left of several.
   """
   saves = _read_saves(workdir)
-  if saves.get("begun") != saves.get("saved"):
+  if "begun" in saves and saves["begun"] != saves.get("saved"):
     _adopt_last(workdir, saves["begun"])
   for folder in _step_folders(workdir):
     fault = manifest.verify(folder, run_id=workdir.run_id)
@@ -89,7 +90,7 @@ def _adopt_last(workdir: Workdir, step: int) -> None:
   if is_remote(folder) and not (folder / _COMMITTED).exists():
     return
   manifest.write(folder, workdir.run_id)
-  _LOG.info("checkpoint  step %d was saved when the run ended", step)
+  _LOG.info("%-11s step %d was saved when the run ended", "checkpoint", step)
 
 
 def _go_back(workdir: Workdir, step: int, steps: list[int]) -> None:
@@ -115,14 +116,16 @@ def _check_not_lost(
   workdir: Workdir, saved: int, steps: list[int], *, may_restart: bool
 ) -> None:
   latest = max(steps, default=0)
-  if not steps and not may_restart:
+  if not steps and may_restart:
+    add_to_history(workdir, {"restart": [f"step {saved} was saved"]})
+  elif not steps:
     raise ValueError(
       f"{workdir} has saved step {saved}, and no step is left that could be"
       f" used: {workdir.checkpoints} holds none, {workdir.quarantine} what was"
       " moved there. Put a checkpoint back, choose another workdir, or start"
       " again at step 0 with --config.resume.allow=restart"
     )
-  if latest < saved:
+  elif latest < saved:
     _LOG.warning(
       "step %d was saved and cannot be used: the run resumes from step %d",
       saved,

@@ -48,6 +48,7 @@ _KINDS = {
     "data.template_date",
   ),
 }
+_KINDS_OF_DATA = {"data", "format", "tokenizer"}
 _COMMIT = "[0-9a-f]{40}"
 
 
@@ -204,6 +205,8 @@ def record(
   description: Mapping[str, Any],
   accepted: Mapping[str, list[str]],
   workdir: Workdir,
+  *,
+  step: int | None = None,
 ) -> None:
   """Records a run in its workdir, at each start.
 
@@ -212,20 +215,43 @@ def record(
     description: `Data.description`.
     accepted: differences that `check_same` has returned.
     workdir: run directory.
+    step: step that the run has gone back to, from `go_back_to`.
   """
   workdir.write_config(_as_json(config))
-  known = read_json(workdir.data) if workdir.data.exists() else {}
-  history = known.get("history", [])
-  if accepted or go_back_to(config, accepted, workdir):
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    entry = {"at": now, "step": config["resume"]["step"], "accepted": accepted}
-    history = [*history, entry]
-  if not known or {"data", "format", "tokenizer"} & accepted.keys():
-    known = dict(description)
-  if known.get("history", []) != history or not workdir.data.exists():
-    write_json(workdir.data, known | {"history": history})
+  known = _read_data(workdir)
+  if not _is_described(known) or _KINDS_OF_DATA & accepted.keys():
+    history = known.get("history", [])
+    write_json(workdir.data, {**description, "history": history})
+  if accepted or step:
+    add_to_history(workdir, accepted, step)
+
+
+def add_to_history(
+  workdir: Workdir, accepted: Mapping[str, list[str]], step: int | None = None
+) -> None:
+  """Logs what `resume.allow` has taken, and adds it to data.json.
+
+  Args:
+    workdir: run directory; process 0 writes.
+    accepted: differences by kind.
+    step: step that the run has gone back to.
+  """
   for kind, lines in accepted.items():
     _LOG.warning("resume.allow=%s takes:\n  %s", kind, "\n  ".join(lines))
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  entry = {"at": now, "step": step, "accepted": dict(accepted)}
+  known = _read_data(workdir)
+  history = [*known.get("history", []), entry]
+  write_json(workdir.data, {**known, "history": history})
+
+
+def _read_data(workdir: Workdir) -> dict[str, Any]:
+  return read_json(workdir.data) if workdir.data.exists() else {}
+
+
+def _is_described(known: Mapping[str, Any]) -> bool:
+  """Returns whether data.json holds more than a history."""
+  return "train" in known
 
 
 def go_back_to(
@@ -243,8 +269,8 @@ def go_back_to(
     workdir: run directory.
   """
   step = config["resume"]["step"]
-  known = read_json(workdir.data) if workdir.data.exists() else {}
-  last = known.get("history", [{}])[-1] if known.get("history") else {}
+  history = _read_data(workdir).get("history", [])
+  last = history[-1] if history else {}
   if step is None or accepted or last.get("step") != step:
     return step
   _LOG.info("resume.step=%d was done at %s", step, last["at"])
@@ -340,9 +366,9 @@ def _compare_data(
   config: Any, identity: Mapping[str, Any], workdir: Workdir
 ) -> dict[str, list[str]]:
   """Compares data, tokenizer and template with what a run began with."""
-  if not workdir.data.exists():
+  before = _read_data(workdir)
+  if not _is_described(before):
     return {}
-  before = read_json(workdir.data)
   others = ("reports", "checks", "history")
   before = {k: v for k, v in before.items() if k not in others}
   if isinstance(before["train"], str):  # as older runs recorded a split

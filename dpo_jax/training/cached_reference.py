@@ -15,6 +15,7 @@ from dpo_jax.data import batch_plan, scoring
 from dpo_jax.data.loader import Loader
 from dpo_jax.models import lora
 from dpo_jax.parallel import hosts
+from dpo_jax.records import resume
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.files import read_json, write_json
 from dpo_jax.training import initial_state, logps_cache, reference, start
@@ -130,7 +131,9 @@ def _known_caches(run: Run, digest: str) -> Mapping[str, str]:
     )
   if before["weights"] != digest:
     if "reference" in parse_allowed(run.config.resume.allow):
-      _LOG.warning("resume.allow=reference takes other weights")
+      if run.is_writer:
+        change = f"{before['weights'][:12]} there, {digest[:12]} now"
+        resume.add_to_history(run.workdir, {"reference": [change]})
       return {}
     raise ValueError(
       f"{run.reference_init} holds other weights than when this run began:"

@@ -47,14 +47,16 @@ def open_workdir(run: Run) -> Iterator[Opened]:
     accepted = resume.check_same(
       config, run.data.identity(), workdir, optimizer.build_schedule
     )
+    step = resume.go_back_to(config, accepted, workdir)
     checkpoints = open_checkpoints(
       workdir,
       config,
-      go_back_to=resume.go_back_to(config, accepted, workdir),
+      go_back_to=step,
       may_restart="restart" in parse_allowed(config.resume.allow),
     )
     if run.is_writer:
-      resume.record(config, run.data.description(), accepted, workdir)
+      description = run.data.description()
+      resume.record(config, description, accepted, workdir, step=step)
       write_json(workdir.model, dataclasses.asdict(run.program.policy.config))
       workdir.record_version(code_version())
     writer = MetricsWriter(

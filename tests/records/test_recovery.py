@@ -100,6 +100,8 @@ def test_a_run_that_lost_all_steps_does_not_start_again(tmp_path, caplog):
       recovery.recover(workdir)
   assert str(tmp_path / "quarantine" / "4-1") in caplog.text
   recovery.recover(workdir, may_restart=True)
+  [entry] = json.loads(workdir.data.read_text())["history"]
+  assert entry["accepted"] == {"restart": ["step 4 was saved"]}
 
 
 def test_a_lost_latest_step_is_told(tmp_path, caplog):

@@ -30,7 +30,7 @@ def start(tmp_path, identity=IDENTITY, **overrides):
   workdir = Workdir.at(tmp_path)
   accepted = resume.check_same(config, identity, workdir, build_schedule)
   step = resume.go_back_to(config, accepted, workdir)
-  resume.record(config, identity, accepted, workdir)
+  resume.record(config, identity, accepted, workdir, step=step)
   return accepted, step
 
 
