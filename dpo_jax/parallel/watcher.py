@@ -26,6 +26,7 @@ _BEAT_S = 1.0
 _RETRY_S = 0.3
 _REPORT_S = 20.0  # between two lines that say for what the start waits
 _MERCY_S = 5.0  # that a process has to end by itself
+_LEAVE_S = 2.0  # for the last messages to arrive
 
 
 class Settings(NamedTuple):
@@ -78,6 +79,13 @@ class Channel:
 
   def close(self) -> None:
     os.close(self._reader)
+
+  def close_writer(self) -> None:
+    """Ends what is sent on a connection; what was sent still arrives."""
+    with contextlib.suppress(OSError):
+      connection = socket.socket(fileno=os.dup(self._writer))
+      connection.shutdown(socket.SHUT_WR)
+      connection.close()
 
   def send(self, **message: Any) -> None:
     """Sends an object. That the other side has ended is seen by `receive`."""
@@ -312,6 +320,23 @@ class Watcher:
       or time.monotonic() > self._decide_at
     )
 
+  def leave(self) -> None:
+    """Closes the connections, so that the last messages arrive.
+
+    The system resets a connection that is closed while something on it has not
+    been read, and drops what is still to be sent.
+    """
+    peers = list(self._peers.values())
+    for peer in peers:
+      peer.close_writer()
+    deadline = time.monotonic() + _LEAVE_S
+    while peers and (left := deadline - time.monotonic()) > 0:
+      for peer in wait(peers, left):
+        try:
+          peer.receive()
+        except EOFError:
+          peers.remove(peer)
+
   def _tell_peers(self, **message: Any) -> None:
     for peer in self._peers.values():
       peer.send(**message)
@@ -432,6 +457,7 @@ def main() -> None:
     process.send(error=str(error))
     return
   watcher.watch()
+  watcher.leave()
 
 
 if __name__ == "__main__":

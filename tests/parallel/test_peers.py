@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -245,3 +246,30 @@ def test_a_run_names_the_process_that_never_comes(tmp_path, missing):
   assert f"error: host {missing} " in outputs[1 - missing]
   assert "did not come within 5 s" in outputs[1 - missing]
   assert "Traceback" not in outputs[1 - missing]
+
+
+def test_the_last_message_of_a_watcher_arrives():
+  """A connection that is closed with unread data is reset."""
+  with socket.create_server(("127.0.0.1", 0)) as listener:
+    one = socket.create_connection(listener.getsockname())
+    two = listener.accept()[0]
+  settings = watcher.Settings(os.getpid(), 0, 2, "", 1.0, 1.0)
+  leaving = watcher.Watcher(settings, watcher.Channel(-1, -1))
+  channel = watcher.Channel(one.fileno(), one.detach())
+  leaving._peers[1] = channel
+  for _ in range(20):  # after that the system acknowledges late
+    channel.send(saved=1)
+    two.recv(99)
+    two.sendall(b'{"saved": 1}\n')
+    channel.receive()
+  two.sendall(b'{"saved": 1}\n')  # never read
+  channel.send(saved=2)
+  channel.send(loss=1)  # waits in the system until the other is acknowledged
+  thread = threading.Thread(target=lambda: (leaving.leave(), channel.close()))
+  thread.start()
+  received = b""
+  while data := two.recv(99):
+    received += data
+  two.close()
+  thread.join()
+  assert b'"loss": 1' in received
