@@ -42,6 +42,10 @@ FACTORISATIONS = [
 ]
 
 
+# In one program, and its metrics have the loss of each.
+LOSSES = ({"name": "dpo", "weight": 0.5}, {"name": "sft", "weight": 0.5})
+
+
 def make_batch(num_rows=16):
   groups = tiny.make_groups(30)
   ref_logps = np.random.default_rng(1).normal(-30, 3, (30, 2))
@@ -53,7 +57,6 @@ def make_batch(num_rows=16):
 def run_step(
   sizes,
   *,
-  loss="dpo",
   parallelism="jit",
   accumulation_steps=1,
   is_frozen=False,
@@ -65,11 +68,13 @@ def run_step(
   placement = make_placement(mesh, parallelism)
   policy = tiny.make_policy()
   params = tiny.make_params(policy)
+  objective = build_objective(LOSSES)
   optimizer = optax.sgd(1e-2)
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.init(params),
+    loss_state=objective.init(),
     ref_params=tiny.make_params(policy, seed=1) if is_frozen else None,
   )
   shardings = partition_rules.state_shardings(state, params, placement.mesh)
@@ -77,7 +82,7 @@ def run_step(
   step = placement.compile_step(
     step_lib.make_train_step(
       policy,
-      build_objective({"name": loss}),
+      objective,
       optimizer,
       optax.constant_schedule(1e-2),
       accumulation_steps=accumulation_steps,
@@ -117,14 +122,14 @@ def assert_same_run(one, other, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def one_device():
-  return {loss: run_step(MESHES[0], loss=loss) for loss in ("dpo", "sft")}
+  return run_step(MESHES[0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["dpo", "sft"])
 @pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
-def test_every_mesh_takes_the_same_steps(one_device, sizes, loss):
-  assert_same_run(one_device[loss], run_step(sizes, loss=loss))
+def test_every_mesh_takes_the_same_steps(one_device, sizes):
+  assert {"loss/dpo", "loss/sft"} <= one_device[1][0].keys()
+  assert_same_run(one_device, run_step(sizes))
 
 
 @pytest.mark.parametrize(
@@ -145,27 +150,22 @@ def test_every_mesh_takes_the_same_steps(one_device, sizes, loss):
   ids=lambda sizes: "x".join(map(str, sizes.values())),
 )
 def test_every_factorisation_takes_the_same_steps(one_device, sizes):
-  assert_same_run(one_device["dpo"], run_step(sizes))
+  assert_same_run(one_device, run_step(sizes))
 
 
-@pytest.mark.parametrize("loss", ["dpo", "sft"])
-def test_pmap_takes_the_same_steps(one_device, loss):
-  run = run_step(MESHES[1], loss=loss, parallelism="pmap")
-  assert_same_run(one_device[loss], run)
+def test_pmap_takes_the_same_steps(one_device):
+  assert_same_run(one_device, run_step(MESHES[1], parallelism="pmap"))
 
 
-@pytest.mark.parametrize("loss", ["dpo", "sft"])
 @pytest.mark.parametrize(
   ("sizes", "parallelism", "parts"),
   [(MESHES[0], "jit", 4), (MESHES[1], "jit", 2), (MESHES[1], "pmap", 2)],
 )
 def test_accumulation_takes_the_same_steps(
-  one_device, loss, sizes, parallelism, parts
+  one_device, sizes, parallelism, parts
 ):
-  run = run_step(
-    sizes, loss=loss, parallelism=parallelism, accumulation_steps=parts
-  )
-  assert_same_run(one_device[loss], run)
+  run = run_step(sizes, parallelism=parallelism, accumulation_steps=parts)
+  assert_same_run(one_device, run)
 
 
 @pytest.mark.slow
