@@ -200,15 +200,25 @@ def one_step(loss, *, devices=1, parts=1, parallelism="jit"):
   return history, jax.device_get((state.params, state.loss_state))
 
 
-LISTED = [{"name": "dpo", "weight": 0.7}, {"name": "bco_pair", "weight": 0.3}]
+# By kind of group, in one program: its metrics have the loss of each. DPO is
+# not coupled.
+LISTS = {
+  kind: [
+    {"name": name, "weight": 1 / (i + 3)}
+    for i, name in enumerate(
+      n for n in (*COUPLED, "dpo") if CATALOGUE[n].group == kind
+    )
+  ]
+  for kind in ("pair", "single")
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "loss", [{"name": n} for n in COUPLED] + [LISTED], ids=str
-)
-def test_batch_coupled_losses_do_not_see_devices_or_parts(loss):
+@pytest.mark.parametrize("kind", LISTS)
+def test_batch_coupled_losses_do_not_see_devices_or_parts(kind):
+  loss = LISTS[kind]
   history, (params, loss_state) = one_step(loss)
+  assert {f"loss/{term['name']}" for term in loss} <= history[0].keys()
   for kwargs in ({"devices": 8}, {"devices": 4, "parts": 4}):
     other, (other_params, other_state) = one_step(loss, **kwargs)
     for a, b in zip(history, other, strict=True):
