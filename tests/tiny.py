@@ -64,6 +64,32 @@ def make_config(**overrides):
   return config
 
 
+# Programs that runs have built, by what decides them.
+_BUILT: dict[tuple, program_lib.Program] = {}
+_make_logps_step = functools.cache(reference.make_logps_step)
+_make_eval_step = functools.cache(forward.make_eval_step)
+
+
+def _decides_program(config, key: str) -> bool:
+  """Returns whether a config key may change what a run compiles."""
+  if key == "total_steps":
+    return config.optimizer.schedule != "constant"
+  if key.startswith(("checkpoint.", "eval.")):
+    return key == "eval.losses"
+  return resume.decides_result(key) or key == "logps_chunk"
+
+
+def _build_once(config, policy, placement) -> program_lib.Program:
+  values = sorted(config_lib.flatten(config), key=lambda item: item[0])
+  kept = [(k, v) for k, v in values if _decides_program(config, k)]
+  key = repr(kept), policy, placement
+  if key not in _BUILT:
+    made = program_lib.build_program(config, policy, placement)
+    object.__setattr__(made, "train_step", functools.cache(made.train_step))
+    _BUILT[key] = made
+  return _BUILT[key]
+
+
 @contextlib.contextmanager
 def shared_programs():
   """Lets runs of one process share what they compile, where it is the same.
@@ -71,26 +97,10 @@ def shared_programs():
   Tracing and lowering a program takes longer than a few of its steps, and no
   cache on the disk saves it.
   """
-  built = {}
-
-  def build(config, policy, placement):
-    values = sorted(config_lib.flatten(config), key=lambda item: item[0])
-    kept = [(k, v) for k, v in values if resume.decides_result(k)]
-    key = repr(kept), policy, placement
-    if key not in built:
-      made = program_lib.build_program(config, policy, placement)
-      object.__setattr__(made, "train_step", functools.cache(made.train_step))
-      built[key] = made
-    return built[key]
-
   with (
-    mock.patch.object(run, "build_program", build),
-    mock.patch.object(
-      reference, "make_logps_step", functools.cache(reference.make_logps_step)
-    ),
-    mock.patch.object(
-      forward, "make_eval_step", functools.cache(forward.make_eval_step)
-    ),
+    mock.patch.object(run, "build_program", _build_once),
+    mock.patch.object(reference, "make_logps_step", _make_logps_step),
+    mock.patch.object(forward, "make_eval_step", _make_eval_step),
   ):
     yield
 
