@@ -152,7 +152,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(
     rows = [json.loads(line) for line in text.splitlines()]
     by_step = {}
     for row in rows:
-      if row["split"] == "resumed":  # says only where a start went on
+      if row["split"] == "resumed":  # says where a start resumed
         continue
       for clock in (
         "groups_per_second",
