@@ -98,10 +98,8 @@ class Bench:
       policy,
       params,
       prompts,
+      generate.Sampling(self.max_response_tokens, 1.0, self.tokenizer.stop_ids),
       seed=seed,
-      max_response_tokens=self.max_response_tokens,
-      temperature=1.0,
-      stop_ids=self.tokenizer.stop_ids,
     )
     return self.judge(prompts, responses)
 

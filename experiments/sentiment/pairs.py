@@ -46,10 +46,8 @@ def make_prompts(
         policy,
         params,
         [begin or [tokenizer.eos_id]] * num,
+        generate.Sampling(plan.size["prefix_tokens"], 1.0, tokenizer.stop_ids),
         seed=1000 + seed,
-        max_response_tokens=plan.size["prefix_tokens"],
-        temperature=1.0,
-        stop_ids=tokenizer.stop_ids,
       )
       whole = [tuple(t) for t in texts if tokenizer.eos_id not in t]
       found |= dict.fromkeys(whole)

@@ -166,8 +166,8 @@ def test_cached_sampling_equals_the_uncached_forward(load, name, temperature):
     tokens[:n].tolist() for tokens, n in zip(ragged(), (7, 2, 11), strict=True)
   ]
   num = 12
-  knobs = dict(seed=3, max_response_tokens=num, temperature=temperature)
-  ours = generate.sample(policy, params, prompts, stop_ids=(1,), **knobs)
+  settings = generate.Sampling(num, temperature, stop_ids=(1,))
+  ours = generate.sample(policy, params, prompts, settings, seed=3)
   base = jax.random.key(3)
   for i, (prompt, response) in enumerate(zip(prompts, ours, strict=True)):
     key, text = jax.random.fold_in(base, i), list(prompt)

@@ -13,6 +13,7 @@ from dpo_jax.parallel.placement import Placement
 from tests import tiny
 
 EOS = 95
+SETTINGS = dict(max_response_tokens=12, temperature=1.0, stop_ids=(EOS,))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -31,14 +32,11 @@ def next_logits(policy, params, tokens):
   return np.asarray(all_logits(policy, params, padded))[len(tokens) - 1]
 
 
-def sample(policy, params, prompts, **kwargs):
-  settings = {
-    "seed": 3,
-    "max_response_tokens": 12,
-    "temperature": 1.0,
-    "stop_ids": (EOS,),
-  }
-  return generate.sample(policy, params, prompts, **(settings | kwargs))
+def sample(policy, params, prompts, *, seed=3, **kwargs):
+  of_call = ("batch_size", "first_index", "rows")
+  call = {name: kwargs.pop(name) for name in of_call if name in kwargs}
+  settings = generate.Sampling(**{**SETTINGS, **kwargs})
+  return generate.sample(policy, params, prompts, settings, seed=seed, **call)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +133,39 @@ def test_filters_equal_a_loop():
 def test_bad_requests_are_refused(model, prompts, kwargs, message):
   with pytest.raises(ValueError, match=message):
     sample(*model, prompts, **kwargs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_streamed_tokens_are_those_of_the_sample(model, temperature):
+  settings = dict(temperature=temperature, top_k=40, max_response_tokens=70)
+  wanted = sample(*model, PROMPTS, **settings)
+  for index, prompt in enumerate(PROMPTS):
+    tokens = generate.stream(
+      *model,
+      prompt,
+      generate.Sampling(**{**SETTINGS, **settings}),
+      seed=3,
+      index=index,
+    )
+    assert list(tokens) == wanted[index]
+  assert any(response[-1] == EOS for response in wanted) or not temperature
+
+
+def test_a_stream_is_the_same_on_a_mesh(model):
+  policy, params = model
+  mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  placed = jax.device_put(params, partition_rules.param_shardings(params, mesh))
+  settings = generate.Sampling(**SETTINGS)
+  one = generate.stream(policy, params, PROMPTS[2], settings, seed=3)
+  other = generate.stream(
+    policy,
+    placed,
+    PROMPTS[2],
+    settings,
+    seed=3,
+    rows=Placement(mesh).row_sharding,
+  )
+  assert list(one) == list(other)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

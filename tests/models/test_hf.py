@@ -407,10 +407,8 @@ def test_stories_continue_as_they_should(stories):
     policy,
     params,
     [ids],
+    generate.Sampling(60, 0.0, stop_ids=(2,)),
     seed=0,
-    max_response_tokens=60,
-    temperature=0.0,
-    stop_ids=(2,),
   )
   assert tokenizer.decode(out[0]).startswith(
     ", there was a little girl named Lily. She loved to play outside in the"
