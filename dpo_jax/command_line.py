@@ -76,11 +76,12 @@ def define_flags() -> None:
   flags.DEFINE_bool("debug", False, "show the traceback of an error")
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
   """Parses the flags and runs a command.
 
   Args:
     main: the command; flags are parsed when it is called.
+    takes_arguments: whether `main` is given the arguments without a flag.
   """
   if "debug" not in flags.FLAGS:
     define_flags()
@@ -89,15 +90,20 @@ def run(main: Callable[[], None]) -> None:
   def call(argv: list[str]) -> None:
     nonlocal is_parsed
     is_parsed = True
+    show_logs()
+    if takes_arguments:
+      main(argv[1:])
+      return
     if len(argv) > 1:
       raise ValueError(
         f"unexpected arguments: {' '.join(argv[1:])}. Flags are --NAME=VALUE"
       )
-    show_logs()
     main()
 
   try:
     app.run(call)
+  except KeyboardInterrupt:
+    raise SystemExit(130) from None  # as a shell reports it
   except _MISTAKES as error:
     _tell(error)
   except (AttributeError, KeyError, TypeError) as error:

@@ -180,9 +180,21 @@ ROOMS: dict[str, list[str]] = {
     "report",
     "sweep",
   ],
+  "viewing": [
+    "terminal",
+    "rows",
+    "groups",
+    "preflight",
+    "open_policy",
+    "answers",
+    "runs",
+  ],
   "train": [],
   "export": [],
   "plan": [],
+  "inspect": [],
+  "generate": [],
+  "compare": [],
 }
 _ORDER = list(ROOMS)
 

@@ -58,6 +58,9 @@ class ByteTokenizer(_WithoutTemplate):
   def decode(self, ids: Sequence[int]) -> str:
     return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
+  def special_token(self, token_id: int) -> str:
+    return {self.bos_id: "<bos>", self.eos_id: "<eos>"}.get(token_id, "")
+
 
 class LetterTokenizer(_WithoutTemplate):
   """Tokenizer of the first letters of the alphabet, for enumerable tasks.
@@ -99,3 +102,6 @@ class LetterTokenizer(_WithoutTemplate):
 
   def decode(self, ids: Sequence[int]) -> str:
     return "".join(chr(i + ord("a")) for i in ids if i < self.vocab_size)
+
+  def special_token(self, token_id: int) -> str:
+    return "<eos>" if token_id == self.eos_id else ""

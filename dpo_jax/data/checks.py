@@ -220,9 +220,6 @@ def run_checks(
   Returns:
     A result for each check of each source, of the training groups and of each
     held-out set.
-
-  Raises:
-    ValueError: a check whose action is "stop" is above its limit; names all.
   """
   results = [
     _run(name, check, report, report["source"], actions[name])
@@ -243,6 +240,18 @@ def run_checks(
     for split, loader in held_out.items()
     for name, check in HELD_OUT_CHECKS.items()
   ]
+  return results
+
+
+def act(results: Iterable[Result]) -> None:
+  """Warns of findings, or stops at them, as the action of their check says.
+
+  Args:
+    results: results of `run_checks`.
+
+  Raises:
+    ValueError: findings of checks whose action is "stop"; names all.
+  """
   found = [result for result in results if result.message]
   for result in found:
     if result.action == "warn":
@@ -250,7 +259,6 @@ def run_checks(
   stops = [result.message for result in found if result.action == "stop"]
   if stops:
     raise ValueError("\n".join(stops))
-  return results
 
 
 def _run(

@@ -2,7 +2,7 @@
 
 import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.data.dialogues import Example
 from dpo_jax.data.examples import parse_records
-from dpo_jax.data.messages import RecordError, Unusable
+from dpo_jax.data.messages import Message, RecordError, Unusable
 from dpo_jax.data.reading import Reading, Seen, shape_records
 from dpo_jax.data.repeats import Repeats
 from dpo_jax.data.sources import Source
@@ -375,6 +375,31 @@ def _find_end(ids: list[int], tokenizer: Tokenizer) -> int | None:
     if token in tokenizer.stop_ids and not tokenizer.decode(ids[i:]).strip():
       return i + 1
   return None
+
+
+def encode_prompt(
+  prompt: str | Sequence[Message], tokenizer: Tokenizer
+) -> list[int]:
+  """Encodes one prompt as those of the data are.
+
+  Args:
+    prompt: text; or messages, which the chat template renders.
+    tokenizer: encodes texts.
+
+  Returns:
+    Token ids, with BOS and the header of an answer where the data have them.
+
+  Raises:
+    RecordError: messages that the template refuses, or no template.
+  """
+  is_rendered = not isinstance(prompt, str)
+  if is_rendered:
+    hidden = tokenizer.spellings.hide(list(prompt), "the prompt")
+    prompt = tokenizer.render(hidden, True)
+  [ids] = tokenizer.encode(
+    [prompt], is_rendered=is_rendered, is_continuation=False
+  )
+  return _with_bos(ids, tokenizer)
 
 
 def _with_bos(prompt: list[int], tokenizer: Tokenizer) -> list[int]:

@@ -85,6 +85,9 @@ class Tokenizer(Protocol):
   def decode(self, ids: Sequence[int]) -> str:
     """Decodes ids, without special tokens."""
 
+  def special_token(self, token_id: int) -> str:
+    """Returns the spelling of a special token, and "" for any other."""
+
   def render(
     self,
     messages: Sequence[Message],
@@ -279,6 +282,10 @@ class HFTokenizer:
 
   def decode(self, ids: Sequence[int]) -> str:
     return self._plain.decode(list(ids), skip_special_tokens=True)
+
+  def special_token(self, token_id: int) -> str:
+    token = self._plain.id_to_token(token_id)
+    return token if token in self.spellings.tokens else ""
 
   def render(
     self,

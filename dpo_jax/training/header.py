@@ -73,7 +73,7 @@ def describe(run: Run) -> Rows:
   """Describes a run: labels, and a text each."""
   return [
     *describe_program(run.program, run.config),
-    *_describe_data(run),
+    *describe_data(run),
     ("workdir", str(run.workdir)),
   ]
 
@@ -166,7 +166,7 @@ def _describe_optimizer(optimizer: Any) -> str:
   )
 
 
-def _describe_data(run: Run) -> Rows:
+def describe_data(run: Run) -> Rows:
   """Describes the sources, the splits and the steps."""
   data, config = run.data, run.config
   sets = held_out(data)

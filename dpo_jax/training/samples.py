@@ -197,7 +197,47 @@ def sampled_kl(
   Returns:
     `kl`, nats a response, and `kl_error`, its standard error.
   """
-  groups = list(zip(samples.prompts, samples.responses, strict=True))
+  policy_logps, ref_logps = (
+    score_responses(
+      logps_step,
+      p,
+      samples.prompts,
+      samples.responses,
+      placement,
+      batch_size=batch_size,
+    )
+    for p in (params, ref_params)
+  )
+  log_ratios = (policy_logps - ref_logps).astype(np.float64)
+  return {
+    "kl": float(log_ratios.mean()),
+    "kl_error": _standard_error(log_ratios),
+  }
+
+
+def score_responses(
+  logps_step: Callable[..., Any],
+  params: Any,
+  prompts: Sequence[Sequence[int]],
+  responses: Sequence[Sequence[int]],
+  placement: Placement,
+  *,
+  batch_size: int,
+) -> np.ndarray:
+  """Computes the log-prob of a response to each prompt.
+
+  Args:
+    logps_step: compiled `reference.make_logps_step`.
+    params: parameters of the policy.
+    prompts: token ids.
+    responses: token ids, one response for each prompt.
+    placement: mesh.
+    batch_size: groups a batch.
+
+  Returns:
+    f32 [n], nats.
+  """
+  groups = list(zip(prompts, responses, strict=True))
   store = Store.from_groups(groups, np.ones((len(groups), 1)))
   indices = np.arange(len(store))
   plan = batch_plan.make_plan(
@@ -209,15 +249,7 @@ def sampled_kl(
     layout="shared",
   )
   loader = Loader(store, indices, plan, min(batch_size, len(store)), seed=0)
-  policy_logps, ref_logps = (
-    compute_logps(logps_step, p, loader, placement)
-    for p in (params, ref_params)
-  )
-  log_ratios = (policy_logps - ref_logps)[:, 0].astype(np.float64)
-  return {
-    "kl": float(log_ratios.mean()),
-    "kl_error": _standard_error(log_ratios),
-  }
+  return compute_logps(logps_step, params, loader, placement)[:, 0]
 
 
 def _standard_error(values: np.ndarray) -> float:

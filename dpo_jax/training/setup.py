@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dpo_jax import config as config_lib
 from dpo_jax import judges, model_sources
-from dpo_jax.data import sources
+from dpo_jax.data import checks, sources
 from dpo_jax.data.pipeline import Data, Pipeline
 from dpo_jax.losses import build_objective
 from dpo_jax.parallel import mesh
@@ -176,13 +176,21 @@ def program_for(
   return build_program(config, policy, placement)
 
 
-def build_run(config: Any, workdir: Workdir, *, on: Mesh | None = None) -> Run:
+def build_run(
+  config: Any,
+  workdir: Workdir,
+  *,
+  on: Mesh | None = None,
+  acts_on_checks: bool = True,
+) -> Run:
   """Checks a config and builds its run, without parameters.
 
   Args:
     config: complete.
     workdir: run directory.
     on: mesh of other devices than this machine's.
+    acts_on_checks: whether findings of the checks of the data warn or stop;
+      otherwise they are only recorded.
 
   Raises:
     ValueError: a mistake in the config, its data or its mesh.
@@ -204,6 +212,8 @@ def build_run(config: Any, workdir: Workdir, *, on: Mesh | None = None) -> Run:
     program.policy.config.vocab_size,
     program.placement,
   ).build()
+  if acts_on_checks:
+    checks.act(data.checks)
   if config.epochs is not None:
     num_groups = config.epochs * len(data.train.indices)
     total_steps = max(round(num_groups / config.batch_size), 1)

@@ -28,6 +28,7 @@ def find(action="warn", **found):
   results = checks.run_checks(
     actions, [make_report(**found)], {"train": loader}
   )
+  checks.act(results)
   return {r.name: r for r in results if r.message and r.where == "jsonl:x"}
 
 
