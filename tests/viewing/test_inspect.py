@@ -11,8 +11,10 @@ from dpo_jax import config as config_lib
 from dpo_jax.data import packing
 from dpo_jax.data.alphabets import ByteTokenizer
 from dpo_jax.data.groups import Limits
+from dpo_jax.train import NonFiniteError, train
 from dpo_jax.viewing import groups, preflight, rows
 from tests import tiny
+from tests.test_train import change_batches
 
 SHAPE = dict(num_groups=3, num_slots=3)
 
@@ -220,3 +222,32 @@ def test_a_check_that_would_stop_is_reported_and_does_not_stop(config):
   config.data.checks.length_bias = "off"
   report = preflight.make_report(groups.build(config))
   assert not report.stops and "choosing by length" not in report.text
+
+
+@pytest.mark.usefixtures("in_haste")
+def test_a_dump_shows_the_blamed_group_first(
+  config, console, tmp_path, monkeypatch
+):
+  poisoned = []
+
+  def poison(loader, step, batch):
+    if step != 1:
+      return batch
+    ref_logps = batch.ref_logps.copy()
+    ref_logps[0, -1] = np.nan
+    poisoned.append(int(batch.example_ids[0, -1]))
+    return batch.replace(ref_logps=ref_logps)
+
+  change_batches(monkeypatch, poison)
+  config.data.layout = "padded"  # each group has a row, so none is padding
+  with pytest.raises(NonFiniteError):
+    train(config, tmp_path / "run")
+  dump = tmp_path / "run" / "nonfinite" / "2.npz"
+  groups.show_dump(console, dump, 2, with_ids=False)
+  text = console.export_text().replace("\n", "")
+  first, second = (text.index(part) for part in ("group ", "pairs.jsonl:"))
+  assert "step 2: loss is nan" in text[:first]
+  assert text[first:second].startswith(f"group {poisoned[0]}, row 0: ")
+  assert ", guilty, loss nan, " in text and text.count("guilty") == 1
+  with pytest.raises(FileNotFoundError, match=r"3\.npz does not exist"):
+    groups.show_dump(console, dump.with_name("3.npz"), 2, with_ids=False)
