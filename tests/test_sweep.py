@@ -10,10 +10,11 @@ import sys
 import pytest
 
 from dpo_jax.config import default_config
+from dpo_jax.records.metrics import read_metrics
 from dpo_jax.system.files import write_json
 from experiments import sweep
-from experiments.sweep import Run
-from tests import faults
+from experiments.sweep import Run, Settings, grid
+from tests import faults, tiny
 
 
 def make_sweep(calls, **inputs):
@@ -317,3 +318,95 @@ def test_dry_run_prints_the_cost_and_writes_nothing(tmp_path):
   assert lines[-1].startswith("3 runs, ")
   assert lines[-1].endswith(" hours on 2 CPU cores")
   assert not (tmp_path / "w").exists()
+
+
+def write_sweep(tmp_path, value):
+  path = tmp_path / "sweep.json"
+  path.write_text(json.dumps(value) if not isinstance(value, str) else value)
+  return str(path)
+
+
+def test_a_grid_has_a_run_for_each_combination(tmp_path):
+  choices = grid.read_choices(
+    write_sweep(tmp_path, {"loss.beta": [0.1, 0.5], "seed": [0, 1]})
+  )
+  runs = grid.Grid(tiny.make_config(), choices).runs(Settings("w", "tiny"))
+  assert [run.name for run in runs] == [
+    "beta=0.1_seed=0",
+    "beta=0.1_seed=1",
+    "beta=0.5_seed=0",
+    "beta=0.5_seed=1",
+  ]
+  assert [(r.config.loss.beta, r.config.seed) for r in runs] == [
+    (0.1, 0),
+    (0.1, 1),
+    (0.5, 0),
+    (0.5, 1),
+  ]
+  assert runs[3].labels == {"beta": 0.5, "seed": 1}
+
+
+def test_listed_runs_keep_the_other_keys_of_the_config(tmp_path):
+  rows = [{"loss.name": "dpo"}, {"loss.name": "simpo", "loss.beta": 2.0}]
+  choices = grid.read_choices(write_sweep(tmp_path, rows))
+  config = tiny.make_config()
+  runs = grid.Grid(config, choices).runs(Settings("w", "tiny"))
+  assert [run.labels["beta"] for run in runs] == [config.loss.beta, 2.0]
+  assert [run.config.loss.name for run in runs] == ["dpo", "simpo"]
+  assert config.loss.name == "dpo"
+
+
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [
+    ("{", "is not JSON"),
+    ({"loss.beta": 0.1}, "'loss.beta' must have a list of values"),
+    ([], "must hold an object"),
+    ([1], "must hold an object"),
+    (
+      {"loss.bta": [0.1]},
+      "config.loss.bta is unknown. Did you mean .loss.beta",
+    ),
+    ({"loss.beta": [-1.0]}, r"run beta=-1: .*loss.beta"),
+    ({"loss.beta": ["a"]}, "run beta=a: "),
+  ],
+)
+def test_mistakes_in_a_sweep_are_named_before_a_run_starts(
+  tmp_path, value, message
+):
+  with pytest.raises(ValueError, match=message):
+    choices = grid.read_choices(write_sweep(tmp_path, value))
+    config = tiny.make_config(loss__beta=0.1)
+    grid.Grid(config, choices).runs(Settings("w", "tiny"))
+
+
+@pytest.mark.usefixtures("in_haste")
+def test_a_swept_config_is_trained_and_measured(tmp_path):
+  config = tiny.make_config(total_steps=1, eval__every_steps=1)
+  swept = grid.Grid(config, [{"loss.beta": 0.1}, {"loss.beta": 0.5}])
+  workdir = str(tmp_path / "w")
+  runs = swept.runs(Settings(workdir, "tiny"))
+  assert sweep.execute(runs, runs, workdir) == {}
+  found = swept.collect(workdir)
+  assert [row["beta"] for row in found.rows] == [0.1, 0.5]
+  for row in found.rows:
+    last = read_metrics(os.path.join(workdir, row["run"]), "eval")[-1]
+    assert row["eval/loss"] == last["loss"]
+    assert row["eval/reward/accuracy"] == last["reward/accuracy"]
+  assert {row["beta"] for row in grid.table(found.rows)} == {0.1, 0.5}
+  files = swept.plot(found.rows, str(tmp_path / "sweep"))
+  assert all(os.path.exists(file) for file in files)
+
+
+def test_seeds_of_a_sweep_are_averaged():
+  rows = [
+    {"run": f"r{i}", "beta": beta, "seed": seed, "eval/loss": loss}
+    for i, (beta, seed, loss) in enumerate(
+      [(0.1, 0, 1.0), (0.1, 1, 3.0), (0.5, 0, 0.5), (0.5, 1, 0.5)]
+    )
+  ]
+  table = grid.table(rows)
+  assert [(row["beta"], row["eval/loss"], row["seeds"]) for row in table] == [
+    (0.5, 0.5, 2),
+    (0.1, 2.0, 2),
+  ]

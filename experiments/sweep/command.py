@@ -23,32 +23,53 @@ def main(experiment: Any, table: Table | None = None) -> None:
     table: rows -> rows of the printed table; the rows themselves if None.
   """
   name = experiment.__spec__.name.rpartition(".")[2]
-  flags.DEFINE_string("workdir", f"runs/{name}", "folder of the sweep")
-  flags.DEFINE_enum("scale", "tiny", SCALES, "size of the experiment")
-  flags.DEFINE_bool("dry_run", False, "only print the runs and their cost")
-  flags.DEFINE_list("only", [], "names of runs to do; all if empty")
-  flags.DEFINE_string("shard", "0/1", "i/n: this is worker i of n, from 0")
-  flags.DEFINE_bool("plot", False, "only collect and plot finished runs")
+  define_flags(name)
   flags.DEFINE_string("policy", "", "folder of a Hugging Face model")
   flags.DEFINE_string("reviews", "", "JSONL file of real reviews, or tfds")
 
   def run() -> None:
     if flags.FLAGS.scale == "tiny":
       compile_soon()
-    raise SystemExit(_run_command(experiment, table, name, flags.FLAGS))
+    options = flags.FLAGS
+    settings = Settings(
+      options.workdir, options.scale, options.policy, options.reviews
+    )
+    raise SystemExit(run_command(experiment, table, name, settings))
 
   command_line.run(run)
 
 
-def _run_command(
-  experiment: Any, table: Table | None, name: str, options: Any
+def define_flags(name: str) -> None:
+  """Defines the flags of every sweep.
+
+  Args:
+    name: name of the experiment.
+  """
+  flags.DEFINE_string("workdir", f"runs/{name}", "folder of the sweep")
+  flags.DEFINE_enum("scale", "tiny", SCALES, "size; hardware of --dry_run")
+  flags.DEFINE_bool("dry_run", False, "only print the runs and their cost")
+  flags.DEFINE_list("only", [], "names of runs to do; all if empty")
+  flags.DEFINE_string("shard", "0/1", "i/n: this is worker i of n, from 0")
+  flags.DEFINE_bool("plot", False, "only collect and plot finished runs")
+
+
+def run_command(
+  experiment: Any, table: Table | None, name: str, settings: Settings
 ) -> int:
-  """Runs and reports a sweep; returns 1 where a run failed, and 0 otherwise."""
+  """Runs and reports a sweep.
+
+  Args:
+    experiment: has `runs`, `collect` and `plot`.
+    table: see `main`.
+    name: name of the experiment, of its figure and its table.
+    settings: choices of the command line.
+
+  Returns:
+    1 where a run failed, and 0 otherwise.
+  """
+  options = flags.FLAGS
   failures: dict[str, str] = {}
   if not options.plot:
-    settings = Settings(
-      options.workdir, options.scale, options.policy, options.reviews
-    )
     runs = experiment.runs(settings)
     mine = choose(runs, only=options.only, shard=options.shard)
     if options.dry_run:
