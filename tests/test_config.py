@@ -43,6 +43,18 @@ def test_an_unknown_key_is_refused_with_the_nearest_name():
   assert "Did you mean 'optimizer.learning_rate'?" in str(error.value)
 
 
+def test_a_peers_name_of_a_key_is_answered_with_ours():
+  config = default_config()
+  config.lr = 1e-3
+  config.beta = 0.1
+  with pytest.raises(ValueError) as error:
+    check_keys(config)
+  assert "mean 'optimizer.learning_rate'?" in str(error.value)
+  assert "mean 'loss.beta'?" in str(error.value)
+  with pytest.raises(ValueError, match=r"mean 'gamma_over_beta'\?"):
+    build_objective({"name": "simpo", "gamma": 0.5})
+
+
 def test_every_unknown_and_missing_key_is_named_at_once():
   config = default_config()
   del config.eval["judge"]
@@ -348,6 +360,8 @@ def type_in(*flags):
       "config.loss.nme is unknown. Did you mean 'loss.name'?",
     ),
     ("--config.optimzer.name=adamw", "Did you mean 'optimizer.name'?"),
+    ("--config.beta=0.1", "Did you mean 'loss.beta'?"),
+    ("--config.loss.name=dpo_norm", "mean 'length_normalized_dpo'?"),
     ("--config=configs/nowhere.py", "configs/nowhere.py"),
     ("--workdir=", "workdir='' must name"),
     ("batch_size=3", "unexpected arguments: batch_size=3"),

@@ -28,9 +28,11 @@ import yaml
 
 from benchmarks import results
 from dpo_jax import config as config_lib
+from dpo_jax.losses import CATALOGUE
 from dpo_jax.losses.catalogue import margins as rows
 from dpo_jax.losses.links import margins as links
 from dpo_jax.models import huggingface
+from dpo_jax.names import PEERS
 from dpo_jax.planning import compilation, topology
 from tests import tiny
 from tests.data.folders import write_folder
@@ -424,6 +426,22 @@ def test_keys_in_the_text_exist():
 def _run_script(name):
   """Runs a script as a module, without its command."""
   return runpy.run_path(str(ROOT / "scripts" / name))
+
+
+def test_the_guide_from_trl_and_the_errors_name_the_same_keys():
+  keys = dict(config_lib.flatten(config_lib.default_config()))
+  known = {*keys, *CATALOGUE}
+  named = {}
+  for line in (ROOT / "docs/from_trl.md").read_text().splitlines():
+    cells = [re.findall("`([^`=]+)", cell) for cell in line.split("|")[1:3]]
+    for theirs, ours in zip(*cells, strict=False) if line[:3] == "| `" else ():
+      theirs = theirs.removeprefix("peft_config.")
+      is_same = theirs in (ours, ours.rpartition(".")[2], *CATALOGUE)
+      if ours in known and not is_same:
+        named[theirs] = ours
+  assert len(named) > 40
+  assert named.items() <= PEERS.items()
+  assert set(PEERS.values()) <= known
 
 
 def test_the_layout_is_that_of_the_modules():
