@@ -1,7 +1,6 @@
 """A config is complete, spelled right, and belongs to one run."""
 
 import importlib
-import inspect
 import json
 import subprocess
 import sys
@@ -190,10 +189,10 @@ def test_the_best_metric_follows_from_the_loss(overrides, wanted):
 )
 def test_the_configs_that_ship_are_complete(path):
   module = importlib.import_module(f"configs.{path.stem}")
-  arguments = inspect.signature(module.get_config).parameters
-  for argument in (("sft",), ("dpo",)) if arguments else ((),):
-    resolved = resolve(module.get_config(*argument))
-    assert resolved.loss.name == (argument or ("dpo",))[0]
+  for variant in module.VARIANTS:
+    assert resolve(module.get_config(variant)).loss.name in CATALOGUE
+  with pytest.raises(ValueError, match=f"{path.stem}.py:none.* must be"):
+    module.get_config("none")
 
 
 def test_keeping_one_checkpoint_is_refused():
