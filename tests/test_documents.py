@@ -8,8 +8,10 @@ Lines have at most 100 columns; links, files and keys that documents name exist.
 
 import argparse
 import collections
+import fnmatch
 import functools
 import gzip
+import importlib
 import importlib.util
 import json
 import os
@@ -442,6 +444,33 @@ def test_the_guide_from_trl_and_the_errors_name_the_same_keys():
   assert len(named) > 40
   assert named.items() <= PEERS.items()
   assert set(PEERS.values()) <= known
+
+
+def test_the_recipes_are_those_of_the_configs():
+  """Names of policy and data too; `*` in a variant stands for any loss."""
+  text = (ROOT / "docs/recipes.md").read_text()
+  for section in re.split("^## ", text, flags=re.M)[1:]:
+    path = re.match(r"`configs/(\w+)\.py`", section)
+    if not path:
+      continue
+    module = importlib.import_module(f"configs.{path[1]}")
+    rows = [x for x in section.splitlines() if x.startswith("| `")]
+    named = []
+    for row in rows:
+      pattern = row.split("`")[1]
+      found = fnmatch.filter(module.VARIANTS, pattern)
+      assert found, f"{path[1]}.py has no {pattern}"
+      named += found
+      for variant in found:
+        config = module.get_config(variant)
+        places = [config.policy.init, config.data.source or ""]
+        places += [entry["source"] for entry in config.data.sources]
+        for place in filter(None, places):
+          name = re.sub("@.*", "", place).rpartition("/")[2]
+          name = re.sub(r"^\w+:(\w+):.*", r"\1", name)
+          words = {"random", *re.findall(r"[\w.-]+", row)}
+          assert name in words, f"{row}: {name}"
+    assert sorted(named) == sorted(module.VARIANTS), path[1]
 
 
 def test_the_layout_is_that_of_the_modules():
