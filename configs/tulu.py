@@ -20,10 +20,10 @@ allenai/Llama-3.1-Tulu-3-8B-DPO, -70B-DPO and allenai/OLMo-2-1124-7B-DPO.
 
 Different from the source: a prompt keeps at most 1,536 of the 2,048 tokens and
 loses its beginning, where open-instruct cuts the end of both. Warm-up is in
-steps, of about 2,130 (8B), 2,630 (70B) and 2,860 (OLMo 2); no source confirms
-the numbers of pairs behind them. The reward model has no warm-up and, unlike
-the source, holds out 1 % of its own data. Not run here; docs/recipes.md has
-what `plan` says.
+steps, 10 % of about 2,130 (8B), 2,630 (70B) and 2,860 (OLMo 2); no source
+confirms these numbers. The reward model has no warm-up and, unlike the source,
+holds out 1 % of its own data. Not run here; docs/recipes.md has what `plan`
+says.
 """
 
 import dataclasses
