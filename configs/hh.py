@@ -18,6 +18,8 @@ docs/real_data.md has our results with a model of 260k parameters.
 
 from dpo_jax.config import default_config, loss_config
 
+VARIANTS = ("sft", "dpo")
+
 
 def get_config(stage: str = "dpo"):
   """Returns the config of a stage, "sft" or "dpo"."""

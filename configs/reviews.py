@@ -10,6 +10,8 @@ the README gives its time and results.
 
 from dpo_jax.config import default_config, loss_config
 
+VARIANTS = ("sft", "dpo")
+
 
 def get_config(stage: str = "dpo"):
   """Returns the config of a stage, "sft" or "dpo"."""

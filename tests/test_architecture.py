@@ -145,6 +145,7 @@ ROOMS: dict[str, list[str]] = {
     "get_judge",
   ],
   "training": [
+    "muon",
     "optimizer",
     "reference",
     "logps_cache",

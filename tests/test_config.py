@@ -1,7 +1,6 @@
 """A config is complete, spelled right, and belongs to one run."""
 
 import importlib
-import inspect
 import json
 import subprocess
 import sys
@@ -41,6 +40,18 @@ def test_an_unknown_key_is_refused_with_the_nearest_name():
     check_keys(config)
   assert "config.optimizer.lerning_rate is unknown" in str(error.value)
   assert "Did you mean 'optimizer.learning_rate'?" in str(error.value)
+
+
+def test_a_peers_name_of_a_key_is_answered_with_ours():
+  config = default_config()
+  config.lr = 1e-3
+  config.beta = 0.1
+  with pytest.raises(ValueError) as error:
+    check_keys(config)
+  assert "mean 'optimizer.learning_rate'?" in str(error.value)
+  assert "mean 'loss.beta'?" in str(error.value)
+  with pytest.raises(ValueError, match=r"mean 'gamma_over_beta'\?"):
+    build_objective({"name": "simpo", "gamma": 0.5})
 
 
 def test_every_unknown_and_missing_key_is_named_at_once():
@@ -178,10 +189,10 @@ def test_the_best_metric_follows_from_the_loss(overrides, wanted):
 )
 def test_the_configs_that_ship_are_complete(path):
   module = importlib.import_module(f"configs.{path.stem}")
-  arguments = inspect.signature(module.get_config).parameters
-  for argument in (("sft",), ("dpo",)) if arguments else ((),):
-    resolved = resolve(module.get_config(*argument))
-    assert resolved.loss.name == (argument or ("dpo",))[0]
+  for variant in module.VARIANTS:
+    assert resolve(module.get_config(variant)).loss.name in CATALOGUE
+  with pytest.raises(ValueError, match=f"{path.stem}.py:none.* must be"):
+    module.get_config("none")
 
 
 def test_keeping_one_checkpoint_is_refused():
@@ -348,6 +359,8 @@ def type_in(*flags):
       "config.loss.nme is unknown. Did you mean 'loss.name'?",
     ),
     ("--config.optimzer.name=adamw", "Did you mean 'optimizer.name'?"),
+    ("--config.beta=0.1", "Did you mean 'loss.beta'?"),
+    ("--config.loss.name=dpo_norm", "mean 'length_normalized_dpo'?"),
     ("--config=configs/nowhere.py", "configs/nowhere.py"),
     ("--workdir=", "workdir='' must name"),
     ("batch_size=3", "unexpected arguments: batch_size=3"),

@@ -8,8 +8,10 @@ Lines have at most 100 columns; links, files and keys that documents name exist.
 
 import argparse
 import collections
+import fnmatch
 import functools
 import gzip
+import importlib
 import importlib.util
 import json
 import os
@@ -28,9 +30,11 @@ import yaml
 
 from benchmarks import results
 from dpo_jax import config as config_lib
+from dpo_jax.losses import CATALOGUE
 from dpo_jax.losses.catalogue import margins as rows
 from dpo_jax.losses.links import margins as links
 from dpo_jax.models import huggingface
+from dpo_jax.names import PEERS
 from dpo_jax.planning import compilation, topology
 from tests import tiny
 from tests.data.folders import write_folder
@@ -424,6 +428,49 @@ def test_keys_in_the_text_exist():
 def _run_script(name):
   """Runs a script as a module, without its command."""
   return runpy.run_path(str(ROOT / "scripts" / name))
+
+
+def test_the_guide_from_trl_and_the_errors_name_the_same_keys():
+  keys = dict(config_lib.flatten(config_lib.default_config()))
+  known = {*keys, *CATALOGUE}
+  named = {}
+  for line in (ROOT / "docs/from_trl.md").read_text().splitlines():
+    cells = [re.findall("`([^`=]+)", cell) for cell in line.split("|")[1:3]]
+    for theirs, ours in zip(*cells, strict=False) if line[:3] == "| `" else ():
+      theirs = theirs.removeprefix("peft_config.")
+      is_same = theirs in (ours, ours.rpartition(".")[2], *CATALOGUE)
+      if ours in known and not is_same:
+        named[theirs] = ours
+  assert len(named) > 40
+  assert named.items() <= PEERS.items()
+  assert set(PEERS.values()) <= known
+
+
+def test_the_recipes_are_those_of_the_configs():
+  """Names of policy and data too; `*` in a variant stands for any loss."""
+  text = (ROOT / "docs/recipes.md").read_text()
+  for section in re.split("^## ", text, flags=re.M)[1:]:
+    path = re.match(r"`configs/(\w+)\.py`", section)
+    if not path:
+      continue
+    module = importlib.import_module(f"configs.{path[1]}")
+    rows = [x for x in section.splitlines() if x.startswith("| `")]
+    named = []
+    for row in rows:
+      pattern = row.split("`")[1]
+      found = fnmatch.filter(module.VARIANTS, pattern)
+      assert found, f"{path[1]}.py has no {pattern}"
+      named += found
+      for variant in found:
+        config = module.get_config(variant)
+        places = [config.policy.init, config.data.source or ""]
+        places += [entry["source"] for entry in config.data.sources]
+        for place in filter(None, places):
+          name = re.sub("@.*", "", place).rpartition("/")[2]
+          name = re.sub(r"^\w+:(\w+):.*", r"\1", name)
+          words = {"random", *re.findall(r"[\w.-]+", row)}
+          assert name in words, f"{row}: {name}"
+    assert sorted(named) == sorted(module.VARIANTS), path[1]
 
 
 def test_the_layout_is_that_of_the_modules():

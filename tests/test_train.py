@@ -193,7 +193,7 @@ def test_a_run_with_a_frozen_reference_resumes(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rmsprop", "adafactor", "lion"])
+@pytest.mark.parametrize("name", ["rmsprop", "adafactor", "lion", "muon"])
 def test_other_optimizers_and_a_schedule_resume(tmp_path, monkeypatch, name):
   config = make_config(
     total_steps=4,

@@ -154,15 +154,17 @@ def default_config() -> ml_collections.ConfigDict:
   config.reference.cache_dir = ""  # "": WORKDIR/reference
 
   config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.name = "rmsprop"  # 2305.18290 app. B; adamw adafactor lion
+  # 2305.18290 app. B; or "adamw", "adafactor", "lion", "muon" (on a layer's
+  # matrices, and adamw on the rest: training/muon.py).
+  config.optimizer.name = "rmsprop"
   config.optimizer.learning_rate = 1e-6  # peak (2305.18290 app. B)
   config.optimizer.schedule = "constant"  # or "cosine", "linear", to zero
   config.optimizer.warmup_steps = 150  # linear (2305.18290 app. B)
   config.optimizer.max_grad_norm = 10.0  # global norm; inf: no clipping
   config.optimizer.weight_decay = 0.0  # decoupled; not on norm scales
-  config.optimizer.b1 = 0.9  # adamw, lion
-  config.optimizer.b2 = 0.95  # adamw, lion
-  config.optimizer.epsilon = 1e-8  # adamw, rmsprop
+  config.optimizer.b1 = 0.9  # adamw, lion, muon's adamw
+  config.optimizer.b2 = 0.95  # adamw, lion, muon's adamw
+  config.optimizer.epsilon = 1e-8  # adamw, rmsprop, muon's adamw
 
   config.numerics = ml_collections.ConfigDict()
   # A response whose log-ratio of policy to reference is larger stops the run,

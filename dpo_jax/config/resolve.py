@@ -127,9 +127,10 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
       the nearest that exists.
   """
   # A loss, or a list of them, is checked by `build_objective`.
+  known = dict(flatten(default_config()))
   wanted, found = (
-    {k: v for k, v in flatten(c) if k.partition(".")[0] != "loss"}
-    for c in (default_config(), config)
+    {k: v for k, v in keys if k.partition(".")[0] != "loss"}
+    for keys in (known.items(), flatten(config))
   )
   if "loss" not in config:
     raise ValueError("config.loss is missing")
@@ -137,7 +138,7 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
     found |= {key: None for key in wanted if key.startswith("lora.")}
     del found["lora"]
   faults = [
-    f"config.{key} is unknown.{did_you_mean(key, wanted)}"
+    f"config.{key} is unknown.{did_you_mean(key, known)}"
     for key in found
     if key not in wanted
   ]

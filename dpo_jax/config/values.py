@@ -87,7 +87,7 @@ VALUES: dict[str, Knob] = {
     float, "part of the policy in an update", low=0, high=1, above=True
   ),
   "reference.every_steps": _count("steps between updates", 1),
-  "optimizer.name": _choice("adamw", "rmsprop", "adafactor", "lion"),
+  "optimizer.name": _choice("adamw", "rmsprop", "adafactor", "lion", "muon"),
   "optimizer.learning_rate": Knob(float, "peak", low=0),
   "optimizer.schedule": _choice("constant", "cosine", "linear"),
   "optimizer.warmup_steps": _count("steps"),

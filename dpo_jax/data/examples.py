@@ -26,6 +26,8 @@ from dpo_jax.data.messages import (
 )
 from dpo_jax.data.reading import Reading, Seen, Shaped, shape_records
 
+_SMALLEST_MARGIN = 1e-6
+
 
 def parse_record(
   record: Mapping[str, Any],
@@ -222,6 +224,8 @@ def _number(value: Any, name: str, where: str) -> float:
 def _pair_score(record: Mapping[str, Any], where: str) -> list[float]:
   names = ("score_chosen", "score_rejected")
   found = [name for name in names if name in record]
+  if not found and record.get("margin") is not None:
+    return [_margin(record["margin"], where), 0.0]
   if not found:
     return [1.0, 0.0]
   if len(found) == 1:
@@ -229,6 +233,20 @@ def _pair_score(record: Mapping[str, Any], where: str) -> list[float]:
       f"{where}: {found[0]} stands without the other of {names}"
     )
   return [_number(record[name], name, where) for name in names]
+
+
+def _margin(value: Any, where: str) -> float:
+  """Reads the column `margin` as the score of the chosen response.
+
+  Equal scores are a tie, so a margin of 0, an order without a distance, becomes
+  the smallest that is none.
+  """
+  margin = _number(value, "margin", where)
+  if margin < 0:
+    raise RecordError(
+      f"{where}: margin={value!r} must be at least 0: swap chosen and rejected"
+    )
+  return max(margin, _SMALLEST_MARGIN)
 
 
 def _scores(responses: Any, scores: Any, where: str) -> list[float]:

@@ -27,7 +27,7 @@ FORMATS: dict[str, frozenset[str]] = {
 OPTIONAL = frozenset(
   {
     *("system", "tools", "chat_template_kwargs", "truncated"),
-    *("score_chosen", "score_rejected"),
+    *("score_chosen", "score_rejected", "margin"),
   }
 )
 _SHAREGPT_ROLES = {

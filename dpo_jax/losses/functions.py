@@ -1429,19 +1429,27 @@ def reward_model_loss(
   scores: jax.Array,
   *,
   valid: jax.Array | None = None,
+  margin_weight: float = 0.0,
+  center_weight: float = 0.0,
 ) -> jax.Array:
   """Computes the loss `reward_model` of each ranking.
 
-      -log s(v_w - v_l), v the value head; K > 2 by Plackett-Luce
+      -log s(v_w - v_l - margin_weight (score_w - score_l)) + center_weight (v_w
+      + v_l)^2, v the value head; K > 2 by Plackett-Luce
 
   Here s is the sigmoid; w is the chosen and l the rejected response.
 
-  Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 2 and app. A.3.
+  Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 2 and app. A.3; the margin
+  Touvron et al. 2023 (Llama 2), arXiv:2307.09288, eq. 2; the square Eisenstein
+  et al. 2023, arXiv:2312.09244.
 
   Args:
     values: f32 [B, K], reward of each response, best response first.
     scores: f32 [B, K], scores; equal ones have no order.
     valid: bool [B, K], which slots hold a response; None for all.
+    margin_weight: weight of a gap in score as the margin of two rewards, in [0,
+      inf).
+    center_weight: weight of the squared sum of a group's rewards, in [0, inf).
 
   Returns:
     f32 [B], loss of each ranking. The objective is their mean.

@@ -110,6 +110,12 @@ KNOBS: dict[str, Knob] = {
   "penalty_weight": Knob(
     float, "weight of the penalty on a falling chosen log-ratio", low=0
   ),
+  "margin_weight": Knob(
+    float, "weight of a gap in score as the margin of two rewards", low=0
+  ),
+  "center_weight": Knob(
+    float, "weight of the squared sum of a group's rewards", low=0
+  ),
   "shift": Knob(float, "weight of the rejected reward", low=0, high=1),
   "clip": Knob(
     float,

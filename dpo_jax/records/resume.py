@@ -11,7 +11,7 @@ import ml_collections
 
 from dpo_jax.config.keys import default_config, flatten
 from dpo_jax.config.values import parse_allowed, parse_pairs
-from dpo_jax.losses import build_objective
+from dpo_jax.losses import CATALOGUE, build_objective
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.files import read_json, write_json
 
@@ -355,6 +355,9 @@ def with_defaults(recorded: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in flatten(default_config())
     if key.partition(".")[0] != "loss"
   }
+  loss = CATALOGUE.get(recorded.get("loss.name", ""))
+  if loss is not None:  # a list of losses has no name
+    defaults |= {f"loss.{key}": value for key, value in loss.defaults.items()}
   return json.loads(json.dumps(defaults)) | dict(recorded)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpo_jax.training import muon
 from dpo_jax.trees import path_name
 
 
@@ -48,9 +49,19 @@ def build_optimizer(
     The chain. Norm scales and biases have no weight decay.
   """
   decay = {"weight_decay": config.weight_decay, "mask": _is_decayed}
+  adamw = optax.adamw(
+    schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, **decay
+  )
   if config.name == "adamw":
-    scale = optax.adamw(
-      schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, **decay
+    scale = adamw
+  elif config.name == "muon":
+    matrices = optax.chain(
+      muon.scale_by_muon(),
+      optax.add_decayed_weights(config.weight_decay),
+      optax.scale_by_learning_rate(schedule),
+    )
+    scale = optax.partition(
+      {"muon": matrices, "adamw": adamw}, muon.label_params
     )
   elif config.name == "lion":
     scale = optax.lion(schedule, b1=config.b1, b2=config.b2, **decay)

@@ -100,6 +100,21 @@ def test_scores_of_a_pair_are_kept_and_its_order_too(kind):
   )
 
 
+@pytest.mark.parametrize(
+  ("columns", "score"),
+  [
+    ({"margin": 1.5}, (1.5, 0.0)),
+    ({"margin": 0}, (1e-6, 0.0)),
+    ({"margin": None}, (1.0, 0.0)),
+    ({"margin": 9, "score_chosen": 3, "score_rejected": 1}, (3.0, 1.0)),
+  ],
+  ids=str,
+)
+def test_a_margin_is_a_gap_in_score(columns, score):
+  record, example = RECORDS["pair"]
+  assert parse(record | columns) == dataclasses.replace(example, score=score)
+
+
 def test_a_ranking_is_sorted_best_first_and_ties_keep_their_order():
   record = {
     "prompt": "p",
@@ -293,6 +308,10 @@ def test_a_record_without_columns_says_so():
     (
       {**RECORDS["pair"][0], "score_chosen": 1.0, "score_rejcted": 0.0},
       "score_chosen stands without the other",
+    ),
+    (
+      {**RECORDS["pair"][0], "margin": -1},
+      "margin=-1 must be at least 0: swap chosen and rejected",
     ),
     (
       {**RECORDS["pair"][0], "truncated": [True]},

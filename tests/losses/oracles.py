@@ -218,8 +218,10 @@ def plackett_luce(g, beta):
   return ranking([beta * ratio(g, k) for k in range(len(g["lp"]))], g["score"])
 
 
-def reward_model(g):
-  return ranking(g["values"], g["score"])
+def reward_model(g, margin_weight, center_weight):
+  pairs = zip(g["values"], g["score"], strict=True)
+  shifted = [v - margin_weight * score for v, score in pairs]
+  return ranking(shifted, g["score"]) + center_weight * sum(g["values"]) ** 2
 
 
 def ranking(z, score):

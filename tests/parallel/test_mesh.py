@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from dpo_jax.config import default_config
 from dpo_jax.losses import build_objective
 from dpo_jax.models import partition_rules
 from dpo_jax.models.config import Lora
@@ -20,6 +21,7 @@ from dpo_jax.parallel.placement import Placement
 from dpo_jax.parallel.pmap import make_placement
 from dpo_jax.training import gradients
 from dpo_jax.training import step as step_lib
+from dpo_jax.training.optimizer import build_optimizer
 from dpo_jax.types import TrainState
 from tests import tiny
 
@@ -194,6 +196,33 @@ def test_moments_lie_as_their_parameters_do():
   wanted = partition_rules.param_shardings(params, mesh)
   assert shardings[0].mu == wanted
   assert shardings[0].count.is_fully_replicated
+
+
+def test_muon_takes_the_same_step_where_its_matrices_are_split():
+  config = default_config().optimizer
+  config.name = "muon"
+  optimizer = build_optimizer(config, optax.constant_schedule(0.1))
+  update = jax.jit(optimizer.update)
+  params = tiny.make_params(tiny.make_policy())
+  layers = params["layers"]
+  names = ("query", "attention_out")
+  params = {"layers": {name: layers[name] for name in names}}
+  grads = jax.tree.map(lambda x: x + 0.01, params)
+  state = optimizer.init(params)
+  mesh = mesh_lib.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+  split = partition_rules.param_shardings(params, mesh)
+  shardings = partition_rules.state_shardings(state, params, mesh)
+  placed = jax.device_put((grads, state, params), (split, shardings, split))
+  wanted, _ = update(grads, state, params)
+  got, state = update(*placed)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    got,
+    wanted,
+  )
+  momentum = state[1].inner_states["muon"].inner_state[0][0].mu
+  kernel = momentum["layers"]["query"]["kernel"]
+  assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 2, 16)
 
 
 def test_split_rows_gives_every_part_its_share():

@@ -107,6 +107,18 @@ def test_more_steps_at_a_constant_rate_are_the_same_run(tmp_path):
   assert start(tmp_path, total_steps=12) == ({}, None)
 
 
+def test_a_knob_that_is_newer_than_a_run_has_its_default_there(tmp_path):
+  loss = dict(loss__name="reward_model", reference__kind="none")
+  start(tmp_path, **loss)
+  file = tmp_path / "config.json"
+  recorded = json.loads(file.read_text())
+  del recorded["loss"]["center_weight"]
+  file.write_text(json.dumps(recorded))
+  with pytest.raises(ValueError, match=r"loss.center_weight: 0.0 there"):
+    start(tmp_path, loss__center_weight=0.1, **loss)
+  assert start(tmp_path, **loss) == ({}, None)
+
+
 def test_a_restart_with_the_same_command_does_not_go_back_again(tmp_path):
   start(tmp_path)
   assert start(tmp_path, resume__step=4) == ({}, 4)

@@ -66,7 +66,7 @@ def test_a_constant_schedule_may_warm_up_for_longer_than_the_run():
   )
 
 
-SHAPES = {"layers": {"up": {"kernel": (3, 4)}, "scale": (4,)}, "head": (4,)}
+SHAPES = {"layers": {"up": {"kernel": (2, 3, 4)}, "scale": (4,)}, "head": (4,)}
 
 
 def make_tree(seed):
@@ -195,6 +195,76 @@ def test_adafactor_decays_by_the_learning_rate():
 def test_no_gradient_and_no_decay_move_nothing(name):
   config = make_config(name=name)
   assert_same(train(config, 2, grads_scale=0.0), make_tree(0), tolerance=0)
+
+
+# A layer's projections, its adapters and other leaves, with two layers.
+MATRICES = {
+  "query/kernel": ((2, 6, 2, 2), 1),
+  "attention_out/kernel": ((2, 2, 2, 6), 2),
+  "attention_out/lora_a": ((2, 2, 2, 3), 2),
+  "attention_out/lora_b": ((2, 3, 6), 1),
+  "key/lora_b": ((2, 3, 2, 2), 1),
+  "down/kernel": ((2, 8, 6), 1),
+}
+OTHERS = {"embedding": (9, 6), "head": (6, 9), "value_head": (6,)}
+
+
+def make_layers(seed):
+  rng = np.random.default_rng(seed)
+  layers: dict = {"norm": {"scale": rng.normal(size=(2, 6))}}
+  for name, (shape, _) in MATRICES.items():
+    projection, leaf = name.split("/")
+    layers.setdefault(projection, {})[leaf] = rng.normal(size=shape)
+  layers["query"]["bias"] = rng.normal(size=(2, 2, 2))
+  others = {name: rng.normal(size=shape) for name, shape in OTHERS.items()}
+  return jax.tree.map(np.float32, {"layers": layers, **others})
+
+
+def orthogonalize(x):
+  """Newton-Schulz of Jordan et al. 2024, in numpy."""
+  x = x / np.linalg.norm(x)
+  for _ in range(5):
+    gram = x @ x.T
+    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+  return x
+
+
+def muon_rule(p, grads, num_inputs):
+  """Liu et al. 2025 (arXiv:2502.16982), eq. 4, of a matrix in each layer."""
+  momentum, p = np.zeros_like(p), np.float64(p)
+  for t, g in enumerate(grads, 1):
+    momentum = 0.95 * momentum + 0.05 * g
+    # Nesterov's, of moments that are corrected for their start at zero.
+    ahead = 0.95 * momentum / (1 - 0.95 ** (t + 1))
+    ahead += 0.05 * g / (1 - 0.95**t)
+    for layer in range(len(p)):
+      shape = p[layer].shape
+      fan_in = math.prod(shape[:num_inputs])
+      update = orthogonalize(ahead[layer].reshape(fan_in, -1))
+      scale = 0.2 * math.sqrt(max(update.shape))
+      p[layer] -= 0.1 * (scale * update.reshape(shape) + 0.3 * p[layer])
+  return p
+
+
+def test_muon_orthogonalizes_each_layers_matrices_and_leaves_adamw_the_rest():
+  after = {}
+  for name in ("muon", "adamw"):
+    config = make_config(name=name, b1=0.8, epsilon=1e-3, weight_decay=0.3)
+    optimizer = build_optimizer(config, optax.constant_schedule(0.1))
+    params = make_layers(0)
+    state = optimizer.init(params)
+    for step in range(3):
+      grads = make_layers(1 + step)
+      updates, state = optimizer.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    after[name] = params
+  wanted = after["adamw"]
+  trees = [make_layers(seed)["layers"] for seed in range(4)]
+  for name, (_, num_inputs) in MATRICES.items():
+    projection, leaf = name.split("/")
+    p, *grads = (np.float64(tree[projection][leaf]) for tree in trees)
+    wanted["layers"][projection][leaf] = muon_rule(p, grads, num_inputs)
+  assert_same(after["muon"], wanted)
 
 
 def test_gradients_are_clipped_by_their_global_norm():

@@ -22,9 +22,22 @@ def plackett_luce(
   return _ranking_loss(beta * rewards, sequences)
 
 
-def bradley_terry(rewards: jax.Array, sequences: Sequences) -> jax.Array:
-  """`plackett_luce` of the rewards themselves, without a beta."""
-  return _ranking_loss(rewards, sequences)
+def bradley_terry(
+  rewards: jax.Array,
+  sequences: Sequences,
+  *,
+  margin_weight: float,
+  center_weight: float,
+) -> jax.Array:
+  """`plackett_luce` of the rewards themselves, with margins, centred.
+
+  The rewards of two responses must differ by `margin_weight` times the gap in
+  their scores. The second term keeps their sum near 0, as only differences
+  enter the first.
+  """
+  loss = _ranking_loss(rewards - margin_weight * sequences.score, sequences)
+  total = jnp.where(sequences.valid, rewards, 0.0).sum(-1)
+  return loss + center_weight * jnp.square(total)
 
 
 def _ranking_loss(z: jax.Array, sequences: Sequences) -> jax.Array:
