@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import dataclasses
-import json
 from typing import Any
 
 from etils import epath
@@ -17,7 +16,7 @@ from dpo_jax.system.files import write_atomically, write_json
 from dpo_jax.training import header
 from dpo_jax.training.setup import Run
 
-_PERCENTS = (5, 50, 95, 100)
+_PERCENTS = {"p5": 5, "median": 50, "p95": 95, "longest": 100}
 _COLORS = ("#1f77b4", "#d95f02", "#7570b3", "#e7298a")
 _NUM_BINS = 50
 
@@ -53,62 +52,51 @@ def make_report(run: Run) -> Report:
   results = run.data.checks
   loaders = {"train": run.data.train, **header.held_out(run.data)}
   lengths = {split: _lengths(loader) for split, loader in loaders.items()}
-  table = [
-    {"tokens of": f"{split} {name}", "groups": len(values)}
-    | {
-      label: f"{value:,.0f}"
-      for label, value in zip(
-        ("5 %", "median", "95 %", "longest"),
-        np.percentile(values, _PERCENTS),
-        strict=True,
-      )
-    }
-    for split, by_name in lengths.items()
-    for name, values in by_name.items()
-  ]
   accuracy = _length_accuracy(run.data.train)
-  rows = header.describe_data(run)
-  if accuracy is not None:
-    rows.append(
-      (
-        "length",
-        f"choosing the longer response is right in {100 * accuracy:.1f} % of"
-        " the training pairs",
-      )
-    )
   found = [r for r in results if r.message and r.action != "off"]
-  parts = [
-    "\n".join(header.format_rows(rows)),
-    format_table(table),
-    format_table([_check_row(result) for result in results]),
-    *(f"{result.action}: {result.message}" for result in found),
-  ]
   facts = {
     "steps": run.config.total_steps,
     "batch_size": run.config.batch_size,
     "length_accuracy": accuracy,
     "checks": [dataclasses.asdict(result) for result in results],
-    "reports": run.data.reports(),
+    "reports": {name: dict(r) for name, r in run.data.reports().items()},
     "tokens": {
-      split: {
-        name: dict(
-          zip(
-            ("p5", "median", "p95", "longest"),
-            np.percentile(values, _PERCENTS).tolist(),
-            strict=True,
-          )
-        )
-        for name, values in by_name.items()
-      }
+      split: {name: _summarize(values) for name, values in by_name.items()}
       for split, by_name in lengths.items()
     },
   }
+  rows = header.describe_data(run)
+  if accuracy is not None:
+    text = f"choosing the longer response is right in {100 * accuracy:.1f} % of"
+    rows.append(("length", f"{text} the training pairs"))
+  parts = [
+    "\n".join(header.format_rows(rows)),
+    format_table(_length_rows(facts["tokens"])),
+    format_table([_check_row(result) for result in results]),
+    *(f"{result.action}: {result.message}" for result in found),
+  ]
   return Report(
     "\n\n".join(parts),
-    json.loads(json.dumps(facts)),
+    facts,
     _plot(lengths["train"], run.config.data),
     [result.message for result in found if result.action == "stop"],
   )
+
+
+def _summarize(lengths: np.ndarray) -> dict[str, float]:
+  """Returns the number of some lengths, and their percentiles."""
+  values = np.percentile(lengths, list(_PERCENTS.values())).tolist()
+  return {"groups": len(lengths), **dict(zip(_PERCENTS, values, strict=True))}
+
+
+def _length_rows(tokens: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """Returns the rows of the table of lengths."""
+  return [
+    {"tokens of": f"{split} {name}"}
+    | {column: round(value) for column, value in summary.items()}
+    for split, by_name in tokens.items()
+    for name, summary in by_name.items()
+  ]
 
 
 def _lengths(loader: Loader) -> dict[str, np.ndarray]:
