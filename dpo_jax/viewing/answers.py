@@ -104,24 +104,29 @@ def show_streams(
     write: shows a piece of text at once.
   """
   for index, prompt in enumerate(prompts):
-    if isinstance(prompt, str):
-      write(prompt)
-    answer = _show_stream(
-      policy.stream(prompt, settings, seed=seed, index=index), write
-    )
+    stream = policy.stream(prompt, settings, seed=seed, index=index)
+    begins = visible(prompt) if isinstance(prompt, str) else ""
+    answer = _show_stream(stream, write, begins=begins)
     write("\n" if answer.is_complete else " [cut off]\n")
     yield answer
 
 
 def _show_stream(
-  stream: Iterator[str | Answer], write: Callable[[str], Any]
+  stream: Iterator[str | Answer], write: Callable[[str], Any], begins: str = ""
 ) -> Answer:
-  """Writes the pieces of an answer, logs its speed, and returns it."""
+  """Writes the pieces of an answer, logs its speed, and returns it.
+
+  Args:
+    stream: see `OpenPolicy.stream`.
+    write: shows a piece of text at once.
+    begins: text to show before the first piece.
+  """
   began = time.monotonic()
   first = None
   for piece in stream:
     if first is None:
       first = time.monotonic()
+      write(begins)
     if isinstance(piece, Answer):
       rest = len(piece.ids) - 1
       seconds = max(time.monotonic() - first, 1e-9)

@@ -235,3 +235,17 @@ def test_sources_that_cannot_answer_are_refused(tmp_path):
     OpenPolicy.open(f"run:{tmp_path}", key="--workdir")
   with pytest.raises(ValueError, match="--dtype=int8 must be one of"):
     OpenPolicy.open("random", dtype="int8", key="--init")
+
+
+def test_a_prompt_that_is_too_long_shows_nothing_but_its_error(of_bytes):
+  written = io.StringIO()
+  shown = answers.show_streams(
+    of_bytes,
+    ["x" * 600],
+    settings_of(of_bytes),
+    seed=0,
+    write=written.write,
+  )
+  with pytest.raises(ValueError, match="exceed the model's max_positions=512"):
+    next(shown)
+  assert written.getvalue() == ""
