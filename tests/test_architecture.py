@@ -102,6 +102,7 @@ ROOMS: dict[str, list[str]] = {
     "tokenizers",
     "tokenizer_files",
     "repeats",
+    "encoding",
     "groups",
     "checksums",
     "chain",
@@ -119,6 +120,7 @@ ROOMS: dict[str, list[str]] = {
   "records": [
     "workdir",
     "lock",
+    "commits",
     "resume",
     "metrics",
     "manifest",

@@ -21,7 +21,7 @@ from dpo_jax.data import packing, reading
 from dpo_jax.losses import CATALOGUE, KNOBS, build_objective
 from dpo_jax.models import config as model_config
 from dpo_jax.parallel.pmap import PARALLELISMS
-from dpo_jax.records import resume
+from dpo_jax.records import commits, resume
 from dpo_jax.records.metrics import read_metrics
 from dpo_jax.records.workdir import Workdir
 from tests import faults, tiny
@@ -307,7 +307,7 @@ def test_hub_branch_stays_at_the_commit_of_the_first_start(tmp_path):
 
   def spelled(**overrides):
     config = tiny.make_config(**{**given, "data__sources": sources} | overrides)
-    return resume.recorded_spellings(resolve(config), Workdir.at(tmp_path))
+    return commits.recorded_spellings(resolve(config), Workdir.at(tmp_path))
 
   found = spelled()
   assert found["policy.init"] == f"hub:o/mm@{commit}"

@@ -19,7 +19,7 @@ from dpo_jax.data.pipeline import Data, Pipeline
 from dpo_jax.losses import build_objective
 from dpo_jax.parallel import mesh
 from dpo_jax.parallel.pmap import make_placement
-from dpo_jax.records import resume
+from dpo_jax.records import commits, resume
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.training import evaluation
 from dpo_jax.training.program import Program, build_program, needs_value_head
@@ -81,7 +81,7 @@ def resolve(
     FileNotFoundError: a model that does not exist.
   """
   config = config_lib.resolve(config)
-  spelled = resume.recorded_spellings(config, workdir)
+  spelled = commits.recorded_spellings(config, workdir)
   source = _open_source(spelled, "policy.init", workdir)
   settings = source.tokenizer_settings(config.data)
   pinned = {f"data.{key}": value for key, value in settings.items()}
@@ -107,7 +107,7 @@ def _open_source(
     return model_sources.parse(spelled[key], key)
   except FileNotFoundError as error:
     is_known = workdir.config.exists() and workdir.model.exists()
-    if not is_known or spelled[key] != resume.recorded_init(key, workdir):
+    if not is_known or spelled[key] != commits.recorded_init(key, workdir):
       raise
     _LOG.warning("%s. The run resumes without it as far as it can", error)
     return model_sources.MovedSource(spelled[key], workdir, str(error))

@@ -11,7 +11,7 @@ import numpy as np
 
 from dpo_jax import config as config_lib
 from dpo_jax import model_sources
-from dpo_jax.data.groups import encode_prompt
+from dpo_jax.data.encoding import encode_prompt
 from dpo_jax.data.messages import Message
 from dpo_jax.data.tokenizers import Tokenizer
 from dpo_jax.models import generate
@@ -120,7 +120,7 @@ class OpenPolicy:
     )
 
   def encode(self, prompt: Prompt) -> list[int]:
-    """Encodes a prompt as the data of a run are; see `groups.encode_prompt`."""
+    """Encodes a prompt as those of the data; see `encode_prompt`."""
     return encode_prompt(prompt, self.tokenizer)
 
   def sample(

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tokenizers import decoders
 
-from dpo_jax.data import groups, tokenizers
+from dpo_jax.data import encoding, tokenizers
 from dpo_jax.data.alphabets import ByteTokenizer
 from dpo_jax.models import logps as logps_lib
 from dpo_jax.parallel import mesh
@@ -72,7 +72,7 @@ def test_a_space_at_the_beginning_of_an_answer_is_kept(tmp_path):
 def test_messages_are_encoded_as_in_training(of_chats):
   tokenizer = of_chats.tokenizer
   said = "what is </s> the answer"
-  ids = groups.encode_prompt([{"role": "user", "content": said}], tokenizer)
+  ids = encoding.encode_prompt([{"role": "user", "content": said}], tokenizer)
   eos, bos = tokenizer.eos_id, tokenizer.bos_id
   assert ids.count(bos) == 1 and eos not in ids
   text = "".join(tokenizer._plain.id_to_token(i) for i in ids)
