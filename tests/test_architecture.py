@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "dpo_jax"
 # above it. Within a room the order of its modules holds too.
 ROOMS: dict[str, list[str]] = {
   "names": [],
+  "intervals": [],
   "trees": [],
   "system": ["compat", "version", "downloads", "files", "cache", "progress"],
   "types": [],
@@ -114,6 +115,7 @@ ROOMS: dict[str, list[str]] = {
     "loader",
     "scoring",
     "checks",
+    "sets",
     "pipeline",
   ],
   "records": [
@@ -142,6 +144,9 @@ ROOMS: dict[str, list[str]] = {
     "classifier",
     "reward_model",
     "orders",
+    "answers",
+    "chat_server",
+    "api",
     "get_judge",
   ],
   "training": [
@@ -156,7 +161,6 @@ ROOMS: dict[str, list[str]] = {
     "step",
     "measure",
     "program",
-    "intervals",
     "samples",
     "evaluation",
     "start",

@@ -35,6 +35,7 @@ _PLACES = (
   "checkpoint.every_steps",
   "checkpoint.keep",
   "eval.save_logps",
+  "eval.api.",
   "resume.",
 )
 # Groups of losses without an accuracy.

@@ -10,12 +10,12 @@ from dpo_jax.parallel.hosts import to_host
 from dpo_jax.records.checkpoint import Checkpoints
 from dpo_jax.system.files import write_atomically
 from dpo_jax.training import start
-from dpo_jax.training.setup import Run
+from dpo_jax.training.setup import EvalRun, Run
 from dpo_jax.trees import params_digest
 from dpo_jax.types import Batch, TrainState
 
 
-def load_params(run: Run, init: str) -> Any:
+def load_params(run: EvalRun, init: str) -> Any:
   """Loads all parameters of a model source onto the mesh of a run.
 
   Args:
@@ -53,7 +53,7 @@ def load_state(run: Run, checkpoints: Checkpoints) -> TrainState:
   return state
 
 
-def reference_params(run: Run, state: TrainState) -> Any:
+def reference_params(run: EvalRun, state: TrainState) -> Any:
   """Returns the parameters that the reference began with.
 
   They are loaded again where the devices do not hold them.
