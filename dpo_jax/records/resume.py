@@ -75,7 +75,7 @@ def check_same_config(
   """
   if not workdir.config.exists():
     return {}
-  resolved = _as_json(config)
+  resolved = as_json(config)
   before = with_defaults(dict(flatten(workdir.read_config())))
   now = dict(flatten(resolved))
   # Runs once recorded "" for the tokenizer of policy.init.
@@ -218,7 +218,7 @@ def record(
     workdir: run directory.
     step: step that the run has gone back to, from `go_back_to`.
   """
-  workdir.write_config(_as_json(config))
+  workdir.write_config(as_json(config))
   known = _read_data(workdir)
   if not _is_described(known) or _KINDS_OF_DATA & accepted.keys():
     history = known.get("history", [])
@@ -339,7 +339,7 @@ def _recorded_commit(given: str, recorded: str) -> str:
   return recorded
 
 
-def _as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns what config.json holds: all but the settings of one start."""
   settings = config.to_dict() | {"resume": default_config().resume.to_dict()}
   return json.loads(json.dumps(settings, default=_plain))

@@ -37,11 +37,7 @@ def load_state(run: Run, checkpoints: Checkpoints) -> TrainState:
   target, _ = program.abstract_state()
   state = checkpoints.restore(target)
   if state is not None:
-    if target.frozen_params is not None:
-      frozen = program.split_params(load_params(run, init))[1]
-      model_sources.check_frozen(frozen, run.workdir, init)
-      state = state.replace(frozen_params=frozen)
-    return state
+    return with_frozen(run, state)
   ref_params = None
   if program.has_live_reference:
     # Loaded a second time: the first step donates the policy's buffers.
@@ -51,6 +47,21 @@ def load_state(run: Run, checkpoints: Checkpoints) -> TrainState:
     digest = params_digest(state.frozen_params)
     write_atomically(run.workdir.frozen_digest, digest + "\n")
   return state
+
+
+def with_frozen(run: EvalRun, state: TrainState) -> TrainState:
+  """Adds the parameters that no checkpoint has to a state of one.
+
+  Raises:
+    ValueError: they have changed since the run began.
+  """
+  init = run.config.policy.init
+  target, _ = run.program.abstract_state()
+  if target.frozen_params is None:
+    return state
+  frozen = run.program.split_params(load_params(run, init))[1]
+  model_sources.check_frozen(frozen, run.workdir, init)
+  return state.replace(frozen_params=frozen)
 
 
 def reference_params(run: EvalRun, state: TrainState) -> Any:
