@@ -107,6 +107,8 @@ class _Collector(Evaluator):
     samples: a JSON object for each sample.
   """
 
+  _needs_judge = True
+
   def __init__(self, run: EvalRun, loaders: Mapping[str, Any]):
     label = "sampling" if run.config.log.progress else ""
     super().__init__(run, loaders, self._add, label=label)

@@ -18,7 +18,7 @@ import jax
 from dpo_jax.judges.answers import Answers
 from dpo_jax.judges.base import shorten
 from dpo_jax.judges.chat_server import ChatServer, QuestionRefused
-from dpo_jax.judges.orders import Comparer
+from dpo_jax.judges.orders import Comparer, JudgeError
 from dpo_jax.parallel import hosts
 from dpo_jax.system import files
 
@@ -86,18 +86,26 @@ class ApiJudge(Comparer):
     Process 0 asks, and tells the others.
 
     Raises:
-      ServerError: the server does not answer any more.
-      ValueError: more than `eval.api.max_left_out` of the questions have an
-        answer that is none of A, B and tie.
+      JudgeError: the server does not answer any more, or more than
+        `eval.api.max_left_out` of the answers are none of A, B and tie.
     """
     questions = [
       (self._key(*shown), self._fill(*shown))
       for shown in zip(prompts, firsts, seconds, strict=True)
     ]
-    found = hosts.together(
-      lambda: self._compare(questions) if jax.process_index() == 0 else None
-    )
-    return json.loads(hosts.gather_texts(json.dumps(found))[0])
+    found = hosts.together(lambda: self._try(questions))
+    found = json.loads(hosts.gather_texts(json.dumps(found))[0])
+    if "error" in found:
+      raise JudgeError(found["error"])
+    return found["answers"]
+
+  def _try(self, questions: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    if jax.process_index() > 0:
+      return {}
+    try:
+      return {"answers": self._compare(questions)}
+    except JudgeError as error:
+      return {"error": str(error)}
 
   def _compare(self, questions: Sequence[tuple[str, str]]) -> list[float]:
     todo = {k: text for k, text in questions if k not in self._answers}
@@ -178,7 +186,7 @@ class _Faults:
     """Counts an answer that is none of A, B and tie.
 
     Raises:
-      ValueError: there are more of them than the limit.
+      JudgeError: there are more of them than the limit.
     """
     if isinstance(answer, str) and not math.isnan(parse_verdict(answer)):
       return
@@ -191,7 +199,7 @@ class _Faults:
         shorten(question[-200:]),
       )
     if self._count > self._limit:
-      raise ValueError(
+      raise JudgeError(
         f"the judge gave no usable answer to {self._count} questions, and"
         f" eval.api.max_left_out allows {self._limit}; the last: {said}. Change"
         " the model or eval.judge_prompt, or raise the limit"

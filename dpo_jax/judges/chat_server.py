@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import urllib.error
 import urllib.request
 
+from dpo_jax.judges.orders import JudgeError
 from dpo_jax.system import files
 
 _LOG = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class QuestionRefused(ValueError):
   """The server refuses this question, and may answer others."""
 
 
-class ServerError(RuntimeError):
+class ServerError(JudgeError):
   """The server refuses all questions, or does not answer any more."""
 
 

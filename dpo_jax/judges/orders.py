@@ -11,6 +11,10 @@ from dpo_jax.intervals import wilson_interval
 from dpo_jax.judges.base import shorten
 
 
+class JudgeError(RuntimeError):
+  """A judge that does not answer, or not usably."""
+
+
 class Comparer(abc.ABC):
   """A judge that compares two responses, and cannot score one alone."""
 
@@ -31,6 +35,9 @@ class Comparer(abc.ABC):
     Returns:
       Probability that the first is better, for each prompt: 0.5 for a tie, NaN
       where the judge has no answer.
+
+    Raises:
+      JudgeError: it does not answer any more.
     """
 
 

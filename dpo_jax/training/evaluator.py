@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Collection, Mapping
 import json
+import logging
 from typing import Any
 
 from dpo_jax import config as config_lib
 from dpo_jax.data.loader import Loader
-from dpo_jax.judges import Wins
+from dpo_jax.judges import JudgeError, Wins
 from dpo_jax.records import eval_logps
 from dpo_jax.records.metrics import GrowingFile, read_metrics
 from dpo_jax.training import evaluation, initial_state, samples
@@ -14,9 +15,13 @@ from dpo_jax.training.samples import Samples
 from dpo_jax.training.setup import EvalRun
 from dpo_jax.types import TrainState
 
+_LOG = logging.getLogger(__name__)
+
 
 class Evaluator:
   """Measures the policy of a run on its held-out sets and by its samples."""
+
+  _needs_judge = False  # whether it stops where the judge does not answer
 
   def __init__(
     self,
@@ -104,7 +109,7 @@ class Evaluator:
   def _measure_samples(self, step: int, state: TrainState) -> dict[str, float]:
     """Samples from the policy, and compares with the other responses."""
     drawn = self._sample(state.policy_params)
-    wins = samples.wins_over(drawn, self._others, self._run.judge)
+    wins = self._compare(step, drawn)
     metrics = samples.sample_metrics(drawn, wins)
     settings = self._run.config.eval
     if (settings.temperature, settings.top_k, settings.top_p) == (1, 0, 1):
@@ -118,6 +123,19 @@ class Evaluator:
       )
     self._keep_samples(step, drawn, wins)
     return metrics
+
+  def _compare(self, step: int, drawn: Samples) -> Wins | None:
+    """Compares samples with the others; None where the judge does not answer.
+
+    A server that fails must not stop a run, whose state is not saved yet.
+    """
+    try:
+      return samples.wins_over(drawn, self._others, self._run.judge)
+    except JudgeError as error:
+      if self._needs_judge:
+        raise
+      _LOG.warning("the samples of step %d are not judged: %s", step, error)
+      return None
 
   def _sample(self, params: Any) -> Samples:
     """Samples a response to each of the first held-out prompts."""

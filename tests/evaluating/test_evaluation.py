@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
+from dpo_jax import judges
 from dpo_jax.data import synthetic
 from dpo_jax.evaluating.evaluation import evaluate
 from dpo_jax.intervals import wilson_interval
@@ -223,6 +224,33 @@ def test_an_api_judge_compares_with_the_chosen_responses(
   assert (metrics["sample/win_rate"], metrics["sample/order_bias"]) == (0, 0)
   assert "sample/reward" not in metrics
   assert "sk-secret" not in found.path.read_text()
+
+
+def test_a_judge_that_does_not_answer_stops_an_evaluation_and_no_run(
+  workdir, tmp_path, caplog
+):
+  given = {
+    "eval.judge": "api:model",
+    "eval.api.url": "http://127.0.0.1:9/v1",  # where no server is
+    "eval.api.key_variable": "",
+    "eval.api.cache_dir": str(tmp_path / "answers"),
+    "eval.api.max_tries": 1,
+  }
+  with pytest.raises(judges.JudgeError, match="no answer in 1 tries"):
+    evaluate(workdir, given, against="chosen", name="none")
+  assert not (workdir / "evaluations" / "none.jsonl").exists()
+  config = tiny.make_config(
+    data__eval_fraction=0.3,
+    eval__num_samples=4,
+    eval__max_response_tokens=8,
+    optimizer__learning_rate=1e-2,
+    **{key.replace(".", "__"): value for key, value in given.items()},
+  )
+  metrics = train(config, tmp_path / "run")
+  assert "eval/sample/tokens" in metrics
+  assert "eval/sample/win_rate" not in metrics
+  assert "step 4 are not judged: http://127.0.0.1:9/v1" in caplog.text
+  assert (tmp_path / "run" / "checkpoints" / "4").exists()
 
 
 @pytest.mark.parametrize(

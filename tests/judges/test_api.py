@@ -13,7 +13,7 @@ from dpo_jax import judges
 from dpo_jax.config import default_config
 from dpo_jax.judges import api
 from dpo_jax.judges.answers import Answers
-from dpo_jax.judges.chat_server import ChatServer, ServerError
+from dpo_jax.judges.chat_server import ChatServer
 from tests.judges import chat_stand_in as stand_in
 
 KEY = "sk-test-0123456789"
@@ -160,7 +160,7 @@ def test_answers_of_many_threads_are_all_kept(server, settings):
 def test_a_crash_keeps_the_answers_before_it(server, settings):
   settings.api.max_tries = 1
   server.script = [stand_in.completion("B"), stand_in.reply(500, "broken")]
-  with pytest.raises(ServerError, match="status 500: broken"):
+  with pytest.raises(judges.JudgeError, match="status 500: broken"):
     make_judge(settings).compare(["p", "q"], ["aa", "aa"], ["b", "b"])
   assert make_judge(settings).compare(["p", "q"], ["aa", "aa"], ["b", "b"]) == [
     0.0,
@@ -203,7 +203,7 @@ def test_waits_grow_to_a_limit_and_vary(settings):
   settings.api.max_tries = 9
   waits = []
   chat = ChatServer("m", settings.api, sleep=waits.append, jitter=lambda: 0.0)
-  with pytest.raises(ServerError, match=r"no answer in 9 tries.*refused"):
+  with pytest.raises(judges.JudgeError, match=r"no answer in 9 tries.*refused"):
     chat.complete("?")
   assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
 
@@ -222,7 +222,7 @@ def test_a_server_that_asks_for_too_long_a_wait_ends_the_evaluation(
   server, settings
 ):
   server.script = [stand_in.reply(429, "tomorrow", Retry_After="86400")]
-  with pytest.raises(ServerError, match=r"asks to wait 86,400 s.*tomorrow"):
+  with pytest.raises(judges.JudgeError, match=r"wait 86,400 s.*tomorrow"):
     make_judge(settings).compare(["p"], ["aa"], ["b"])
 
 
@@ -230,7 +230,7 @@ def test_a_server_that_asks_for_too_long_a_wait_ends_the_evaluation(
 def test_a_server_that_refuses_all_is_asked_once(server, settings, status):
   body = f"no key {KEY}"
   server.script = [stand_in.reply(status, body, Location="http://127.0.0.1:9")]
-  with pytest.raises(ServerError, match=rf"{status}: no key \(key\)"):
+  with pytest.raises(judges.JudgeError, match=rf"{status}: no key \(key\)"):
     make_judge(settings).compare(["p"], ["aa"], ["b"])
   assert len(server.requests) == 1
 
@@ -264,7 +264,8 @@ def test_garbage_is_left_out_named_and_not_asked_again(
 def test_much_garbage_stops_at_once(server, settings):
   server.answer = lambda question: "perhaps"
   with pytest.raises(
-    ValueError, match=r"usable answer to 3 questions.*allows 2.*'perhaps'"
+    judges.JudgeError,
+    match=r"answer to 3 questions.*allows 2.*'perhaps'",
   ):
     make_judge(settings).compare("p" * 20, "abcdefghijklmnopqrst", "z" * 20)
   assert len(server.requests) < 10
