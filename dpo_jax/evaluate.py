@@ -45,5 +45,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-  define_flags()
-  command_line.run(main)
+  command_line.run(main, define_flags)

@@ -28,7 +28,7 @@ class Results:
 
   Attributes:
     path: file that holds them, once `write` was called.
-    header: what was evaluated.
+    header: step, settings and data of the evaluation.
     metrics: metrics of each held-out set, by split.
     samples: a JSON object for each sample.
   """

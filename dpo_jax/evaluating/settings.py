@@ -136,7 +136,7 @@ def _check_keys(
   if wrong:
     raise ValueError(
       f"an evaluation does not take {', '.join(wrong)}: it reads a run as it"
-      f" was trained. It takes {', '.join(_TAKEN)}"
+      f" was trained. It takes {', '.join(_TAKEN).replace('.,', '.*,')}"
     )
   if unread:
     raise ValueError(
