@@ -164,6 +164,9 @@ class ChatServer:
 
   def _ask(self, text: str) -> Completion:
     """Asks once."""
+    headers = {"Content-Type": "application/json"}
+    if self._key:
+      headers["Authorization"] = f"Bearer {self._key}"
     request = urllib.request.Request(
       self._url,
       json.dumps(
@@ -174,10 +177,8 @@ class ChatServer:
           "max_tokens": self._settings.max_tokens,
         }
       ).encode(),
-      {"Content-Type": "application/json"},
+      headers,
     )
-    if self._key:
-      request.add_unredirected_header("Authorization", f"Bearer {self._key}")
     try:
       with _OPENER.open(request, timeout=self._settings.timeout_s) as response:
         return _completion(response.read())

@@ -1,5 +1,7 @@
 """An API judge asks each question once, and survives faults of its server."""
 
+from concurrent import futures
+import contextlib
 import email.utils
 import json
 import logging
@@ -14,6 +16,7 @@ from dpo_jax.config import default_config
 from dpo_jax.judges import api
 from dpo_jax.judges.answers import Answers
 from dpo_jax.judges.chat_server import ChatServer
+from dpo_jax.system import files
 from tests.judges import chat_stand_in as stand_in
 
 KEY = "sk-test-0123456789"
@@ -155,6 +158,37 @@ def test_answers_of_many_threads_are_all_kept(server, settings):
   rows = [json.loads(line) for line in kept(settings).splitlines()]
   assert len({row["key"] for row in rows}) == 40
   assert {row["tokens_in"] for row in rows} == {100}
+
+
+def test_threads_append_one_after_the_other(tmp_path, monkeypatch):
+  inside, most = [], []
+
+  @contextlib.contextmanager
+  def naming(path, num_bytes):
+    inside.append(path)
+    time.sleep(0.002)
+    most.append(len(inside))
+    yield
+    inside.pop()
+
+  monkeypatch.setattr(files, "naming", naming)
+  answers = Answers(str(tmp_path / "answers.jsonl"))
+  with futures.ThreadPoolExecutor(8) as pool:
+    list(pool.map(lambda i: answers.add(f"key{i}", "A"), range(16)))
+  assert max(most) == 1
+
+
+def test_an_error_ends_the_waits_of_other_threads(server, settings):
+  settings.api.num_parallel = 2
+  server.script = [
+    stand_in.reply(429, "wait", Retry_After="300"),
+    stand_in.reply(401, "no"),
+  ]
+  start = time.monotonic()
+  with pytest.raises(judges.JudgeError, match="status 401"):
+    judge = judges.get_eval_judge(settings)
+    judge.compare(["p", "q"], ["aa", "aa"], ["b", "b"])
+  assert time.monotonic() - start < 60
 
 
 def test_a_crash_keeps_the_answers_before_it(server, settings):
