@@ -19,6 +19,7 @@ from dpo_jax.records.lock import RunLock
 from dpo_jax.records.metrics import read_metrics
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.train import train
+from dpo_jax.training import logps_cache
 from tests import faults, tiny
 from tests.judges import chat_stand_in
 
@@ -157,6 +158,44 @@ def test_other_data_losses_and_more_samples_change_nothing_of_a_run(workdir):
   assert len(rows_of(found, "sample")) == 6
   written = {r["split"]: r for r in rows_of(found, "metrics")}
   assert written["eval/other"]["loss"] == found.metrics["eval/other"]["loss"]
+
+
+def test_a_loss_with_running_means_starts_its_own(workdir):
+  given = {"loss.name": "bco_pair", "eval.num_samples": 0}
+  found = evaluate(workdir, given).metrics["eval"]
+  row = read_metrics(workdir, "eval")[1]
+  assert row["step"] == 2
+  np.testing.assert_allclose(
+    found["log_ratio/chosen"], row["log_ratio/chosen"], rtol=1e-6
+  )
+  assert np.isfinite(found["loss"]) and found["loss"] != row["loss"]
+
+
+@pytest.mark.slow
+def test_a_loss_that_reads_every_token_of_the_reference_gets_it(workdir):
+  """The run has cached sums alone."""
+  given = {"loss.name": "tdpo", "eval.num_samples": 0}
+  found = evaluate(workdir, given)
+  assert found.header["changes"]["reference.kind"]["here"] == "frozen"
+  row = read_metrics(workdir, "eval")[1]
+  np.testing.assert_allclose(
+    found.metrics["eval"]["log_ratio/chosen"],
+    row["log_ratio/chosen"],
+    rtol=1e-4,
+  )
+
+
+def test_cached_log_probs_that_changed_are_refused(copied):
+  [path] = (copied / "reference").glob("*.npy")
+  content = path.read_bytes()
+  faults.flip_byte(path)
+  with pytest.raises(ValueError, match="is damaged: its sha256"):
+    evaluate(copied, {})
+  path.write_bytes(content)
+  logps = np.load(path)
+  logps_cache.write_cache(path.parent, path.stem, logps + 1.0, {})
+  with pytest.raises(ValueError, match="other log-probs than this run began"):
+    evaluate(copied, {})
 
 
 def test_another_judge_scores_the_same_samples(workdir, tmp_path):
