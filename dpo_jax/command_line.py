@@ -76,11 +76,18 @@ def define_flags() -> None:
   flags.DEFINE_bool("debug", False, "show the traceback of an error")
 
 
-def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
+def run(
+  main: Callable[..., None],
+  define: Callable[[], None] = lambda: None,
+  *,
+  takes_arguments: bool = False,
+) -> None:
   """Parses the flags and runs a command.
 
   Args:
     main: the command; flags are parsed when it is called.
+    define: defines flags that read the command line at once, as those of a
+      config without a file do.
     takes_arguments: whether `main` is given the arguments without a flag.
   """
   if "debug" not in flags.FLAGS:
@@ -101,6 +108,7 @@ def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
     main()
 
   try:
+    define()
     app.run(call)
   except KeyboardInterrupt:
     raise SystemExit(130) from None  # as a shell reports it

@@ -24,6 +24,7 @@ import matplotlib
 import numpy as np
 
 from dpo_jax import command_line
+from dpo_jax.intervals import wilson_interval
 from dpo_jax.losses import (
   CATALOGUE,
   Objective,
@@ -35,7 +36,6 @@ from dpo_jax.records.eval_logps import Records, read_records
 from dpo_jax.records.metrics import format_table
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.training.evaluation import displacement
-from dpo_jax.training.intervals import wilson_interval
 from dpo_jax.training.measure import measure
 from dpo_jax.types import Sequences
 

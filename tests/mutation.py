@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 
-from dpo_jax.training.intervals import wilson_interval
+from dpo_jax.intervals import wilson_interval
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Modules, and the tests that are to find their faults.

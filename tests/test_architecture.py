@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "dpo_jax"
 # above it. Within a room the order of its modules holds too.
 ROOMS: dict[str, list[str]] = {
   "names": [],
+  "intervals": [],
   "trees": [],
   "system": ["compat", "version", "downloads", "files", "cache", "progress"],
   "types": [],
@@ -115,6 +116,7 @@ ROOMS: dict[str, list[str]] = {
     "loader",
     "scoring",
     "checks",
+    "sets",
     "pipeline",
   ],
   "records": [
@@ -144,6 +146,9 @@ ROOMS: dict[str, list[str]] = {
     "classifier",
     "reward_model",
     "orders",
+    "answers",
+    "chat_server",
+    "api",
     "get_judge",
   ],
   "training": [
@@ -158,7 +163,6 @@ ROOMS: dict[str, list[str]] = {
     "step",
     "measure",
     "program",
-    "intervals",
     "samples",
     "evaluation",
     "start",
@@ -167,11 +171,13 @@ ROOMS: dict[str, list[str]] = {
     "stops",
     "nonfinite",
     "initial_state",
+    "known_reference",
     "cached_reference",
     "evaluator",
     "header",
     "console",
   ],
+  "evaluating": ["settings", "opening", "results", "evaluation"],
   "online": ["snapshot", "rollouts", "loader", "open_loaders"],
   "planning": [
     "topology",
@@ -193,6 +199,7 @@ ROOMS: dict[str, list[str]] = {
     "runs",
   ],
   "train": [],
+  "evaluate": [],
   "export": [],
   "plan": [],
   "inspect": [],

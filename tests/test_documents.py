@@ -359,7 +359,7 @@ def test_the_readme_starts_with_the_main_job_and_the_tests():
   shells = [block.text for block in blocks if block.language in _SHELLS]
   assert shells[:2] == [
     "pip install -r requirements.txt && python -m experiments.quickstart",
-    "pip install -r requirements-test.txt && pytest",
+    'pip install -r requirements-test.txt && pytest -m "not slow"',
   ]
 
 

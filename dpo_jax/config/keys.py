@@ -187,7 +187,24 @@ def default_config() -> ml_collections.ConfigDict:
   config.eval.temperature = 1.0  # 0: greedy
   config.eval.top_k = 0  # 0: all tokens
   config.eval.top_p = 1.0  # nucleus mass
-  config.eval.judge = ""  # as online.judge; "": samples are not judged
+  # As online.judge, or "api:MODEL", a model on a server that compares the
+  # responses of policy and reference. "": samples are not judged.
+  config.eval.judge = ""
+  config.eval.judge_prompt = ""  # file of api's question; "": judges/api.py
+  # Server of "api:MODEL", with OpenAI's interface: docs/evaluate.md.
+  config.eval.api = ml_collections.ConfigDict()
+  config.eval.api.url = ""  # such as "http://localhost:8000/v1"
+  # Environment variable that holds the key; "": the server needs none.
+  config.eval.api.key_variable = "OPENAI_API_KEY"
+  config.eval.api.cache_dir = ""  # answers; "": ~/.cache/dpo_jax/judge
+  config.eval.api.timeout_s = 60.0  # without a byte of the server
+  config.eval.api.max_tries = 6  # of a question, after faults that may pass
+  config.eval.api.num_parallel = 8  # questions at a time
+  config.eval.api.max_tokens = 64  # of an answer
+  config.eval.api.max_left_out = 0.1  # of the questions, without an answer
+  # Dollars for a million tokens of questions and answers; 0: not known.
+  config.eval.api.price_in = 0.0
+  config.eval.api.price_out = 0.0
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_steps = 500  # 0: at the end only

@@ -391,7 +391,9 @@ def _resolve_best(
       metric = f"{prefix}loss"
     else:
       is_judged = settings["eval"]["num_samples"] and settings["eval"]["judge"]
-      metric = f"{prefix}sample/reward" if is_judged else ""
+      compares = settings["eval"]["judge"].startswith("api:")
+      name = "win_rate" if compares else "reward"
+      metric = f"{prefix}sample/{name}" if is_judged else ""
     checkpoint["best_metric"] = metric
   if checkpoint["best_is_lower"] is None:
     lower = ("loss", "/kl", ":kl")

@@ -113,6 +113,13 @@ VALUES: dict[str, Knob] = {
   "eval.top_p": Knob(
     float, "nucleus mass; 1 leaves nothing out", low=0, high=1, above=True
   ),
+  "eval.api.timeout_s": Knob(float, "seconds", low=0, above=True),
+  "eval.api.max_tries": _count("tries", 1),
+  "eval.api.num_parallel": _count("questions at a time", 1),
+  "eval.api.max_tokens": _count("tokens of an answer", 1),
+  "eval.api.max_left_out": Knob(float, "part of the questions", low=0, high=1),
+  "eval.api.price_in": Knob(float, "dollars for a million tokens", low=0),
+  "eval.api.price_out": Knob(float, "dollars for a million tokens", low=0),
   "checkpoint.every_steps": _count("steps; 0 is at the end"),
   "checkpoint.keep": _count(
     "the one before stays until the latest is whole", 2

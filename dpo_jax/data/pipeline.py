@@ -14,6 +14,7 @@ from dpo_jax.data import groups as groups_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.reading import Reading
+from dpo_jax.data.sets import Data, HeldOut
 from dpo_jax.data.tokenizers import Tokenizer
 from dpo_jax.losses import Objective, WeightedSum
 from dpo_jax.parallel.placement import Placement
@@ -21,60 +22,6 @@ from dpo_jax.system import files
 from dpo_jax.types import token_masks
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-  """Batches to train on, held-out batches, and their tokenizer.
-
-  Attributes:
-    tokenizer: tokenizer of both.
-    train: groups; for on-policy training, their prompts.
-    eval: held-out groups by the name of their set; "" for the one without a
-      name. Empty where nothing is held out.
-    measured: names of held-out sets that the loss is measured on; only the
-      prompts of the others are used.
-    checks: results of the checks.
-  """
-
-  tokenizer: Tokenizer
-  train: loader_lib.Loader
-  eval: Mapping[str, loader_lib.Loader]
-  measured: frozenset[str]
-  checks: list[checks.Result]
-
-  @property
-  def first_eval(self) -> loader_lib.Loader | None:
-    """Held-out set whose prompts are sampled from; None without one."""
-    return next(iter(self.eval.values()), None)
-
-  def description(self) -> dict[str, Any]:
-    """Returns what data.json holds: identity, reports and checks."""
-    results = [dataclasses.asdict(result) for result in self.checks]
-    return {**self.identity(), "reports": self.reports(), "checks": results}
-
-  def reports(self) -> dict[str, Mapping[str, Any]]:
-    """Returns the report of each source, see `groups.tokenize`."""
-    reports: dict[str, Mapping[str, Any]] = {}
-    for loader in (self.train, *self.eval.values()):
-      report = loader.store.report
-      reports |= {r["source"]: r for r in report.get("sources", [report])}
-    return reports
-
-  def identity(self) -> dict[str, Any]:
-    """Returns the identity of the data, equal on all hosts and starts."""
-    loaders = {"train": self.train} | {
-      config_lib.split_name(name): loader for name, loader in self.eval.items()
-    }
-    splits = {
-      name: {
-        "content": loader.store.report["content"],
-        "store": loader.store.digest,
-        "groups": len(loader.indices),
-      }
-      for name, loader in loaders.items()
-    }
-    return {**splits, "tokenizer": dict(self.tokenizer.parts)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +39,10 @@ class Groups:
   reports: tuple[Mapping[str, Any], ...]
   is_usable: np.ndarray
   source: np.ndarray
+
+
+# Groups and indices of the held-out ones, by the name of the set.
+HeldOutGroups = dict[str, tuple[Groups, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +78,7 @@ class Pipeline:
       FileNotFoundError: a file that does not exist.
     """
     settings = self.config.data
-    entries = settings.sources or ({"source": settings.source},)
-    groups = self.open_groups([entry["source"] for entry in entries])
+    groups = self._open_training()
     train, held_out = self._hold_out(groups)
     if self.is_offline:
       train = train[groups.is_usable[train]]
@@ -144,13 +94,7 @@ class Pipeline:
       microbatches=self.config.accumulation_steps,
       mixture=self._mix(groups, train) if settings.sources else None,
     )
-    loaders = {
-      name: self.make_loader(
-        its_groups.store, indices, self.config.eval.batch_size
-      )
-      for name, (its_groups, indices) in held_out.items()
-      if len(indices)
-    }
+    loaders, measured = self._load_held_out(held_out)
     opened = [groups, *(g for g, _ in held_out.values() if g is not groups)]
     by_split = {config_lib.split_name(n): x for n, x in loaders.items()}
     results = checks.run_checks(
@@ -158,25 +102,62 @@ class Pipeline:
       [report for its_groups in opened for report in its_groups.reports],
       {"train": train_loader, **by_split},
     )
+    return Data(self.tokenizer, loaders, measured, train_loader, results)
+
+  def build_held_out(self) -> HeldOut:
+    """Opens the held-out data; those to train on only if both are one source.
+
+    Raises:
+      ValueError: data that the loss, the model or the mesh cannot take.
+      FileNotFoundError: a file that does not exist.
+    """
+    if any(config_lib.eval_sets(self.config.data).values()):
+      held_out = self._limit(self._open_sets())
+    else:
+      _, held_out = self._hold_out(self._open_training())
+    return HeldOut(self.tokenizer, *self._load_held_out(held_out))
+
+  def _open_training(self) -> Groups:
+    settings = self.config.data
+    entries = settings.sources or ({"source": settings.source},)
+    return self.open_groups([entry["source"] for entry in entries])
+
+  def _open_sets(self) -> HeldOutGroups:
+    """Opens the held-out sets that have sources of their own."""
+    sets = config_lib.eval_sets(self.config.data)
+    held_out = {name: self.open_groups([spec]) for name, spec in sets.items()}
+    return {n: (g, np.arange(len(g.store))) for n, g in held_out.items()}
+
+  def _load_held_out(
+    self, held_out: HeldOutGroups
+  ) -> tuple[dict[str, loader_lib.Loader], frozenset[str]]:
+    """Returns loaders by name, and names of those that the loss measures."""
+    loaders = {
+      name: self.make_loader(
+        its_groups.store, indices, self.config.eval.batch_size
+      )
+      for name, (its_groups, indices) in held_out.items()
+      if len(indices)
+    }
     measured = frozenset(
       name for name in loaders if self._can_measure(held_out[name][0].store)
     )
-    return Data(self.tokenizer, train_loader, loaders, measured, results)
+    return loaders, measured
 
-  def _hold_out(
-    self, groups: Groups
-  ) -> tuple[np.ndarray, dict[str, tuple[Groups, np.ndarray]]]:
-    """Returns the training indices, and name -> (groups, indices) held out."""
+  def _hold_out(self, groups: Groups) -> tuple[np.ndarray, HeldOutGroups]:
+    """Returns the training indices, and the held-out sets."""
     settings = self.config.data
-    sets = config_lib.eval_sets(settings)
-    if any(sets.values()):
-      train = np.arange(len(groups.store))
-      held_out = {name: self.open_groups([spec]) for name, spec in sets.items()}
-      chosen = {n: (g, np.arange(len(g.store))) for n, g in held_out.items()}
+    if any(config_lib.eval_sets(settings).values()):
+      train, held_out = np.arange(len(groups.store)), self._open_sets()
     else:
       train, rest = groups.store.split(settings.eval_fraction)
-      chosen = {"": (groups, rest)}
-    for name, (its_groups, indices) in chosen.items():
+      held_out = {"": (groups, rest)}
+    return train, self._limit(held_out)
+
+  def _limit(self, held_out: HeldOutGroups) -> HeldOutGroups:
+    """Leaves out groups that the loss cannot use, and those above the limit."""
+    chosen = dict(held_out)
+    for name, (its_groups, indices) in held_out.items():
       if self._can_measure(its_groups.store):
         indices = indices[its_groups.is_usable[indices]]
       if self.config.eval.max_groups:
@@ -187,7 +168,7 @@ class Pipeline:
           f" {self.objective.name!r} can use"
         )
       chosen[name] = (its_groups, indices)
-    return train, chosen
+    return chosen
 
   def _can_measure(self, held_out: store.Store) -> bool:
     """Returns whether the loss can be measured on held-out groups."""

@@ -40,6 +40,7 @@ class Checkpoints:
     best_metric: str,
     best_is_lower: bool,
     is_reader: bool = False,
+    part: str = "params",
     go_back_to: int | None = None,
     may_restart: bool = False,
   ):
@@ -50,9 +51,10 @@ class Checkpoints:
       keep: number of latest steps to keep.
       best_metric: metric whose best step is kept too; "" for none.
       best_is_lower: whether a lower value of the metric is better.
-      is_reader: whether only `params` are read, of a run that another process
-        may be training: damaged and unfinished steps are skipped and left in
-        place. A step is verified when it is asked for, `params` alone.
+      is_reader: whether steps are only read, of a run that another process may
+        be training: damaged and unfinished steps are skipped and left in place.
+        A step is verified when it is asked for.
+      part: part that a reader verifies, "" for both.
       go_back_to: step that becomes the latest; None for the latest there is.
       may_restart: whether steps may have been saved and all be lost.
 
@@ -63,7 +65,7 @@ class Checkpoints:
     self._root = self._workdir.checkpoints
     self._best_metric = best_metric
     self._best_is_lower = best_is_lower
-    self._is_reader = is_reader
+    self._is_reader, self._part = is_reader, part
     self._faults: dict[int, str] = {}
     if not is_reader:
       hosts.together(lambda: self._prepare(go_back_to, may_restart))
@@ -102,7 +104,7 @@ class Checkpoints:
     if step not in self._faults:
       folder = self._root / str(step)
       self._faults[step] = fault = manifest.verify(
-        folder, part="params", run_id=self._workdir.run_id
+        folder, part=self._part, run_id=self._workdir.run_id
       )
       if fault:
         _LOG.warning("checkpoint %s is not used: %s", folder, fault)
@@ -210,6 +212,34 @@ class Checkpoints:
     loaded = self._checkpointer.load_checkpointables(step, wanted)
     return abstract_state.replace(params=loaded["params"], **loaded["rest"])
 
+  def restore_without_optimizer(
+    self, abstract_state: TrainState, *, step: int
+  ) -> TrainState:
+    """Reads what an evaluation needs of a step.
+
+    Args:
+      abstract_state: ShapeDtypeStructs with shardings.
+      step: step to read.
+
+    Returns:
+      The state; its optimizer's state is ().
+
+    Raises:
+      ValueError: a checkpoint of another model.
+    """
+    bare = abstract_state.replace(opt_state=(), spikes=())
+    wanted = {"params": bare.params, "rest": _rest(bare)}
+    found = self._checkpointer.checkpointables_metadata(step).metadata
+    rest = {k: found["rest"][k] for k in wanted["rest"] if k in found["rest"]}
+    where = f"{self._root / str(step)}"
+    check_same_tree(wanted["params"], found["params"], f"{where}/params")
+    check_same_tree(wanted["rest"], rest, f"{where}/rest")
+    context = ocp.v1.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+      loaded = self._checkpointer.load_checkpointables(step, wanted)
+    return bare.replace(params=loaded["params"], **loaded["rest"])
+
   def restore_params(self, abstract_params: Any, *, step: int) -> Any:
     """Reads the policy of a step alone.
 
@@ -245,7 +275,7 @@ def open_checkpoints(
   Args:
     workdir: run directory.
     config: resolved.
-    **options: is_reader, go_back_to and may_restart of `Checkpoints`.
+    **options: other options of `Checkpoints`.
   """
   settings = config["checkpoint"]
   return Checkpoints(

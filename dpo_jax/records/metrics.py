@@ -122,14 +122,11 @@ class MetricsWriter:
     """
     if self._file is None:
       return
-    numbers = {name: float(np.asarray(v)) for name, v in metrics.items()}
-    line = {
-      name: number if math.isfinite(number) else None
-      for name, number in numbers.items()
-    }
-    self._file.append(json.dumps({"step": step, "split": split, **line}) + "\n")
+    line = {"step": step, "split": split, **as_numbers(metrics)}
+    self._file.append(json.dumps(line) + "\n")
     if self._events is not None:
-      for name, number in numbers.items():
+      for name, value in metrics.items():
+        number = float(np.asarray(value))
         self._events.add_scalar(f"{split}/{name}", number, step)
       self._events.flush()
 
@@ -144,6 +141,12 @@ class MetricsWriter:
       self._file.close()
     if self._events is not None:
       self._events.close()
+
+
+def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+  """Returns metrics as JSON has them: None for one that is not finite."""
+  numbers = {name: float(np.asarray(v)) for name, v in metrics.items()}
+  return {k: x if math.isfinite(x) else None for k, x in numbers.items()}
 
 
 def read_metrics(

@@ -34,6 +34,7 @@ _PLACES = (
   "checkpoint.every_steps",
   "checkpoint.keep",
   "eval.save_logps",
+  "eval.api.",
   "resume.",
 )
 # Groups of losses without an accuracy.
@@ -72,7 +73,7 @@ def check_same_config(
   """
   if not workdir.config.exists():
     return {}
-  resolved = _as_json(config)
+  resolved = as_json(config)
   before = with_defaults(dict(flatten(workdir.read_config())))
   now = dict(flatten(resolved))
   # Runs once recorded "" for the tokenizer of policy.init.
@@ -215,7 +216,7 @@ def record(
     workdir: run directory.
     step: step that the run has gone back to, from `go_back_to`.
   """
-  workdir.write_config(_as_json(config))
+  workdir.write_config(as_json(config))
   known = _read_data(workdir)
   if not _is_described(known) or _KINDS_OF_DATA & accepted.keys():
     history = known.get("history", [])
@@ -275,7 +276,7 @@ def go_back_to(
   return None
 
 
-def _as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns what config.json holds: all but the settings of one start."""
   settings = config.to_dict() | {"resume": default_config().resume.to_dict()}
   return json.loads(json.dumps(settings, default=_plain))

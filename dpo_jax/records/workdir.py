@@ -17,6 +17,8 @@ quarantine/      the latest two checkpoints that were moved aside
 nonfinite/       STEP.json, STEP.npz: a step that is not finite, and its batch
 reference/       cached log-probs
 online/          STEP.npz, sampled responses that the policy trains on
+evaluations/     NAME.jsonl, what `dpo_jax.evaluate` measured: its settings,
+                 then a line for each held-out set and for each sample
 profile/, tensorboard/
 finished.json    written last, when the run has finished
 """
@@ -148,6 +150,10 @@ class Workdir:
   @property
   def online(self) -> epath.Path:
     return self.path / "online"
+
+  @property
+  def evaluations(self) -> epath.Path:
+    return self.path / "evaluations"
 
   @property
   def profile(self) -> epath.Path:

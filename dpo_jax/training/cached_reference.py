@@ -10,20 +10,16 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from dpo_jax.config import parse_allowed
-from dpo_jax.data import batch_plan, scoring
+from dpo_jax.data import scoring
 from dpo_jax.data.loader import Loader
 from dpo_jax.models import lora
 from dpo_jax.parallel import hosts
-from dpo_jax.records import resume
-from dpo_jax.records.workdir import Workdir
-from dpo_jax.system.files import read_json, write_json
-from dpo_jax.training import initial_state, logps_cache, reference, start
+from dpo_jax.system.files import write_json
+from dpo_jax.training import known_reference, logps_cache, start
 from dpo_jax.training.logps_cache import Cached
 from dpo_jax.training.logps_parts import Parts, remove_parts
 from dpo_jax.training.setup import Run
 from dpo_jax.training.stops import NonFiniteError
-from dpo_jax.trees import params_digest
 from dpo_jax.types import TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -56,24 +52,19 @@ def attach(
     StartError: a fresh policy that differs from its reference.
     NonFiniteError: a log-prob that is not finite.
   """
-  is_cached = run.config.reference.kind == "cached"
-  if not (is_cached and run.program.objective.needs_reference):
+  if not known_reference.is_cached(run):
     return list(loaders)
   is_fresh = int(state.step) == 0
-  params, digest = _read_reference(run, state)
-  known = {} if is_fresh else _known_caches(run, digest)
+  params, digest = known_reference.read_reference(run, state)
+  known = {} if is_fresh else known_reference.known_caches(run, digest)
   scorer = _Scorer(run, params, label)
   # Each store is scored once, however many loaders read it.
   caches: dict[str, Cached] = {}
   attached = []
   for loader in loaders:
-    key = reference.cache_key(
-      digest,
-      run.program.policy.without_adapters.config,
-      f"{loader.store.digest}/{len(loader.store)}",
-    )
+    key = known_reference.key_of(run, loader, digest)
     if key not in caches:
-      whole = _every_group(run, loader)
+      whole = known_reference.every_group(run, loader)
       caches[key] = scorer.open(whole, key, known)
       if is_fresh and run.starts_as_reference:
         _check_start(run, state, params, whole, caches[key])
@@ -81,100 +72,15 @@ def attach(
     attached.append(dataclasses.replace(loader, ref_logps=ref_logps))
   if unscored is not None and is_fresh and run.starts_as_reference:
     start.check_adapters(state.policy_params)
-    _check_in_float32(run, state, params, _every_group(run, unscored))
+    _check_in_float32(
+      run, state, params, known_reference.every_group(run, unscored)
+    )
   if run.is_writer:
     digests = {key: cache.digest for key, cache in caches.items()}
     write_json(
       run.workdir.reference_digests, {"weights": digest, "logps": digests}
     )
   return attached
-
-
-def _read_reference(run: Run, state: TrainState) -> tuple[Any, str]:
-  """Returns the reference's parameters, and their digest.
-
-  A resumed run whose reference was moved has the digest alone, which names its
-  caches. It needs the parameters only if one is gone.
-  """
-  try:
-    params = initial_state.reference_params(run, state)
-  except FileNotFoundError as error:
-    digest = _read_digests(run.workdir)["weights"]
-    if int(state.step) == 0 or not digest:
-      raise
-    _LOG.warning("%s. The log-probs that are cached are used", error)
-    return None, digest
-  return params, params_digest(params)
-
-
-def _known_caches(run: Run, digest: str) -> Mapping[str, str]:
-  """Returns the digests of the caches that a run began with, by key.
-
-  The target of `reference.init` may have changed since: a run that was
-  trained further, a folder that was written again.
-
-  Args:
-    run: run that resumes.
-    digest: digest of the reference's parameters now.
-
-  Raises:
-    ValueError: another reference than the run began with, or no record of it.
-  """
-  before = _read_digests(run.workdir)
-  path = run.workdir.reference_digests
-  if not before["weights"]:
-    record = json.dumps({"weights": digest, "logps": {}})
-    raise ValueError(
-      f"{path} is missing, so nothing tells whether {run.reference_init} still"
-      " holds the reference that this run began with. Restore the file; or, if"
-      f" you know that it has not changed, write {record} into it"
-    )
-  if before["weights"] != digest:
-    if "reference" in parse_allowed(run.config.resume.allow):
-      if run.is_writer:
-        change = f"{before['weights'][:12]} there, {digest[:12]} now"
-        resume.add_to_history(run.workdir, {"reference": [change]})
-      return {}
-    raise ValueError(
-      f"{run.reference_init} holds other weights than when this run began:"
-      f" {run.workdir} records {before['weights'][:12]}, and they are"
-      f" {digest[:12]} now. Restore the old ones, or choose another workdir;"
-      " --config.resume.allow=reference takes the new ones"
-    )
-  return before["logps"]
-
-
-def _read_digests(workdir: Workdir) -> Mapping[str, Any]:
-  """Reads the digests of a run's reference; "weights" is "" without any."""
-  if workdir.reference_digests.exists():
-    return read_json(workdir.reference_digests)
-  # Older runs recorded that of the weights alone.
-  weights = workdir.read_digest(workdir.old_reference_digest)
-  return {"weights": weights, "logps": {}}
-
-
-def _every_group(run: Run, loader: Loader) -> Loader:
-  """Returns a loader of all groups of a store, as the reference scores them."""
-  config = run.config
-  indices = np.arange(len(loader.store))
-  plan = batch_plan.make_plan(
-    loader.store,
-    indices,
-    batch_size=config.eval.batch_size,
-    row_tokens=config.data.row_tokens,
-    row_multiple=run.program.placement.num_row_shards,
-    layout=config.data.layout,
-    max_shapes=config.data.max_shapes,
-  )
-  return Loader(
-    loader.store,
-    indices,
-    plan,
-    config.eval.batch_size,
-    seed=0,
-    process_index=loader.process_index,
-    process_count=loader.process_count,
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,8 +100,7 @@ class _Scorer:
   @property
   def folder(self) -> epath.Path:
     """Folder of caches."""
-    given = self.run.config.reference.cache_dir
-    return epath.Path(given or self.run.workdir.reference_cache)
+    return known_reference.cache_folder(self.run)
 
   def open(self, whole: Loader, key: str, known: Mapping[str, str]) -> Cached:
     """Reads the log-probs of a store; computes them first if there are none.
@@ -214,10 +119,7 @@ class _Scorer:
     was_there = cache is not None
     if cache is None:
       if self.params is None:
-        raise FileNotFoundError(
-          f"{path} is gone, and {self.run.reference_init} too, which gave it:"
-          " put one of them back"
-        )
+        raise known_reference.both_gone(self.run, key)
       parts = self._compute(whole, key)
       # The other processes read the cache next.
       hosts.together(lambda: self._write(key, parts))
@@ -229,12 +131,8 @@ class _Scorer:
       )
     if known.get(key, cache.digest) != cache.digest:
       if was_there:
-        raise ValueError(
-          f"{path} holds other log-probs than this run began with:"
-          f" {self.run.workdir.reference_digests} says {known[key][:12]}, and"
-          f" their sha256 is {cache.digest[:12]} now. Restore the file; or"
-          f" delete it and {path.with_suffix('.json')}, and the log-probs are"
-          " computed again"
+        raise known_reference.other_logps(
+          self.run, key, known[key], cache.digest
         )
       _LOG.warning(
         "%s was computed again, and rounds differently than when this run"

@@ -11,11 +11,11 @@ import numpy as np
 from dpo_jax import config as config_lib
 from dpo_jax.data.loader import Loader
 from dpo_jax.data.scoring import score_all
+from dpo_jax.intervals import wilson_interval
 from dpo_jax.losses import Objective, WeightedSum
 from dpo_jax.names import did_you_mean
 from dpo_jax.parallel.hosts import to_host
 from dpo_jax.records.eval_logps import Records
-from dpo_jax.training.intervals import wilson_interval
 from dpo_jax.training.measure import make_measure
 from dpo_jax.training.program import Program
 from dpo_jax.training.samples import SAMPLE_METRICS

@@ -2,24 +2,30 @@
 
 from collections.abc import Callable, Collection, Mapping
 import json
+import logging
 from typing import Any
 
 from dpo_jax import config as config_lib
 from dpo_jax.data.loader import Loader
+from dpo_jax.judges import JudgeError, Wins
 from dpo_jax.records import eval_logps
 from dpo_jax.records.metrics import GrowingFile, read_metrics
 from dpo_jax.training import evaluation, initial_state, samples
 from dpo_jax.training.samples import Samples
-from dpo_jax.training.setup import Run
+from dpo_jax.training.setup import EvalRun
 from dpo_jax.types import TrainState
+
+_LOG = logging.getLogger(__name__)
 
 
 class Evaluator:
   """Measures the policy of a run on its held-out sets and by its samples."""
 
+  _needs_judge = False  # whether it stops where the judge does not answer
+
   def __init__(
     self,
-    run: Run,
+    run: EvalRun,
     loaders: Mapping[str, Loader],
     record: Callable[[int, str, Mapping[str, Any]], None],
     *,
@@ -35,13 +41,14 @@ class Evaluator:
     """
     self._run, self._loaders, self._record = run, loaders, record
     self._label = label
-    self._ref_samples: Samples | None = None
+    # Responses that the policy's samples are compared with.
+    self._others: Samples | None = None
 
   def sample_reference(self, state: TrainState) -> None:
     """Samples from the reference, to compare the policy's samples with."""
     if self._run.data.eval and self._run.config.eval.num_samples:
       params = initial_state.reference_params(self._run, state)
-      self._ref_samples = self._sample(params)
+      self._others = self._sample(params)
 
   def evaluate(
     self,
@@ -75,7 +82,7 @@ class Evaluator:
       )
       if self._run.config.eval.save_logps and self._run.is_writer:
         eval_logps.write_records(self._run.workdir, step, records, name)
-    if with_samples and self._ref_samples is not None:
+    if with_samples and self._others is not None:
       first = next(iter(self._run.data.eval))
       found[first] = found.get(first, {}) | self._measure_samples(step, state)
     metrics = {}
@@ -100,9 +107,10 @@ class Evaluator:
     )
 
   def _measure_samples(self, step: int, state: TrainState) -> dict[str, float]:
-    """Samples from the policy, and compares with the reference's samples."""
+    """Samples from the policy, and compares with the other responses."""
     drawn = self._sample(state.policy_params)
-    metrics = samples.compare_samples(drawn, self._ref_samples)
+    wins = self._compare(step, drawn)
+    metrics = samples.sample_metrics(drawn, wins)
     settings = self._run.config.eval
     if (settings.temperature, settings.top_k, settings.top_p) == (1, 0, 1):
       metrics |= samples.sampled_kl(
@@ -113,24 +121,29 @@ class Evaluator:
         self._run.program.placement,
         batch_size=settings.batch_size,
       )
-    self._write_samples(step, drawn)
+    self._keep_samples(step, drawn, wins)
     return metrics
+
+  def _compare(self, step: int, drawn: Samples) -> Wins | None:
+    """Compares samples with the others; None where the judge does not answer.
+
+    A server that fails must not stop a run, whose state is not saved yet.
+    """
+    try:
+      return samples.wins_over(drawn, self._others, self._run.judge)
+    except JudgeError as error:
+      if self._needs_judge:
+        raise
+      _LOG.warning("the samples of step %d are not judged: %s", step, error)
+      return None
 
   def _sample(self, params: Any) -> Samples:
     """Samples a response to each of the first held-out prompts."""
     run, settings = self._run, self._run.config.eval
-    loader = run.data.first_eval
-    prompts = samples.held_out_prompts(
-      loader.store,
-      loader.indices,
-      settings.num_samples,
-      max_tokens=run.program.policy.config.max_positions
-      - settings.max_response_tokens,
-    )
     return samples.draw_samples(
       run.program.policy,
       params,
-      prompts,
+      self._prompts(),
       run.data.tokenizer,
       run.judge,
       seed=run.config.seed,
@@ -139,8 +152,27 @@ class Evaluator:
       label=self._label,
     )
 
-  def _write_samples(self, step: int, drawn: Samples) -> None:
-    """Appends samples to samples.jsonl, a JSON object a line."""
+  def _prompts(self) -> list[list[int]]:
+    """Returns the first held-out prompts."""
+    run, settings = self._run, self._run.config.eval
+    loader = run.data.first_eval
+    return samples.held_out_prompts(
+      loader.store,
+      loader.indices,
+      settings.num_samples,
+      max_tokens=run.program.policy.config.max_positions
+      - settings.max_response_tokens,
+    )
+
+  def _keep_samples(self, step: int, drawn: Samples, wins: Wins | None) -> None:
+    """Appends samples to samples.jsonl, a JSON object a line.
+
+    Args:
+      step: optimizer steps taken.
+      drawn: samples of the policy.
+      wins: their results against the other responses.
+    """
+    del wins
     if not self._run.is_writer:
       return
     file = GrowingFile(self._run.workdir.samples)

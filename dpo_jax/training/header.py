@@ -11,7 +11,7 @@ import numpy as np
 from dpo_jax import config as config_lib
 from dpo_jax.data import packing
 from dpo_jax.data.loader import Loader
-from dpo_jax.data.pipeline import Data
+from dpo_jax.data.sets import Data
 from dpo_jax.losses import CATALOGUE
 from dpo_jax.training.program import Program
 from dpo_jax.training.setup import Run

@@ -10,12 +10,12 @@ from dpo_jax.parallel.hosts import to_host
 from dpo_jax.records.checkpoint import Checkpoints
 from dpo_jax.system.files import write_atomically
 from dpo_jax.training import start
-from dpo_jax.training.setup import Run
+from dpo_jax.training.setup import EvalRun, Run
 from dpo_jax.trees import params_digest
 from dpo_jax.types import Batch, TrainState
 
 
-def load_params(run: Run, init: str) -> Any:
+def load_params(run: EvalRun, init: str) -> Any:
   """Loads all parameters of a model source onto the mesh of a run.
 
   Args:
@@ -37,11 +37,7 @@ def load_state(run: Run, checkpoints: Checkpoints) -> TrainState:
   target, _ = program.abstract_state()
   state = checkpoints.restore(target)
   if state is not None:
-    if target.frozen_params is not None:
-      frozen = program.split_params(load_params(run, init))[1]
-      model_sources.check_frozen(frozen, run.workdir, init)
-      state = state.replace(frozen_params=frozen)
-    return state
+    return with_frozen(run, state)
   ref_params = None
   if program.has_live_reference:
     # Loaded a second time: the first step donates the policy's buffers.
@@ -53,7 +49,22 @@ def load_state(run: Run, checkpoints: Checkpoints) -> TrainState:
   return state
 
 
-def reference_params(run: Run, state: TrainState) -> Any:
+def with_frozen(run: EvalRun, state: TrainState) -> TrainState:
+  """Adds the parameters that no checkpoint has to a state of one.
+
+  Raises:
+    ValueError: they have changed since the run began.
+  """
+  init = run.config.policy.init
+  target, _ = run.program.abstract_state()
+  if target.frozen_params is None:
+    return state
+  frozen = run.program.split_params(load_params(run, init))[1]
+  model_sources.check_frozen(frozen, run.workdir, init)
+  return state.replace(frozen_params=frozen)
+
+
+def reference_params(run: EvalRun, state: TrainState) -> Any:
   """Returns the parameters that the reference began with.
 
   They are loaded again where the devices do not hold them.

@@ -15,10 +15,9 @@ from dpo_jax.data.tokenizers import Tokenizer
 from dpo_jax.models import generate
 from dpo_jax.models.decoder import Policy
 from dpo_jax.parallel.placement import Placement
-from dpo_jax.training.intervals import wilson_interval
 from dpo_jax.training.reference import compute_logps
 
-# Metrics of `compare_samples` and `sampled_kl`, with a judge and a reference.
+# Metrics of `sample_metrics` and `sampled_kl`, with a judge and a reference.
 SAMPLE_METRICS = (
   "sample/tokens",
   "sample/reward",
@@ -40,7 +39,8 @@ class Samples:
     responses: token ids.
     prompt_texts: decoded.
     texts: responses, decoded.
-    rewards: f64 [n] from the judge, or None without one.
+    rewards: f64 [n] from the judge; None without one, or with one that only
+      compares responses.
   """
 
   prompts: list[list[int]]
@@ -88,7 +88,7 @@ def draw_samples(
   params: Any,
   prompts: Sequence[Sequence[int]],
   tokenizer: Tokenizer,
-  judge: judges.Judge | None,
+  judge: judges.Judge | judges.Comparer | None,
   *,
   seed: int,
   config: Any,
@@ -131,43 +131,122 @@ def draw_samples(
   )
   prompt_texts = [tokenizer.decode(prompt) for prompt in prompts]
   texts = [tokenizer.decode(response) for response in responses]
-  rewards = None
-  if judge is not None:
-    rewards = judges.ask(judge, prompt_texts, texts)
   return Samples(
-    [list(p) for p in prompts], responses, prompt_texts, texts, rewards
+    [list(p) for p in prompts],
+    responses,
+    prompt_texts,
+    texts,
+    _rewards(judge, prompt_texts, texts),
   )
 
 
-def compare_samples(
-  samples: Samples, reference: Samples | None
-) -> dict[str, float]:
-  """Computes the reward of samples, and their win rate over the reference's.
+def take_chosen(
+  store: Store,
+  indices: np.ndarray,
+  prompts: Sequence[Sequence[int]],
+  tokenizer: Tokenizer,
+  judge: judges.Judge | judges.Comparer | None,
+  *,
+  is_labelled: bool,
+) -> Samples:
+  """Returns the chosen response to each prompt, as samples to compare with.
+
+  Args:
+    store: groups.
+    indices: held-out groups.
+    prompts: token ids, from `held_out_prompts`.
+    tokenizer: tokenizer of the policy.
+    judge: gives the rewards, or None.
+    is_labelled: whether a group is one response with a label.
+
+  Raises:
+    ValueError: a prompt without a chosen response, or see `draw_samples`.
+  """
+  chosen: dict[tuple[int, ...], list[int]] = {}
+  for index in indices:
+    if store.lengths[index, 1] and (
+      not is_labelled or store.score[index, 0] > 0
+    ):
+      prompt, response = store.group(index)[:2]
+      chosen.setdefault(tuple(prompt.tolist()), response.tolist())
+  prompt_texts = [tokenizer.decode(prompt) for prompt in prompts]
+  for prompt, text in zip(prompts, prompt_texts, strict=True):
+    if tuple(prompt) not in chosen:
+      raise ValueError(f"no held-out group has a chosen response to {text!r}")
+  responses = [chosen[tuple(prompt)] for prompt in prompts]
+  texts = [tokenizer.decode(response) for response in responses]
+  return Samples(
+    [list(p) for p in prompts],
+    responses,
+    prompt_texts,
+    texts,
+    _rewards(judge, prompt_texts, texts),
+  )
+
+
+def _rewards(
+  judge: judges.Judge | judges.Comparer | None,
+  prompts: Sequence[str],
+  responses: Sequence[str],
+) -> np.ndarray | None:
+  if judge is None or isinstance(judge, judges.Comparer):
+    return None
+  return judges.ask(judge, prompts, responses)
+
+
+def wins_over(
+  samples: Samples,
+  others: Samples | None,
+  judge: judges.Judge | judges.Comparer | None,
+) -> judges.Wins | None:
+  """Compares samples with other responses to the same prompts.
 
   Args:
     samples: samples of the policy.
-    reference: samples of the reference on the same prompts, or None.
+    others: samples of the reference, or chosen responses; or None.
+    judge: judge of both.
 
   Returns:
-    `sample/tokens`; with a judge `sample/reward` and its standard error; with
-    a reference too `sample/win_rate` and its 95 % interval, ties a half.
+    The results, ties a half; None without others or a judge.
+  """
+  if others is None:
+    return None
+  if isinstance(judge, judges.Comparer):
+    return judges.compare_in_both_orders(
+      judge, samples.prompt_texts, samples.texts, others.texts
+    )
+  if samples.rewards is None:
+    return None
+  wins = 0.5 * (np.sign(samples.rewards - others.rewards) + 1.0)
+  return judges.Wins(wins, wins)
+
+
+def sample_metrics(
+  samples: Samples, wins: judges.Wins | None
+) -> dict[str, float]:
+  """Computes the reward of samples, and their win rate.
+
+  Args:
+    samples: samples of the policy.
+    wins: their results against others, from `wins_over`.
+
+  Returns:
+    `sample/tokens`; with rewards `sample/reward` and its standard error; with
+    results `sample/win_rate` and its 95 % interval. A judge that compares adds
+    `sample/order_bias` and `sample/left_out`, see `judges.Wins`.
   """
   metrics = {
     "sample/tokens": float(np.mean([len(r) for r in samples.responses]))
   }
-  if samples.rewards is None:
-    return metrics
-  count = len(samples.rewards)
-  metrics["sample/reward"] = float(samples.rewards.mean())
-  metrics["sample/reward_error"] = _standard_error(samples.rewards)
-  if reference is not None:
-    wins = 0.5 * (np.sign(samples.rewards - reference.rewards) + 1.0)
-    rate = float(wins.mean())
-    low, high = wilson_interval(rate, count)
+  if samples.rewards is not None:
+    metrics["sample/reward"] = float(samples.rewards.mean())
+    metrics["sample/reward_error"] = _standard_error(samples.rewards)
+  if wins is not None:
+    of_orders = () if samples.rewards is None else ("order_bias", "left_out")
     metrics |= {
-      "sample/win_rate": rate,
-      "sample/win_rate_low": low,
-      "sample/win_rate_high": high,
+      f"sample/{name}": value
+      for name, value in wins.metrics().items()
+      if name not in of_orders
     }
   return metrics
 

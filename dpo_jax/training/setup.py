@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from dpo_jax import config as config_lib
 from dpo_jax import judges, model_sources
 from dpo_jax.data import checks, sources
-from dpo_jax.data.pipeline import Data, Pipeline
+from dpo_jax.data.pipeline import Pipeline
+from dpo_jax.data.sets import Data, HeldOut
 from dpo_jax.losses import build_objective
 from dpo_jax.parallel import mesh
 from dpo_jax.parallel.pmap import make_placement
@@ -28,28 +29,27 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """All that a run consists of: its program, data and judges.
+class EvalRun:
+  """All that an evaluation reads of a run; it writes nothing.
 
   Attributes:
     config: resolved.
     workdir: run directory.
     program: all that is compiled.
-    data: batches.
-    judge: judge of samples in an evaluation, or None.
-    online_judge: judge of sampled responses in training, or None.
+    data: held-out batches.
+    judge: judge of samples, or None.
   """
 
   config: Any
   workdir: Workdir
   program: Program
-  data: Data
-  judge: judges.Judge | None
-  online_judge: judges.Judge | None
+  data: HeldOut
+  judge: judges.Judge | judges.Comparer | None
 
   @property
   def is_writer(self) -> bool:
-    return jax.process_index() == 0
+    """Whether this process writes the files of the run."""
+    return False
 
   @property
   def reference_init(self) -> str:
@@ -60,6 +60,23 @@ class Run:
   def starts_as_reference(self) -> bool:
     """Whether policy and reference are equal before the first step."""
     return self.reference_init == self.config.policy.init
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(EvalRun):
+  """All that a run consists of: its program, data and judges.
+
+  Attributes:
+    data: batches.
+    online_judge: judge of sampled responses in training, or None.
+  """
+
+  data: Data
+  online_judge: judges.Judge | None
+
+  @property
+  def is_writer(self) -> bool:
+    return jax.process_index() == 0
 
 
 def resolve(
@@ -76,8 +93,21 @@ def resolve(
     of the model named. And the source of the policy.
 
   Raises:
-    ValueError: see `config.resolve`, `resume.check_same_config` and
-      `model_sources.parse`.
+    ValueError: see `resolve_spellings`, `resume.check_same_config`.
+    FileNotFoundError: a model that does not exist.
+  """
+  config, source = resolve_spellings(config, workdir)
+  resume.check_same_config(config, workdir)
+  return config, source
+
+
+def resolve_spellings(
+  config: Any, workdir: Workdir
+) -> tuple[Any, model_sources.ModelSource]:
+  """Does what `resolve` does, for a config that need not be the workdir's.
+
+  Raises:
+    ValueError: see `config.resolve` and `model_sources.parse`.
     FileNotFoundError: a model that does not exist.
   """
   config = config_lib.resolve(config)
@@ -90,9 +120,7 @@ def resolve(
     theirs = _open_source(spelled, "reference.init", workdir)
     pinned["reference.init"] = theirs.init
   pinned |= _pin_data(config.data, spelled)
-  config = config_lib.with_values(config, pinned)
-  resume.check_same_config(config, workdir)
-  return config, source
+  return config_lib.with_values(config, pinned), source
 
 
 def _open_source(
@@ -197,7 +225,7 @@ def build_run(
     FileNotFoundError: data or a model that does not exist.
   """
   config, source = resolve(config, workdir)
-  judge = judges.get_judge(config.eval.judge)
+  judge = judges.get_eval_judge(config.eval)
   online_judge = judges.get_judge(config.online.judge, key="online.judge")
   settings = {key: config.data[key] for key in model_sources.TOKENIZER_KEYS}
   tokenizer = model_sources.open_tokenizer(settings)

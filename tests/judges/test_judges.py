@@ -8,6 +8,7 @@ import pytest
 
 from dpo_jax import judges
 from dpo_jax.data import synthetic
+from dpo_jax.intervals import wilson_interval
 from dpo_jax.judges.classifier import Classifier, fit_classifier, text_buckets
 from dpo_jax.train import train
 from tests import faults, tiny
@@ -109,32 +110,82 @@ def test_a_damaged_classifier_and_a_single_class_are_explained(tmp_path):
     fit_classifier(["a", "b"], [True, True])
 
 
-def test_bootstrap_interval_is_the_normal_one_for_many_values():
-  values = np.random.default_rng(0).normal(3.0, 2.0, 400)
-  low, high = judges.bootstrap_interval(values)
-  half = 1.96 * values.std() / 20
-  assert low == pytest.approx(values.mean() - half, abs=0.04)
-  assert high == pytest.approx(values.mean() + half, abs=0.04)
-  assert judges.bootstrap_interval([2.0, 2.0]) == (2.0, 2.0)
-  with pytest.raises(ValueError, match="at least one"):
-    judges.bootstrap_interval([])
+class Comparing(judges.Comparer):
+  """A judge by a function of prompt, first and second."""
+
+  def __init__(self, function):
+    self.function, self.shown = function, []
+
+  def compare(self, prompts, firsts, seconds):
+    self.shown += list(zip(prompts, firsts, seconds, strict=True))
+    return [self.function(*shown) for shown in self.shown]
+
+
+def in_both_orders(function, responses, others):
+  judge = Comparing(function)
+  prompts = [f"p{i}" for i in range(len(responses))]
+  return judge, judges.compare_in_both_orders(judge, prompts, responses, others)
 
 
 def test_a_judge_that_always_takes_the_first_gives_a_half():
-  found = judges.compare_in_both_orders(
-    lambda prompt, first, second: 1.0, ["p", "q"], ["a", "b"], ["c", "d"]
-  )
-  assert found["win_rate"] == 0.5
-  assert found["order_bias"] == 1.0
-  longer = judges.compare_in_both_orders(
+  _, wins = in_both_orders(lambda *shown: 1.0, ["a", "b"], ["c", "d"])
+  found = wins.metrics()
+  assert (found["win_rate"], found["order_bias"]) == (0.5, 1.0)
+  _, wins = in_both_orders(
     lambda prompt, first, second: float(len(first) > len(second)),
-    ["p", "q"],
     ["aa", "b"],
     ["c", "dd"],
   )
-  assert (longer["win_rate"], longer["order_bias"]) == (0.5, 0.0)
-  with pytest.raises(ValueError, match=r"gave 7 for 'a' as the first of two"):
-    judges.compare_in_both_orders(lambda *x: 7, ["p"], ["a"], ["b"])
+  found = wins.metrics()
+  assert (found["win_rate"], found["order_bias"]) == (0.5, 0.0)
+
+
+def test_wins_ties_and_the_order_are_counted_by_hand():
+  """Shown first: win, tie, loss, no answer; second: win, loss, loss, win."""
+  answers = {
+    ("a", "w"): 1.0,
+    ("w", "a"): 0.0,
+    ("b", "x"): 0.5,
+    ("x", "b"): 1.0,
+    ("c", "y"): 0.0,
+    ("y", "c"): 1.0,
+    ("d", "z"): np.nan,
+    ("z", "d"): 0.0,
+  }
+  _, wins = in_both_orders(
+    lambda prompt, first, second: answers[first, second], "abcd", "wxyz"
+  )
+  np.testing.assert_array_equal(wins.of_pairs, [1.0, 0.25, 0.0, np.nan])
+  found = wins.metrics()
+  assert found["win_rate"] == pytest.approx(1.25 / 3)
+  assert found["order_bias"] == pytest.approx((0 + 0.5 + 0) / 3)
+  assert found["left_out"] == 1.0
+  bounds = found["win_rate_low"], found["win_rate_high"]
+  assert bounds == wilson_interval(1.25 / 3, 3)
+
+
+def test_equal_responses_are_a_tie_and_not_asked():
+  judge, wins = in_both_orders(lambda *shown: 1.0, ["same", "a"], ["same", "b"])
+  assert wins.of_pairs.tolist() == [0.5, 0.5]
+  assert judge.shown == [("p1", "a", "b"), ("p1", "b", "a")]
+  judge, wins = in_both_orders(lambda *shown: 1.0, ["same"], ["same"])
+  assert (judge.shown, wins.metrics()["win_rate"]) == ([], 0.5)
+
+
+def test_no_answer_at_all_has_no_win_rate():
+  _, wins = in_both_orders(lambda *shown: np.nan, ["a"], ["b"])
+  found = wins.metrics()
+  assert np.isnan(found["win_rate"]) and np.isnan(found["order_bias"])
+  assert (found["win_rate_low"], found["win_rate_high"]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+  ("answer", "message"),
+  [(7, "gave 7 for pair 0: it must be a prob"), ("A", "one probability for")],
+)
+def test_a_judge_that_gives_no_probability_is_refused(answer, message):
+  with pytest.raises(ValueError, match=message):
+    in_both_orders(lambda *shown: answer, ["a"], ["b"])
 
 
 def test_a_run_that_is_no_reward_model_is_refused(tmp_path):

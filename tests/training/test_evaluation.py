@@ -9,11 +9,11 @@ import pytest
 from dpo_jax import judges
 from dpo_jax.data import batch_plan, mismatched, tokenizers
 from dpo_jax.data import loader as loader_lib
+from dpo_jax.intervals import wilson_interval
 from dpo_jax.losses import CATALOGUE
 from dpo_jax.models import generate
 from dpo_jax.training import evaluation, reference, samples
-from dpo_jax.training.intervals import wilson_interval
-from dpo_jax.training.samples import Samples, compare_samples
+from dpo_jax.training.samples import Samples, sample_metrics, wins_over
 from tests import tiny
 
 EIGHT = {"data": 8, "fsdp": 1, "tensor": 1}
@@ -39,6 +39,20 @@ def test_wilson_interval_is_the_published_one(wins, count, low, high):
 
 def test_wilson_interval_of_nothing_is_everything():
   assert wilson_interval(0.0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("ties", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("rate", [0.5, 0.8, 0.95])
+def test_wilson_interval_holds_the_rate_with_ties_too(rate, ties):
+  """95 % of the draws without ties; with ties no fewer."""
+  rng = np.random.default_rng(0)
+  ties = min(ties, 2 * (1 - rate))
+  chances = [1 - rate - ties / 2, ties, rate - ties / 2]
+  draws = rng.multinomial(64, chances, 2000)
+  rates = (draws @ [0.0, 0.5, 1.0]) / 64
+  bounds = np.array([wilson_interval(float(r), 64) for r in rates])
+  held = np.mean((bounds[:, 0] <= rate) & (rate <= bounds[:, 1]))
+  assert held > (0.93 if not ties else 0.95)
 
 
 def sigmoid(x):
@@ -232,7 +246,7 @@ def test_wins_ties_and_losses_against_the_reference():
   groups = tiny.make_groups(4)
   ours = make_samples(groups, [1.0, 2.0, 0.0, 3.0])
   theirs = make_samples(groups, [0.0, 2.0, 1.0, 1.0])
-  got = compare_samples(ours, theirs)
+  got = sample_metrics(ours, wins_over(ours, theirs, None))
   assert got["sample/win_rate"] == (1 + 0.5 + 0 + 1) / 4
   low, high = wilson_interval(0.625, 4)
   assert (got["sample/win_rate_low"], got["sample/win_rate_high"]) == (
@@ -246,12 +260,12 @@ def test_wins_ties_and_losses_against_the_reference():
 
 
 def test_samples_without_a_judge_have_a_length_only():
-  got = compare_samples(make_samples(tiny.make_groups(3)), None)
+  got = sample_metrics(make_samples(tiny.make_groups(3)), None)
   assert set(got) == {"sample/tokens"}
 
 
 def test_the_error_of_one_sample_is_unknown():
-  got = compare_samples(make_samples(tiny.make_groups(1), [2.0]), None)
+  got = sample_metrics(make_samples(tiny.make_groups(1), [2.0]), None)
   assert np.isnan(got["sample/reward_error"])
   assert "sample/win_rate" not in got
 
