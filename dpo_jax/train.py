@@ -131,7 +131,11 @@ class _Loop:
       run, state, label=self._console.label("reference")
     )
     self._evaluator = Evaluator(
-      run, eval_loaders, self._record, label=self._console.label("sampling")
+      run,
+      eval_loaders,
+      self._record,
+      self._writer.write_samples,
+      label=self._console.label("sampling"),
     )
     self._state = self._placement.place_state(state)
     if start == 0:
@@ -197,9 +201,11 @@ class _Loop:
     with self._console.pause():
       state = self._placement.gather_state(self._state)
       if self._is_due(done, self._config.eval):
-        is_last = done == self._config.total_steps
+        with_samples = self._evaluator.samples_due(done)
         with self._stop.holding(False):
-          metrics = self._evaluator.evaluate(done, state, with_samples=is_last)
+          metrics = self._evaluator.evaluate(
+            done, state, with_samples=with_samples
+          )
       if self._is_due(done, self._config.checkpoint):
         self._save(done, state, metrics)
     return metrics

@@ -1,13 +1,12 @@
 """Evaluations of a run: held-out sets, samples, and their records."""
 
-from collections.abc import Callable, Collection, Mapping
-import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from dpo_jax import config as config_lib
 from dpo_jax.data.loader import Loader
 from dpo_jax.records import eval_logps
-from dpo_jax.records.metrics import GrowingFile, read_metrics
+from dpo_jax.records.metrics import read_metrics
 from dpo_jax.training import evaluation, initial_state, samples
 from dpo_jax.training.samples import Samples
 from dpo_jax.training.setup import Run
@@ -22,6 +21,7 @@ class Evaluator:
     run: Run,
     loaders: Mapping[str, Loader],
     record: Callable[[int, str, Mapping[str, Any]], None],
+    record_samples: Callable[[int, Sequence[Mapping[str, Any]]], None],
     *,
     label: str,
   ):
@@ -31,10 +31,11 @@ class Evaluator:
       run: run to evaluate.
       loaders: held-out sets that the loss is measured on, by name.
       record: receives (step, split, metrics) of each set.
+      record_samples: receives (step, rows of samples.jsonl).
       label: name of the sampling for `progress.track`; "" shows nothing.
     """
     self._run, self._loaders, self._record = run, loaders, record
-    self._label = label
+    self._record_samples, self._label = record_samples, label
     self._ref_samples: Samples | None = None
 
   def sample_reference(self, state: TrainState) -> None:
@@ -51,7 +52,7 @@ class Evaluator:
     with_samples: bool,
     skip: Collection[str] = (),
   ) -> dict[str, float]:
-    """Measures the held-out sets, and samples at the edges of a run.
+    """Measures the held-out sets, and samples where that is due.
 
     Args:
       step: optimizer steps taken.
@@ -85,6 +86,12 @@ class Evaluator:
       metrics |= {f"{prefix}{k}": v for k, v in its_metrics.items()}
     return metrics
 
+  def samples_due(self, step: int) -> bool:
+    """Returns whether the evaluation after so many steps samples too."""
+    every = self._run.config.eval.samples_every_steps
+    is_edge = step in (0, self._run.config.total_steps)
+    return is_edge or (every > 0 and step % every == 0)
+
   def make_up(self, step: int, state: TrainState) -> dict[str, float]:
     """Measures the sets of a checkpoint that SIGTERM left no time for."""
     done = {
@@ -93,11 +100,9 @@ class Evaluator:
       for row in read_metrics(self._run.workdir, config_lib.split_name(name))
       if row["step"] == step
     }
-    is_last = step == self._run.config.total_steps
     is_sampled = next(iter(self._run.data.eval), None) in done
-    return self.evaluate(
-      step, state, with_samples=is_last and not is_sampled, skip=done
-    )
+    with_samples = self.samples_due(step) and not is_sampled
+    return self.evaluate(step, state, with_samples=with_samples, skip=done)
 
   def _measure_samples(self, step: int, state: TrainState) -> dict[str, float]:
     """Samples from the policy, and compares with the reference's samples."""
@@ -113,7 +118,7 @@ class Evaluator:
         self._run.program.placement,
         batch_size=settings.batch_size,
       )
-    self._write_samples(step, drawn)
+    self._record_samples(step, _rows(drawn))
     return metrics
 
   def _sample(self, params: Any) -> Samples:
@@ -139,16 +144,14 @@ class Evaluator:
       label=self._label,
     )
 
-  def _write_samples(self, step: int, drawn: Samples) -> None:
-    """Appends samples to samples.jsonl, a JSON object a line."""
-    if not self._run.is_writer:
-      return
-    file = GrowingFile(self._run.workdir.samples)
-    for i, (prompt, text) in enumerate(
-      zip(drawn.prompt_texts, drawn.texts, strict=True)
-    ):
-      row = {"step": step, "prompt": prompt, "response": text}
-      if drawn.rewards is not None:
-        row["reward"] = float(drawn.rewards[i])
-      file.append(json.dumps(row) + "\n")
-    file.close()
+
+def _rows(drawn: Samples) -> list[dict[str, Any]]:
+  """Returns samples as the rows of samples.jsonl."""
+  rows: list[dict[str, Any]] = [
+    {"prompt": prompt, "response": text}
+    for prompt, text in zip(drawn.prompt_texts, drawn.texts, strict=True)
+  ]
+  if drawn.rewards is not None:
+    for row, reward in zip(rows, drawn.rewards, strict=True):
+      row["reward"] = float(reward)
+  return rows
