@@ -225,7 +225,7 @@ def default_config() -> ml_collections.ConfigDict:
   config.log.trackers = ""
   config.log.project = "dpo_jax"  # of the trackers
   config.log.run_name = ""  # in the trackers; "": the workdir's last part
-  config.log.wandb_mode = ""  # "online", "offline"; "": as WANDB_MODE says
+  config.log.wandb_mode = "auto"  # as WANDB_MODE says; or "online", "offline"
   # Bars on a terminal; elsewhere a line a minute of what takes long.
   config.log.progress = True
 

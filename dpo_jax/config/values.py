@@ -126,7 +126,7 @@ VALUES: dict[str, Knob] = {
   "hosts.start_timeout_s": Knob(float, "seconds", low=0, above=True),
   "hosts.peer_timeout_s": Knob(float, "seconds of silence", low=3),
   "log.every_steps": _count("steps", 1),
-  "log.wandb_mode": _choice("", "online", "offline"),
+  "log.wandb_mode": _choice("auto", "online", "offline"),
   "resume.step": _count("step of a checkpoint", 1),
   "workdir.lock_timeout_s": Knob(
     float, "seconds without a sign of life", low=1

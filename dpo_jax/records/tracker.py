@@ -147,7 +147,9 @@ class Tracker:
       if "link" in message:
         _LOG.info("%-11s %s", self._kind, message["link"])
       else:
-        self._warn(f"failed: {textwrap.shorten(message['error'], _SHOWN)}")
+        self._warn(
+          f"failed: {textwrap.shorten(message['error'], _SHOWN).rstrip('.')}"
+        )
     code = process.wait()
     if code:
       self._warn(f"ended with code {code}")

@@ -60,7 +60,7 @@ class _Tracker:
         id=settings["id"],
         resume="allow",
         dir=settings["folder"],
-        mode=settings["mode"] or None,
+        mode=None if settings["mode"] == "auto" else settings["mode"],
         settings=wandb.Settings(silent=True),
       )
       self._module: Any = wandb

@@ -17,7 +17,7 @@ quarantine/      the latest two checkpoints that were moved aside
 nonfinite/       STEP.json, STEP.npz: a step that is not finite, and its batch
 reference/       cached log-probs
 online/          STEP.npz, sampled responses that the policy trains on
-profile/, tensorboard/
+profile/, tensorboard/, wandb/
 finished.json    written last, when the run has finished
 """
 
