@@ -14,6 +14,7 @@ from dpo_jax.records.metrics import MetricsWriter, read_metrics
 from dpo_jax.records.sinks import TensorBoard
 from dpo_jax.records.tracker import check_installed, open_sinks
 from dpo_jax.records.workdir import Workdir
+from dpo_jax.train import train
 from tests import tiny
 
 # A stand-in for W&B: notes its calls, and fails where it is told to.
@@ -207,6 +208,17 @@ def test_trackio_writes_to_its_database(tmp_path, monkeypatch, caplog):
   assert "said at 4" in str(rows[-1])
 
 
+@pytest.mark.usefixtures("in_haste")
+def test_training_is_sent_to_its_tracker(tmp_path, stand_in):
+  config = tiny.make_config(total_steps=1, log__trackers="wandb")
+  train(config, tmp_path / "run")
+  opened, *logged, _ = calls(stand_in)
+  assert opened["init"]["config"]["batch_size"] == config.batch_size
+  first, last = (min(call["log"]) for call in (logged[0], logged[-1]))
+  assert (first.split("/")[0], last.split("/")[0]) == ("eval", "eval")
+  assert [call["step"] for call in logged] == [0, 1, 1]
+
+
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])
 @pytest.mark.parametrize(
   ("fault", "told"),
@@ -240,9 +252,11 @@ def test_a_full_queue_does_not_stop_a_step(
   (stand_in / "fault").write_text("hang log")
   writer = open_wandb(tmp_path / "run")
   text = "x" * 100_000  # more than a pipe holds
+  begun = time.monotonic()
   for step in range(9):
     writer.write_samples(step, [{"prompt": text, "response": text}])
   writer.close()
+  assert time.monotonic() - begun < 2
   assert [m[:28] for m in caplog.messages] == ["wandb has 2 messages to send"]
 
 
