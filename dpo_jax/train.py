@@ -42,7 +42,7 @@ from dpo_jax import online, trees
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.parallel import hosts, peers
 from dpo_jax.parallel.stop_signal import Preempted, StopSignal
-from dpo_jax.records.metrics import read_last_evaluation
+from dpo_jax.records.metrics import read_evaluation
 from dpo_jax.records.profile import ProfileWindow
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.cache import use_compilation_cache
@@ -121,7 +121,7 @@ class _Loop:
     is_evaluated = done > config.total_steps or run.workdir.finished.exists()
     if done >= config.total_steps and is_evaluated:
       self._console.end(self._checkpoints.best_step)
-      return read_last_evaluation(run.workdir, config.data)
+      return read_evaluation(run.workdir, config.data)
     state = initial_state.load_state(run, self._checkpoints)
     start = int(state.step)
     if run.is_writer:  # a finished run may be given more steps
@@ -147,7 +147,7 @@ class _Loop:
       metrics = self._evaluator.evaluate(0, state, with_samples=True)
     elif self._is_due(start, config.eval):
       self._evaluator.make_up(start, state)
-      metrics = read_last_evaluation(run.workdir, config.data)
+      metrics = read_evaluation(run.workdir, config.data)
     with self._stop.holding(True):
       metrics = self._train(start) or metrics
       self._checkpoints.wait()

@@ -139,6 +139,7 @@ ROOMS: dict[str, list[str]] = {
     "moved",
     "parse",
     "model_card",
+    "push",
     "export",
   ],
   "judges": [

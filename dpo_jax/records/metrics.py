@@ -234,14 +234,18 @@ def cut_lines_after(path: epath.Path, step: int) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def read_last_evaluation(
-  workdir: epath.PathLike | Workdir, data: Mapping[str, Any]
+def read_evaluation(
+  workdir: epath.PathLike | Workdir,
+  data: Mapping[str, Any],
+  *,
+  step: int | None = None,
 ) -> dict[str, float]:
-  """Reads the metrics of the last evaluation of each held-out set.
+  """Reads the metrics of an evaluation of each held-out set.
 
   Args:
     workdir: run directory.
     data: `config.data` of the run.
+    step: step that was evaluated; None for the last of each set.
 
   Returns:
     Metrics named as `checkpoint.best_metric` names them; NaN where a set has
@@ -250,6 +254,8 @@ def read_last_evaluation(
   found = {}
   for name in eval_sets({"eval_sources": "", "eval_source": "", **data}):
     rows = read_metrics(workdir, split_name(name))
+    if step is not None:
+      rows = [row for row in rows if row["step"] == step]
     for metric, value in (rows[-1] if rows else {}).items():
       if metric not in ("step", "split"):
         key = f"{metric_prefix(name)}{metric}"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import sys
 
 from dpo_jax.config import parse_allowed
 from dpo_jax.records import resume, tracker
@@ -59,6 +60,7 @@ def open_workdir(run: Run) -> Iterator[Opened]:
       resume.record(config, description, accepted, workdir, step=step)
       write_json(workdir.model, dataclasses.asdict(run.program.policy.config))
       workdir.record_version(code_version())
+      workdir.record_command(sys.orig_argv[1:])
     sinks = tracker.open_sinks(config.log, workdir) if run.is_writer else []
     writer = MetricsWriter(workdir, is_writer=run.is_writer, sinks=sinks)
     try:
