@@ -79,7 +79,7 @@ PEERS: dict[str, str] = {
   "precompute_ref_log_probs": "reference.kind",
   "ref_model_mixup_alpha": "reference.alpha",
   "ref_model_sync_steps": "reference.every_steps",
-  "report_to": "log.tensorboard",
+  "report_to": "log.trackers",
   "save_steps": "checkpoint.every_steps",
   "save_total_limit": "checkpoint.keep",
   "sync_ref_model": "reference.kind",

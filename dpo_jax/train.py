@@ -42,7 +42,7 @@ from dpo_jax import online, trees
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.parallel import hosts, peers
 from dpo_jax.parallel.stop_signal import Preempted, StopSignal
-from dpo_jax.records.metrics import read_last_evaluation
+from dpo_jax.records.metrics import read_evaluation
 from dpo_jax.records.profile import ProfileWindow
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.cache import use_compilation_cache
@@ -121,7 +121,7 @@ class _Loop:
     is_evaluated = done > config.total_steps or run.workdir.finished.exists()
     if done >= config.total_steps and is_evaluated:
       self._console.end(self._checkpoints.best_step)
-      return read_last_evaluation(run.workdir, config.data)
+      return read_evaluation(run.workdir, config.data)
     state = initial_state.load_state(run, self._checkpoints)
     start = int(state.step)
     if run.is_writer:  # a finished run may be given more steps
@@ -131,7 +131,11 @@ class _Loop:
       run, state, label=self._console.label("reference")
     )
     self._evaluator = Evaluator(
-      run, eval_loaders, self._record, label=self._console.label("sampling")
+      run,
+      eval_loaders,
+      self._record,
+      self._writer.write_samples,
+      label=self._console.label("sampling"),
     )
     self._state = self._placement.place_state(state)
     if start == 0:
@@ -143,7 +147,7 @@ class _Loop:
       metrics = self._evaluator.evaluate(0, state, with_samples=True)
     elif self._is_due(start, config.eval):
       self._evaluator.make_up(start, state)
-      metrics = read_last_evaluation(run.workdir, config.data)
+      metrics = read_evaluation(run.workdir, config.data)
     with self._stop.holding(True):
       metrics = self._train(start) or metrics
       self._checkpoints.wait()
@@ -197,9 +201,11 @@ class _Loop:
     with self._console.pause():
       state = self._placement.gather_state(self._state)
       if self._is_due(done, self._config.eval):
-        is_last = done == self._config.total_steps
+        with_samples = self._evaluator.samples_due(done)
         with self._stop.holding(False):
-          metrics = self._evaluator.evaluate(done, state, with_samples=is_last)
+          metrics = self._evaluator.evaluate(
+            done, state, with_samples=with_samples
+          )
       if self._is_due(done, self._config.checkpoint):
         self._save(done, state, metrics)
     return metrics

@@ -124,6 +124,9 @@ ROOMS: dict[str, list[str]] = {
     "lock",
     "commits",
     "resume",
+    "sinks",
+    "tracker_child",
+    "tracker",
     "metrics",
     "manifest",
     "recovery",
@@ -138,6 +141,7 @@ ROOMS: dict[str, list[str]] = {
     "moved",
     "parse",
     "model_card",
+    "push",
     "export",
   ],
   "judges": [

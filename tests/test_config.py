@@ -117,6 +117,24 @@ def test_a_value_out_of_range_is_refused_by_its_name(key, value):
     ({"profile.steps": "3:3"}, "must be FIRST:LAST"),
     ({"workdir.lock_timeout_s": 0.5}, r"is outside \[1, inf\)"),
     ({"batch_size": True}, "batch_size=True must be a whole number"),
+    (
+      {"log.trackers": "wandb,mlflow"},
+      "'mlflow' must be one of wandb, trackio",
+    ),
+    ({"log.wandb_mode": "off"}, "must be one of auto, online, offline"),
+    ({"eval.samples_every_steps": 100}, "set eval.num_samples above 0"),
+    (
+      {"eval.num_samples": 1, "eval.samples_every_steps": 150},
+      "150 must be a multiple of eval.every_steps=100",
+    ),
+    (
+      {
+        "eval.num_samples": 1,
+        "eval.samples_every_steps": 1,
+        "eval.every_steps": 0,
+      },
+      "must be a multiple of eval.every_steps=0",
+    ),
   ],
 )
 def test_values_that_do_not_fit_are_refused(overrides, message):

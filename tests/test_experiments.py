@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
 def quickstarted(tmp_path):
   """Made-up files of a quickstart, with gains in reward of 0 to 100."""
   for stage in ("sft", "dpo"):
-    writer = MetricsWriter(tmp_path / stage, is_writer=True, tensorboard=False)
+    writer = MetricsWriter(tmp_path / stage, is_writer=True)
     for step in range(0, 101, 5):
       row = {"loss": 1 - step / 200, "reward/accuracy": 0.5 + step / 400}
       row |= {"log_ratio/chosen": -step / 50, "log_ratio/rejected": -step / 20}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -16,9 +17,10 @@ from dpo_jax.models.config import Lora
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.huggingface import peft as peft_lib
 from dpo_jax.parallel import mesh
+from dpo_jax.records.metrics import read_metrics
 from dpo_jax.train import train
-from tests import tiny
-from tests.data import folders
+from tests import faults, tiny
+from tests.data import folders, hub_server
 from tests.models.families import CASES, make_model
 from tests.models.test_families import open_folder, our_logits
 
@@ -61,9 +63,61 @@ def test_an_export_opens_in_transformers_and_agrees(run, tmp_path):
   assert tokenizer(text)["input_ids"] == ids
   assert tokenizer.decode(ids, skip_special_tokens=True) == text
   assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 257
+
+
+def run_snippet(card, capsys):
+  """Runs the code of a model card, and returns what it prints."""
+  capsys.readouterr()
+  exec(card.partition("```python\n")[2].partition("```")[0], {})
+  return capsys.readouterr().out
+
+
+def test_the_card_of_an_export_tells_all_and_its_code_runs(
+  run, tmp_path, capsys
+):
+  export(run, tmp_path)
   card = (tmp_path / "README.md").read_text()
-  for part in ("# dpo with", "reward/accuracy", "train.store: ", '"beta": 0.1'):
+  data = json.loads((run / "data.json").read_text())
+  for part in (
+    "license: unknown\n",
+    "# dpo with",
+    "trained from `random weights`",
+    "| metric | step 4 | last evaluation |",
+    "| `synthetic:review_pairs:40` | 40 |",
+    f"| train | {data['train']['groups']} | {data['train']['content']} |",
+    (run / "git.txt").read_text().strip(),
+    " ".join(sys.orig_argv[1:2]),
+    '"beta": 0.1',
+  ):
     assert part in card, part
+  (row,) = (x for x in card.splitlines() if x.startswith("| eval/reward/accu"))
+  low = read_metrics(run, "eval")[-1]["reward/accuracy_low"]
+  assert f"({low:.4g} to" in row and "accuracy_low" not in card
+  assert run_snippet(card, capsys).startswith("<bos>We saw")
+
+
+def test_an_export_is_pushed_by_the_command(run, tmp_path, monkeypatch):
+  with hub_server.serve(str(tmp_path / "hub"), monkeypatch) as server:
+    server.tokens["Bearer hf_a_secret"] = "write"
+    process = faults.spawn(
+      "import runpy; runpy.run_module('dpo_jax.export', run_name='__main__')",
+      f"--workdir={run}",
+      f"--out={tmp_path / 'out'}",
+      "--push_to=me/model",
+      "--commit_message=the first",
+      HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+      HF_TOKEN="hf_a_secret",
+      HF_HUB_DISABLE_XET="1",
+      JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # as here: for the same bits
+    )
+    output = process.communicate(timeout=120)[0]
+  assert process.returncode == 0 and "hf_a_secret" not in output, output
+  assert server.messages == ["the first"] and server.private == {"me/model"}
+  pushed = server.repositories["me/model"]["main"]
+  assert pushed["model.safetensors"] == (
+    (tmp_path / "out" / "model.safetensors").read_bytes()
+  )
+  assert b'folder = snapshot_download("me/model")' in pushed["README.md"]
 
 
 def test_an_export_is_a_start_for_another_run(run, tmp_path):
@@ -84,7 +138,9 @@ def test_bfloat16_is_asked_for_and_said(run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["random", "run", "hf"])
-def test_peft_loads_the_adapter_of_a_run_on_its_base(tmp_path, kind, request):
+def test_peft_loads_the_adapter_of_a_run_on_its_base(
+  tmp_path, kind, request, capsys
+):
   """Also of a run that began where transformers can open nothing."""
   peft = pytest.importorskip("peft")
   knobs = dict(lora__rank=2, optimizer__learning_rate=1e-2)
@@ -107,10 +163,12 @@ def test_peft_loads_the_adapter_of_a_run_on_its_base(tmp_path, kind, request):
   has_base = (tmp_path / "adapter" / "base" / "config.json").exists()
   assert has_base == (kind != "hf")
   name = "base" if has_base else str(tmp_path / "model")
-  assert f"base_model: {name}\n" in card
+  assert f"trained from `{name}`" in card
+  assert "base_model" not in card  # no name of the Hub
+  assert run_snippet(card, capsys).startswith("<bos>We saw")
   if has_base:
     transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter" / "base")
-    assert 'from_pretrained(f"{FOLDER}/base")' in card
+    assert 'from_pretrained(f"{folder}/base")' in card
 
 
 def test_the_base_of_an_adapter_on_the_hub_names_its_revision(
@@ -131,6 +189,8 @@ def test_the_base_of_an_adapter_on_the_hub_names_its_revision(
   found = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
   assert found.base_model_name_or_path == "me/model"
   assert found.revision == "12ab"
+  card = (tmp_path / "adapter" / "README.md").read_text()
+  assert "base_model: me/model\n" in card
   assert not (tmp_path / "adapter" / "base").exists()
 
 

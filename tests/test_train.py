@@ -706,9 +706,10 @@ def snapshot(folder):
     ((cached_reference._Scorer, "_compute", 1), None),
     ((evaluation, "evaluate", 1), None),  # at the start
     ((evaluation, "evaluate", 2), 2),
-    ((samples, "draw_samples", 3), 4),  # of the policy, at the end
+    ((samples, "draw_samples", 3), 2),  # of the policy, after the reference
+    ((samples, "draw_samples", 4), 4),
   ],
-  ids=["caching", "first evaluation", "evaluation", "last samples"],
+  ids=["caching", "first evaluation", "evaluation", "samples", "last samples"],
 )
 @pytest.mark.fault(46)
 def test_sigterm_outside_of_a_step_saves_what_there_is(
@@ -718,6 +719,8 @@ def test_sigterm_outside_of_a_step_saves_what_there_is(
     total_steps=4,
     eval__every_steps=2,
     eval__num_samples=2,
+    eval__samples_every_steps=2,
+    eval__max_response_tokens=8,
     checkpoint__every_steps=100,
     data__cache_dir=str(tmp_path / "stores"),
   )
@@ -742,6 +745,10 @@ def test_sigterm_outside_of_a_step_saves_what_there_is(
   for split in ("train", "eval"):
     assert curve(parts, split) == curve(whole, split)
   assert_same_bits(read_state(parts, 4), read_state(whole, 4))
+  lines = [(w / "samples.jsonl").read_text() for w in (parts, whole)]
+  assert lines[0] == lines[1]
+  steps = [json.loads(line)["step"] for line in lines[0].splitlines()]
+  assert steps == [0, 0, 2, 2, 4, 4]
 
 
 @pytest.mark.slow

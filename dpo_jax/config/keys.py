@@ -183,6 +183,9 @@ def default_config() -> ml_collections.ConfigDict:
   config.eval.save_logps = True  # of every group: see experiments/replay.py
   config.eval.max_groups = 0  # held-out groups to read; 0: all
   config.eval.num_samples = 0  # responses sampled at the start and the end
+  # Steps between samples of the same prompts, a multiple of eval.every_steps;
+  # 0: at the start and the end only.
+  config.eval.samples_every_steps = 0
   config.eval.max_response_tokens = 128  # of a sample, EOS included
   config.eval.temperature = 1.0  # 0: greedy
   config.eval.top_k = 0  # 0: all tokens
@@ -235,6 +238,11 @@ def default_config() -> ml_collections.ConfigDict:
   config.log = ml_collections.ConfigDict()
   config.log.every_steps = 10
   config.log.tensorboard = False  # event files in WORKDIR/tensorboard
+  # Services that the run is sent to: "wandb", "trackio" or "wandb,trackio".
+  config.log.trackers = ""
+  config.log.project = "dpo_jax"  # of the trackers
+  config.log.run_name = ""  # in the trackers; "": the workdir's last part
+  config.log.wandb_mode = "auto"  # as WANDB_MODE says; or "online", "offline"
   # Bars on a terminal; elsewhere a line a minute of what takes long.
   config.log.progress = True
 

@@ -12,13 +12,8 @@ from typing import Any
 
 import ml_collections
 
+from dpo_jax.config import values
 from dpo_jax.config.keys import default_config, flatten
-from dpo_jax.config.values import (
-  VALUES,
-  parse_allowed,
-  parse_pairs,
-  parse_steps,
-)
 from dpo_jax.losses import Knob, Objective, WeightedSum, build_objective
 from dpo_jax.names import did_you_mean
 from dpo_jax.types import fields_of
@@ -77,22 +72,23 @@ def resolve(
   if settings["total_steps"] is not None:
     check_schedule(settings)
   _warn_of_best(settings)
-  parse_steps(settings["profile"]["steps"])
-  parse_allowed(settings["resume"]["allow"])
+  values.parse_steps(settings["profile"]["steps"])
+  values.parse_allowed(settings["resume"]["allow"])
+  values.parse_trackers(settings["log"]["trackers"])
   return _freeze(settings)
 
 
 def with_values(
-  config: ml_collections.FrozenConfigDict, values: Mapping[str, Any]
+  config: ml_collections.FrozenConfigDict, changes: Mapping[str, Any]
 ) -> ml_collections.FrozenConfigDict:
   """Returns a copy of a resolved config with some values.
 
   Args:
     config: resolved.
-    values: by path, such as "policy.init".
+    changes: values by path, such as "policy.init".
   """
   settings = config.to_dict()
-  for path, value in values.items():
+  for path, value in changes.items():
     *outer, last = path.split(".")
     node = settings
     for key in outer:
@@ -154,7 +150,7 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
 
 def _check_values(settings: Mapping[str, Any]) -> None:
   found = dict(flatten(settings))
-  for key, knob in VALUES.items():
+  for key, knob in values.VALUES.items():
     if found.get(key) is not None:
       knob.check(key, found[key])
   factor = settings["numerics"]["skip_spikes"]
@@ -169,6 +165,7 @@ def _check_values(settings: Mapping[str, Any]) -> None:
       f"data.max_prompt_tokens={data['max_prompt_tokens']} must be below"
       f" data.max_tokens={data['max_tokens']}"
     )
+  values.check_sampling(settings["eval"])
 
 
 def check_schedule(config: Mapping[str, Any]) -> None:
@@ -260,7 +257,7 @@ def eval_sets(data: Mapping[str, Any]) -> dict[str, str]:
     the source "" where it is a part of the training data.
   """
   if data["eval_sources"]:
-    return parse_pairs(
+    return values.parse_pairs(
       data["eval_sources"],
       "data.eval_sources",
       "helpful=jsonl:a.jsonl,harmless=jsonl:b.jsonl",

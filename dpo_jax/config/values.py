@@ -3,7 +3,9 @@
 The modules that implement the choices are below this one; a test compares them.
 """
 
+from collections.abc import Mapping, Sequence
 import re
+from typing import Any
 
 from dpo_jax.losses import Knob
 
@@ -27,6 +29,9 @@ DIFFERENCES = (
   *("config", "total_steps", "data", "format", "tokenizer", "reference"),
   "restart",
 )
+
+# Services that runs may be sent to: records/tracker.py.
+TRACKERS = ("wandb", "trackio")
 
 
 def _count(doc: str, low: int = 0) -> Knob:
@@ -107,6 +112,7 @@ VALUES: dict[str, Knob] = {
   "eval.batch_size": _count("groups", 1),
   "eval.max_groups": _count("held-out groups; 0 is all"),
   "eval.num_samples": _count("responses"),
+  "eval.samples_every_steps": _count("steps; 0 is at the start and the end"),
   "eval.max_response_tokens": _count("tokens, EOS included", 1),
   "eval.temperature": Knob(float, "0 is greedy", low=0),
   "eval.top_k": _count("tokens; 0 is all"),
@@ -127,6 +133,7 @@ VALUES: dict[str, Knob] = {
   "hosts.start_timeout_s": Knob(float, "seconds", low=0, above=True),
   "hosts.peer_timeout_s": Knob(float, "seconds of silence", low=3),
   "log.every_steps": _count("steps", 1),
+  "log.wandb_mode": _choice("auto", "online", "offline"),
   "resume.step": _count("step of a checkpoint", 1),
   "workdir.lock_timeout_s": Knob(
     float, "seconds without a sign of life", low=1
@@ -166,14 +173,49 @@ def parse_allowed(text: str) -> frozenset[str]:
   Raises:
     ValueError: another name.
   """
+  return frozenset(_parse_names(text, "resume.allow", DIFFERENCES))
+
+
+def parse_trackers(text: str) -> list[str]:
+  """Reads `log.trackers`: some of TRACKERS, separated by commas.
+
+  Raises:
+    ValueError: another name.
+  """
+  return _parse_names(text, "log.trackers", TRACKERS)
+
+
+def _parse_names(text: str, key: str, allowed: Sequence[str]) -> list[str]:
+  """Reads names separated by commas, each once, in their order."""
   names = [part.strip() for part in text.split(",") if part.strip()]
   for name in names:
-    if name not in DIFFERENCES:
+    if name not in allowed:
       raise ValueError(
-        f"resume.allow={text!r}: {name!r} must be one of"
-        f" {', '.join(DIFFERENCES)}"
+        f"{key}={text!r}: {name!r} must be one of {', '.join(allowed)}"
       )
-  return frozenset(names)
+  return list(dict.fromkeys(names))
+
+
+def check_sampling(settings: Mapping[str, Any]) -> None:
+  """Checks that samples within a run are a part of an evaluation.
+
+  Args:
+    settings: `config.eval`.
+
+  Raises:
+    ValueError: no prompts to sample from, or steps that are not evaluated.
+  """
+  every, every_eval = settings["samples_every_steps"], settings["every_steps"]
+  if every and not settings["num_samples"]:
+    raise ValueError(
+      f"eval.samples_every_steps={every} needs prompts: set eval.num_samples"
+      " above 0"
+    )
+  if every and (not every_eval or every % every_eval):
+    raise ValueError(
+      f"eval.samples_every_steps={every} must be a multiple of"
+      f" eval.every_steps={every_eval}: samples are a part of an evaluation"
+    )
 
 
 def parse_steps(text: str) -> range:

@@ -22,6 +22,7 @@ import numpy as np
 
 from dpo_jax.data import checksums
 from dpo_jax.data.chain import Chain
+from dpo_jax.data.formats import OPTIONAL
 from dpo_jax.data.groups import Groups, Limits, tokenize
 from dpo_jax.data.reading import Reading
 from dpo_jax.data.sources import Source
@@ -286,12 +287,14 @@ def _open_sound(folder: str, limits: Limits) -> Store | None:
   """Opens a store; moves a damaged one aside and returns None."""
   if not os.path.exists(folder):
     return None
-  if not checksums.exist(folder):
+  try:
+    if checksums.exist(folder):
+      store = _open(folder, limits)
+      if OPTIONAL.isdisjoint(store.report.get("unread", ())):
+        return store  # otherwise columns that are read now were not
     _LOG.info("%s: a store of an older version; tokenizing again", folder)
     shutil.rmtree(folder, ignore_errors=True)
     return None
-  try:
-    return _open(folder, limits)
   except FileNotFoundError:  # another process has moved it aside
     return None
   except checksums.DamagedError as error:

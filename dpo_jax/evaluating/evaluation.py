@@ -1,6 +1,6 @@
 """Evaluates a checkpoint of a run: other losses, data, samples and judges."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import logging
 from typing import Any
 
@@ -111,7 +111,7 @@ class _Collector(Evaluator):
 
   def __init__(self, run: EvalRun, loaders: Mapping[str, Any]):
     label = "sampling" if run.config.log.progress else ""
-    super().__init__(run, loaders, self._add, label=label)
+    super().__init__(run, loaders, self._add, _ignore, label=label)
     self.metrics: dict[str, Mapping[str, Any]] = {}
     self.samples: list[dict[str, Any]] = []
 
@@ -137,3 +137,8 @@ class _Collector(Evaluator):
   def _keep_samples(self, step: int, drawn: Samples, wins: Wins | None) -> None:
     del step
     self.samples = results.sample_rows(drawn, self._others, wins)
+
+
+def _ignore(step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Records no samples: `_Collector` keeps more of them."""
+  del step, rows

@@ -27,6 +27,7 @@ def export(
   *,
   dtype: str = "",
   only_adapter: bool = False,
+  name: str = "",
 ) -> None:
   """Writes a run's best policy to a folder.
 
@@ -36,6 +37,7 @@ def export(
     dtype: dtype of the weights; "" is float32, in which they were trained, and
       for the base of adapters that of the run.
     only_adapter: whether to write the adapters alone.
+    name: ORG/NAME that the folder is uploaded to, or "".
 
   Raises:
     FileNotFoundError: no run, or one without a checkpoint.
@@ -50,8 +52,8 @@ def export(
     raise ValueError(
       f"{run.workdir} trained no adapters (lora.rank is 0): leave --adapter out"
     )
-  for name in ("config.json", "adapter_config.json"):
-    if (out / name).exists():
+  for file in ("config.json", "adapter_config.json"):
+    if (out / file).exists():
       raise ValueError(f"{out} holds a model already: choose another folder")
   placement = mesh.make_mesh({"data": -1})
   if only_adapter:
@@ -65,7 +67,9 @@ def export(
     params = run.load(policy, placement, seed=run.config["seed"])
     _write_model(out, run, policy, params, dtype)
     base = run.start.card_name
-  card = model_card(run, base=base, is_adapter=only_adapter)
+  card = model_card(
+    run, folder=str(out), name=name, base=base, is_adapter=only_adapter
+  )
   (out / "README.md").write_text(card)
 
 

@@ -2,78 +2,156 @@
 
 from collections.abc import Mapping
 import json
+from typing import Any
 
-from dpo_jax import config as config_lib
+from dpo_jax.model_sources.huggingface_model import HuggingFaceModel
 from dpo_jax.model_sources.parse import TrainedRun
-from dpo_jax.records.metrics import read_last_evaluation
+from dpo_jax.records.metrics import read_evaluation
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.files import read_json
 
+_BOUNDS = ("_low", "_high", "_error")  # of the metric without the suffix
+# Lines of code that give a model its inputs.
+_PROMPT = ('inputs = tokenizer("We saw", return_tensors="pt")',)
+_CHAT = (
+  'messages = [{"role": "user", "content": "Name three colours."}]',
+  "inputs = tokenizer.apply_chat_template(",
+  "  messages,",
+  "  add_generation_prompt=True,",
+  "  return_dict=True,",
+  '  return_tensors="pt",',
+  ")",
+)
 
-def model_card(run: TrainedRun, *, base: str, is_adapter: bool) -> str:
-  """Writes the README.md of an export: model, data, metrics and config.
+
+def model_card(
+  run: TrainedRun, *, folder: str, name: str, base: str, is_adapter: bool
+) -> str:
+  """Writes the README.md of an export.
 
   Args:
     run: run that trained the policy.
-    base: name of the model that the run started from.
+    folder: folder of the export.
+    name: ORG/NAME that it is uploaded to, or "".
+    base: name of the model that the run started from; "base" where the export
+      of adapters holds it.
     is_adapter: whether the export holds adapters alone.
   """
   config, workdir = run.config, run.workdir
   loss = config["loss"]
-  name = (
+  losses = (
     loss["name"]
     if isinstance(loss, Mapping)
     else "+".join(term["name"] for term in loss)
   )
-  metrics = read_last_evaluation(workdir, config["data"])
-  mixture = config["data"].get("sources") or [config["data"]]
-  sources = ", ".join(f"`{entry['source']}`" for entry in mixture)
-  revision = "unknown"
-  if workdir.git.exists():
-    revision = workdir.git.read_text().split("\n")[-2]
-  library = "peft" if is_adapter else "transformers"
-  opening = ["---", f"library_name: {library}"]
-  if is_adapter:
-    opening.append(f"base_model: {base}")
-  opening += ["tags:", "- dpo_jax", f"- {name}", "---"]
-  load = ["model = AutoModelForCausalLM.from_pretrained(FOLDER)"]
-  if is_adapter:
-    place = f'f"{{FOLDER}}/{base}"' if base == "base" else repr(base)
-    load = [
-      f"model = AutoModelForCausalLM.from_pretrained({place})",
-      "model = PeftModel.from_pretrained(model, FOLDER)",
-    ]
-  lines = [
-    *opening,
-    f"# {name} with dpo_jax",
-    "",
-    f"Trained from `{base}` on {sources} for"
-    f" {config['total_steps']} steps of {config['batch_size']} groups.",
-    "",
-    "```python",
-    *load,
-    "```",
-    "",
-    f"- code: dpo_jax at {revision}",
-    f"- data digest: {_data_digest(workdir)}",
-    "",
-    "## Held-out metrics of the last evaluation",
-    "",
-    "| metric | value |",
-    "|---|---|",
-    *(f"| {key} | {value:.6g} |" for key, value in sorted(metrics.items())),
-    "",
-    "## Config",
-    "",
-    "```json",
-    json.dumps(config, indent=2, sort_keys=True),
-    "```",
+  commands = "\n".join(workdir.read_lines(workdir.command))
+  sections = [
+    _front_matter(run, losses, is_adapter),
+    f"# {losses} with dpo_jax",
+    f"Step {run.best_step} of {config['total_steps']}, of"
+    f" {config['batch_size']} groups each, trained from `{base}`.",
+    "License: unknown. Those of the base model and of the data apply.",
+    _fenced("python", _snippet(run, folder, name, base, is_adapter)),
+    "## Held-out metrics",
+    _metrics(run),
+    "## Data",
+    _data(workdir),
+    "## Training",
+    f"Code: dpo_jax at {', then '.join(workdir.read_lines(workdir.git))}",
+    _fenced("bash", commands or "# The command was not recorded."),
+    _fenced("json", json.dumps(config, indent=2, sort_keys=True)),
   ]
-  return "\n".join(lines) + "\n"
+  return "\n\n".join(sections) + "\n"
 
 
-def _data_digest(workdir: Workdir) -> str:
-  if not workdir.data.exists():
-    return "unknown"
-  identity = config_lib.flatten(read_json(workdir.data))
-  return "; ".join(f"{name}: {value}" for name, value in identity)
+def _fenced(language: str, text: str) -> str:
+  return f"```{language}\n{text}\n```"
+
+
+def _front_matter(run: TrainedRun, losses: str, is_adapter: bool) -> str:
+  lines = [f"library_name: {'peft' if is_adapter else 'transformers'}"]
+  if isinstance(run.start, HuggingFaceModel) and run.start.revision:
+    lines.append(f"base_model: {run.start.name}")  # the Hub refuses folders
+  lines += ["license: unknown", "tags:", "- dpo_jax", f"- {losses}"]
+  return "\n".join(["---", *lines, "---"])
+
+
+def _snippet(
+  run: TrainedRun, folder: str, name: str, base: str, is_adapter: bool
+) -> str:
+  """Returns code that loads the export and samples from it."""
+  where = "folder"
+  if is_adapter:
+    where = 'f"{folder}/base"' if base == "base" else json.dumps(base)
+  lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+  if is_adapter:
+    lines.insert(0, "from peft import PeftModel")
+  if name:
+    lines.insert(0, "from huggingface_hub import snapshot_download")
+    lines.append(f"folder = snapshot_download({json.dumps(name)})")
+  else:
+    lines.append(f"folder = {json.dumps(folder)}")
+  lines += [
+    f"tokenizer = AutoTokenizer.from_pretrained({where})",
+    f"model = AutoModelForCausalLM.from_pretrained({where})",
+  ]
+  if is_adapter:
+    lines.append("model = PeftModel.from_pretrained(model, folder)")
+  lines += [
+    *(_CHAT if run.open_tokenizer().has_chat_template else _PROMPT),
+    "tokens = model.generate(**inputs, max_new_tokens=64)",
+    "print(tokenizer.decode(tokens[0]))",
+  ]
+  return "\n".join(lines)
+
+
+def _metrics(run: TrainedRun) -> str:
+  """Returns a table of the exported step's evaluation and the last one."""
+  data = run.config["data"]
+  columns = {
+    f"step {run.best_step}": read_evaluation(
+      run.workdir, data, step=run.best_step
+    ),
+    "last evaluation": read_evaluation(run.workdir, data),
+  }
+  columns = {title: found for title, found in columns.items() if found}
+  names = sorted({name for found in columns.values() for name in found})
+  rows = [
+    [name, *(_format(name, found) for found in columns.values())]
+    for name in names
+    if not name.endswith(_BOUNDS)
+  ]
+  note = "In parentheses a 95 % interval; after +- a standard error."
+  return f"{_table(['metric', *columns], rows)}\n\n{note}"
+
+
+def _format(name: str, metrics: Mapping[str, float]) -> str:
+  if name not in metrics:
+    return ""
+  low, high, error = (metrics.get(f"{name}{bound}") for bound in _BOUNDS)
+  text = f"{metrics[name]:.6g}"
+  if low is not None and high is not None:
+    return f"{text} ({low:.4g} to {high:.4g})"
+  return text if error is None else f"{text} +- {error:.3g}"
+
+
+def _data(workdir: Workdir) -> str:
+  """Returns tables of the splits and of the sources, with their digests."""
+  known = read_json(workdir.data) if workdir.data.exists() else {}
+  splits = [
+    [name, entry["groups"], entry["content"]]
+    for name, entry in known.items()
+    if isinstance(entry, Mapping) and "content" in entry
+  ]
+  sources = [
+    [f"`{source}`", report["groups"], report["content"]]
+    for source, report in known.get("reports", {}).items()
+  ]
+  tokenizer = [[key, "", x] for key, x in known.get("tokenizer", {}).items()]
+  rows = [*sources, *splits, *tokenizer]
+  return _table(["source, split or tokenizer's part", "groups", "sha256"], rows)
+
+
+def _table(heading: list[str], rows: list[list[Any]]) -> str:
+  lines = [heading, ["---"] * len(heading), *rows]
+  return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -123,6 +123,24 @@ class TrainedRun(ModelSource):
     frozen = recorded.frozen or self.config["policy"].get("frozen", "")
     return dataclasses.replace(recorded, frozen=frozen)
 
+  @property
+  def best_step(self) -> int:
+    """Step of the best checkpoint.
+
+    Raises:
+      FileNotFoundError: no finished checkpoint.
+    """
+    checkpoints = open_checkpoints(self.workdir, self.config, is_reader=True)
+    try:
+      step = checkpoints.best_step
+    finally:
+      checkpoints.close()
+    if step is None:
+      raise FileNotFoundError(
+        f"{self.workdir} has no finished checkpoint to start from"
+      )
+    return step
+
   @functools.cached_property
   def start(self) -> ModelSource:
     """Source that the run itself started from."""
@@ -163,13 +181,9 @@ class TrainedRun(ModelSource):
       policy.abstract_params(), self.trained_model.frozen
     )
     targets = with_shardings(trained, param_shardings(trained, mesh))
+    step = self.best_step
     checkpoints = open_checkpoints(self.workdir, self.config, is_reader=True)
     try:
-      step = checkpoints.best_step
-      if step is None:
-        raise FileNotFoundError(
-          f"{self.workdir} has no finished checkpoint to start from"
-        )
       return checkpoints.restore_params(targets, step=step)
     finally:
       checkpoints.close()

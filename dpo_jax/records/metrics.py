@@ -1,6 +1,6 @@
 """Metrics: their files, rates while a run trains, and tables."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import contextlib
 import json
 import logging
@@ -13,11 +13,13 @@ from etils import epath
 import numpy as np
 
 from dpo_jax.config import eval_sets, metric_prefix, split_name
+from dpo_jax.records.sinks import Sink
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.files import naming, write_atomically
 
 _LOG = logging.getLogger(__name__)
 _RESUMED = "resumed"  # split of a line that says where a run resumed
+_SAMPLES = "samples"  # split of samples, which metrics.jsonl does not hold
 
 
 class GrowingFile:
@@ -83,7 +85,9 @@ class MetricsWriter:
   """Appends a JSON object a line: {"step", "split", then metrics}.
 
   Only process 0 writes. A metric that is not finite is written as null, so
-  every line is JSON.
+  every line is JSON. Samples are lines of another file. The sinks receive both,
+  but not the steps that the files held before: a run that resumes trains some
+  steps again, with the same metrics.
   """
 
   def __init__(
@@ -91,26 +95,24 @@ class MetricsWriter:
     workdir: epath.PathLike | Workdir,
     *,
     is_writer: bool,
-    tensorboard: bool,
+    sinks: Sequence[Sink] = (),
   ):
     """Opens the files for appending.
 
     Args:
       workdir: run directory.
       is_writer: whether this process writes.
-      tensorboard: whether to write event files too.
+      sinks: open sinks; `close` closes them.
     """
-    self._file = self._events = None
+    self._file = None
     if not is_writer:
       return
-    workdir = Workdir.at(workdir)
+    self._workdir = workdir = Workdir.at(workdir)
     workdir.path.mkdir(parents=True, exist_ok=True)
     self._is_old = workdir.metrics.exists()
+    self._sinks = sinks
+    self._sent = _recorded_steps(workdir) if sinks else set()
     self._file = GrowingFile(workdir.metrics)
-    if tensorboard:
-      from tensorboardX import SummaryWriter  # slow to import
-
-      self._events = SummaryWriter(str(workdir.tensorboard))
 
   def write(self, step: int, split: str, metrics: dict[str, Any]) -> None:
     """Writes the metrics of a step.
@@ -124,11 +126,28 @@ class MetricsWriter:
       return
     line = {"step": step, "split": split, **as_numbers(metrics)}
     self._file.append(json.dumps(line) + "\n")
-    if self._events is not None:
-      for name, value in metrics.items():
-        number = float(np.asarray(value))
-        self._events.add_scalar(f"{split}/{name}", number, step)
-      self._events.flush()
+    numbers = {name: float(np.asarray(v)) for name, v in metrics.items()}
+    if (split, step) not in self._sent:
+      for sink in self._sinks:
+        sink.write(step, split, numbers)
+
+  def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the samples of a step; later lines are from before a resume.
+
+    Args:
+      step: steps taken.
+      rows: JSON objects, each of a prompt and its response.
+    """
+    if self._file is None:
+      return
+    cut_lines_after(self._workdir.samples, step - 1)
+    file = GrowingFile(self._workdir.samples)
+    for row in rows:
+      file.append(json.dumps({"step": step, **row}) + "\n")
+    file.close()
+    if (_SAMPLES, step) not in self._sent:
+      for sink in self._sinks:
+        sink.write_samples(step, rows)
 
   def write_resumed(self, step: int) -> None:
     """Records where a run resumes: what it wrote after that step is void."""
@@ -137,10 +156,27 @@ class MetricsWriter:
       self._file.append(json.dumps(line) + "\n")
 
   def close(self) -> None:
-    if self._file is not None:
-      self._file.close()
-    if self._events is not None:
-      self._events.close()
+    """Closes the files, and the sinks after the plots of the workdir."""
+    if self._file is None:
+      return
+    self._file.close()
+    plots = sorted(self._workdir.path.glob("*.png")) if self._sinks else []
+    for sink in self._sinks:
+      for path in plots:
+        sink.write_plot(path)
+      sink.close()
+
+
+def _recorded_steps(workdir: Workdir) -> set[tuple[str, int]]:
+  """Returns the splits and steps that the files of a workdir hold."""
+  found = set()
+  if workdir.metrics.exists():
+    rows = _read_rows(workdir.metrics, ("step", "split"))
+    found |= {(row["split"], row["step"]) for row in rows}
+  if workdir.samples.exists():
+    rows = _read_rows(workdir.samples, ("step",))
+    found |= {(_SAMPLES, row["step"]) for row in rows}
+  return found
 
 
 def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
@@ -195,18 +231,24 @@ def cut_lines_after(path: epath.Path, step: int) -> None:
   """Removes the lines of a JSONL file whose "step" is above a step."""
   if not path.exists():
     return
-  rows = [row for row in _read_rows(path, ("step",)) if row["step"] <= step]
-  write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+  rows = list(_read_rows(path, ("step",)))
+  kept = [row for row in rows if row["step"] <= step]
+  if len(kept) < len(rows):
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def read_last_evaluation(
-  workdir: epath.PathLike | Workdir, data: Mapping[str, Any]
+def read_evaluation(
+  workdir: epath.PathLike | Workdir,
+  data: Mapping[str, Any],
+  *,
+  step: int | None = None,
 ) -> dict[str, float]:
-  """Reads the metrics of the last evaluation of each held-out set.
+  """Reads the metrics of an evaluation of each held-out set.
 
   Args:
     workdir: run directory.
     data: `config.data` of the run.
+    step: step that was evaluated; None for the last of each set.
 
   Returns:
     Metrics named as `checkpoint.best_metric` names them; NaN where a set has
@@ -215,6 +257,8 @@ def read_last_evaluation(
   found = {}
   for name in eval_sets({"eval_sources": "", "eval_source": "", **data}):
     rows = read_metrics(workdir, split_name(name))
+    if step is not None:
+      rows = [row for row in rows if row["step"] == step]
     for metric, value in (rows[-1] if rows else {}).items():
       if metric not in ("step", "split"):
         key = f"{metric_prefix(name)}{metric}"

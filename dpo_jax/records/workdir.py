@@ -6,6 +6,7 @@ config.json      resolved config
 model.json       shape of the model
 data.json        digests of data, tokenizer and template
 git.txt          commits of the code that trained it, the latest last
+command.txt      commands that trained it, the latest last
 reference.json   digests of the reference's parameters and of its log-probs
 frozen.txt       digest of the parameters that are not trained
 metrics.jsonl    a JSON object a line
@@ -19,14 +20,15 @@ reference/       cached log-probs
 online/          STEP.npz, sampled responses that the policy trains on
 evaluations/     NAME.jsonl, what `dpo_jax.evaluate` measured: its settings,
                  then a line for each held-out set and for each sample
-profile/, tensorboard/
+profile/, tensorboard/, wandb/
 finished.json    written last, when the run has finished
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import datetime
 import logging
+import shlex
 from typing import Any
 import uuid
 
@@ -99,6 +101,10 @@ class Workdir:
   @property
   def git(self) -> epath.Path:
     return self.path / "git.txt"
+
+  @property
+  def command(self) -> epath.Path:
+    return self.path / "command.txt"
 
   @property
   def reference_digests(self) -> epath.Path:
@@ -227,14 +233,25 @@ class Workdir:
 
   def record_version(self, version: str) -> None:
     """Appends a version of the code to git.txt, unless it is the last."""
-    before = self.git.read_text().splitlines() if self.git.exists() else []
-    if before[-1:] == [version]:
-      return
-    if before:
+    before = self.read_lines(self.git)
+    if before and before[-1] != version:
       _LOG.warning(
         "the run began with the code %s, and this is %s", before[0], version
       )
-    write_atomically(self.git, "".join(f"{v}\n" for v in [*before, version]))
+    _add_line(self.git, before, version)
+
+  def record_command(self, arguments: Sequence[str]) -> None:
+    """Appends a command to command.txt, unless it is the last.
+
+    Args:
+      arguments: its words, such as `sys.orig_argv` without the interpreter.
+    """
+    command = shlex.join(["python", *arguments]).replace("\n", "\\n")
+    _add_line(self.command, self.read_lines(self.command), command)
+
+  def read_lines(self, path: epath.Path) -> list[str]:
+    """Reads git.txt or command.txt; empty where nothing was recorded."""
+    return path.read_text().splitlines() if path.exists() else []
 
   def read_digest(self, path: epath.Path) -> str:
     """Reads one of the digests; "" where none was recorded."""
@@ -245,3 +262,8 @@ class Workdir:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     mark = {"total_steps": total_steps, "finished_at": now}
     write_json(self.finished, mark)
+
+
+def _add_line(path: epath.Path, before: Sequence[str], line: str) -> None:
+  if list(before[-1:]) != [line]:
+    write_atomically(path, "".join(f"{x}\n" for x in [*before, line]))

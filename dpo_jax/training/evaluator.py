@@ -1,7 +1,6 @@
 """Evaluations of a run: held-out sets, samples, and their records."""
 
-from collections.abc import Callable, Collection, Mapping
-import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 import logging
 from typing import Any
 
@@ -9,7 +8,7 @@ from dpo_jax import config as config_lib
 from dpo_jax.data.loader import Loader
 from dpo_jax.judges import JudgeError, Wins
 from dpo_jax.records import eval_logps
-from dpo_jax.records.metrics import GrowingFile, read_metrics
+from dpo_jax.records.metrics import read_metrics
 from dpo_jax.training import evaluation, initial_state, samples
 from dpo_jax.training.samples import Samples
 from dpo_jax.training.setup import EvalRun
@@ -28,6 +27,7 @@ class Evaluator:
     run: EvalRun,
     loaders: Mapping[str, Loader],
     record: Callable[[int, str, Mapping[str, Any]], None],
+    record_samples: Callable[[int, Sequence[Mapping[str, Any]]], None],
     *,
     label: str,
   ):
@@ -37,10 +37,11 @@ class Evaluator:
       run: run to evaluate.
       loaders: held-out sets that the loss is measured on, by name.
       record: receives (step, split, metrics) of each set.
+      record_samples: receives (step, rows of samples.jsonl).
       label: name of the sampling for `progress.track`; "" shows nothing.
     """
     self._run, self._loaders, self._record = run, loaders, record
-    self._label = label
+    self._record_samples, self._label = record_samples, label
     # Responses that the policy's samples are compared with.
     self._others: Samples | None = None
 
@@ -58,7 +59,7 @@ class Evaluator:
     with_samples: bool,
     skip: Collection[str] = (),
   ) -> dict[str, float]:
-    """Measures the held-out sets, and samples at the edges of a run.
+    """Measures the held-out sets, and samples where that is due.
 
     Args:
       step: optimizer steps taken.
@@ -92,6 +93,12 @@ class Evaluator:
       metrics |= {f"{prefix}{k}": v for k, v in its_metrics.items()}
     return metrics
 
+  def samples_due(self, step: int) -> bool:
+    """Returns whether the evaluation after so many steps samples too."""
+    every = self._run.config.eval.samples_every_steps
+    is_edge = step in (0, self._run.config.total_steps)
+    return is_edge or (every > 0 and step % every == 0)
+
   def make_up(self, step: int, state: TrainState) -> dict[str, float]:
     """Measures the sets of a checkpoint that SIGTERM left no time for."""
     done = {
@@ -100,11 +107,9 @@ class Evaluator:
       for row in read_metrics(self._run.workdir, config_lib.split_name(name))
       if row["step"] == step
     }
-    is_last = step == self._run.config.total_steps
     is_sampled = next(iter(self._run.data.eval), None) in done
-    return self.evaluate(
-      step, state, with_samples=is_last and not is_sampled, skip=done
-    )
+    with_samples = self.samples_due(step) and not is_sampled
+    return self.evaluate(step, state, with_samples=with_samples, skip=done)
 
   def _measure_samples(self, step: int, state: TrainState) -> dict[str, float]:
     """Samples from the policy, and compares with the other responses."""
@@ -165,7 +170,7 @@ class Evaluator:
     )
 
   def _keep_samples(self, step: int, drawn: Samples, wins: Wins | None) -> None:
-    """Appends samples to samples.jsonl, a JSON object a line.
+    """Records samples.
 
     Args:
       step: optimizer steps taken.
@@ -173,14 +178,16 @@ class Evaluator:
       wins: their results against the other responses.
     """
     del wins
-    if not self._run.is_writer:
-      return
-    file = GrowingFile(self._run.workdir.samples)
-    for i, (prompt, text) in enumerate(
-      zip(drawn.prompt_texts, drawn.texts, strict=True)
-    ):
-      row = {"step": step, "prompt": prompt, "response": text}
-      if drawn.rewards is not None:
-        row["reward"] = float(drawn.rewards[i])
-      file.append(json.dumps(row) + "\n")
-    file.close()
+    self._record_samples(step, _rows(drawn))
+
+
+def _rows(drawn: Samples) -> list[dict[str, Any]]:
+  """Returns samples as the rows of samples.jsonl."""
+  rows: list[dict[str, Any]] = [
+    {"prompt": prompt, "response": text}
+    for prompt, text in zip(drawn.prompt_texts, drawn.texts, strict=True)
+  ]
+  if drawn.rewards is not None:
+    for row, reward in zip(rows, drawn.rewards, strict=True):
+      row["reward"] = float(reward)
+  return rows

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import sys
 
 from dpo_jax.config import parse_allowed
-from dpo_jax.records import resume
+from dpo_jax.records import resume, tracker
 from dpo_jax.records.checkpoint import Checkpoints, open_checkpoints
 from dpo_jax.records.lock import RunLock
 from dpo_jax.records.metrics import MetricsWriter
@@ -59,9 +60,9 @@ def open_workdir(run: Run) -> Iterator[Opened]:
       resume.record(config, description, accepted, workdir, step=step)
       write_json(workdir.model, dataclasses.asdict(run.program.policy.config))
       workdir.record_version(code_version())
-    writer = MetricsWriter(
-      workdir, is_writer=run.is_writer, tensorboard=config.log.tensorboard
-    )
+      workdir.record_command(sys.orig_argv[1:])
+    sinks = tracker.open_sinks(config.log, workdir) if run.is_writer else []
+    writer = MetricsWriter(workdir, is_writer=run.is_writer, sinks=sinks)
     try:
       yield Opened(lock, checkpoints, writer)
     finally:

@@ -20,7 +20,7 @@ from dpo_jax.data.sets import Data, HeldOut
 from dpo_jax.losses import build_objective
 from dpo_jax.parallel import mesh
 from dpo_jax.parallel.pmap import make_placement
-from dpo_jax.records import commits, resume
+from dpo_jax.records import commits, resume, tracker
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.training import evaluation
 from dpo_jax.training.program import Program, build_program, needs_value_head
@@ -225,6 +225,8 @@ def build_run(
     FileNotFoundError: data or a model that does not exist.
   """
   config, source = resolve(config, workdir)
+  if jax.process_index() == 0:
+    tracker.check_installed(config.log.trackers)
   judge = judges.get_eval_judge(config.eval)
   online_judge = judges.get_judge(config.online.judge, key="online.judge")
   settings = {key: config.data[key] for key in model_sources.TOKENIZER_KEYS}

@@ -23,7 +23,7 @@ import ml_collections
 
 from dpo_jax import config as config_lib
 from dpo_jax.names import did_you_mean
-from dpo_jax.records.metrics import read_last_evaluation
+from dpo_jax.records.metrics import read_evaluation
 from dpo_jax.records.workdir import Workdir
 from experiments.sweep.plots import draw, save_figure
 from experiments.sweep.report import Collected, collect, mean_and_spread
@@ -105,7 +105,7 @@ class Grid:
 
     def measure(folder: str) -> list[Row]:
       data = Workdir.at(folder).read_config()["data"]
-      found = read_last_evaluation(folder, data)
+      found = read_evaluation(folder, data)
       kept = [metric, *(m for m in found if m.endswith(_ENDINGS))]
       numbers = {m: found[m] for m in dict.fromkeys(kept) if m in found}
       return [{m: None if math.isnan(x) else x for m, x in numbers.items()}]

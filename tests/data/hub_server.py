@@ -1,5 +1,6 @@
-"""A stand-in for the Hub on this machine, of data sets only."""
+"""A stand-in for the Hub on this machine: reads data sets, takes models."""
 
+import base64
 from collections.abc import Iterator, Mapping
 import contextlib
 import hashlib
@@ -23,10 +24,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.do_GET()
 
   def do_GET(self):
-    url = urllib.parse.urlsplit(self.path)
-    parts = list(map(urllib.parse.unquote, url.path.strip("/").split("/")))
+    parts = self._parts()
     if parts[0] == "api":  # api/datasets/ORG/NAME/WHAT/REVISION
-      kind, revision = parts[4:6]
+      kind, revision = parts[4:6] if parts[4:] else ("revision", "main")
       name = "/".join(parts[2:4])
     else:  # datasets/ORG/NAME/resolve/REVISION/PATH
       kind, revision = parts[3:5]
@@ -39,13 +39,94 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if files is None:
       return self._reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
     if kind == "revision":
-      return self._reply_json({"id": name, "sha": commit_of(files)})
+      is_private = name in self.server.private
+      found = {"id": name, "sha": commit_of(files), "private": is_private}
+      return self._reply_json(found)
     if kind == "tree":
       return self._reply_json([_entry(p, x) for p, x in files.items()])
     content = files["/".join(parts[5:])]
     self._reply(
       200, content, {"X-Repo-Commit": commit_of(files), "ETag": _oid(content)}
     )
+
+  def do_POST(self):
+    body = self.rfile.read(int(self.headers["Content-Length"]))
+    parts = self._parts()
+    if self._refuses(parts):
+      return None
+    kind, where = parts[4:6] if parts[4:] else (parts[-1], "")
+    if kind == "commit":
+      self._commit("/".join(parts[2:4]), where, body.splitlines())
+      return self._reply_json({"commitUrl": self.path, "commitOid": "0" * 40})
+    sent = json.loads(body)
+    reply = {}
+    if parts[1:] == ["repos", "create"]:
+      name = f"{sent['organization']}/{sent['name']}"
+      reply = {"url": f"{constants.ENDPOINT}/{name}"}
+      if name in self.server.repositories:
+        return self._reply(409, json.dumps(reply).encode(), {})
+      self.server.repositories[name] = {"main": {}}
+      if sent["visibility"] == "private":
+        self.server.private.add(name)
+    elif kind == "branch":
+      branches = self.server.repositories["/".join(parts[2:4])]
+      branches.setdefault(where, branches["main"])
+    elif kind == "preupload":
+      reply["files"] = [
+        {
+          "path": file["path"],
+          "uploadMode": "lfs" if "safetensors" in file["path"] else "regular",
+          "shouldIgnore": False,
+        }
+        for file in sent["files"]
+      ]
+    elif kind == "objects":  # large files
+      href = f"{constants.ENDPOINT}/upload/"
+      reply["objects"] = [
+        {**x, "actions": {"upload": {"href": href + x["oid"]}}}
+        for x in sent["objects"]
+      ]
+    self._reply_json(reply)
+
+  def do_PUT(self):
+    content = self.rfile.read(int(self.headers["Content-Length"]))
+    if not self._refuses(self._parts(), needs_token=False):
+      self.server.uploaded[_oid(content)] = content
+      self._reply(200, b"", {})
+
+  def _parts(self):
+    path = urllib.parse.urlsplit(self.path).path
+    return [urllib.parse.unquote(part) for part in path.strip("/").split("/")]
+
+  def _refuses(self, parts, *, needs_token=True):
+    """Answers a request with the fault that a test asks for, if any."""
+    for part, status in self.server.faults.items():
+      if part in parts:
+        if status is None:  # the connection is cut
+          self.close_connection = True
+          self.connection.close()
+        else:
+          self._reply(status, b"{}", {})
+        return True
+    rights = self.server.tokens.get(self.headers.get("Authorization"))
+    if needs_token and rights != "write":
+      self._reply(401 if rights is None else 403, b"{}", {})
+      return True
+    return False
+
+  def _commit(self, name, branch, lines):
+    files = dict(self.server.repositories[name][branch])
+    for line in map(json.loads, lines):
+      value = line["value"]
+      if line["key"] == "header":
+        self.server.messages.append(value["summary"])
+      elif line["key"] == "file":
+        files[value["path"]] = base64.b64decode(value["content"])
+      elif line["key"] == "lfsFile":
+        files[value["path"]] = self.server.uploaded[value["oid"]]
+      else:
+        del files[value["path"]]
+    self.server.repositories[name][branch] = files
 
   def _reply_json(self, value):
     self._reply(200, json.dumps(value).encode(), {})
@@ -56,7 +137,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self.send_header(name, value)
     self.send_header("Content-Length", str(len(content)))
     self.end_headers()
-    if self.command == "GET":
+    if self.command != "HEAD":
       self.wfile.write(content)
 
 
@@ -86,11 +167,15 @@ def serve(cache_dir: str, monkeypatch) -> Iterator[http.server.HTTPServer]:
 
   Yields:
     The server; its `repositories`, ORG/NAME -> branch -> path -> content, are
-    empty at first.
+    empty at first. `private` and `messages` are what models were pushed with;
+    `tokens`, Authorization -> "read" or "write", and `faults`, part of a path
+    -> status or None for a cut connection, are for a test to fill.
   """
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
   server.daemon_threads = True
-  server.repositories = {}
+  server.repositories, server.uploaded = {}, {}
+  server.private, server.messages = set(), []
+  server.tokens, server.faults = {}, {}
   endpoint = f"http://127.0.0.1:{server.server_port}"
   for name, value in (
     ("ENDPOINT", endpoint),

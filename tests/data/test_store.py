@@ -934,6 +934,23 @@ def test_a_store_of_other_data_is_made_again(tmp_path, caplog):
   assert "it is the store of other data" in caplog.text
 
 
+def test_a_store_without_a_column_that_is_read_now_is_built_again(tmp_path):
+  record = {**pair("a", "b"), "margin": 2.0}
+  made = build_store(Listed([record]), BYTES, LIMITS, str(tmp_path))
+  before = snapshot(made)
+  folder = tmp_path / made.digest
+  report = json.loads((folder / "report.json").read_text())
+  report["unread"] = ["margin"]
+  (folder / "report.json").write_text(json.dumps(report))
+  np.save(folder / "score.npy", np.float32([[1.0, 0.0]]))
+  (folder / "checksums.json").unlink()
+  checksums.write(str(folder))
+  again = build_store(Listed([record]), BYTES, LIMITS, str(tmp_path))
+  assert again.report["unread"] == []
+  assert_same(before, snapshot(again))
+  assert again.score.tolist() == [[2.0, 0.0]]
+
+
 def test_a_store_that_does_not_name_its_digest_is_read(tmp_path, caplog):
   """Stores of an older version."""
   store = make_store(tmp_path)

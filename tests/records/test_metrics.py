@@ -16,10 +16,8 @@ from dpo_jax.records.metrics import (
 )
 
 
-def write(workdir, rows, is_writer=True, tensorboard=False):
-  writer = MetricsWriter(
-    epath.Path(workdir), is_writer=is_writer, tensorboard=tensorboard
-  )
+def write(workdir, rows, is_writer=True, sinks=()):
+  writer = MetricsWriter(workdir, is_writer=is_writer, sinks=sinks)
   for step, split, figures in rows:
     writer.write(step, split, figures)
   writer.close()
@@ -56,9 +54,7 @@ def test_a_figure_that_is_not_finite_is_still_json(tmp_path, value):
 
 
 def test_a_line_is_there_as_soon_as_it_is_written(tmp_path):
-  writer = MetricsWriter(
-    epath.Path(tmp_path), is_writer=True, tensorboard=False
-  )
+  writer = MetricsWriter(epath.Path(tmp_path), is_writer=True)
   writer.write(1, "train", {"loss": 1.0})
   assert len(read_metrics(tmp_path, "train")) == 1
   writer.close()
@@ -84,16 +80,6 @@ def test_figures_survive_the_file_to_the_last_bit(tmp_path):
 def test_only_the_writer_writes(tmp_path):
   write(tmp_path / "run", [(1, "train", {"loss": 1.0})], is_writer=False)
   assert not (tmp_path / "run").exists()
-
-
-def test_event_files_appear_when_they_are_asked_for(tmp_path):
-  rows = [(1, "train", {"loss": 1.5}), (2, "train", {"loss": math.nan})]
-  write(tmp_path / "with", rows, tensorboard=True)
-  write(tmp_path / "without", rows)
-  (events,) = (tmp_path / "with" / "tensorboard").iterdir()
-  assert "tfevents" in events.name
-  assert b"train/loss" in events.read_bytes()
-  assert not (tmp_path / "without" / "tensorboard").exists()
 
 
 def test_a_table_is_aligned():
@@ -152,14 +138,14 @@ def test_a_file_in_a_bucket_grows_over_several_runs():
 @pytest.mark.fault(43)
 def test_a_torn_last_line_is_cut_before_the_next_one(tmp_path, caplog):
   """A disk that was full, or a kill, leaves half a line."""
-  writer = MetricsWriter(tmp_path, is_writer=True, tensorboard=False)
+  writer = MetricsWriter(tmp_path, is_writer=True)
   writer.write(1, "train", {"loss": 0.5})
   writer.write(2, "train", {"loss": 0.4})
   writer.close()
   path = tmp_path / "metrics.jsonl"
   path.write_text(path.read_text()[:-7])
   assert [row["step"] for row in read_metrics(tmp_path, "train")] == [1]
-  writer = MetricsWriter(tmp_path, is_writer=True, tensorboard=False)
+  writer = MetricsWriter(tmp_path, is_writer=True)
   writer.write(2, "train", {"loss": 0.3})
   writer.close()
   rows = read_metrics(tmp_path, "train")

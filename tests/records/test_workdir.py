@@ -90,3 +90,14 @@ def test_a_write_that_dies_leaves_the_file_of_before(
   write_atomically(path, content)
   assert path.read_bytes() in (b"text", b"bytes")
   assert os.listdir(path.parent) == ["file"]
+
+
+def test_commands_are_recorded_in_their_order_and_once_in_a_row(tmp_path):
+  workdir = Workdir.at(tmp_path)
+  for steps in (1, 1, 2, 1):
+    workdir.record_command(["-m", "dpo_jax.train", f"--steps={steps}"])
+  workdir.record_command(["-c", "first\nsecond 'line'"])
+  lines = workdir.read_lines(workdir.command)
+  assert [line[-1] for line in lines[:-1]] == ["1", "2", "1"]
+  assert lines[0] == "python -m dpo_jax.train --steps=1"
+  assert len(lines) == 4 and lines[-1].startswith("python -c 'first\\nsecond")
