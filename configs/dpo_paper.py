@@ -28,7 +28,7 @@ factor of two, and its posts begin without a "Human:" turn. The paper's SFT of
 TL;DR is a published GPT-J; here it is a stage, on the copies of posts and
 comparisons in trl-lib. GPT-J's weights must be safetensors. IMDb with
 gpt2-large needs samples of the policy: `experiments/imdb_sentiment.py`. Not run
-here; docs/recipes.md has what `plan` says.
+and not planned here; docs/tpu.md has a plan of pythia-2.8b on v5e-16.
 """
 
 from configs import hh
