@@ -49,12 +49,9 @@ class Store:
     score: f32 [N, K].
     digest: digest of the content.
     report: counts of records that were read, dropped and cut.
-    prompt_hashes: u32 [N], hash of each prompt's text before any cut; None for
-      groups that are not split into training and held-out ones.
-    scored: bool [total], whether each of `tokens` is scored; None if all tokens
-      of responses are.
-    records: int [N], number of each group's record, counted on through the
-      sources of the report; None where it was not recorded.
+    prompt_hashes: u32 [N], hash of each prompt's text before any cut, or None.
+    scored: bool [total], whether each token is scored; None: all of responses.
+    records: int [N], number of each group's record over all sources, or None.
   """
 
   tokens: np.ndarray | Chain
