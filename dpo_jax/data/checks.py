@@ -131,7 +131,10 @@ SOURCE_CHECKS: dict[str, Check] = {
 
 
 def _overlap(pair: tuple[Loader, Loader | None]) -> float:
-  """Share of a held-out set whose prompts are trained on."""
+  """Returns the share of held-out groups whose prompts are trained on.
+
+  Prompts are compared by their hashes. Without a held-out set it is 0.
+  """
   train, held_out = pair
   if held_out is None:
     return 0.0
@@ -142,7 +145,7 @@ def _overlap(pair: tuple[Loader, Loader | None]) -> float:
 
 
 def _missing_groups(pair: tuple[Loader, Loader | None]) -> float:
-  """Groups that a held-out set lacks of 30."""
+  """Returns how many groups a held-out set lacks of 30; below 0 for more."""
   _, held_out = pair
   return 30 - (0 if held_out is None else len(held_out.indices))
 

@@ -63,7 +63,14 @@ class Shape:
 def _pair(
   first: Any, second: Any, winner: int | None, strength: float = 1
 ) -> dict[str, Any]:
-  """Columns of a pair; `winner` is 0, 1, or None for a tie."""
+  """Returns the columns of a pair: chosen, rejected and their scores.
+
+  Args:
+    first: response 0.
+    second: response 1.
+    winner: index of the chosen one; None for a tie, whose scores are both 0.
+    strength: score of the chosen one; the rejected one has 0.
+  """
   chosen, rejected = (second, first) if winner == 1 else (first, second)
   return {
     "chosen": chosen,

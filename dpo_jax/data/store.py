@@ -75,8 +75,8 @@ class Store:
     """Makes a store in memory.
 
     Args:
-      groups: prompt and K responses of N groups, i32 ids; an empty array for an
-        empty slot.
+      groups: N lists of a prompt and its K responses, i32 ids; an empty array
+        for an empty slot.
       score: f32 [N, K].
       digest: identifies the content in a cache of log-probs.
     """
@@ -354,7 +354,7 @@ def _check_bounds(store: Store, limits: Limits) -> None:
 
 
 def part_starts(lengths: np.ndarray) -> np.ndarray:
-  """Returns the starts of concatenated parts: lengths [N, P] -> i64 [N, P]."""
+  """Returns starts of parts, counted over all rows: [N, P] -> i64 [N, P]."""
   ends = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape)
   return ends - lengths
 

@@ -36,7 +36,7 @@ class JsonFile:
     return cls(path, files.read_json(path) if path.exists() else {})
 
   def get(self, key: str) -> Any:
-    """Returns the value of a key, or None."""
+    """Returns the value of a key of the file, or None if it is not there."""
     return self.values.get(key)
 
   def token(self, key: str) -> str:

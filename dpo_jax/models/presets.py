@@ -111,7 +111,7 @@ def _pythia(width: int, layers: int, heads: int, vocab: int = 50304) -> dict:
 
 
 def _local(layers: int, period: int) -> tuple[bool, ...]:
-  """Every period-th layer is global, the others are local."""
+  """Returns whether each layer is local: all but every period-th one."""
   return tuple(bool((i + 1) % period) for i in range(layers))
 
 

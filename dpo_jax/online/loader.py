@@ -169,7 +169,7 @@ class OnPolicyLoader:
 
   @property
   def process_count(self) -> int:
-    """Hosts; each fills its own block of rows."""
+    """Number of hosts; each fills its own block of a batch's rows."""
     return self._source.process_count
 
   def num_tokens(self, step: int) -> int:

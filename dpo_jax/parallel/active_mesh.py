@@ -27,7 +27,11 @@ def platform() -> str:
 
 
 def num_row_shards(num_rows: int) -> int:
-  """Counts the devices that rows are split over; 1 where they cannot be."""
+  """Counts the devices of the active mesh that rows are split over.
+
+  It is 1 if that number does not divide `num_rows`, or if no axis of rows is
+  left to the partitioner.
+  """
   sizes = free_axes()
   size = math.prod(sizes.get(name, 1) for name in ROW_AXES)
   return size if num_rows % size == 0 else 1

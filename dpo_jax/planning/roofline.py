@@ -59,13 +59,13 @@ def count_work(
   scored_tokens: int,
   has_live_reference: bool,
 ) -> Work:
-  """Computes the FLOPs of a training step by FLOPS_FORMULA.
+  """Computes the work of a training step by FLOPS_FORMULA.
 
   Args:
-    config: ModelConfig.
+    config: ModelConfig; its remat decides what is computed again.
     params: abstract parameters; every matrix of a layer multiplies every token.
-    num_rows: R.
-    row_tokens: T.
+    num_rows: R, rows of the step over all devices.
+    row_tokens: T, tokens of a row.
     scored_tokens: S, scored tokens of a row.
     has_live_reference: whether a reference runs in the step.
   """

@@ -82,7 +82,11 @@ def slowest(plan: Plan) -> str:
 
 
 def time_table(plan: Plan, request: Request) -> str:
-  """Time: the lower bounds, and the hours and the cost of the run."""
+  """Formats a run's time: lower bounds of a step, speed, hours and cost.
+
+  Speed, hours and cost follow from `expected_seconds`, which is NaN if a bound
+  is not known. The cost is left out without a price.
+  """
   seconds = expected_seconds(plan, request)
   config, chips = plan.subject.config, request.topology.num_chips
   hours = seconds * config.total_steps / 3600

@@ -220,7 +220,7 @@ class Workdir:
       )
 
   def read_config(self) -> dict[str, Any]:
-    """Reads the resolved config of the run."""
+    """Reads the resolved config of the run, as nested dicts."""
     return read_json(self.config)
 
   def write_config(self, config: Mapping[str, Any]) -> None:

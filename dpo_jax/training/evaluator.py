@@ -133,6 +133,9 @@ class Evaluator:
     """Compares samples with the others; None where the judge does not answer.
 
     A server that fails must not stop a run, whose state is not saved yet.
+
+    Raises:
+      JudgeError: no answer, in an evaluation that has no run to lose.
     """
     try:
       return samples.wins_over(drawn, self._others, self._run.judge)

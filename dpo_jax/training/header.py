@@ -70,7 +70,7 @@ def split_label(split: str) -> str:
 
 
 def describe(run: Run) -> Rows:
-  """Describes a run: labels, and a text each."""
+  """Describes a run, as pairs of a label and a text."""
   return [
     *describe_program(run.program, run.config),
     *describe_data(run),
@@ -202,7 +202,11 @@ def mixture_shares(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def describe_report(report: Mapping[str, Any]) -> str:
-  """Describes what was read of a source: `Store.report`."""
+  """Describes as a sentence what was read of a source, dropped and cut.
+
+  Args:
+    report: see `Store.report`.
+  """
   counts = report["dropped"] | {"broken": report["broken"]}
   dropped = [f"{n:,} {reason}" for reason, n in counts.items() if n]
   cut = [

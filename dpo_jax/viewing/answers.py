@@ -150,7 +150,10 @@ def chat(
   read: Callable[[], str],
   write: Callable[[str], Any],
 ) -> Iterator[Answer]:
-  """Holds a conversation by the chat template of a model; yields its answers.
+  """Holds a conversation by the chat template of a model.
+
+  "/new" forgets what was said. A message that Ctrl-C stops, or that is too long
+  for the model, is shown as such and forgotten.
 
   Args:
     policy: policy to talk to.
@@ -159,6 +162,9 @@ def chat(
     seed: seed of the conversation.
     read: asks for the next message; EOFError ends the chat.
     write: shows a piece of text at once.
+
+  Yields:
+    Each complete answer, after its text was written.
 
   Raises:
     ValueError: a model without a chat template.

@@ -62,9 +62,10 @@ class Group:
     return [part for part in self.parts if part.slot >= 0]
 
   def is_prompt_at_limit(self, limits: Limits) -> bool:
-    """Returns whether the prompt is as long as a prompt that was cut.
+    """Returns whether the prompt is as long as a cut leaves it.
 
-    One that has this length by chance was not cut.
+    A cut leaves it the tokens that the longest response leaves of `max_tokens`,
+    and `max_prompt_tokens` at least. A prompt may be that long by chance.
     """
     longest = max(len(part.ids) for part in self.responses)
     keep = max(limits.max_prompt_tokens, limits.max_tokens - longest)

@@ -118,7 +118,12 @@ def config_differences(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
 
 
 def last_metrics(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-  """Returns a row for each metric of the runs' last evaluations."""
+  """Returns a table of the runs' last evaluations.
+
+  Returns:
+    For each held-out split a row for its step and for each metric: "metric" has
+    the split and the name, and each run's name has the value as text, or "-".
+  """
   splits = dict.fromkeys(
     split for run in runs for split in run.splits if split != "train"
   )

@@ -19,10 +19,14 @@ def clipped_policy_gradient(
   value_clip: float,
   value_weight: float,
 ) -> jax.Array:
-  """Clipped surrogate plus the value head's error, summed over tokens.
+  """Computes the clipped surrogate and the value error of each group.
 
-  The batch brings its advantages and returns (`policy_gradient.gae`).
-  `rewards` are not read: the advantages contain a response's score.
+  Both are summed over the tokens of its responses. The batch brings advantages
+  and returns (`policy_gradient.gae`). `rewards` are not read: the advantages
+  contain a response's score.
+
+  Returns:
+    f32 [B].
   """
   del rewards
   mask = sequences.token_mask

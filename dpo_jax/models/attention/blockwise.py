@@ -107,8 +107,9 @@ def key_blocks(
     window: i32 [], see `attention.attend_rows`, or None.
 
   Returns:
-    (first, number) of the range in the prompt, then of the range from the
-    block's own response to the block: i32 [R, N] each, without overlap.
+    Four arrays i32 [R, N]: first block and number of blocks in the prompt, then
+    of those from the start of the first token's part to the block itself. A
+    block in both counts in the second; padding has the number 0.
   """
   num_blocks, size = blocks.positions.shape[1:]
   here = jnp.arange(num_blocks, dtype=jnp.int32)
@@ -147,10 +148,10 @@ def attend_blocks(
   soft_cap: float | None,
   first_query: jax.Array | int = 0,
 ) -> jax.Array:
-  """Computes `attention.attend_rows`; padding gets zeros.
+  """Computes `attention.attend_rows` by blocks; padding gets zeros.
 
-  Queries may be a slice of each row: whole blocks from index `first_query` on.
-  Keys, values and `blocks` cover whole rows.
+  Queries may be a slice of each row: the tokens from index `first_query` on, a
+  multiple of the block size. Keys, values and `blocks` cover whole rows.
   """
   num_rows, length, num_heads, head_dim = queries.shape
   num_blocks, size = blocks.positions.shape[1:]
@@ -158,14 +159,14 @@ def attend_blocks(
   num_kv_heads = keys.shape[2]
 
   def split(x):
-    """[R, T, H, d] -> [R * N, num_kv_heads, H / num_kv_heads * size, d]."""
+    """Cuts [R, T, H, d] into [R * blocks, KV heads, H / KV heads * size, d]."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
     x = x.reshape(-1, size, num_kv_heads, x.shape[2] // num_kv_heads, head_dim)
     x = jnp.transpose(x, (0, 2, 3, 1, 4))
     return x.reshape(*x.shape[:2], -1, head_dim)
 
   def of_queries(x):
-    """[R, N, ...] -> [R * query blocks, ...]."""
+    """Takes the query blocks of rows: [R, N, ...] -> [R * blocks, ...]."""
     x = jax.lax.dynamic_slice_in_dim(
       x, first_query // size, num_query_blocks, axis=1
     )

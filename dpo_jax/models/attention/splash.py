@@ -193,8 +193,8 @@ def attend_splash(
 ) -> jax.Array:
   """Computes `attention.attend_rows` for the rows and heads of one device.
 
-  Queries may be a slice of each row, from index `first_query` on, whose length
-  `is_divisible` accepts. Keys, values and labels cover whole rows.
+  Queries may be a slice of each row: the tokens from index `first_query` on, as
+  many as `is_divisible` accepts. Keys, values and labels cover whole rows.
 
   Raises:
     ValueError: rows too long for the 16 bits of an interval's end.
