@@ -31,6 +31,10 @@ def main() -> None:
   given = flags.FLAGS
   if given.chat == bool(given.prompt or given.prompts):
     raise ValueError("give --prompt or --prompts, or --chat without them")
+  if given.system and not given.chat:
+    raise ValueError("--system is for --chat: other prompts hold their own")
+  if given.chat and given.num_samples > 1:
+    raise ValueError(f"--num_samples={given.num_samples}: a chat has 1 answer")
   if given.out and epath.Path(given.out).exists():
     raise ValueError(f"--out={given.out} exists: choose another file")
   prompts: list[Prompt] = list(given.prompt or [])
@@ -91,7 +95,7 @@ def _ask(
       policy, settings, system=given.system, seed=seed, read=_read, write=_write
     )
   elif given.prompts:
-    found = iter(policy.sample(prompts, settings, seed=seed, label="sampling"))
+    found = policy.sample(prompts, settings, seed=seed, label="sampling")
   else:
     found = answers.show_streams(
       policy, prompts, settings, seed=seed, write=_write
@@ -124,15 +128,25 @@ def _compare(
 
 @contextlib.contextmanager
 def _lines(path: str) -> Iterator[Callable[[str], None]]:
-  """Gives a function that appends a line to a file; "" writes nowhere."""
-  if not path:
-    yield lambda line: None
-    return
-  file = GrowingFile(epath.Path(path))
+  """Gives a function that appends a line to a file, which the first one makes.
+
+  Args:
+    path: file; "" writes nowhere.
+  """
+  file = None
+
+  def write_line(line: str) -> None:
+    nonlocal file
+    if path and file is None:
+      file = GrowingFile(epath.Path(path))
+    if file is not None:
+      file.append(f"{line}\n")
+
   try:
-    yield lambda line: file.append(f"{line}\n")
+    yield write_line
   finally:
-    file.close()
+    if file is not None:
+      file.close()
 
 
 def _read() -> str:

@@ -27,6 +27,9 @@ def main() -> None:
   if bool(given.dump) == (given.config is not None):
     raise ValueError("give one of --config and --dump")
   if given.dump:
+    unused = [n for n in ("out", "step", "split") if given[n].present]
+    if unused:
+      raise ValueError(f"--dump takes no --{', --'.join(unused)}")
     groups.show_dump(console, given.dump, given.num_groups, with_ids=given.ids)
     return
   config_lib.check_keys(given.config)

@@ -351,7 +351,8 @@ def test_listed_runs_keep_the_other_keys_of_the_config(tmp_path):
   choices = grid.read_choices(write_sweep(tmp_path, rows))
   config = tiny.make_config()
   runs = grid.Grid(config, choices).runs(Settings("w", "tiny"))
-  assert [run.labels["beta"] for run in runs] == [config.loss.beta, 2.0]
+  # DPO's own beta, where neither the config nor the sweep has one.
+  assert [run.labels["beta"] for run in runs] == [0.1, 2.0]
   assert [run.config.loss.name for run in runs] == ["dpo", "simpo"]
   assert config.loss.name == "dpo"
 
@@ -393,7 +394,7 @@ def test_a_swept_config_is_trained_and_measured(tmp_path):
     last = read_metrics(os.path.join(workdir, row["run"]), "eval")[-1]
     assert row["eval/loss"] == last["loss"]
     assert row["eval/reward/accuracy"] == last["reward/accuracy"]
-  assert {row["beta"] for row in grid.table(found.rows)} == {0.1, 0.5}
+  assert {row["beta"] for row in swept.table(found.rows)} == {0.1, 0.5}
   files = swept.plot(found.rows, str(tmp_path / "sweep"))
   assert all(os.path.exists(file) for file in files)
 
@@ -405,8 +406,35 @@ def test_seeds_of_a_sweep_are_averaged():
       [(0.1, 0, 1.0), (0.1, 1, 3.0), (0.5, 0, 0.5), (0.5, 1, 0.5)]
     )
   ]
-  table = grid.table(rows)
-  assert [(row["beta"], row["eval/loss"], row["seeds"]) for row in table] == [
-    (0.5, 0.5, 2),
-    (0.1, 2.0, 2),
+  rows.append({"run": "r4", "beta": 1.0, "seed": 0, "eval/loss": None})
+  config = tiny.make_config(checkpoint__best_metric="eval/loss")
+  table = grid.Grid(config, []).table(rows)
+  assert [row["beta"] for row in table] == [1.0, 0.1, 0.5]  # the best last
+  assert [(row["eval/loss"], row["seeds"]) for row in table[1:]] == [
+    (2.0, 2),
+    (0.5, 2),
   ]
+
+
+def test_lists_among_the_swept_values_are_labels_too(tmp_path):
+  config = tiny.make_config()
+  choices = [{"eval.losses": [name]} for name in ("ipo", "hinge")]
+  swept = grid.Grid(config, choices)
+  labels = [run.labels["losses"] for run in swept.runs(Settings("w", "tiny"))]
+  assert len(set(labels)) == 2
+  rows = [{"run": "r", "losses": x, "eval/loss": 1.0} for x in labels]
+  assert len(swept.table(rows)) == 2
+  assert all(map(os.path.exists, swept.plot(rows, str(tmp_path / "s"))))
+
+
+def test_runs_without_an_evaluation_are_listed_and_not_plotted(tmp_path):
+  swept = grid.Grid(tiny.make_config(), [])
+  rows = [{"run": "a", "beta": 0.1}, {"run": "b", "beta": 0.2}]
+  assert [row["beta"] for row in swept.table(rows)] == [0.1, 0.2]
+  assert swept.plot(rows, str(tmp_path / "s")) == []
+
+
+def test_an_estimate_of_epochs_asks_for_steps():
+  config = tiny.make_config(epochs=1.0, total_steps=None)
+  with pytest.raises(ValueError, match="run a has epochs, whose steps depend"):
+    sweep.estimate([Run("a", {}, config)], "tiny")

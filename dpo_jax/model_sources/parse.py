@@ -67,7 +67,9 @@ def parse(init: str, key: str = "policy.init") -> "ModelSource":
     return HuggingFaceModel(init, where, where, where, None)
   name = where if kind == "hf" else init
   hint = ""
-  if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
+  if (epath.Path(name) / "model.json").exists():
+    hint = f". It is a run: {key}='run:{name}'"
+  elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
     name, _, revision = name.partition("@")
     hint = f". On the Hub: {key}='hub:{name}@{revision or 'REVISION'}'"
   if kind == "hf" and where:

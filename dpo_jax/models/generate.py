@@ -192,6 +192,51 @@ def sample(
 ) -> list[list[int]]:
   """Samples one response to every prompt.
 
+  Args:
+    policy: the decoder.
+    params: its parameters, on any mesh.
+    prompts: token ids, none empty.
+    settings: temperature, filters and end of a response.
+    seed: seed of the whole call.
+    batch_size: prompts sampled at once.
+    first_index: index of the first prompt, for the randomness.
+    rows: see `sample_batches`.
+    label: name of the work for `progress.track`; "" shows nothing.
+
+  Returns:
+    Token ids of every response; the last is a stop id if one was sampled.
+
+  Raises:
+    ValueError: an empty prompt, or prompts that leave the model no positions.
+  """
+  batches = sample_batches(
+    policy,
+    params,
+    prompts,
+    settings,
+    seed=seed,
+    batch_size=batch_size,
+    first_index=first_index,
+    rows=rows,
+    label=label,
+  )
+  return [response for batch in batches for response in batch]
+
+
+def sample_batches(
+  policy: Policy,
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  settings: Sampling,
+  *,
+  seed: int,
+  batch_size: int = 64,
+  first_index: int = 0,
+  rows: jax.sharding.NamedSharding | None = None,
+  label: str = "",
+) -> Iterator[list[list[int]]]:
+  """Samples one response to every prompt, and yields those of a batch at once.
+
   The randomness of a response depends only on `seed` and the index of its
   prompt: neither the batch size nor the other prompts change it.
 
@@ -207,19 +252,18 @@ def sample(
       leaves it to the compiler.
     label: name of the work for `progress.track`; "" shows nothing.
 
-  Returns:
-    Token ids of every response; the last is a stop id if one was sampled.
+  Yields:
+    Token ids of the responses of a batch.
 
   Raises:
-    ValueError: an empty prompt, or prompts that leave the model no positions.
+    ValueError: see `sample`.
   """
   if not prompts:
-    return []
+    return
   longest = _check_prompts(policy, prompts, settings)
   # One shape for all batches, so that one program is compiled.
   length = -(-longest // 16) * 16
   batch_size = _row_multiple(min(batch_size, len(prompts)), rows)
-  responses: list[list[int]] = []
   starts = range(0, len(prompts), batch_size)
   for start in progress.track(starts, label, total=len(starts), unit="batches"):
     stop_signal.check()
@@ -228,9 +272,7 @@ def sample(
       part, batch_size, length, seed=seed, index=first_index + start, rows=rows
     )
     out = _sample(policy, settings, rows, params, *batch)
-    for row in np.asarray(out)[: len(part)]:
-      responses.append(row[row >= 0].tolist())
-  return responses
+    yield [row[row >= 0].tolist() for row in np.asarray(out)[: len(part)]]
 
 
 def stream(
@@ -291,10 +333,12 @@ def _check_prompts(
       f"prompts {empty[:5]} have no tokens: a model without BOS needs at least"
       " one to predict from"
     )
-  longest = max(len(prompt) for prompt in prompts)
+  lengths = [len(prompt) for prompt in prompts]
+  longest = max(lengths)
   if longest + settings.max_response_tokens > policy.config.max_positions:
     raise ValueError(
-      f"the longest prompt ({longest} tokens) and"
+      f"the longest prompt ({longest} tokens, number"
+      f" {lengths.index(longest) + 1} of {len(prompts)}) and"
       f" max_response_tokens={settings.max_response_tokens} exceed the model's"
       f" max_positions={policy.config.max_positions}: shorten one of them"
     )

@@ -206,6 +206,15 @@ def read_metrics(
   return [by_step[step] for step in sorted(by_step)]
 
 
+def read_samples(workdir: epath.PathLike | Workdir) -> list[dict[str, Any]]:
+  """Reads the lines of samples.jsonl.
+
+  Raises:
+    ValueError: a damaged line; names file and line.
+  """
+  return list(_read_rows(Workdir.at(workdir).samples, ("prompt", "response")))
+
+
 def _read_rows(
   path: epath.Path, keys: Collection[str]
 ) -> Iterator[dict[str, Any]]:
@@ -335,5 +344,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 def _cell(value: Any) -> str:
   if isinstance(value, float):
+    if 0 < abs(value) < 5e-4:  # a learning rate
+      return f"{value:.3g}"
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
   return str(value)

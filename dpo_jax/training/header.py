@@ -237,8 +237,11 @@ def describe_lengths(loader: Loader) -> str:
   )
 
 
-def describe_batches(loader: Loader) -> str:
-  """Describes the batches of training: groups, tokens, shapes, padding."""
+def measure_batches(loader: Loader) -> tuple[float, float]:
+  """Returns the tokens of a training step, and the share of its padding.
+
+  Both are means over the first 8 steps.
+  """
   capacity = tokens = 0
   for step in range(_NUM_PACKED):
     chosen = loader.order(step)
@@ -249,6 +252,12 @@ def describe_batches(loader: Loader) -> str:
     shape, _ = loader.plan.pack(lengths, scored)
     capacity += shape.num_rows * shape.row.num_tokens
     tokens += int(lengths.sum())
+  return tokens / _NUM_PACKED, 1 - tokens / capacity
+
+
+def describe_batches(loader: Loader) -> str:
+  """Describes the batches of training: groups, tokens, shapes, padding."""
+  tokens, padding = measure_batches(loader)
   by_rows = collections.defaultdict(list)
   for shape in loader.plan.shapes:
     by_rows[shape.num_rows].append(f"{shape.row.num_tokens:,}")
@@ -256,8 +265,8 @@ def describe_batches(loader: Loader) -> str:
     f"{rows:,} x {' or '.join(sizes)}" for rows, sizes in by_rows.items()
   )
   return (
-    f"{loader.batch_size:,} groups, about {tokens / _NUM_PACKED:,.0f} tokens;"
-    f" rows x tokens: {shapes}; {100 * (1 - tokens / capacity):.0f} % padding"
+    f"{loader.batch_size:,} groups, about {tokens:,.0f} tokens; rows x tokens:"
+    f" {shapes}; {100 * padding:.0f} % padding"
   )
 
 

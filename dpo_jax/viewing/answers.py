@@ -39,13 +39,14 @@ def read_prompts(path: str) -> list[Prompt]:
     raise FileNotFoundError(f"--prompts={path}: the file does not exist")
   lines = [
     (number, line)
-    for number, line in enumerate(file.read_text().splitlines(), 1)
+    # Not `splitlines`, which splits at characters that a text may hold.
+    for number, line in enumerate(file.read_text().split("\n"), 1)
     if line.strip()
   ]
   if not lines:
     raise ValueError(f"--prompts={path} holds no prompt")
   if not path.endswith(".jsonl"):
-    return [line for _, line in lines]
+    return [line.rstrip("\r") for _, line in lines]
   return [_parse_prompt(line, f"{path}:{number}") for number, line in lines]
 
 
@@ -106,9 +107,7 @@ def show_streams(
   for index, prompt in enumerate(prompts):
     stream = policy.stream(prompt, settings, seed=seed, index=index)
     begins = visible(prompt) if isinstance(prompt, str) else ""
-    answer = _show_stream(stream, write, begins=begins)
-    write("\n" if answer.is_complete else " [cut off]\n")
-    yield answer
+    yield _show_stream(stream, write, begins=begins)
 
 
 def _show_stream(
@@ -128,6 +127,7 @@ def _show_stream(
       first = time.monotonic()
       write(begins)
     if isinstance(piece, Answer):
+      write("\n" if piece.is_complete else " [cut off]\n")
       rest = len(piece.ids) - 1
       seconds = max(time.monotonic() - first, 1e-9)
       _LOG.info(
@@ -197,7 +197,6 @@ def chat(
     except ValueError as error:  # too long for the model, for one
       write(f"error: {error}\n")
       continue
-    write("\n")
     messages = [*asked, {"role": "assistant", "content": answer.text}]
     yield answer
 
@@ -223,9 +222,8 @@ def compare(
   """
   compared = []
   for policy, its_settings in zip(policies, settings, strict=True):
-    answers = policy.sample(
-      prompts, its_settings, seed=seed, label=f"sampling {policy.name}"
-    )
+    label = f"sampling {policy.name}"
+    answers = [*policy.sample(prompts, its_settings, seed=seed, label=label)]
     columns = [
       other.logps(answers).tolist()
       if other.tokenizer.digest == policy.tokenizer.digest

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -130,8 +131,8 @@ class OpenPolicy:
     *,
     seed: int,
     label: str = "",
-  ) -> list[Answer]:
-    """Answers prompts in batches, split over the devices.
+  ) -> Iterator[Answer]:
+    """Answers prompts in batches, split over the devices, and yields each.
 
     Args:
       prompts: texts, or messages.
@@ -140,7 +141,7 @@ class OpenPolicy:
       label: name of the work for `progress.track`; "" shows nothing.
     """
     prompt_ids = [self.encode(prompt) for prompt in prompts]
-    responses = generate.sample(
+    batches = generate.sample_batches(
       self.policy,
       self.params,
       prompt_ids,
@@ -150,10 +151,9 @@ class OpenPolicy:
       rows=self.placement.row_sharding,
       label=label,
     )
-    return [
-      self._answer(*one)
-      for one in zip(prompts, prompt_ids, responses, strict=True)
-    ]
+    responses = itertools.chain.from_iterable(batches)
+    for one in zip(prompts, prompt_ids, responses, strict=True):
+      yield self._answer(*one)
 
   def stream(
     self,

@@ -54,9 +54,12 @@ def make_report(run: Run) -> Report:
   lengths = {split: _lengths(loader) for split, loader in loaders.items()}
   accuracy = _length_accuracy(run.data.train)
   found = [r for r in results if r.message and r.action != "off"]
+  num_groups, batch_size = len(run.data.train.indices), run.config.batch_size
   facts = {
     "steps": run.config.total_steps,
-    "batch_size": run.config.batch_size,
+    "batch_size": batch_size,
+    "tokens_per_step": header.measure_batches(run.data.train)[0],
+    "steps_per_epoch": num_groups / batch_size,
     "length_accuracy": accuracy,
     "checks": [dataclasses.asdict(result) for result in results],
     "reports": {name: dict(r) for name, r in run.data.reports().items()},

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 import os
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from dpo_jax import config as config_lib
 from dpo_jax.names import did_you_mean
-from dpo_jax.records.metrics import format_table, read_metrics
+from dpo_jax.records.metrics import format_table, read_metrics, read_samples
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.files import read_json
 from dpo_jax.viewing.terminal import visible
@@ -64,13 +63,15 @@ def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
     FileNotFoundError: no run in one of them.
     ValueError: fewer than two, the same one twice, or a damaged file.
   """
-  paths = [workdir.rstrip("/") for workdir in workdirs]
+  paths = [w if "://" in w else os.path.abspath(w) for w in workdirs]
   if len(set(paths)) < 2 or len(set(paths)) < len(paths):
     raise ValueError(
-      f"name two or more different workdirs; given: {' '.join(paths) or 'none'}"
+      "name two or more different workdirs; given:"
+      f" {' '.join(workdirs) or 'none'}"
     )
-  common = os.path.commonpath(paths) if "://" not in "".join(paths) else ""
-  names = [path[len(common) :].lstrip("/") or path for path in paths]
+  has_common = not any("://" in path for path in paths)
+  common = os.path.commonpath(paths) if has_common else ""
+  names = [path[len(common) :].strip("/") or path for path in paths]
   return [_read(n, p) for n, p in zip(names, paths, strict=True)]
 
 
@@ -91,8 +92,7 @@ def _read(name: str, path: str) -> RunRecord:
   names = ["train", *(config_lib.split_name(n) for n in held_out), "online"]
   has_metrics = workdir.metrics.exists()
   splits = {n: read_metrics(workdir, n) if has_metrics else [] for n in names}
-  lines = workdir.samples.read_text() if workdir.samples.exists() else ""
-  samples = [json.loads(line) for line in lines.splitlines()]
+  samples = read_samples(workdir) if workdir.samples.exists() else []
   return RunRecord(
     name,
     dict(config_lib.flatten(config)),
@@ -110,9 +110,10 @@ def config_differences(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
     values = [getattr(run, fields) for run in runs]
     keys = dict.fromkeys(key for its in values for key in its)
     for key in keys:
-      shown = [_short(its[key]) if key in its else "-" for its in values]
-      if len(set(shown)) > 1:
+      texts = [str(its[key]) if key in its else "-" for its in values]
+      if len(set(texts)) > 1:
         names = [run.name for run in runs]
+        shown = map(_shorten, texts)
         rows.append({"key": key} | dict(zip(names, shown, strict=True)))
   return rows
 
@@ -129,7 +130,8 @@ def last_metrics(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
   )
   rows: list[dict[str, Any]] = []
   for split in splits:
-    last = [run.splits.get(split, [{}])[-1] for run in runs]
+    # Samples may be rarer than evaluations: each metric has its own last line.
+    last = [_last_values(run.splits.get(split, [])) for run in runs]
     metrics = dict.fromkeys(
       m for row in last for m in row if m not in _NOT_METRICS
     )
@@ -141,6 +143,14 @@ def last_metrics(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
       }
       rows.append({"metric": f"{split}: {metric}", **cells})
   return rows
+
+
+def _last_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns the last value of each metric, and the last step."""
+  values: dict[str, Any] = {}
+  for row in rows:
+    values |= row
+  return values
 
 
 def plot(runs: Sequence[RunRecord], metrics: Sequence[str]) -> Figure:
@@ -158,7 +168,7 @@ def plot(runs: Sequence[RunRecord], metrics: Sequence[str]) -> Figure:
     metric
     for run in runs
     for rows in run.splits.values()
-    for metric in rows[-1]
+    for metric in _last_values(rows)
     if metric not in _NOT_METRICS
   )
   for metric in metrics:
@@ -265,6 +275,6 @@ def _number(value: float) -> str:
   return f"{value:,.4g}" if abs(value) < 1e6 else f"{value:.3e}"
 
 
-def _short(value: Any) -> str:
-  text = str(value)
-  return text if len(text) <= 40 else f"{text[:37]}..."
+def _shorten(text: str) -> str:
+  """Cuts the middle out of a long text: paths differ at their ends."""
+  return text if len(text) <= 60 else f"{text[:20]}...{text[-37:]}"

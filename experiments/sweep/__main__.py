@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from dpo_jax import command_line
 from dpo_jax import config as config_lib
 from experiments.sweep.command import define_flags, run_command
-from experiments.sweep.grid import Grid, read_choices, table
+from experiments.sweep.grid import Grid, read_choices
 from experiments.sweep.runs import Settings
 
 
@@ -23,7 +23,7 @@ def main() -> None:
   config_lib.check_keys(given.config)
   grid = Grid(given.config, read_choices(given.sweep))
   settings = Settings(given.workdir, given.scale)
-  raise SystemExit(run_command(grid, table, "sweep", settings))
+  raise SystemExit(run_command(grid, grid.table, "sweep", settings))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def run_command(
   print_report(found, table)
   if found.rows:
     files = experiment.plot(found.rows, os.path.join(options.workdir, name))
-    print("written:", ", ".join(files))
+    print("written:", ", ".join(files) or "nothing, as no run was evaluated")
   for run_name, message in failures.items():
     print(f"FAILED {run_name}: {message}")
   return 1 if failures else 0

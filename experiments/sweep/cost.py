@@ -34,6 +34,11 @@ def estimate(runs: Sequence[Run], scale: str) -> list[Row]:
     flops = 0.0
     if run.config is not None:
       config = config_lib.resolve(run.config)
+      if config.total_steps is None:
+        raise ValueError(
+          f"run {run.name} has epochs, whose steps depend on its data: for an"
+          " estimate give --config.epochs=0 --config.total_steps=N"
+        )
       num_slots = max(2, config.online.num_samples or 0)
       tokens = run.tokens_per_group or config.data.max_tokens * num_slots
       passes = 6.0 + (2.0 if config.reference.kind != "none" else 0.0)

@@ -88,20 +88,22 @@ class Grid:
     return [self._run(choice, short_names(columns)) for choice in self.choices]
 
   def _run(self, choice: Mapping[str, Any], names: Mapping[str, str]) -> Run:
-    labels = {
-      name: choice.get(key, self._value(key)) for key, name in names.items()
-    }
+    for key in names:
+      self._check_key(key)
     chosen = [f"{names[key]}={_spell(value)}" for key, value in choice.items()]
     name = re.sub(r"[^\w.=+-]+", "_", ",".join(chosen)) or "unchanged"
     config = self.config.copy_and_resolve_references()
     try:
       for key, value in choice.items():
-        self._value(key)
         value = tuple(value) if isinstance(value, list) else value
         config.update_from_flattened_dict({key: value})
-      metric = config_lib.resolve(config).checkpoint.best_metric
+      resolved = config_lib.resolve(config)
     except (ValueError, TypeError, KeyError) as error:
       raise ValueError(f"run {name}: {error}") from error
+
+    metric = resolved.checkpoint.best_metric
+    values = dict(config_lib.flatten(resolved))
+    labels = {name: _plain(values[key]) for key, name in names.items()}
 
     def measure(folder: str) -> list[Row]:
       data = Workdir.at(folder).read_config()["data"]
@@ -112,20 +114,30 @@ class Grid:
 
     return Run(name, labels, config, measure=measure)
 
-  def _value(self, key: str) -> Any:
-    """Returns the value of a key in the config.
-
-    Raises:
-      ValueError: an unknown key.
-    """
+  def _check_key(self, key: str) -> None:
+    """Raises ValueError for an unknown key."""
     known = dict(config_lib.flatten(self.config))
     if key not in known:
       raise ValueError(f"config.{key} is unknown.{did_you_mean(key, known)}")
-    return known[key]
 
   def collect(self, workdir: str) -> Collected:
     """Reads the rows of finished runs."""
     return collect(workdir)
+
+  def table(self, rows: list[Row]) -> list[Row]:
+    """Returns the means over seeds, the best last, as the config says it."""
+    labels, metrics = split_columns(rows)
+    by = [name for name in labels if name != "seed"]
+    means = mean_and_spread(rows, by, metrics)
+    if not metrics:
+      return means
+    sign = -1 if config_lib.resolve(self.config).checkpoint.best_is_lower else 1
+
+    def quality(row: Row) -> float:
+      value = sign * row[metrics[0]]
+      return -math.inf if math.isnan(value) else value
+
+    return sorted(means, key=quality)
 
   def plot(self, rows: list[Row], path: str) -> list[str]:
     """Plots each metric against the first key that has numbers.
@@ -134,6 +146,8 @@ class Grid:
     is a bar.
     """
     labels, metrics = split_columns(rows)
+    if not metrics:
+      return []
     labels = [name for name in labels if name != "seed"]
     numeric = [
       name
@@ -162,14 +176,6 @@ class Grid:
     return save_figure(figure, rows, path)
 
 
-def table(rows: list[Row]) -> list[Row]:
-  """Returns the means over seeds, the first metric's best last."""
-  labels, metrics = split_columns(rows)
-  by = [name for name in labels if name not in ("seed", "run")]
-  means = mean_and_spread(rows, by, metrics)
-  return sorted(means, key=lambda row: row[metrics[0]]) if metrics else means
-
-
 def split_columns(rows: list[Row]) -> tuple[list[str], list[str]]:
   """Returns the columns that say what was varied, and those of metrics."""
   columns = dict.fromkeys(name for row in rows for name in row)
@@ -185,6 +191,12 @@ def short_names(keys: Mapping[str, Any]) -> dict[str, str]:
     key: name if last.count(name) == 1 else key
     for key, name in zip(keys, last, strict=True)
   }
+
+
+def _plain(value: Any) -> Any:
+  """Returns a value that rows can be grouped by: a list becomes its text."""
+  is_plain = isinstance(value, str | int | float | bool | None)
+  return value if is_plain else str(value)
 
 
 def _spell(value: Any) -> str:

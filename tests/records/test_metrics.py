@@ -159,3 +159,11 @@ def test_a_damaged_line_is_named(tmp_path, line):
   (tmp_path / "metrics.jsonl").write_text(f"{good}\n{line}\n{good}\n")
   with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is damaged"):
     read_metrics(tmp_path, "train")
+
+
+def test_small_numbers_in_a_table_are_not_zero():
+  rows = [{"rate": 1e-6}, {"rate": 5e-7}, {"rate": 0.0}, {"rate": 0.25}]
+  text = format_table(rows)
+  assert [line.strip() for line in text.splitlines()[2:]] == [
+    *("1e-06", "5e-07", "0.000", "0.250"),
+  ]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 
 import jax
 import numpy as np
@@ -12,9 +13,9 @@ from tokenizers import decoders
 from dpo_jax.data import encoding, tokenizers
 from dpo_jax.data.alphabets import ByteTokenizer
 from dpo_jax.models import logps as logps_lib
-from dpo_jax.parallel import mesh
+from dpo_jax.parallel import mesh, stop_signal
 from dpo_jax.parallel.placement import Placement
-from dpo_jax.viewing import answers
+from dpo_jax.viewing import answers, open_policy
 from dpo_jax.viewing.open_policy import OpenPolicy
 from tests import tiny
 from tests.data import folders
@@ -49,7 +50,7 @@ def test_streamed_text_is_that_of_a_batch(of_bytes):
   """Random bytes are seldom whole characters, so pieces must wait for them."""
   prompts = ["the film", "\u00fcber"]
   settings = settings_of(of_bytes)
-  wanted = of_bytes.sample(prompts, settings, seed=1)
+  wanted = list(of_bytes.sample(prompts, settings, seed=1))
   for index, (prompt, answer) in enumerate(zip(prompts, wanted, strict=True)):
     *pieces, last = of_bytes.stream(prompt, settings, seed=1, index=index)
     assert last == answer
@@ -91,6 +92,45 @@ def test_a_shown_stream_has_prompt_answer_and_speed(of_bytes, caplog):
   assert not any(ord(c) < 32 and c not in "\n\t" for c in shown)
   assert answer.is_complete is False
   assert "the first token after" in caplog.text
+
+
+def test_the_answer_has_ended_before_its_speed_is_logged(of_bytes):
+  events = []
+  handler = logging.Handler()
+  handler.emit = lambda record: events.append("log")
+  log = logging.getLogger(answers.__name__)
+  log.addHandler(handler)
+  log.setLevel("INFO")
+  try:
+    settings = settings_of(of_bytes, max_response_tokens=3)
+    list(
+      answers.show_streams(
+        of_bytes, ["ab"], settings, seed=0, write=events.append
+      )
+    )
+  finally:
+    log.removeHandler(handler)
+    log.setLevel(logging.NOTSET)
+  assert events[-1] == "log" and events[-2].endswith("\n")
+
+
+def test_answers_come_batch_by_batch(of_bytes, monkeypatch):
+  """So those of a call that is interrupted are not lost."""
+  monkeypatch.setattr(open_policy, "_BATCH_SIZE", 2)
+  settings = settings_of(of_bytes, max_response_tokens=4)
+  prompts = ["a", "b", "c"]
+  found = of_bytes.sample(prompts, settings, seed=0)
+  first = next(found)
+  with pytest.MonkeyPatch.context() as patch:
+
+    def interrupt():
+      raise KeyboardInterrupt
+
+    patch.setattr(stop_signal, "check", interrupt)
+    assert next(found).prompt == "b"
+    with pytest.raises(KeyboardInterrupt):
+      next(found)
+  assert [first] == list(of_bytes.sample(prompts[:1], settings, seed=0))
 
 
 def test_a_chat_keeps_its_messages_until_it_begins_anew(of_chats):
@@ -209,6 +249,23 @@ def test_prompts_are_read_from_lines_and_from_json(tmp_path):
     "".join(json.dumps({"prompt": p, "x": 1}) + "\n" for p in ("a", messages))
   )
   assert answers.read_prompts(str(rows)) == ["a", messages]
+
+
+def test_a_line_ends_at_a_line_break_alone(tmp_path):
+  """Other separators may stand in a prompt."""
+  prompt = "one\u2028two\u0085three\x0cfour"
+  path = tmp_path / "p.jsonl"
+  path.write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n")
+  assert answers.read_prompts(str(path)) == [prompt]
+  plain = tmp_path / "p.txt"
+  plain.write_bytes(f"{prompt}\r\nfive\r\n".encode())
+  assert answers.read_prompts(str(plain)) == [prompt, "five"]
+
+
+def test_a_run_that_is_named_by_its_folder_alone_is_recognised(tmp_path):
+  (tmp_path / "model.json").write_text("{}")
+  with pytest.raises(ValueError, match=f"It is a run: --init='run:{tmp_path}'"):
+    OpenPolicy.open(str(tmp_path), key="--init")
 
 
 @pytest.mark.parametrize(

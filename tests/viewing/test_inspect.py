@@ -205,6 +205,9 @@ def test_the_report_agrees_with_the_texts(config, tmp_path):
     assert tokens["median"] == np.median(lengths)
     assert tokens["longest"] == max(lengths)
   assert facts["length_accuracy"] == 1.0  # " yes 7" is longer than " no"
+  assert facts["steps_per_epoch"] == len(texts) / 8
+  steps = [run.data.train.num_tokens(step) for step in range(8)]
+  assert facts["tokens_per_step"] == np.mean(steps)
   assert sorted({c["name"] for c in facts["checks"]}) == sorted(
     config_lib.default_config().data.checks
   )

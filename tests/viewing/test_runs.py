@@ -1,5 +1,6 @@
 """Runs side by side: what differs, metrics, samples, curves."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -38,6 +39,40 @@ def workdirs(tmp_path_factory):
 def test_only_what_differs_is_listed(workdirs):
   rows = runs_lib.config_differences(runs_lib.read_runs(workdirs))
   assert rows == [{"key": "loss.beta", "beta_0.1": "0.1", "beta_0.5": "0.5"}]
+
+
+def test_long_values_that_differ_at_their_ends_are_told_apart(workdirs):
+  runs = runs_lib.read_runs(workdirs)
+  path = "jsonl:/mnt/disks/data/preferences/of/many/annotators/train_v"
+  runs = [
+    dataclasses.replace(run, config={**run.config, "data.source": f"{path}{i}"})
+    for i, run in enumerate(runs)
+  ]
+  (row,) = (
+    row
+    for row in runs_lib.config_differences(runs)
+    if row["key"] == "data.source"
+  )
+  assert row["beta_0.1"].endswith("_v0") and row["beta_0.5"].endswith("_v1")
+
+
+def test_absolute_and_relative_paths_are_compared(workdirs, monkeypatch):
+  monkeypatch.chdir(pathlib.Path(workdirs[0]).parent)
+  runs = runs_lib.read_runs(["beta_0.1", workdirs[1]])
+  assert [run.name for run in runs] == ["beta_0.1", "beta_0.5"]
+  with pytest.raises(ValueError, match="different workdirs"):
+    runs_lib.read_runs(["beta_0.1", "./beta_0.1"])
+
+
+def test_samples_that_are_rarer_than_evaluations_are_shown(workdirs):
+  runs = runs_lib.read_runs(workdirs)
+  rows = [{"step": 1, "split": "eval", "kl": 0.5}, {"step": 2, "split": "eval"}]
+  runs = [dataclasses.replace(run, splits={"eval": rows}) for run in runs]
+  table = {row["metric"]: row for row in runs_lib.last_metrics(runs)}
+  assert table["eval: kl"]["beta_0.1"] == "0.5"
+  assert table["eval: step"]["beta_0.1"] == "2"
+  (axis,) = runs_lib.plot(runs, ["kl"]).axes
+  assert axis.get_lines()[0].get_xdata().tolist() == [1]
 
 
 def test_the_metrics_are_those_of_the_last_evaluation(workdirs):
@@ -115,3 +150,13 @@ def test_a_damaged_line_of_metrics_is_named(workdirs, tmp_path):
   (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
   with pytest.raises(ValueError, match=r"metrics\.jsonl:1 is damaged: split"):
     runs_lib.read_runs([workdirs[0], str(tmp_path)])
+
+
+def test_a_torn_line_of_samples_is_left_out(workdirs, tmp_path):
+  for name in ("config.json", "model.json"):
+    shutil.copy(f"{workdirs[0]}/{name}", tmp_path)
+  row = {"step": 1, "prompt": "a", "response": "b"}
+  torn = json.dumps(row) + "\n" + json.dumps(row)[:20]
+  (tmp_path / "samples.jsonl").write_text(torn)
+  runs = runs_lib.read_runs([workdirs[0], str(tmp_path)])
+  assert runs[1].samples == [row]
