@@ -201,7 +201,7 @@ def fields_where(holds: Callable[[Field], Any]) -> frozenset[str]:
 
 
 def fields_of(*sources: str) -> frozenset[str]:
-  """Returns the names of optional fields by `Field.source`."""
+  """Returns the names of optional fields that come from some sources."""
   return fields_where(lambda field: field.source in sources)
 
 

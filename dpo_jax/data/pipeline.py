@@ -267,7 +267,7 @@ class Pipeline:
     microbatches: int = 1,
     mixture: Mixture | None = None,
   ) -> loader_lib.Loader:
-    """Plans batches of some groups.
+    """Returns a loader of batches of some groups, with a plan of their shapes.
 
     Args:
       groups: store.

@@ -187,7 +187,10 @@ def _end_group(
   roles: Mapping[str, str],
   seen: Seen,
 ) -> Iterator[Shaped | Unusable | RecordError]:
-  """Yields the group that has been read, and empties it."""
+  """Shapes the records of a group into one, or its error; empties the group.
+
+  Yields nothing for an empty group.
+  """
   if not group:
     return
   first = group[0]

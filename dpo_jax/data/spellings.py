@@ -103,7 +103,7 @@ def _longest_first(texts: Collection[str]) -> list[str]:
 def _any_of(
   texts: Sequence[str], endings: Sequence[str] = ()
 ) -> re.Pattern[str]:
-  """Finds the longest of some texts, or one of others at the end."""
+  """Returns a pattern of the longest of some texts, or of others at the end."""
   if not texts:
     return re.compile("(?!)")
   # The look ahead spares most positions the list.
@@ -114,7 +114,10 @@ def _any_of(
 
 
 def _range(first: int, end: int) -> re.Pattern[str]:
-  """Finds the private-use characters from `first` to before `end`."""
+  """Returns a pattern of the private-use characters `first` to `end` - 1.
+
+  They count down from _TOP. Where there are none, it matches nothing.
+  """
   if first == end:
     return re.compile("(?!)")
   return re.compile(f"[{chr(_TOP - end + 1)}-{chr(_TOP - first)}]")

@@ -106,7 +106,11 @@ class ChatTemplate:
     self._keep(None)
 
   def _keep(self, child: "_Child | None") -> None:
-    """Keeps a child for the next render, instead of the one before."""
+    """Keeps a child process for the next render, and ends the one before.
+
+    Args:
+      child: process that renders; None to keep none.
+    """
     with self._lock:
       before, self._child = self._child, child
     if before is not None:

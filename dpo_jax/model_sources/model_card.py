@@ -106,7 +106,7 @@ def _snippet(
 
 
 def _metrics(run: TrainedRun) -> str:
-  """Returns a table of the exported step's evaluation and the last one."""
+  """Returns a table: metrics of the best step, and of the last evaluation."""
   data = run.config["data"]
   columns = {
     f"step {run.best_step}": read_evaluation(

@@ -361,7 +361,10 @@ class Console:
       _LOG.info("%s", line)
 
   def _on_event(self, event: str, seconds: float, **about: Any) -> None:
-    """Announces the programs that JAX compiles."""
+    """Shows when JAX compiles one of `_PROGRAMS`, and how long it took.
+
+    JAX calls it. Compiling the training step is left out of the clock.
+    """
     name = str(about.get("fun_name", ""))
     name = name.removeprefix("jit(").removesuffix(")")
     work = _PROGRAMS.get(name)

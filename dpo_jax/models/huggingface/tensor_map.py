@@ -288,9 +288,9 @@ def layer_prefix(config: ModelConfig) -> str:
 
 
 def tensor_map(config: ModelConfig) -> list[Tensor]:
-  """Returns all tensors of a checkpoint, in the order of a forward pass.
+  """Lists a checkpoint's tensors, and which of our parameters each holds.
 
-  Adapters and a value head have none.
+  In the order of a forward pass. No tensor holds an adapter or a value head.
   """
   c, names = config, _NAMES.get(config.family, _LLAMA)
   embedding = Part("embedding", (), (c.vocab_size, c.d_model))
