@@ -122,6 +122,7 @@ class ApiJudge(Comparer):
 
   def _ask(self, todo: Mapping[str, str], faults: "_Faults") -> None:
     """Asks questions, several at a time, and keeps the answers."""
+    self._server.start()
     pool = futures.ThreadPoolExecutor(self._settings.num_parallel)
     try:
       asked = {pool.submit(self._ask_one, k, t): t for k, t in todo.items()}

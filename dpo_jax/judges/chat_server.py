@@ -123,8 +123,12 @@ class ChatServer:
     self._stopped = threading.Event()
     self._sleep, self._jitter = sleep or self._stopped.wait, jitter
 
+  def start(self) -> None:
+    """Allows questions, also after `stop`."""
+    self._stopped.clear()
+
   def stop(self) -> None:
-    """Ends the waits of all threads: nothing is asked any more."""
+    """Ends the waits of all threads: nothing is asked until `start`."""
     self._stopped.set()
 
   def complete(self, text: str) -> Completion:

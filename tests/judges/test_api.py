@@ -191,6 +191,16 @@ def test_an_error_ends_the_waits_of_other_threads(server, settings):
   assert time.monotonic() - start < 60
 
 
+def test_a_comparison_after_a_failed_one_tries_again(server, settings):
+  server.script = [stand_in.reply(401, "no")]
+  judge = make_judge(settings)
+  with pytest.raises(judges.JudgeError, match="status 401"):
+    judge.compare(["p"], ["aa"], ["b"])
+  server.script = [stand_in.reply(500, "")]
+  assert judge.compare(["p"], ["aa"], ["b"]) == [1.0]
+  assert len(server.requests) == 3
+
+
 def test_a_crash_keeps_the_answers_before_it(server, settings):
   settings.api.max_tries = 1
   server.script = [stand_in.completion("B"), stand_in.reply(500, "broken")]
