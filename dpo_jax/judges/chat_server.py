@@ -185,24 +185,31 @@ class ChatServer:
     )
     try:
       with _OPENER.open(request, timeout=self._settings.timeout_s) as response:
-        return _completion(response.read())
+        return _completion(self._read(response))
     except urllib.error.HTTPError as error:
       raise self._explain(error) from error
     # A timeout, no connection, or one that broke in the middle.
     except (OSError, http.client.HTTPException) as error:
       reason = getattr(error, "reason", None) or error
-      raise _Fault(f"{self._url}: {reason!r}") from error
+      raise _Fault(self._redact(f"{self._url}: {reason!r}")) from error
+
+  def _read(self, response: Any) -> bytes:
+    """Reads a body without the key: servers repeat what they were sent."""
+    body: bytes = response.read()
+    return body.replace(self._key.encode(), b"(key)") if self._key else body
+
+  def _redact(self, text: str) -> str:
+    return text.replace(self._key, "(key)") if self._key else text
 
   def _explain(self, error: urllib.error.HTTPError) -> Exception:
     """Returns the exception that a status of the server stands for."""
     try:
-      body = error.read(10 * _SHOWN).decode(errors="replace")
+      body = self._read(error).decode(errors="replace")
     except (OSError, http.client.HTTPException):
       body = ""
     body = " ".join(body.split())[:_SHOWN]
-    if self._key:  # servers repeat what they were sent
-      body = body.replace(self._key, "(key)")
-    text = f"{self._url}: status {error.code}: {body or error.reason}"
+    reason = self._redact(str(error.reason))
+    text = f"{self._url}: status {error.code}: {body or reason}"
     if error.code in (408, 429) or error.code >= 500:
       return _Fault(text, _wait_s(error.headers))
     if error.code in _ABOUT_THE_QUESTION:

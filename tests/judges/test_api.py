@@ -370,6 +370,27 @@ def test_the_key_is_in_no_file_and_no_log(server, settings, caplog):
   assert KEY not in caplog.text + kept(settings)
 
 
+@pytest.mark.parametrize(
+  "act",
+  [
+    stand_in.reply(500, f"{'x' * 290}{KEY}"),  # at the cut
+    stand_in.reply(500, f"{' ' * 2990}{KEY}"),
+    stand_in.reply(200, f"you sent {KEY}"),
+    stand_in.reply(200, f"{'x' * 290}{KEY}"),
+    stand_in.completion(f"you sent {KEY}\nA"),
+    stand_in.reason(500, f"you sent {KEY}"),
+    stand_in.status_line(f"you sent {KEY}"),
+  ],
+)
+def test_the_key_is_not_shown_where_a_server_repeats_it(
+  server, settings, caplog, act
+):
+  server.script = [act]
+  with caplog.at_level(logging.DEBUG):
+    make_judge(settings).compare(["p"], ["aa"], ["b"])
+  assert KEY[:8] not in caplog.text + kept(settings)
+
+
 @pytest.mark.parametrize("url", ["", "localhost:8000", "file:///etc/passwd"])
 def test_a_judge_without_an_address_says_which_key_to_set(settings, url):
   settings.api.url = url
