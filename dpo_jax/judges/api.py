@@ -46,8 +46,13 @@ longer answer is not a better one. The order of the answers means nothing.
 Reply with one word: A, B or tie."""
 
 _PLACEHOLDER = re.compile(r"\{(prompt|first|second)\}")
-# A line such as "B", "**tie**" or "Final answer: A".
-_VERDICT = re.compile(r"(?:[\w ]*:)?\s*(?:answer |response )?(a|b|tie)", re.I)
+# A line such as "B", "Final answer: A" or "The answer is A", without marks.
+_VERDICT = re.compile(
+  r"(?:[\w ]*:)? ?(?:(?:the |my )?(?:better |best |final )?"
+  r"(?:answer|response|verdict) is )?(?:boxed )?(?:text )?"
+  r"(?:answer |response )?(a|b|tie)(?: is better)?",
+  re.IGNORECASE,
+)
 _VALUES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
@@ -110,7 +115,10 @@ class ApiJudge(Comparer):
   def _compare(self, questions: Sequence[tuple[str, str]]) -> list[float]:
     todo = {k: text for k, text in questions if k not in self._answers}
     self._log_estimate(todo, len(questions))
-    faults = _Faults(math.floor(self._settings.max_left_out * len(questions)))
+    faults = _Faults(
+      math.floor(self._settings.max_left_out * len(questions)),
+      self._answers.path,
+    )
     for key, text in dict(questions).items():
       if key in self._answers:
         faults.look_at(text, self._answers[key])
@@ -180,8 +188,8 @@ class ApiJudge(Comparer):
 class _Faults:
   """Counts questions without an answer, and stops above a limit."""
 
-  def __init__(self, limit: int):
-    self._limit, self._count = limit, 0
+  def __init__(self, limit: int, path: str):
+    self._limit, self._path, self._count = limit, path, 0
 
   def look_at(self, question: str, answer: str | QuestionRefused) -> None:
     """Counts an answer that is none of A, B and tie.
@@ -203,7 +211,8 @@ class _Faults:
       raise JudgeError(
         f"the judge gave no usable answer to {self._count} questions, and"
         f" eval.api.max_left_out allows {self._limit}; the last: {said}. Change"
-        " the model or eval.judge_prompt, or raise the limit"
+        f" the model or eval.judge_prompt, or raise the limit. {self._path} has"
+        " the answers"
       )
 
 
@@ -230,6 +239,7 @@ def read_template(path: str) -> str:
 def parse_verdict(answer: str) -> float:
   """Reads the last line of an answer: A 1.0, B 0.0, tie 0.5, otherwise NaN."""
   lines = [line for line in answer.splitlines() if line.strip()]
-  last = re.sub(r"[^\w\s:]", "", lines[-1]).strip() if lines else ""
-  match = _VERDICT.fullmatch(last)
+  # Marks of Markdown and LaTeX, as in **A**, __B__, answer_a and \boxed{A}.
+  words = re.sub(r"[^\w:]|_", " ", lines[-1]).split() if lines else []
+  match = _VERDICT.fullmatch(" ".join(words))
   return _VALUES[match[1].lower()] if match else math.nan

@@ -97,7 +97,24 @@ def test_both_orders_and_their_bias_by_hand(server, settings):
     ("**Tie**.", 0.5),
     ("B is short.\nFinal answer: A", 1.0),
     ('"Answer B"', 0.0),
+    ("**A**", 1.0),
+    ("__B__", 0.0),
+    ("answer_a", 1.0),
+    ("<answer_b>", 0.0),
+    ("\\boxed{A}", 1.0),
+    ("$\\boxed{\\text{tie}}$", 0.5),
+    ("Answer A is better.", 1.0),
+    ("B is better", 0.0),
+    ("The answer is A", 1.0),
+    ("The better response is **B**.", 0.0),
     ("A or B", math.nan),
+    ("A/B", math.nan),
+    ("A, B", math.nan),
+    ("neither", math.nan),
+    ("Neither answer is better.", math.nan),
+    ("Not A", math.nan),
+    ("The worse answer is A", math.nan),
+    ("Answer A is better than B or a tie", math.nan),
     ("Apples", math.nan),
     ("I cannot judge", math.nan),
     ("", math.nan),
@@ -309,7 +326,7 @@ def test_much_garbage_stops_at_once(server, settings):
   server.answer = lambda question: "perhaps"
   with pytest.raises(
     judges.JudgeError,
-    match=r"answer to 3 questions.*allows 2.*'perhaps'",
+    match=r"to 3 questions.*allows 2.*'perhaps'.*some_model\.jsonl has",
   ):
     make_judge(settings).compare("p" * 20, "abcdefghijklmnopqrst", "z" * 20)
   assert len(server.requests) < 10
