@@ -17,7 +17,11 @@ import jax
 
 from dpo_jax.judges.answers import Answers
 from dpo_jax.judges.base import shorten
-from dpo_jax.judges.chat_server import ChatServer, QuestionRefused
+from dpo_jax.judges.chat_server import (
+  ChatServer,
+  Unanswered,
+  read_extra_body,
+)
 from dpo_jax.judges.orders import Comparer, JudgeError
 from dpo_jax.parallel import hosts
 from dpo_jax.system import files
@@ -70,7 +74,8 @@ class ApiJudge(Comparer):
       server: server to ask; None for that of `eval.api`.
 
     Raises:
-      ValueError: a template without a placeholder, no address, or no key.
+      ValueError: a template without a placeholder, no address, no key, or
+        fields of a request that are not JSON.
       FileNotFoundError: no such template.
     """
     self._model, self._settings = model, settings.api
@@ -142,10 +147,10 @@ class ApiJudge(Comparer):
     finally:
       pool.shutdown(cancel_futures=True)
 
-  def _ask_one(self, key: str, text: str) -> str | QuestionRefused:
+  def _ask_one(self, key: str, text: str) -> str | Unanswered:
     try:
       answer = self._server.complete(text)
-    except QuestionRefused as error:
+    except Unanswered as error:
       return error
     self._answers.add(
       key,
@@ -158,7 +163,7 @@ class ApiJudge(Comparer):
   def _log_estimate(self, todo: Mapping[str, str], num_questions: int) -> None:
     """Logs calls, tokens and cost before the first of them."""
     tokens_in = sum(map(len, todo.values())) / _CHARS_PER_TOKEN
-    tokens_out = len(todo) * self._settings.max_tokens
+    tokens_out = len(todo) * self._server.max_tokens
     prices = self._settings.price_in, self._settings.price_out
     cost = (tokens_in * prices[0] + tokens_out * prices[1]) / 1e6
     _LOG.info(
@@ -181,7 +186,10 @@ class ApiJudge(Comparer):
   def _key(self, prompt: str, first: str, second: str) -> str:
     """Returns a digest of all that decides the answer."""
     settings = [self._model, self._settings.max_tokens, self._template]
-    text = json.dumps([*settings, prompt, first, second])
+    # Left out where it is empty: digests are those of older versions.
+    extra = read_extra_body(self._settings.extra_body)
+    shown = [prompt, first, second, *([extra] if extra else [])]
+    text = json.dumps([*settings, *shown], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -191,7 +199,7 @@ class _Faults:
   def __init__(self, limit: int, path: str):
     self._limit, self._path, self._count = limit, path, 0
 
-  def look_at(self, question: str, answer: str | QuestionRefused) -> None:
+  def look_at(self, question: str, answer: str | Unanswered) -> None:
     """Counts an answer that is none of A, B and tie.
 
     Raises:

@@ -85,9 +85,12 @@ def status_line(text):
   return lambda handler: handler.wfile.write(f"{text}\r\n".encode())
 
 
-def completion(text):
+def completion(text, finish_reason="stop"):
   """Sends an answer of the model."""
-  choice = {"message": {"role": "assistant", "content": text}}
+  choice = {
+    "message": {"role": "assistant", "content": text},
+    "finish_reason": finish_reason,
+  }
   usage = {"prompt_tokens": 100, "completion_tokens": 2}
   return reply(200, json.dumps({"choices": [choice], "usage": usage}))
 

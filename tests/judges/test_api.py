@@ -3,6 +3,7 @@
 from concurrent import futures
 import contextlib
 import email.utils
+import hashlib
 import json
 import logging
 import math
@@ -71,6 +72,52 @@ def test_a_question_has_all_that_a_comparison_needs(server, settings):
   filled = api.DEFAULT_PROMPT.replace("{prompt}", "What?")
   filled = filled.replace("{second}", "No.").replace("{first}", "{second}")
   assert message == {"role": "user", "content": filled}
+
+
+def test_fields_of_a_request_are_added_replaced_and_left_out(
+  server, settings, caplog
+):
+  make_judge(settings).compare(["p"], ["aa"], ["b"])
+  settings.api.extra_body = (
+    '{"temperature": null, "max_tokens": null, "max_completion_tokens": 4000}'
+  )
+  with caplog.at_level(logging.INFO, logger="dpo_jax"):
+    make_judge(settings).compare(["p"], ["aa"], ["b"])  # another question
+  assert "at most 4,000 out" in caplog.text
+  make_judge(settings).compare(["p"], ["aa"], ["b"])
+  (_, before), (_, after) = server.requests
+  assert after == {
+    "model": "some/model",
+    "messages": before["messages"],
+    "max_completion_tokens": 4000,
+  }
+
+
+@pytest.mark.parametrize("text", ["seed=1", "[1]", "null"])
+def test_fields_that_are_not_an_object_are_refused(settings, text):
+  settings.api.extra_body = text
+  with pytest.raises(ValueError, match=r"extra_body='.*must be an object of"):
+    judges.get_eval_judge(settings)
+
+
+@pytest.mark.parametrize("text", ["Both are good, but", "A", None])
+def test_an_answer_that_is_cut_is_left_out_and_not_kept(
+  server, settings, caplog, text
+):
+  settings.api.max_left_out = 0.5
+  server.script = [stand_in.completion(text, "length")]
+  found = make_judge(settings).compare(["p", "q"], ["aa", "aa"], ["b", "b"])
+  assert math.isnan(found[0]) and found[1] == 1.0
+  assert "cut at 2 tokens (finish_reason is 'length')" in caplog.text
+  assert "eval.api.max_tokens" in caplog.text
+  assert len(kept(settings).splitlines()) == 1
+
+
+def test_the_digest_of_a_question_is_that_of_older_versions(settings):
+  make_judge(settings).compare(["p"], ["aa"], ["b"])
+  shown = ["some/model", 64, api.DEFAULT_PROMPT, "p", "aa", "b"]
+  digest = hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+  assert json.loads(kept(settings))["key"] == digest
 
 
 def test_both_orders_and_their_bias_by_hand(server, settings):
