@@ -124,7 +124,7 @@ class _Collector(Evaluator):
     self._others = samples.take_chosen(
       loader.store,
       loader.indices,
-      self._prompts(),
+      self._prompts,
       run.data.tokenizer,
       run.judge,
       is_labelled=run.program.objective.group == "single",
