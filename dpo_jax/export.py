@@ -20,9 +20,26 @@ from dpo_jax.model_sources.export import export
 from dpo_jax.model_sources.push import check_push, push
 from dpo_jax.system import files
 
+_OF_PUSH = ("public", "revision", "commit_message")
+
+
+def check_flags(given: flags.FlagValues) -> None:
+  """Checks that what is given is read.
+
+  Raises:
+    ValueError: flags of an upload without `--push_to`.
+  """
+  unread = [f"--{name}" for name in _OF_PUSH if given[name].present]
+  if unread and not given.push_to:
+    raise ValueError(
+      f"{', '.join(unread)}: nothing is uploaded. Name a repository with"
+      " --push_to=ORG/NAME"
+    )
+
 
 def main() -> None:
   given = flags.FLAGS
+  check_flags(given)
   if given.push_to:
     check_push(given.push_to, given.out)
   export(
