@@ -13,6 +13,7 @@ Hub too, in one commit to a private repository.
 """
 
 from absl import flags
+from etils import epath
 import jax
 
 from dpo_jax import command_line
@@ -48,6 +49,7 @@ def main() -> None:
     dtype=given.dtype,
     only_adapter=given.adapter,
     name=given.push_to,
+    base=given.base,
   )
   for path in files.tree(given.out):
     print(f"{files.size(path):>14,}  {path}")
@@ -57,7 +59,8 @@ def main() -> None:
       given.push_to,
       is_public=given.public,
       revision=given.revision,
-      message=given.commit_message or f"Export of {given.workdir}",
+      message=given.commit_message
+      or f"Export of {epath.Path(given.workdir).name}",
     )
     print(url)
 
@@ -67,6 +70,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("out", None, "folder to write", required=True)
   flags.DEFINE_string("dtype", "", "dtype of the weights; float32 if empty")
   flags.DEFINE_bool("adapter", False, "write the adapters alone")
+  flags.DEFINE_string("base", "", "ORG/NAME of the Hub: the adapters' base")
   flags.DEFINE_string("push_to", "", "ORG/NAME of the Hub to upload to")
   flags.DEFINE_bool("public", False, "upload to a public repository")
   flags.DEFINE_string("revision", "main", "branch to upload to")
