@@ -194,6 +194,19 @@ def test_the_base_of_an_adapter_on_the_hub_names_its_revision(
   assert not (tmp_path / "adapter" / "base").exists()
 
 
+def test_the_base_of_an_adapter_may_be_named(run, tmp_path):
+  export(run, tmp_path, only_adapter=True, name="me/tuned", base="me/model")
+  described = json.loads((tmp_path / "adapter_config.json").read_text())
+  assert described["base_model_name_or_path"] == "me/model"
+  assert described["revision"] is None
+  assert not (tmp_path / "base").exists()
+  card = (tmp_path / "README.md").read_text()
+  assert "base_model: me/model\n" in card
+  assert "trained from `me/model`" in card
+  assert 'from_pretrained("me/model")' in card
+  assert str(run.parent) not in card and str(tmp_path.parent) not in card
+
+
 def test_an_adapter_on_a_base_that_changed_is_refused(tmp_path):
   start = tmp_path / "start"
   train(tiny.make_config(total_steps=1), start)

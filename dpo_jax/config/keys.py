@@ -204,6 +204,8 @@ def default_config() -> ml_collections.ConfigDict:
   config.eval.api.max_tries = 6  # of a question, after faults that may pass
   config.eval.api.num_parallel = 8  # questions at a time
   config.eval.api.max_tokens = 64  # of an answer
+  # Fields of a request, as JSON: '{"seed": 1}'; null leaves one out.
+  config.eval.api.extra_body = ""
   config.eval.api.max_left_out = 0.1  # of the questions, without an answer
   # Dollars for a million tokens of questions and answers; 0: not known.
   config.eval.api.price_in = 0.0

@@ -46,14 +46,15 @@ def evaluate(
 
   Raises:
     FileNotFoundError: no run, or one without a checkpoint yet.
-    ValueError: keys that an evaluation does not take, a step that does not
-      exist, or a file that does.
+    ValueError: keys that an evaluation does not take or nothing reads, a step
+      that does not exist, or a file that does.
   """
   if against not in AGAINST:
     raise ValueError(f"against={against!r} must be one of {', '.join(AGAINST)}")
   workdir = Workdir.of_run(workdir)
   recorded = settings.recorded_config(workdir)
   config = settings.evaluation_config(recorded, given)
+  settings.check_samples_are_drawn(config, given, against)
   use_compilation_cache(config.compilation_cache_dir)
   run, trained = opening.open_run(recorded, config, workdir)
   number, state = opening.load_state(run, trained, recorded, step)
@@ -118,13 +119,11 @@ class _Collector(Evaluator):
   def take_chosen(self) -> None:
     """Compares samples with the chosen responses, not the reference's."""
     run = self._run
-    if not run.config.eval.num_samples:
-      return
     loader = run.data.first_eval
     self._others = samples.take_chosen(
       loader.store,
       loader.indices,
-      self._prompts(),
+      self._prompts,
       run.data.tokenizer,
       run.judge,
       is_labelled=run.program.objective.group == "single",

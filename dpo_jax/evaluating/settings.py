@@ -96,6 +96,31 @@ def evaluation_config(
   return config
 
 
+def check_samples_are_drawn(
+  config: ml_collections.ConfigDict, given: Mapping[str, Any], against: str
+) -> None:
+  """Checks that there are samples for what compares or judges them.
+
+  Args:
+    config: config of the evaluation.
+    given: values by key.
+    against: responses that samples are compared with.
+
+  Raises:
+    ValueError: a judge or other responses, and no samples.
+  """
+  unread = []
+  if against != "reference":
+    unread.append(f"against={against!r}")
+  if given.get("eval.judge"):
+    unread.append(f"eval.judge={given['eval.judge']!r}")
+  if unread and not config.eval.num_samples:
+    raise ValueError(
+      f"{' and '.join(unread)} needs samples, and eval.num_samples=0: set"
+      " --config.eval.num_samples"
+    )
+
+
 def changes_loss(given: Mapping[str, Any]) -> bool:
   """Returns whether another loss than the run's is measured."""
   return any(key.startswith("loss.") for key in given)

@@ -17,7 +17,11 @@ import jax
 
 from dpo_jax.judges.answers import Answers
 from dpo_jax.judges.base import shorten
-from dpo_jax.judges.chat_server import ChatServer, QuestionRefused
+from dpo_jax.judges.chat_server import (
+  ChatServer,
+  Unanswered,
+  read_extra_body,
+)
 from dpo_jax.judges.orders import Comparer, JudgeError
 from dpo_jax.parallel import hosts
 from dpo_jax.system import files
@@ -46,8 +50,13 @@ longer answer is not a better one. The order of the answers means nothing.
 Reply with one word: A, B or tie."""
 
 _PLACEHOLDER = re.compile(r"\{(prompt|first|second)\}")
-# A line such as "B", "**tie**" or "Final answer: A".
-_VERDICT = re.compile(r"(?:[\w ]*:)?\s*(?:answer |response )?(a|b|tie)", re.I)
+# A line such as "B", "Final answer: A" or "The answer is A", without marks.
+_VERDICT = re.compile(
+  r"(?:[\w ]*:)? ?(?:(?:the |my )?(?:better |best |final )?"
+  r"(?:answer|response|verdict) is )?(?:boxed )?(?:text )?"
+  r"(?:answer |response )?(a|b|tie)(?: is better)?",
+  re.IGNORECASE,
+)
 _VALUES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
@@ -65,7 +74,8 @@ class ApiJudge(Comparer):
       server: server to ask; None for that of `eval.api`.
 
     Raises:
-      ValueError: a template without a placeholder, no address, or no key.
+      ValueError: a template without a placeholder, no address, no key, or
+        fields of a request that are not JSON.
       FileNotFoundError: no such template.
     """
     self._model, self._settings = model, settings.api
@@ -110,7 +120,10 @@ class ApiJudge(Comparer):
   def _compare(self, questions: Sequence[tuple[str, str]]) -> list[float]:
     todo = {k: text for k, text in questions if k not in self._answers}
     self._log_estimate(todo, len(questions))
-    faults = _Faults(math.floor(self._settings.max_left_out * len(questions)))
+    faults = _Faults(
+      math.floor(self._settings.max_left_out * len(questions)),
+      self._answers.path,
+    )
     for key, text in dict(questions).items():
       if key in self._answers:
         faults.look_at(text, self._answers[key])
@@ -122,6 +135,7 @@ class ApiJudge(Comparer):
 
   def _ask(self, todo: Mapping[str, str], faults: "_Faults") -> None:
     """Asks questions, several at a time, and keeps the answers."""
+    self._server.start()
     pool = futures.ThreadPoolExecutor(self._settings.num_parallel)
     try:
       asked = {pool.submit(self._ask_one, k, t): t for k, t in todo.items()}
@@ -133,10 +147,10 @@ class ApiJudge(Comparer):
     finally:
       pool.shutdown(cancel_futures=True)
 
-  def _ask_one(self, key: str, text: str) -> str | QuestionRefused:
+  def _ask_one(self, key: str, text: str) -> str | Unanswered:
     try:
       answer = self._server.complete(text)
-    except QuestionRefused as error:
+    except Unanswered as error:
       return error
     self._answers.add(
       key,
@@ -149,7 +163,7 @@ class ApiJudge(Comparer):
   def _log_estimate(self, todo: Mapping[str, str], num_questions: int) -> None:
     """Logs calls, tokens and cost before the first of them."""
     tokens_in = sum(map(len, todo.values())) / _CHARS_PER_TOKEN
-    tokens_out = len(todo) * self._settings.max_tokens
+    tokens_out = len(todo) * self._server.max_tokens
     prices = self._settings.price_in, self._settings.price_out
     cost = (tokens_in * prices[0] + tokens_out * prices[1]) / 1e6
     _LOG.info(
@@ -172,17 +186,20 @@ class ApiJudge(Comparer):
   def _key(self, prompt: str, first: str, second: str) -> str:
     """Returns a digest of all that decides the answer."""
     settings = [self._model, self._settings.max_tokens, self._template]
-    text = json.dumps([*settings, prompt, first, second])
+    # Left out where it is empty: digests are those of older versions.
+    extra = read_extra_body(self._settings.extra_body)
+    shown = [prompt, first, second, *([extra] if extra else [])]
+    text = json.dumps([*settings, *shown], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _Faults:
   """Counts questions without an answer, and stops above a limit."""
 
-  def __init__(self, limit: int):
-    self._limit, self._count = limit, 0
+  def __init__(self, limit: int, path: str):
+    self._limit, self._path, self._count = limit, path, 0
 
-  def look_at(self, question: str, answer: str | QuestionRefused) -> None:
+  def look_at(self, question: str, answer: str | Unanswered) -> None:
     """Counts an answer that is none of A, B and tie.
 
     Raises:
@@ -202,7 +219,8 @@ class _Faults:
       raise JudgeError(
         f"the judge gave no usable answer to {self._count} questions, and"
         f" eval.api.max_left_out allows {self._limit}; the last: {said}. Change"
-        " the model or eval.judge_prompt, or raise the limit"
+        f" the model or eval.judge_prompt, or raise the limit. {self._path} has"
+        " the answers"
       )
 
 
@@ -229,6 +247,7 @@ def read_template(path: str) -> str:
 def parse_verdict(answer: str) -> float:
   """Reads the last line of an answer: A 1.0, B 0.0, tie 0.5, otherwise NaN."""
   lines = [line for line in answer.splitlines() if line.strip()]
-  last = re.sub(r"[^\w\s:]", "", lines[-1]).strip() if lines else ""
-  match = _VERDICT.fullmatch(last)
+  # Marks of Markdown and LaTeX, as in **A**, __B__, answer_a and \boxed{A}.
+  words = re.sub(r"[^\w:]|_", " ", lines[-1]).split() if lines else []
+  match = _VERDICT.fullmatch(" ".join(words))
   return _VALUES[match[1].lower()] if match else math.nan

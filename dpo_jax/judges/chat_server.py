@@ -39,8 +39,8 @@ class Completion(NamedTuple):
   tokens_out: int
 
 
-class QuestionRefused(ValueError):
-  """The server refuses this question, and may answer others."""
+class Unanswered(ValueError):
+  """No whole answer to this question; the server may answer others."""
 
 
 class ServerError(JudgeError):
@@ -89,6 +89,24 @@ def read_key(variable: str) -> str:
   return key
 
 
+def read_extra_body(text: str) -> dict[str, Any]:
+  """Reads `eval.api.extra_body`: fields of a request, None to leave one out.
+
+  Raises:
+    ValueError: not an object of JSON.
+  """
+  try:
+    extra = files.parse_json(text or "{}")
+  except ValueError:
+    extra = None
+  if not isinstance(extra, dict):
+    raise ValueError(
+      f"eval.api.extra_body={text!r} must be an object of JSON, such as"
+      ' {"temperature": null, "seed": 1}'
+    )
+  return extra
+
+
 class ChatServer:
   """A server with OpenAI's interface: POST URL/chat/completions."""
 
@@ -109,7 +127,7 @@ class ChatServer:
       jitter: a random number in [0, 1), by which waits differ.
 
     Raises:
-      ValueError: no address, or no key.
+      ValueError: no address, no key, or fields that are not JSON.
     """
     if not settings.url.startswith(("http://", "https://")):
       raise ValueError(
@@ -120,11 +138,23 @@ class ChatServer:
     self._url = f"{settings.url.rstrip('/')}/chat/completions"
     self._model, self._settings = model, settings
     self._key = read_key(settings.key_variable)
+    self._extra = read_extra_body(settings.extra_body)
     self._stopped = threading.Event()
     self._sleep, self._jitter = sleep or self._stopped.wait, jitter
 
+  @property
+  def max_tokens(self) -> int:
+    """Most tokens of an answer."""
+    body = self._body("")
+    limit: int = body.get("max_tokens", self._settings.max_tokens)
+    return body.get("max_completion_tokens", limit)
+
+  def start(self) -> None:
+    """Allows questions, also after `stop`."""
+    self._stopped.clear()
+
   def stop(self) -> None:
-    """Ends the waits of all threads: nothing is asked any more."""
+    """Ends the waits of all threads: nothing is asked until `start`."""
     self._stopped.set()
 
   def complete(self, text: str) -> Completion:
@@ -134,7 +164,7 @@ class ChatServer:
       text: message of the user.
 
     Raises:
-      QuestionRefused: the server refuses this question.
+      Unanswered: the server refuses this question, or cuts its answer.
       ServerError: it refuses all, or there is no answer after
         `eval.api.max_tries`.
     """
@@ -169,40 +199,49 @@ class ChatServer:
       headers["Authorization"] = f"Bearer {self._key}"
     request = urllib.request.Request(
       self._url,
-      json.dumps(
-        {
-          "model": self._model,
-          "messages": [{"role": "user", "content": text}],
-          "temperature": 0,
-          "max_tokens": self._settings.max_tokens,
-        }
-      ).encode(),
+      json.dumps(self._body(text)).encode(),
       headers,
     )
     try:
       with _OPENER.open(request, timeout=self._settings.timeout_s) as response:
-        return _completion(response.read())
+        return _completion(self._read(response))
     except urllib.error.HTTPError as error:
       raise self._explain(error) from error
     # A timeout, no connection, or one that broke in the middle.
     except (OSError, http.client.HTTPException) as error:
       reason = getattr(error, "reason", None) or error
-      raise _Fault(f"{self._url}: {reason!r}") from error
+      raise _Fault(self._redact(f"{self._url}: {reason!r}")) from error
+
+  def _body(self, text: str) -> dict[str, Any]:
+    body = {
+      "model": self._model,
+      "messages": [{"role": "user", "content": text}],
+      "temperature": 0,
+      "max_tokens": self._settings.max_tokens,
+    } | self._extra
+    return {name: value for name, value in body.items() if value is not None}
+
+  def _read(self, response: Any) -> bytes:
+    """Reads a body without the key: servers repeat what they were sent."""
+    body: bytes = response.read()
+    return body.replace(self._key.encode(), b"(key)") if self._key else body
+
+  def _redact(self, text: str) -> str:
+    return text.replace(self._key, "(key)") if self._key else text
 
   def _explain(self, error: urllib.error.HTTPError) -> Exception:
     """Returns the exception that a status of the server stands for."""
     try:
-      body = error.read(10 * _SHOWN).decode(errors="replace")
+      body = self._read(error).decode(errors="replace")
     except (OSError, http.client.HTTPException):
       body = ""
     body = " ".join(body.split())[:_SHOWN]
-    if self._key:  # servers repeat what they were sent
-      body = body.replace(self._key, "(key)")
-    text = f"{self._url}: status {error.code}: {body or error.reason}"
+    reason = self._redact(str(error.reason))
+    text = f"{self._url}: status {error.code}: {body or reason}"
     if error.code in (408, 429) or error.code >= 500:
       return _Fault(text, _wait_s(error.headers))
     if error.code in _ABOUT_THE_QUESTION:
-      return QuestionRefused(text)
+      return Unanswered(text)
     return ServerError(text)
 
 
@@ -225,14 +264,22 @@ def _completion(body: bytes) -> Completion:
 
   Raises:
     _Fault: something that is not a completion, as a proxy sends.
+    Unanswered: the answer is cut at the most tokens that it may have.
   """
   try:
     answer = files.parse_json(body.decode())
-    text = answer["choices"][0]["message"]["content"] or ""
+    choice = answer["choices"][0]
+    text = str(choice["message"]["content"] or "")
     usage = answer.get("usage") or {}
     tokens_in = int(usage.get("prompt_tokens", 0))
     tokens_out = int(usage.get("completion_tokens", 0))
   except (ValueError, LookupError, TypeError, AttributeError) as error:
     shown = " ".join(body.decode(errors="replace").split())[:_SHOWN]
     raise _Fault(f"not a completion: {shown!r}") from error
-  return Completion(str(text), tokens_in, tokens_out)
+  if choice.get("finish_reason") == "length":
+    raise Unanswered(
+      f"an answer cut at {tokens_out} tokens (finish_reason is 'length'):"
+      f" {text[-_SHOWN:]!r}. Raise eval.api.max_tokens, or"
+      " max_completion_tokens in eval.api.extra_body"
+    )
+  return Completion(text, tokens_in, tokens_out)

@@ -59,8 +59,14 @@ class Wins:
     """Mean of both orders: f64 [n], NaN for a pair that is left out."""
     return 0.5 * (self.shown_first + self.shown_second)
 
-  def metrics(self) -> dict[str, float]:
+  def metrics(
+    self, prompts: Sequence[Sequence[int]] | None = None
+  ) -> dict[str, float]:
     """Computes the win rate over the pairs with two answers.
+
+    Args:
+      prompts: token ids for each pair; pairs of one prompt count once in the
+        interval. None: all prompts differ.
 
     Returns:
       `win_rate` and the bounds of its 95 % interval, `win_rate_low` and
@@ -71,7 +77,11 @@ class Wins:
     is_counted = ~np.isnan(wins)
     count = int(is_counted.sum())
     rate = float(wins[is_counted].mean()) if count else math.nan
-    low, high = wilson_interval(rate, count)
+    num_prompts = count
+    if prompts is not None:
+      counted = np.flatnonzero(is_counted)
+      num_prompts = len({tuple(prompts[i]) for i in counted})
+    low, high = wilson_interval(rate, num_prompts)
     bias = self.shown_first - self.shown_second
     return {
       "win_rate": rate,

@@ -40,6 +40,11 @@ class ModelSource(abc.ABC):
     return self.init
 
   @property
+  def hub_name(self) -> str:
+    """ORG/NAME of the Hub, or ""."""
+    return ""
+
+  @property
   @abc.abstractmethod
   def has_value_head(self) -> bool:
     """Whether the weights have a value head."""

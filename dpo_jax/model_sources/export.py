@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 import json
 import logging
+import re
 from typing import Any
 
 from etils import epath
@@ -28,6 +29,7 @@ def export(
   dtype: str = "",
   only_adapter: bool = False,
   name: str = "",
+  base: str = "",
 ) -> None:
   """Writes a run's best policy to a folder.
 
@@ -38,11 +40,14 @@ def export(
       for the base of adapters that of the run.
     only_adapter: whether to write the adapters alone.
     name: ORG/NAME that the folder is uploaded to, or "".
+    base: ORG/NAME of the Hub that has the base of the adapters, or "" for the
+      model that the run started from.
 
   Raises:
     FileNotFoundError: no run, or one without a checkpoint.
-    ValueError: a folder that holds a model, an unknown dtype, or
-      `only_adapter` of a run that has none.
+    ValueError: a folder that holds a model, an unknown dtype, `only_adapter`
+      of a run that has none, or an upload of adapters whose base is not on the
+      Hub.
   """
   run, out = TrainedRun.at(workdir), epath.Path(out)
   model = run.trained_model
@@ -55,10 +60,12 @@ def export(
   for file in ("config.json", "adapter_config.json"):
     if (out / file).exists():
       raise ValueError(f"{out} holds a model already: choose another folder")
+  _check_base(run, base, name, only_adapter=only_adapter)
+  hub_base = base or run.start.hub_name
   placement = mesh.make_mesh({"data": -1})
   if only_adapter:
     dtype = dtype or model.param_dtype
-    base = _export_adapter(run, out, dtype, placement)
+    base = _export_adapter(run, out, dtype, placement, base)
   else:
     dtype = dtype or "float32"
     policy = Policy(
@@ -68,9 +75,29 @@ def export(
     _write_model(out, run, policy, params, dtype)
     base = run.start.card_name
   card = model_card(
-    run, folder=str(out), name=name, base=base, is_adapter=only_adapter
+    run,
+    folder=str(out),
+    name=name,
+    base=base,
+    hub_base=hub_base,
+    is_adapter=only_adapter,
   )
   (out / "README.md").write_text(card)
+
+
+def _check_base(
+  run: TrainedRun, base: str, name: str, *, only_adapter: bool
+) -> None:
+  if base and not only_adapter:
+    raise ValueError(f"base={base!r} is that of adapters: add --adapter")
+  if base and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+    raise ValueError(f"base={base!r} must be ORG/NAME")
+  if name and only_adapter and not (base or run.start.hub_name):
+    raise ValueError(
+      f"push_to={name!r} uploads adapters, and their base"
+      f" {run.start.card_name!r} is on this machine alone: upload that too, and"
+      " name it with --base=ORG/NAME"
+    )
 
 
 def _write_model(
@@ -94,9 +121,16 @@ def _write_model(
 
 
 def _export_adapter(
-  run: TrainedRun, out: epath.Path, dtype: str, placement: Any
+  run: TrainedRun, out: epath.Path, dtype: str, placement: Any, base: str
 ) -> str:
   """Writes the adapters, and their base where transformers cannot open it.
+
+  Args:
+    run: run that trained them.
+    out: folder to write.
+    dtype: dtype of the base.
+    placement: mesh.
+    base: ORG/NAME of the Hub that has the base, or "".
 
   Returns:
     Name of the base on the model card.
@@ -104,16 +138,17 @@ def _export_adapter(
   model = run.trained_model
   policy = Policy(model)
   params = run.load_trained(policy, placement)
-  if isinstance(run.start, HuggingFaceModel):
-    base, revision = run.start.name, run.start.revision
-    name = base
-  else:
+  where, revision = base, None
+  if isinstance(run.start, HuggingFaceModel) and not base:
+    where, revision = run.start.name, run.start.revision
+    base = where
+  elif not base:
     weights = run.load_base(policy, placement)
     bare = dataclasses.replace(model, lora=None, frozen="", value_head=False)
-    base, revision, name = str(out / "base"), None, "base"
+    where, base = str(out / "base"), "base"
     _write_model(out / "base", run, Policy(bare), weights, dtype)
-  peft.save_adapter(out, params, model, base=base, revision=revision)
-  return name
+  peft.save_adapter(out, params, model, base=where, revision=revision)
+  return base
 
 
 def _token_ids(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:

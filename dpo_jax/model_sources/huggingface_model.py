@@ -32,6 +32,10 @@ class HuggingFaceModel(ModelSource):
     return self.name
 
   @property
+  def hub_name(self) -> str:
+    return self.name if self.revision else ""
+
+  @property
   def has_value_head(self) -> bool:
     return False
 

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 import json
+import re
 from typing import Any
 
-from dpo_jax.model_sources.huggingface_model import HuggingFaceModel
 from dpo_jax.model_sources.parse import TrainedRun
 from dpo_jax.records.metrics import read_evaluation
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.files import read_json
 
 _BOUNDS = ("_low", "_high", "_error")  # of the metric without the suffix
+# A path of two parts at least, such as /home/me/pairs.jsonl; no URL.
+_ABSOLUTE = re.compile(r"(?<![\w/.}])/(?:[^\s/\"'`,|]+/)+([^\s/\"'`,|]+/?)")
 # Lines of code that give a model its inputs.
 _PROMPT = ('inputs = tokenizer("We saw", return_tensors="pt")',)
 _CHAT = (
@@ -25,16 +27,24 @@ _CHAT = (
 
 
 def model_card(
-  run: TrainedRun, *, folder: str, name: str, base: str, is_adapter: bool
+  run: TrainedRun,
+  *,
+  folder: str,
+  name: str,
+  base: str,
+  hub_base: str,
+  is_adapter: bool,
 ) -> str:
   """Writes the README.md of an export.
 
   Args:
     run: run that trained the policy.
     folder: folder of the export.
-    name: ORG/NAME that it is uploaded to, or "".
+    name: ORG/NAME that it is uploaded to, or ""; the card of an upload leaves
+      out folders of this machine.
     base: name of the model that the run started from; "base" where the export
       of adapters holds it.
+    hub_base: ORG/NAME of that model, or "".
     is_adapter: whether the export holds adapters alone.
   """
   config, workdir = run.config, run.workdir
@@ -46,10 +56,10 @@ def model_card(
   )
   commands = "\n".join(workdir.read_lines(workdir.command))
   sections = [
-    _front_matter(run, losses, is_adapter),
+    _front_matter(hub_base, losses, is_adapter),
     f"# {losses} with dpo_jax",
-    f"Step {run.best_step} of {config['total_steps']}, of"
-    f" {config['batch_size']} groups each, trained from `{base}`.",
+    f"Step {run.best_step} of {config['total_steps']} ({config['batch_size']}"
+    f" groups a step), trained from `{base}`.",
     "License: unknown. Those of the base model and of the data apply.",
     _fenced("python", _snippet(run, folder, name, base, is_adapter)),
     "## Held-out metrics",
@@ -61,17 +71,23 @@ def model_card(
     _fenced("bash", commands or "# The command was not recorded."),
     _fenced("json", json.dumps(config, indent=2, sort_keys=True)),
   ]
-  return "\n\n".join(sections) + "\n"
+  card = "\n\n".join(sections) + "\n"
+  return without_folders(card) if name else card
+
+
+def without_folders(text: str) -> str:
+  """Replaces the folders of absolute paths by three dots."""
+  return _ABSOLUTE.sub(lambda match: f".../{match[1]}", text)
 
 
 def _fenced(language: str, text: str) -> str:
   return f"```{language}\n{text}\n```"
 
 
-def _front_matter(run: TrainedRun, losses: str, is_adapter: bool) -> str:
+def _front_matter(hub_base: str, losses: str, is_adapter: bool) -> str:
   lines = [f"library_name: {'peft' if is_adapter else 'transformers'}"]
-  if isinstance(run.start, HuggingFaceModel) and run.start.revision:
-    lines.append(f"base_model: {run.start.name}")  # the Hub refuses folders
+  if hub_base:  # the Hub refuses folders
+    lines.append(f"base_model: {hub_base}")
   lines += ["license: unknown", "tags:", "- dpo_jax", f"- {losses}"]
   return "\n".join(["---", *lines, "---"])
 

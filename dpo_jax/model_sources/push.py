@@ -22,7 +22,8 @@ def check_push(name: str, folder: epath.PathLike) -> None:
     folder: folder of the export.
 
   Raises:
-    ValueError: another spelling, a remote folder, or no login.
+    ValueError: another spelling, a remote folder or one with files, which
+      would be uploaded too, or no login.
   """
   import huggingface_hub  # slow to import, and few exports need it
 
@@ -32,6 +33,12 @@ def check_push(name: str, folder: epath.PathLike) -> None:
     raise ValueError(
       f"push_to={name!r} uploads files of this machine: out={str(folder)!r}"
       " must be a local folder"
+    )
+  others = files.tree(folder) if epath.Path(folder).exists() else []
+  if others:
+    raise ValueError(
+      f"push_to={name!r} uploads all files of out={str(folder)!r}, and"
+      f" {others[0]} is there already: choose an empty or a new folder"
     )
   if huggingface_hub.get_token() is None:
     raise ValueError(
@@ -71,7 +78,7 @@ def push(
   import huggingface_hub
 
   api = huggingface_hub.HfApi()
-  with _explaining(folder, name):
+  with _explaining(folder, name, revision):
     is_new = not api.repo_exists(name)
     if not (is_public or is_new or api.model_info(name).private):
       raise ValueError(
@@ -104,7 +111,9 @@ def push(
 
 
 @contextlib.contextmanager
-def _explaining(folder: epath.PathLike, name: str) -> Iterator[None]:
+def _explaining(
+  folder: epath.PathLike, name: str, revision: str
+) -> Iterator[None]:
   """Says in an error of the Hub what there is, and how to push again."""
   from huggingface_hub import errors
 
@@ -117,6 +126,7 @@ def _explaining(folder: epath.PathLike, name: str) -> Iterator[None]:
     cause = f" {error.__cause__}" if isinstance(error, RuntimeError) else ""
     raise OSError(
       f"push_to={name!r} failed, and changed no file there: {error}{cause}\nThe"
-      f" export is complete in {folder}: `hf upload {name} {folder} .` uploads"
-      " it, to a private repository with --private"
+      f" export is complete in {folder}: `hf upload {name} {folder} ."
+      f" --revision={revision}` uploads it, to a private repository with"
+      " --private"
     ) from error

@@ -1,6 +1,7 @@
 """Evaluations of a run: held-out sets, samples, and their records."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+import functools
 import logging
 from typing import Any
 
@@ -151,7 +152,7 @@ class Evaluator:
     return samples.draw_samples(
       run.program.policy,
       params,
-      self._prompts(),
+      self._prompts,
       run.data.tokenizer,
       run.judge,
       seed=run.config.seed,
@@ -160,8 +161,9 @@ class Evaluator:
       label=self._label,
     )
 
+  @functools.cached_property
   def _prompts(self) -> list[list[int]]:
-    """Returns the first held-out prompts."""
+    """The first held-out prompts."""
     run, settings = self._run, self._run.config.eval
     loader = run.data.first_eval
     return samples.held_out_prompts(

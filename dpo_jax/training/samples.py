@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -16,6 +17,8 @@ from dpo_jax.models import generate
 from dpo_jax.models.decoder import Policy
 from dpo_jax.parallel.placement import Placement
 from dpo_jax.training.reference import compute_logps
+
+_LOG = logging.getLogger(__name__)
 
 # Metrics of `sample_metrics` and `sampled_kl`, with a judge and a reference.
 SAMPLE_METRICS = (
@@ -80,6 +83,13 @@ def held_out_prompts(
       " for a sample: lower eval.max_response_tokens"
     )
   prompts = [list(prompt) for prompt in distinct]
+  if len(prompts) < num:
+    _LOG.warning(
+      "eval.num_samples=%d: only %d held-out prompts differ, so they repeat,"
+      " and the interval of the win rate counts each once",
+      num,
+      len(prompts),
+    )
   return [prompts[i % len(prompts)] for i in range(num)]
 
 
@@ -245,7 +255,7 @@ def sample_metrics(
     of_orders = () if samples.rewards is None else ("order_bias", "left_out")
     metrics |= {
       f"sample/{name}": value
-      for name, value in wins.metrics().items()
+      for name, value in wins.metrics(samples.prompts).items()
       if name not in of_orders
     }
   return metrics

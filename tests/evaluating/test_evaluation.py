@@ -359,6 +359,10 @@ def test_a_step_that_is_deleted_meanwhile_is_replaced(copied, monkeypatch):
     ({"data.max_tokens": 8}, r"data\.max_tokens: the held-out groups are a p"),
     ({"eval.every_steps": 1}, r"does not read eval\.every_steps"),
     ({"loss.tau": 1.0}, r"loss\.tau"),
+    (
+      {"eval.num_samples": 0, "eval.judge": "sentiment"},
+      r"eval\.judge='sentiment' needs samples",
+    ),
     ({"eval.temperature": -1.0}, r"eval\.temperature=-1\.0"),
   ],
 )

@@ -87,6 +87,23 @@ def test_another_loss_forgets_the_knobs_and_the_reference_of_the_first(record):
   assert found.reference.kind == "ema"
 
 
+@pytest.mark.parametrize(
+  ("given", "against", "message"),
+  [
+    ({}, "chosen", "^against='chosen' needs samples, and eval.num_samples=0"),
+    ({"eval.judge": "api:m"}, "reference", "^eval.judge='api:m' needs"),
+    ({"eval.judge": "sentiment"}, "chosen", "^against='chosen' and eval.judge"),
+  ],
+)
+def test_what_reads_samples_needs_some(record, given, against, message):
+  config = settings.evaluation_config(record(), given)
+  with pytest.raises(ValueError, match=message):
+    settings.check_samples_are_drawn(config, given, against)
+  settings.check_samples_are_drawn(config, {"eval.judge": ""}, "reference")
+  config.eval.num_samples = 1
+  settings.check_samples_are_drawn(config, given, against)
+
+
 def test_a_knob_of_a_sum_of_losses_needs_a_name(record):
   losses = ({"name": "dpo", "weight": 0.5}, {"name": "sft", "weight": 2.0})
   with pytest.raises(ValueError, match=r"name one with --config\.loss\.name"):

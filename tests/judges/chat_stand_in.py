@@ -69,9 +69,28 @@ def reply(status, body, **headers):
   return act
 
 
-def completion(text):
+def reason(status, text):
+  """Sends a status with a reason, and no body."""
+
+  def act(handler):
+    handler.send_response(status, text)
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+  return act
+
+
+def status_line(text):
+  """Sends a first line that is not HTTP's."""
+  return lambda handler: handler.wfile.write(f"{text}\r\n".encode())
+
+
+def completion(text, finish_reason="stop"):
   """Sends an answer of the model."""
-  choice = {"message": {"role": "assistant", "content": text}}
+  choice = {
+    "message": {"role": "assistant", "content": text},
+    "finish_reason": finish_reason,
+  }
   usage = {"prompt_tokens": 100, "completion_tokens": 2}
   return reply(200, json.dumps({"choices": [choice], "usage": usage}))
 

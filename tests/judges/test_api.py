@@ -3,6 +3,7 @@
 from concurrent import futures
 import contextlib
 import email.utils
+import hashlib
 import json
 import logging
 import math
@@ -73,6 +74,52 @@ def test_a_question_has_all_that_a_comparison_needs(server, settings):
   assert message == {"role": "user", "content": filled}
 
 
+def test_fields_of_a_request_are_added_replaced_and_left_out(
+  server, settings, caplog
+):
+  make_judge(settings).compare(["p"], ["aa"], ["b"])
+  settings.api.extra_body = (
+    '{"temperature": null, "max_tokens": null, "max_completion_tokens": 4000}'
+  )
+  with caplog.at_level(logging.INFO, logger="dpo_jax"):
+    make_judge(settings).compare(["p"], ["aa"], ["b"])  # another question
+  assert "at most 4,000 out" in caplog.text
+  make_judge(settings).compare(["p"], ["aa"], ["b"])
+  (_, before), (_, after) = server.requests
+  assert after == {
+    "model": "some/model",
+    "messages": before["messages"],
+    "max_completion_tokens": 4000,
+  }
+
+
+@pytest.mark.parametrize("text", ["seed=1", "[1]", "null"])
+def test_fields_that_are_not_an_object_are_refused(settings, text):
+  settings.api.extra_body = text
+  with pytest.raises(ValueError, match=r"extra_body='.*must be an object of"):
+    judges.get_eval_judge(settings)
+
+
+@pytest.mark.parametrize("text", ["Both are good, but", "A", None])
+def test_an_answer_that_is_cut_is_left_out_and_not_kept(
+  server, settings, caplog, text
+):
+  settings.api.max_left_out = 0.5
+  server.script = [stand_in.completion(text, "length")]
+  found = make_judge(settings).compare(["p", "q"], ["aa", "aa"], ["b", "b"])
+  assert math.isnan(found[0]) and found[1] == 1.0
+  assert "cut at 2 tokens (finish_reason is 'length')" in caplog.text
+  assert "eval.api.max_tokens" in caplog.text
+  assert len(kept(settings).splitlines()) == 1
+
+
+def test_the_digest_of_a_question_is_that_of_older_versions(settings):
+  make_judge(settings).compare(["p"], ["aa"], ["b"])
+  shown = ["some/model", 64, api.DEFAULT_PROMPT, "p", "aa", "b"]
+  digest = hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+  assert json.loads(kept(settings))["key"] == digest
+
+
 def test_both_orders_and_their_bias_by_hand(server, settings):
   """The last two are as long: the first that is shown wins in both orders."""
   wins = judges.compare_in_both_orders(
@@ -97,7 +144,24 @@ def test_both_orders_and_their_bias_by_hand(server, settings):
     ("**Tie**.", 0.5),
     ("B is short.\nFinal answer: A", 1.0),
     ('"Answer B"', 0.0),
+    ("**A**", 1.0),
+    ("__B__", 0.0),
+    ("answer_a", 1.0),
+    ("<answer_b>", 0.0),
+    ("\\boxed{A}", 1.0),
+    ("$\\boxed{\\text{tie}}$", 0.5),
+    ("Answer A is better.", 1.0),
+    ("B is better", 0.0),
+    ("The answer is A", 1.0),
+    ("The better response is **B**.", 0.0),
     ("A or B", math.nan),
+    ("A/B", math.nan),
+    ("A, B", math.nan),
+    ("neither", math.nan),
+    ("Neither answer is better.", math.nan),
+    ("Not A", math.nan),
+    ("The worse answer is A", math.nan),
+    ("Answer A is better than B or a tie", math.nan),
     ("Apples", math.nan),
     ("I cannot judge", math.nan),
     ("", math.nan),
@@ -189,6 +253,16 @@ def test_an_error_ends_the_waits_of_other_threads(server, settings):
     judge = judges.get_eval_judge(settings)
     judge.compare(["p", "q"], ["aa", "aa"], ["b", "b"])
   assert time.monotonic() - start < 60
+
+
+def test_a_comparison_after_a_failed_one_tries_again(server, settings):
+  server.script = [stand_in.reply(401, "no")]
+  judge = make_judge(settings)
+  with pytest.raises(judges.JudgeError, match="status 401"):
+    judge.compare(["p"], ["aa"], ["b"])
+  server.script = [stand_in.reply(500, "")]
+  assert judge.compare(["p"], ["aa"], ["b"]) == [1.0]
+  assert len(server.requests) == 3
 
 
 def test_a_crash_keeps_the_answers_before_it(server, settings):
@@ -299,7 +373,7 @@ def test_much_garbage_stops_at_once(server, settings):
   server.answer = lambda question: "perhaps"
   with pytest.raises(
     judges.JudgeError,
-    match=r"answer to 3 questions.*allows 2.*'perhaps'",
+    match=r"to 3 questions.*allows 2.*'perhaps'.*some_model\.jsonl has",
   ):
     make_judge(settings).compare("p" * 20, "abcdefghijklmnopqrst", "z" * 20)
   assert len(server.requests) < 10
@@ -358,6 +432,27 @@ def test_the_key_is_in_no_file_and_no_log(server, settings, caplog):
     make_judge(settings).compare(["p"], ["aa"], ["b"])
   assert "you sent (key)" in caplog.text
   assert KEY not in caplog.text + kept(settings)
+
+
+@pytest.mark.parametrize(
+  "act",
+  [
+    stand_in.reply(500, f"{'x' * 290}{KEY}"),  # at the cut
+    stand_in.reply(500, f"{' ' * 2990}{KEY}"),
+    stand_in.reply(200, f"you sent {KEY}"),
+    stand_in.reply(200, f"{'x' * 290}{KEY}"),
+    stand_in.completion(f"you sent {KEY}\nA"),
+    stand_in.reason(500, f"you sent {KEY}"),
+    stand_in.status_line(f"you sent {KEY}"),
+  ],
+)
+def test_the_key_is_not_shown_where_a_server_repeats_it(
+  server, settings, caplog, act
+):
+  server.script = [act]
+  with caplog.at_level(logging.DEBUG):
+    make_judge(settings).compare(["p"], ["aa"], ["b"])
+  assert KEY[:8] not in caplog.text + kept(settings)
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "file:///etc/passwd"])

@@ -1,9 +1,11 @@
 """A push is one commit, private, with the login of huggingface_hub."""
 
+from absl import flags
 import huggingface_hub
 from huggingface_hub.utils import _http
 import pytest
 
+from dpo_jax import export as export_command
 from dpo_jax.model_sources.push import check_push, push
 from tests.data import hub_server
 
@@ -99,6 +101,26 @@ def test_a_failed_push_changes_nothing(server, folder, part, status, told):
   assert len(server.messages) == 1
 
 
+def test_the_hint_of_a_failed_push_names_the_branch(server, folder):
+  server.faults["commit"] = 500
+  with pytest.raises(OSError, match=r"hf upload .* --revision=beta-0\.1`"):
+    push_it(folder, revision="beta-0.1")
+
+
+def test_flags_of_an_upload_that_nothing_reads_are_named():
+  values = flags.FlagValues()
+  flags.DEFINE_bool("public", False, "", flag_values=values)
+  for name in ("push_to", "revision", "commit_message"):
+    flags.DEFINE_string(name, "", "", flag_values=values)
+  values(["export"])
+  export_command.check_flags(values)
+  values(["export", "--public", "--revision=b"])
+  with pytest.raises(ValueError, match="--public, --revision: nothing is up"):
+    export_command.check_flags(values)
+  values.push_to = "me/model"
+  export_command.check_flags(values)
+
+
 @pytest.mark.parametrize(("rights", "status"), [("read", 403), (None, 401)])
 def test_a_token_that_may_not_write_is_refused(server, folder, rights, status):
   server.tokens = {f"Bearer {_TOKEN}": rights} if rights else {}
@@ -108,11 +130,19 @@ def test_a_token_that_may_not_write_is_refused(server, folder, rights, status):
   assert not server.repositories
 
 
-def test_what_cannot_be_pushed_is_refused_before_the_export(monkeypatch):
+def test_what_cannot_be_pushed_is_refused_before_the_export(
+  tmp_path, monkeypatch
+):
   monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
   with pytest.raises(ValueError, match="hf auth login"):
     check_push("me/model", "out")
   with pytest.raises(ValueError, match="push_to='model' must be ORG/NAME"):
     check_push("model", "out")
+  (tmp_path / "base").mkdir()
+  with pytest.raises(ValueError, match="hf auth login"):
+    check_push("me/model", tmp_path)
+  (tmp_path / "base" / ".env").write_text("SECRET=1")
+  with pytest.raises(ValueError, match=r"base/\.env is there already: choose"):
+    check_push("me/model", tmp_path)
   with pytest.raises(ValueError, match="must be a local folder"):
     check_push("me/model", "gs://bucket/out")

@@ -259,6 +259,21 @@ def test_wins_ties_and_losses_against_the_reference():
   assert got["sample/tokens"] == np.mean([len(g[1]) for g in groups])
 
 
+def test_intervals_count_a_prompt_that_repeats_once():
+  groups = tiny.make_groups(2) * 3
+  ours = make_samples(groups, [1.0, 2.0, 0.0, 3.0, 4.0, 1.0])
+  theirs = make_samples(groups, [0.0, 2.0, 1.0, 1.0, 3.0, 0.0])
+  wins = wins_over(ours, theirs, None)
+  got = sample_metrics(ours, wins)
+  assert got["sample/win_rate"] == 4.5 / 6
+  bounds = got["sample/win_rate_low"], got["sample/win_rate_high"]
+  assert bounds == wilson_interval(4.5 / 6, 2)
+  wins = judges.Wins(*[np.array([1.0, np.nan] * 3)] * 2)
+  found = wins.metrics(ours.prompts)
+  assert (found["win_rate"], found["left_out"]) == (1.0, 3.0)
+  assert found["win_rate_low"] == wilson_interval(1.0, 1)[0]
+
+
 def test_samples_without_a_judge_have_a_length_only():
   got = sample_metrics(make_samples(tiny.make_groups(3)), None)
   assert set(got) == {"sample/tokens"}
@@ -335,9 +350,12 @@ def test_held_out_prompts_are_distinct_and_in_order():
   assert held_out(groups, 2, indices=np.array([3, 1, 0])) == [[3], [2, 2]]
 
 
-def test_held_out_prompts_are_repeated_where_there_are_too_few():
+def test_held_out_prompts_are_repeated_where_there_are_too_few(caplog):
   groups = prompt_groups([1], [2, 2], [1])
+  assert held_out(groups, 2) == [[1], [2, 2]]
+  assert not caplog.text
   assert held_out(groups, 5) == [[1], [2, 2], [1], [2, 2], [1]]
+  assert "eval.num_samples=5: only 2 held-out prompts differ" in caplog.text
 
 
 def test_prompts_that_leave_no_room_are_passed_over():
