@@ -453,8 +453,12 @@ def test_a_cache_that_is_not_what_its_layout_gives_is_refused(
     logps += size
 
   change_cache(cache, shift)
-  with pytest.raises(ValueError, match="scored as the cached log-probs were"):
+  with pytest.raises(
+    ValueError, match="scored as the cached log-probs were"
+  ) as error:
     train(config, tmp_path / "two")
+  named = str(error.value).partition(" the log-probs of ")[2].split()[0]
+  assert pathlib.Path(named) in cache.rglob("*.npy")
   assert not curve(tmp_path / "two")
 
 

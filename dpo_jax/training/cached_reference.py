@@ -67,7 +67,8 @@ def attach(
       whole = known_reference.every_group(run, loader)
       caches[key] = scorer.open(whole, key, known)
       if is_fresh and run.starts_as_reference:
-        _check_start(run, state, params, whole, caches[key])
+        path = logps_cache.cache_path(scorer.folder, key)
+        _check_start(run, state, params, whole, caches[key], path)
     ref_logps = caches[key].logps
     attached.append(dataclasses.replace(loader, ref_logps=ref_logps))
   if unscored is not None and is_fresh and run.starts_as_reference:
@@ -204,7 +205,12 @@ def _layout(run: Run, whole: Loader) -> dict[str, Any]:
 
 
 def _check_start(
-  run: Run, state: TrainState, params: Any, whole: Loader, cache: Cached
+  run: Run,
+  state: TrainState,
+  params: Any,
+  whole: Loader,
+  cache: Cached,
+  path: epath.Path,
 ) -> None:
   """Checks that a fresh policy gives the log-probs of a cache."""
   start.check_adapters(state.policy_params)
@@ -215,6 +221,7 @@ def _check_start(
       whole,
       cache.logps,
       run.program.placement,
+      path,
     )
   else:
     _check_in_float32(run, state, params, whole)

@@ -12,6 +12,7 @@ import logging
 import math
 from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +42,7 @@ def check_in_its_layout(
   loader: Loader,
   logps: np.ndarray,
   placement: Placement,
+  path: epath.PathLike,
 ) -> None:
   """Scores some groups again, in the layout of the cache.
 
@@ -50,6 +52,7 @@ def check_in_its_layout(
     loader: all groups of the cache, in its layout.
     logps: f32 [N, K], the cache.
     placement: mesh.
+    path: file of the cache, for errors.
 
   Raises:
     StartError: a difference above 1e-5 nats, in any dtype.
@@ -65,7 +68,8 @@ def check_in_its_layout(
       f"the policy does not start as its reference: {is_scored.sum()} groups"
       " scored as the cached log-probs were differ by up to"
       f" {difference.max():.2e} nats, where {_SAME_PROGRAM:g} are allowed. Do"
-      " reference.init and the cached log-probs belong to policy.init?"
+      f" reference.init and the log-probs of {path} belong to policy.init? If"
+      " that file is deleted, they are computed again"
     )
 
 
