@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from dpo_jax.intervals import wilson_interval
+from dpo_jax.intervals import effective_count, wilson_interval
 from dpo_jax.judges.base import shorten
 
 
@@ -65,8 +65,8 @@ class Wins:
     """Computes the win rate over the pairs with two answers.
 
     Args:
-      prompts: token ids for each pair; pairs of one prompt count once in the
-        interval. None: all prompts differ.
+      prompts: token ids for each pair, of which several may have one prompt;
+        see `effective_count`. None: all prompts differ.
 
     Returns:
       `win_rate` and the bounds of its 95 % interval, `win_rate_low` and
@@ -77,11 +77,12 @@ class Wins:
     is_counted = ~np.isnan(wins)
     count = int(is_counted.sum())
     rate = float(wins[is_counted].mean()) if count else math.nan
-    num_prompts = count
-    if prompts is not None:
+    certainty: float = count
+    if prompts is not None and count:
       counted = np.flatnonzero(is_counted)
-      num_prompts = len({tuple(prompts[i]) for i in counted})
-    low, high = wilson_interval(rate, num_prompts)
+      groups = [tuple(prompts[i]) for i in counted]
+      certainty = effective_count(wins[counted], groups)
+    low, high = wilson_interval(rate, certainty)
     bias = self.shown_first - self.shown_second
     return {
       "win_rate": rate,

@@ -108,7 +108,8 @@ def load_cache(
     shape: (N, K) of the groups that it is for.
 
   Raises:
-    ValueError: the file does not agree with its digest, or has another shape.
+    ValueError: the file does not agree with its digest, has another shape, or
+      holds a log-prob that is not finite.
   """
   path = cache_path(folder, key)
   meta_path = path.with_suffix(".json")
@@ -131,6 +132,11 @@ def load_cache(
       f"{path} holds {logps.dtype} {list(logps.shape)}, and the log-probs of"
       f" these groups are float32 {list(shape)}: it is not their cache. Delete"
       f" it and {meta_path}, and the log-probs are computed again"
+    )
+  if not np.isfinite(logps).all():
+    raise ValueError(
+      f"{path} holds log-probs that are not finite. Delete it and {meta_path},"
+      " and they are computed again"
     )
   return Cached(logps, digest, meta.get("layout", {}))
 

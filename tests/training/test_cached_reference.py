@@ -267,6 +267,18 @@ def test_log_probs_of_other_groups_are_refused_on_resume(fresh):
     attach(run, resumed(state))
 
 
+@pytest.mark.fault(36)
+def test_log_probs_that_are_not_finite_are_refused(fresh):
+  """In a batch that the check of the start does not score again too."""
+  run, state = fresh
+  logps = attach(run, state).copy()
+  [path] = run.workdir.reference_cache.glob("*.npy")
+  logps[20, 1] = np.nan
+  logps_cache.write_cache(path.parent, path.stem, logps, {})
+  with pytest.raises(ValueError, match=f"{path} holds log-probs that are not"):
+    attach(run, state)
+
+
 def test_log_probs_that_round_differently_on_resume_are_told(fresh, caplog):
   run, state = fresh
   attach(run, state)

@@ -9,7 +9,7 @@ import pytest
 from dpo_jax import judges
 from dpo_jax.data import batch_plan, mismatched, tokenizers
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.intervals import wilson_interval
+from dpo_jax.intervals import effective_count, wilson_interval
 from dpo_jax.losses import CATALOGUE
 from dpo_jax.models import generate
 from dpo_jax.training import evaluation, reference, samples
@@ -259,7 +259,27 @@ def test_wins_ties_and_losses_against_the_reference():
   assert got["sample/tokens"] == np.mean([len(g[1]) for g in groups])
 
 
-def test_intervals_count_a_prompt_that_repeats_once():
+def test_samples_of_one_prompt_count_as_much_as_they_differ():
+  rng = np.random.default_rng(0)
+  prompts = np.repeat(np.arange(50), 8)
+  agreeing = (rng.random(50) < 0.7).astype(float)[prompts]
+  assert effective_count(agreeing, prompts) == 50
+  free = (rng.random(400) < 0.7).astype(float)
+  assert effective_count(free, prompts) > 300
+  assert effective_count(free, np.arange(400)) == 400
+  assert effective_count(np.full(400, 0.5), prompts) == 50
+  # Half of the samples repeat the first of their prompt.
+  mixed = np.where(rng.random(400) < 0.5, agreeing, free)
+  rate, means = mixed.mean(), mixed.reshape(50, 8).mean(1)
+  variance = means.var(ddof=1) / 50
+  wanted = mixed.var() / variance
+  assert 50 < wanted < 400
+  np.testing.assert_allclose(effective_count(mixed, prompts), wanted)
+  low, high = wilson_interval(rate, wanted)
+  assert low < rate < high
+
+
+def test_intervals_know_that_prompts_repeat():
   groups = tiny.make_groups(2) * 3
   ours = make_samples(groups, [1.0, 2.0, 0.0, 3.0, 4.0, 1.0])
   theirs = make_samples(groups, [0.0, 2.0, 1.0, 1.0, 3.0, 0.0])
@@ -267,7 +287,8 @@ def test_intervals_count_a_prompt_that_repeats_once():
   got = sample_metrics(ours, wins)
   assert got["sample/win_rate"] == 4.5 / 6
   bounds = got["sample/win_rate_low"], got["sample/win_rate_high"]
-  assert bounds == wilson_interval(4.5 / 6, 2)
+  values = np.array([1.0, 0.5, 0.0, 1.0, 1.0, 1.0])
+  assert bounds == wilson_interval(4.5 / 6, effective_count(values, [0, 1] * 3))
   wins = judges.Wins(*[np.array([1.0, np.nan] * 3)] * 2)
   found = wins.metrics(ours.prompts)
   assert (found["win_rate"], found["left_out"]) == (1.0, 3.0)
