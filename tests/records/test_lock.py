@@ -54,8 +54,10 @@ def leave(workdir, **fields):
 
 @functools.cache
 def dead_process():
-  child = subprocess.Popen(["sleep", "0"])
+  child = subprocess.Popen(["sleep", "60"])  # not over before it is looked at
   start = lock_lib._process_start(child.pid)
+  assert start
+  child.kill()
   child.wait()
   return {"pid": child.pid, "process_start": start}
 
