@@ -200,6 +200,30 @@ def one_step(loss, *, devices=1, parts=1, parallelism="jit"):
   return history, jax.device_get((state.params, state.loss_state))
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_metrics_of_a_step_are_means_over_its_groups(devices):
+  (first, _), _ = one_step({"name": "dpo", "beta": 0.1}, devices=devices)
+  ref_logps = np.random.default_rng(1).normal(-30, 3, (28, 2))
+  batch = tiny.pack(
+    tiny.make_groups(28, 2),
+    num_rows=16,
+    ref_logps=ref_logps.astype(np.float32),
+  )
+  is_group = batch.example_ids.reshape(-1) >= 0
+  assert is_group.sum() == 28
+  logps = first["logps"].reshape(-1, 2)[is_group].astype(np.float64)
+  theirs = batch.ref_logps.reshape(-1, 2)[is_group].astype(np.float64)
+  rewards = 0.1 * (logps - theirs)
+  margins = rewards[:, 0] - rewards[:, 1]
+  for name, wanted in (
+    ("loss", np.log1p(np.exp(-margins))),
+    ("reward/accuracy", margins > 0),
+    ("reward/margin", margins),
+    ("logps/chosen", logps[:, 0]),
+  ):
+    np.testing.assert_allclose(first[name], wanted.mean(), rtol=1e-4)
+
+
 # By kind of group, in one program: its metrics have the loss of each. DPO is
 # not coupled.
 LISTS = {
