@@ -165,7 +165,7 @@ class ChatServer:
 
     Raises:
       Unanswered: the server refuses this question, or cuts its answer.
-      ServerError: it refuses all, or there is no answer after
+      ServerError: it refuses every question, or does not answer after
         `eval.api.max_tries`.
     """
     tries = self._settings.max_tries

@@ -183,43 +183,14 @@ def sample(
   params: Params,
   prompts: Sequence[Sequence[int]],
   settings: Sampling,
-  *,
-  seed: int,
-  batch_size: int = 64,
-  first_index: int = 0,
-  rows: jax.sharding.NamedSharding | None = None,
-  label: str = "",
+  **options: Any,
 ) -> list[list[int]]:
-  """Samples one response to every prompt.
-
-  Args:
-    policy: the decoder.
-    params: its parameters, on any mesh.
-    prompts: token ids, none empty.
-    settings: temperature, filters and end of a response.
-    seed: seed of the whole call.
-    batch_size: prompts sampled at once.
-    first_index: index of the first prompt, for the randomness.
-    rows: see `sample_batches`.
-    label: name of the work for `progress.track`; "" shows nothing.
+  """Samples one response to every prompt; see `sample_batches`.
 
   Returns:
     Token ids of every response; the last is a stop id if one was sampled.
-
-  Raises:
-    ValueError: an empty prompt, or prompts that leave the model no positions.
   """
-  batches = sample_batches(
-    policy,
-    params,
-    prompts,
-    settings,
-    seed=seed,
-    batch_size=batch_size,
-    first_index=first_index,
-    rows=rows,
-    label=label,
-  )
+  batches = sample_batches(policy, params, prompts, settings, **options)
   return [response for batch in batches for response in batch]
 
 
@@ -256,7 +227,7 @@ def sample_batches(
     Token ids of the responses of a batch.
 
   Raises:
-    ValueError: see `sample`.
+    ValueError: an empty prompt, or prompts that leave the model no positions.
   """
   if not prompts:
     return
@@ -294,15 +265,15 @@ def stream(
     params: its parameters, on a mesh of this process.
     prompt: token ids, not empty.
     settings: temperature, filters and end of a response.
-    seed: see `sample`.
+    seed: see `sample_batches`.
     index: index of the prompt, for the randomness.
-    rows: see `sample`.
+    rows: see `sample_batches`.
 
   Yields:
     Token ids; the last is a stop id if one was sampled.
 
   Raises:
-    ValueError: see `sample`.
+    ValueError: see `sample_batches`.
   """
   _check_prompts(policy, [prompt], settings)
   # Few shapes, so that the next prompt of a conversation seldom compiles.
@@ -370,7 +341,7 @@ def _make_batch(
     prompts: token ids.
     batch_size: rows; one without a prompt has length 1.
     length: tokens of a row.
-    seed: see `sample`.
+    seed: see `sample_batches`.
     index: index of the first prompt.
     rows: sharding, or None.
   """

@@ -139,15 +139,7 @@ def draw_samples(
     rows=placement.row_sharding,
     label=label,
   )
-  prompt_texts = [tokenizer.decode(prompt) for prompt in prompts]
-  texts = [tokenizer.decode(response) for response in responses]
-  return Samples(
-    [list(p) for p in prompts],
-    responses,
-    prompt_texts,
-    texts,
-    _rewards(judge, prompt_texts, texts),
-  )
+  return _judge_all(prompts, responses, tokenizer, judge)
 
 
 def take_chosen(
@@ -179,14 +171,25 @@ def take_chosen(
     ):
       prompt, response = store.group(index)[:2]
       chosen.setdefault(tuple(prompt.tolist()), response.tolist())
-  prompt_texts = [tokenizer.decode(prompt) for prompt in prompts]
-  for prompt, text in zip(prompts, prompt_texts, strict=True):
+  for prompt in prompts:
     if tuple(prompt) not in chosen:
+      text = tokenizer.decode(prompt)
       raise ValueError(f"no held-out group has a chosen response to {text!r}")
   responses = [chosen[tuple(prompt)] for prompt in prompts]
+  return _judge_all(prompts, responses, tokenizer, judge)
+
+
+def _judge_all(
+  prompts: Sequence[Sequence[int]],
+  responses: list[list[int]],
+  tokenizer: Tokenizer,
+  judge: judges.Judge | judges.Comparer | None,
+) -> Samples:
+  """Decodes responses, and asks the judge for their rewards."""
+  prompt_texts = [tokenizer.decode(prompt) for prompt in prompts]
   texts = [tokenizer.decode(response) for response in responses]
   return Samples(
-    [list(p) for p in prompts],
+    [list(prompt) for prompt in prompts],
     responses,
     prompt_texts,
     texts,
