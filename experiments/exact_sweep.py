@@ -4,16 +4,14 @@ An experiment trains a reference, draws pairs from it, and trains methods on
 them; every trained policy is measured by enumeration.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import os
 from typing import Any
 
-import numpy as np
-
-from dpo_jax import judges
 from dpo_jax.config import default_config, loss_config
-from experiments import exact_task, sweep, trained
+from experiments import exact_measure, exact_task, sweep, trained
+from experiments.exact_space import FIXED, Space
 from experiments.exact_task import Task
 from experiments.sweep import Row, Run, Settings
 
@@ -63,28 +61,16 @@ def collect(workdir: str, best_of: Sequence[int] = ()) -> sweep.Collected:
   return sweep.Collected(found.rows + rows, found.missing)
 
 
-def _measure(folder: str, *, reference: str, beta: float | None) -> list[Row]:
-  logps = exact_task.all_logps(*trained.load(folder))
-  return [Task.read(reference).metrics(logps, beta)]
-
-
-def _measure_reward_model(folder: str, *, reference: str) -> list[Row]:
-  """Measures a reward model's accuracy on pairs, and the best possible."""
-  texts = [exact_task.to_text(ids) for ids in exact_task.completions()]
-  judge = judges.get_judge(f"reward:{folder}")
-  scores = [
-    judges.ask(judge, [prompt] * len(texts), texts)
-    for prompt in exact_task.PROMPTS
-  ]
-  accuracy, bayes = Task.read(reference).pair_accuracy(np.array(scores))
-  return [{"accuracy": accuracy, "bayes_accuracy": bayes}]
-
-
 class Builder:
   """Builds the runs of an experiment."""
 
   def __init__(
-    self, settings: Settings, *, steps: int = 0, batch_size: int = _BATCH
+    self,
+    settings: Settings,
+    *,
+    steps: int = 0,
+    batch_size: int = _BATCH,
+    space: Space = FIXED,
   ):
     """Adds the reference.
 
@@ -92,8 +78,9 @@ class Builder:
       settings: choices of the command line.
       steps: training steps of every method; 0: those of the scale.
       batch_size: pairs a step of every method.
+      space: prompts and completions.
     """
-    self.settings = settings
+    self.settings, self.space = settings, space
     self.size = SIZES[settings.scale]
     self.steps = steps or self.size["steps"]
     self.batch_size = batch_size
@@ -119,11 +106,12 @@ class Builder:
     config.policy.preset = "tiny"
     config.policy.remat = "none"
     config.policy.init = f"run:{self.root}/reference"
-    config.data.tokenizer = f"letters:{exact_task.NUM_LETTERS}"
-    config.data.max_tokens = 2 + exact_task.LENGTH
+    config.data.tokenizer = f"letters:{self.space.vocab_size}"
+    config.data.eos_token = self.space.end_token
+    config.data.max_tokens = 2 + self.space.length
     config.data.max_prompt_tokens = 2
     # Six groups a row: short rows use dense attention, and compile sooner.
-    config.data.row_tokens = 60
+    config.data.row_tokens = 6 * (2 + 2 * self.space.length)
     # No prompt is held out: metrics are exact sums over all four.
     config.data.eval_fraction = 0.0
     config.data.cache_dir = f"{self.root}/cache"
@@ -152,12 +140,12 @@ class Builder:
 
     def work(folder: str) -> None:
       exact_task.write_demonstrations(
-        f"{folder}/texts.jsonl", _NUM_TEXTS, TASK_SEED
+        f"{folder}/texts.jsonl", _NUM_TEXTS, TASK_SEED, self.space
       )
 
-    def measure(folder: str) -> list[Row]:
-      logps = exact_task.all_logps(*trained.load(folder))
-      task = Task.make(logps, TASK_SEED)
+    def make_task(folder: str) -> list[Row]:
+      logps = exact_task.all_logps(*trained.load(folder), self.space)
+      task = Task.make(logps, TASK_SEED, self.space)
       task.write(folder)
       return [task.metrics(logps, None)]
 
@@ -166,34 +154,83 @@ class Builder:
       make_labels("reference", 0),
       config,
       work=work,
-      measure=measure,
+      measure=make_task,
       inputs={"texts": _NUM_TEXTS, "task": TASK_SEED},
-      tokens_per_group=6,
+      tokens_per_group=2 + self.space.length,
     )
 
   def _pairs(self, label: str, flips: float, seed: int) -> str:
     """Adds a run that draws pairs, unless it exists; returns its name."""
-    name = f"pairs_{label}_{flips:g}_s{seed}"
     num = self.size["pairs"]
 
+    def write(task: Task, path: str) -> None:
+      task.write_pairs(path, num, label=label, flips=flips, seed=seed)
+
+    return self.add_data(
+      f"pairs_{label}_{flips:g}_s{seed}",
+      write,
+      make_labels("pairs", seed, label=label, flips=flips),
+      pairs=num,
+    )
+
+  def add_data(
+    self,
+    name: str,
+    write: Callable[[Task, str], None],
+    labels: Row,
+    **inputs: Any,
+  ) -> str:
+    """Adds a run that writes data, unless it exists.
+
+    Args:
+      name: name of the run.
+      write: (task, path) -> None, writes a JSONL file.
+      labels: labels of the run.
+      **inputs: values that decide what it writes.
+
+    Returns:
+      The name, for `add`.
+    """
+
     def work(folder: str) -> None:
-      Task.read(f"{self.root}/reference").write_pairs(
-        f"{folder}/pairs.jsonl", num, label=label, flips=flips, seed=seed
-      )
+      task = Task.read(f"{self.root}/reference", self.space)
+      write(task, f"{folder}/pairs.jsonl")
 
     self.runs.setdefault(
       name,
       Run(
         name,
-        make_labels("pairs", seed, label=label, flips=flips),
+        labels,
         after=("reference",),
         work=work,
         measure=lambda folder: [],
-        inputs={"pairs": num},
+        inputs=inputs,
       ),
     )
     return name
 
+  def _method_config(
+    self,
+    loss: Mapping[str, Any],
+    data: str,
+    seed: int,
+    points: int,
+    changes: Mapping[str, Any],
+  ) -> Any:
+    """Returns the config of a method; see `add`."""
+    config = self._config(self.steps, seed)
+    config.data.source = f"jsonl:{self.root}/{data}/pairs.jsonl"
+    config.loss = loss_config(loss["name"])
+    config.loss.update(loss)
+    config.batch_size = self.batch_size
+    if points:
+      config.checkpoint.every_steps = self.steps // points
+      # One more may be the best.
+      config.checkpoint.keep = points + 1
+    config.update_from_flattened_dict(changes)
+    return config
+
+  # Over 60 lines: an argument for each thing that an experiment varies.
   def add(
     self,
     method: str,
@@ -207,8 +244,12 @@ class Builder:
     online: dict[str, Any] | None = None,
     learning_rate: float = 1e-3,
     after: tuple[str, ...] = (),
+    data: str = "",
+    points: int = 0,
+    extra: exact_measure.Measure | None = None,
+    changes: Mapping[str, Any] | None = None,
   ) -> str:
-    """Adds a trained run, measured by enumeration at its end.
+    """Adds a trained run, measured by enumeration.
 
     Args:
       method: name in tables.
@@ -221,34 +262,46 @@ class Builder:
       online: keys of `config.online`, for methods that sample.
       learning_rate: peak learning rate.
       after: further runs that it starts from.
+      data: run that writes its data; "": pairs by label and flips.
+      points: steps at which it is measured, evenly spaced; 0: at its end, in
+        a row without `step`.
+      extra: further metrics.
+      changes: values of other keys of the config by path.
 
     Returns:
       The run's name.
     """
-    pairs = self._pairs(label, flips, seed)
-    config = self._config(self.steps, seed)
-    config.data.source = f"jsonl:{self.root}/{pairs}/pairs.jsonl"
-    config.loss = loss_config(loss["name"])
-    config.loss.update(loss)
-    config.batch_size = self.batch_size
-    config.optimizer.learning_rate = learning_rate
+    data = data or self._pairs(label, flips, seed)
+    values = {"optimizer.learning_rate": learning_rate}
     if online is not None:
-      config.online.update(online)
-      config.online.max_response_tokens = exact_task.LENGTH
+      online = online | {"max_response_tokens": self.space.length}
+      values |= {f"online.{key}": value for key, value in online.items()}
+    config = self._method_config(
+      loss, data, seed, points, values | dict(changes or {})
+    )
     name = _run_name(method, beta, knob, label, flips, seed)
     reference = f"{self.root}/reference"
-    measure = functools.partial(_measure, reference=reference, beta=beta)
+    of_run = functools.partial(
+      exact_measure.measure,
+      reference=reference,
+      space=self.space,
+      beta=beta,
+      every_point=points > 0,
+      extra=extra,
+    )
     if loss["name"] == "reward_model":
-      measure = functools.partial(_measure_reward_model, reference=reference)
+      of_run = functools.partial(
+        exact_measure.measure_reward_model, reference=reference
+      )
     assert name not in self.runs, name
     self.runs[name] = Run(
       name,
       make_labels(method, seed, beta=beta, knob=knob, label=label, flips=flips),
       config,
-      after=("reference", pairs, *after),
-      measure=measure,
+      after=("reference", data, *after),
+      measure=of_run,
       inputs={"task": TASK_SEED},
-      tokens_per_group=10,
+      tokens_per_group=2 + 2 * self.space.length,
     )
     return name
 

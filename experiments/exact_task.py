@@ -1,11 +1,10 @@
 """A task in which every completion can be enumerated.
 
-Four prompts of two letters; completions of four letters out of eight, so 4,096
-for each prompt. All probabilities are known. So are E[r], the KL, the optimum
-pi* = pi_ref exp(r / beta) / Z, and the regret of any policy.
+Four prompts of two letters; by default completions of four letters out of
+eight, so 4,096 for each prompt. All probabilities are known. So are E[r], the
+KL, the optimum pi* = pi_ref exp(r / beta) / Z, and the regret of any policy.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import json
 import os
@@ -17,9 +16,9 @@ import numpy as np
 
 from dpo_jax.models.decoder import Policy
 from dpo_jax.system.files import write_atomically
+from experiments.exact_space import FIXED, Space, to_text
 
-NUM_LETTERS, LENGTH = 8, 4
-PROMPTS = ("ab", "cd", "ef", "gh")
+NUM_LETTERS, LENGTH, PROMPTS = FIXED.num_letters, FIXED.length, FIXED.prompts
 # Standard deviation of the reward under the reference.
 _DEVIATION = 1.5
 # Largest error of the identity J(pi*) - J(pi) = beta KL(pi || pi*).
@@ -27,74 +26,90 @@ IDENTITY_TOLERANCE = 1e-4
 
 
 def completions() -> np.ndarray:
-  """Returns all completions: i32 [4096, 4]."""
-  axes = np.meshgrid(*[np.arange(NUM_LETTERS)] * LENGTH, indexing="ij")
-  return np.stack(axes, -1).reshape(-1, LENGTH).astype(np.int32)
+  """Returns all completions of the default task: i32 [4096, 4]."""
+  return FIXED.responses()
 
 
-def to_text(ids: Sequence[int]) -> str:
-  return "".join(chr(ord("a") + int(i)) for i in ids)
-
-
-def _prompt_ids() -> np.ndarray:
-  return np.array([[ord(c) - ord("a") for c in p] for p in PROMPTS], np.int32)
-
-
-def language(seed: int) -> np.ndarray:
-  """Returns p(next | two before) of a Markov language: f64 [8, 8, 8]."""
-  logits = np.random.default_rng((seed, 0)).normal(0, 1, (NUM_LETTERS,) * 3)
+def language(seed: int, num_letters: int = FIXED.num_letters) -> np.ndarray:
+  """Returns p(next | two before) of a Markov language: f64 [V, V, V]."""
+  logits = np.random.default_rng((seed, 0)).normal(0, 1, (num_letters,) * 3)
   weights = np.exp(logits)
   return weights / weights.sum(-1, keepdims=True)
 
 
-def write_demonstrations(path: str, num: int, seed: int) -> None:
+def write_demonstrations(
+  path: str, num: int, seed: int, space: Space = FIXED
+) -> None:
   """Writes texts of the language, {"prompt", "completion"} on each line.
+
+  With an end token every number of letters from 1 on is equally likely.
 
   Args:
     path: JSONL file.
     num: number of texts.
     seed: seed of the language and of the texts.
+    space: prompts, letters and lengths.
   """
   rng = np.random.default_rng((seed, 1))
   # A uniform number selects the letter by the cumulative distribution.
-  cumulative = language(seed).cumsum(-1)
-  prompts = rng.integers(0, len(PROMPTS), num)
+  cumulative = language(seed, space.num_letters).cumsum(-1)
+  prompts = rng.integers(0, len(space.prompts), num)
   texts = np.concatenate(
-    [_prompt_ids()[prompts], np.zeros((num, LENGTH), np.int32)], 1
+    [space.prompt_ids()[prompts], np.zeros((num, space.length), np.int32)], 1
   )
-  for position in range(2, 2 + LENGTH):
+  for position in range(2, 2 + space.length):
     row = cumulative[texts[:, position - 2], texts[:, position - 1]]
     drawn = (rng.random((num, 1)) > row).sum(-1)
-    texts[:, position] = np.minimum(drawn, NUM_LETTERS - 1)
-  _write_lines(
+    texts[:, position] = np.minimum(drawn, space.num_letters - 1)
+  ends = np.full(num, space.length)
+  if space.has_end:
+    ends = rng.integers(1, space.length + 1, num)
+  write_lines(
     path,
     (
-      {"prompt": PROMPTS[p], "completion": to_text(text[2:])}
-      for p, text in zip(prompts, texts, strict=True)
+      {"prompt": space.prompts[p], "completion": to_text(text[2 : 2 + end])}
+      for p, text, end in zip(prompts, texts, ends, strict=True)
     ),
   )
 
 
-def _write_lines(path: str, rows: Any) -> None:
+def write_lines(path: str, rows: Any) -> None:
   write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def raw_rewards(seed: int) -> np.ndarray:
-  """Returns unscaled rewards by prompt: f64 [4, 4096].
+def raw_rewards(seed: int, space: Space = FIXED) -> np.ndarray:
+  """Returns unscaled rewards by prompt: f64 [P, N].
 
   Sums of random weights of unigrams, of bigrams, and of the pair of first and
   last letter.
   """
   rng = np.random.default_rng((seed, 2))
-  ids = completions()
-  total = np.zeros((len(PROMPTS), len(ids)))
+  ids = space.responses()
+  is_letter = ids >= 0
+  is_pair = is_letter[:, 1:]
+  last = ids[np.arange(len(ids)), is_letter.sum(-1) - 1]
+  total = np.zeros((len(space.prompts), len(ids)))
   for row in total:
-    unigram = rng.normal(0, 1, NUM_LETTERS)
-    bigram = rng.normal(0, 1, (NUM_LETTERS, NUM_LETTERS))
-    ends = rng.normal(0, 1, (NUM_LETTERS, NUM_LETTERS))
-    row += unigram[ids].sum(-1) + bigram[ids[:, :-1], ids[:, 1:]].sum(-1)
-    row += ends[ids[:, 0], ids[:, -1]]
+    unigram = rng.normal(0, 1, space.num_letters)
+    bigram = rng.normal(0, 1, (space.num_letters,) * 2)
+    ends = rng.normal(0, 1, (space.num_letters,) * 2)
+    pairs = np.where(is_pair, bigram[ids[:, :-1], ids[:, 1:]], 0.0)
+    row += np.where(is_letter, unigram[ids], 0.0).sum(-1) + pairs.sum(-1)
+    row += np.where(is_letter[:, 0], ends[ids[:, 0], last], 0.0)
   return total
+
+
+def without_length(
+  rewards: np.ndarray, ref_logps: np.ndarray, num_tokens: np.ndarray
+) -> np.ndarray:
+  """Makes the reference's mean reward 0 at every length: f64 [P, N]."""
+  out = rewards.copy()
+  for length in np.unique(num_tokens):
+    those = num_tokens == length
+    weights = np.exp(ref_logps[:, those])
+    mean = (weights * rewards[:, those]).sum(-1) / weights.sum(-1)
+    out[:, those] -= mean[:, None]
+  return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,20 +119,26 @@ class Task:
   Attributes:
     ref_logps: f64 [P, N], log pi_ref, nats.
     rewards: f64 [P, N]; under the reference of mean 0 for each prompt, and of
-      standard deviation 1.5.
+      standard deviation 1.5. With an end token the mean is 0 at every length.
+    space: prompts and completions.
   """
 
   ref_logps: np.ndarray
   rewards: np.ndarray
+  space: Space = FIXED
 
   @classmethod
-  def make(cls, ref_logps: np.ndarray, seed: int) -> "Task":
+  def make(
+    cls, ref_logps: np.ndarray, seed: int, space: Space = FIXED
+  ) -> "Task":
     """Makes a task whose rewards are scaled under the reference."""
-    rewards = raw_rewards(seed)
+    rewards = raw_rewards(seed, space)
+    if space.has_end:
+      rewards = without_length(rewards, ref_logps, space.num_tokens)
     ref = np.exp(ref_logps)
     rewards = rewards - (ref * rewards).sum(-1, keepdims=True)
     variance = (ref * rewards**2).sum(-1).mean()
-    return cls(ref_logps, rewards * _DEVIATION / np.sqrt(variance))
+    return cls(ref_logps, rewards * _DEVIATION / np.sqrt(variance), space)
 
   def write(self, folder: str) -> None:
     """Writes task.npz, and table.jsonl for the judge `table:`."""
@@ -126,20 +147,25 @@ class Task:
       ref_logps=self.ref_logps,
       rewards=self.rewards,
     )
-    texts = [to_text(ids) for ids in completions()]
-    _write_lines(
-      os.path.join(folder, "table.jsonl"),
+    self.write_table(os.path.join(folder, "table.jsonl"))
+
+  def write_table(self, path: str) -> None:
+    """Writes the rewards as a table of the judge `table:`."""
+    write_lines(
+      path,
       (
         {"prompt": prompt, "response": text, "reward": float(reward)}
-        for prompt, rewards in zip(PROMPTS, self.rewards, strict=True)
-        for text, reward in zip(texts, rewards, strict=True)
+        for prompt, rewards in zip(
+          self.space.prompts, self.rewards, strict=True
+        )
+        for text, reward in zip(self.space.texts, rewards, strict=True)
       ),
     )
 
   @classmethod
-  def read(cls, folder: str) -> "Task":
+  def read(cls, folder: str, space: Space = FIXED) -> "Task":
     with np.load(os.path.join(folder, "task.npz")) as file:
-      return cls(file["ref_logps"], file["rewards"])
+      return cls(file["ref_logps"], file["rewards"], space)
 
   def optimum(self, beta: float) -> np.ndarray:
     """Returns log pi*, the maximum of E[r] - beta KL: f64 [P, N]."""
@@ -264,42 +290,76 @@ class Task:
       seed: seed of the draws.
     """
     rng = np.random.default_rng((seed, 3))
-    prompts = rng.integers(0, len(PROMPTS), 2 * num)
-    cumulative = np.exp(self.ref_logps).cumsum(-1)
-    cumulative /= cumulative[:, -1:]
-    drawn = np.empty((2 * num, 2), np.int64)
-    for p in range(len(PROMPTS)):
-      mine = prompts == p
-      uniform = rng.random((mine.sum(), 2))
-      drawn[mine] = np.searchsorted(cumulative[p], uniform)
+    prompts = rng.integers(0, len(self.space.prompts), 2 * num)
+    drawn = self.draw(prompts, 2, rng)
     differs = np.flatnonzero(drawn[:, 0] != drawn[:, 1])[:num]
     prompts, drawn = prompts[differs], drawn[differs]
+    wins = self.label(prompts, drawn, label, rng)
+    wins ^= rng.random(len(wins)) < flips
+    self.write_chosen(
+      path, prompts, np.where(wins[:, None], drawn, drawn[:, ::-1])
+    )
+
+  def draw(
+    self, prompts: np.ndarray, num: int, rng: np.random.Generator
+  ) -> np.ndarray:
+    """Draws completions of the reference for each prompt: i64 [n, num].
+
+    An empty one is never drawn: files of data may not hold it.
+    """
+    probs = np.exp(self.ref_logps)
+    if self.space.has_end:
+      probs[:, 0] = 0.0
+    cumulative = probs.cumsum(-1)
+    cumulative /= cumulative[:, -1:]
+    drawn = np.empty((len(prompts), num), np.int64)
+    for p in range(len(self.space.prompts)):
+      mine = prompts == p
+      uniform = rng.random((mine.sum(), num))
+      drawn[mine] = np.searchsorted(cumulative[p], uniform)
+    return drawn
+
+  def label(
+    self,
+    prompts: np.ndarray,
+    drawn: np.ndarray,
+    label: str,
+    rng: np.random.Generator,
+  ) -> np.ndarray:
+    """Draws whether the first of each pair is the chosen one: bool [n]."""
     rewards = self.rewards[prompts[:, None], drawn]
     gap = rewards[:, 0] - rewards[:, 1]
-    wins = gap > 0
     if label == "bradley_terry":
-      wins = rng.random(len(gap)) < 1.0 / (1.0 + np.exp(-gap))
-    wins ^= rng.random(len(gap)) < flips
-    drawn = np.where(wins[:, None], drawn, drawn[:, ::-1])
-    texts = [to_text(ids) for ids in completions()]
-    _write_lines(
+      return rng.random(len(gap)) < 1.0 / (1.0 + np.exp(-gap))
+    return gap > 0
+
+  def write_chosen(
+    self, path: str, prompts: np.ndarray, pairs: np.ndarray
+  ) -> None:
+    """Writes pairs, the index of the chosen completion first: i64 [n, 2]."""
+    texts = self.space.texts
+    write_lines(
       path,
       (
-        {"prompt": PROMPTS[p], "chosen": texts[w], "rejected": texts[x]}
-        for p, (w, x) in zip(prompts, drawn, strict=True)
+        {
+          "prompt": self.space.prompts[p],
+          "chosen": texts[w],
+          "rejected": texts[x],
+        }
+        for p, (w, x) in zip(prompts, pairs, strict=True)
       ),
     )
 
 
-def all_logps(policy: Policy, params: Any) -> np.ndarray:
-  """Computes log pi of every completion for every prompt: f64 [P, 4096].
+def all_logps(policy: Policy, params: Any, space: Space = FIXED) -> np.ndarray:
+  """Computes log pi of every completion for every prompt: f64 [P, N].
 
-  One forward pass over the 512 beginnings of three letters gives the
-  distributions of all four letters.
+  One forward pass over all beginnings, 512 by default, gives the distribution
+  of the letter at every position.
   """
-  heads = completions().reshape(-1, NUM_LETTERS, LENGTH)[:, 0, : LENGTH - 1]
+  heads = space.strings(space.length - 1)
   out = []
-  for prompt in _prompt_ids():
+  for prompt in space.prompt_ids():
     tokens = np.concatenate(
       [np.tile(prompt, (len(heads), 1)), heads], 1
     ).astype(np.int32)
@@ -307,10 +367,15 @@ def all_logps(policy: Policy, params: Any) -> np.ndarray:
     logits = logits[:, len(prompt) - 1 :]
     top = logits.max(-1, keepdims=True)
     logps = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-    total = np.zeros(len(heads))
-    for i in range(LENGTH - 1):
-      total += np.take_along_axis(logps[:, i], heads[:, i : i + 1], -1)[:, 0]
-    out.append((total[:, None] + logps[:, LENGTH - 1]).reshape(-1))
+    ended, begun = [], np.zeros(1)
+    for i in range(space.length):
+      # Every beginning of i letters once: heads are sorted.
+      found = logps[:: space.num_letters ** (space.length - 1 - i), i]
+      found = begun[:, None] + found
+      if space.has_end:
+        ended.append(found[:, space.num_letters])
+      begun = found[:, : space.num_letters].reshape(-1)
+    out.append(np.concatenate([*ended, begun]))
   return np.array(out)
 
 

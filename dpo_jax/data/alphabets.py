@@ -65,28 +65,36 @@ class ByteTokenizer(_WithoutTemplate):
 class LetterTokenizer(_WithoutTemplate):
   """Tokenizer of the first letters of the alphabet, for enumerable tasks.
 
-  All texts of such a task have one length, so responses need no end. EOS is an
-  id outside the model's vocabulary, and data.max_tokens cuts it off. The
+  Without an EOS all texts of such a task have one length. EOS is then an id
+  outside the model's vocabulary, and data.max_tokens cuts it off. The
   probabilities of all texts of that length therefore sum to 1.
   """
 
   bos_id = None
   pad_id = None
 
-  def __init__(self, num_letters: int):
+  def __init__(self, num_letters: int, eos_token: str = ""):
     """Assigns ids 0, 1, ... to the letters "a", "b", ...
 
     Args:
       num_letters: number of letters, 2 to 26.
+      eos_token: the last letter, if it ends a response and is in no text.
 
     Raises:
-      ValueError: another number of letters.
+      ValueError: another number of letters, or another EOS.
     """
     if not 1 < num_letters <= 26:
       raise ValueError(f"letters:{num_letters} must have 2 to 26 letters")
-    self.vocab_size = self.eos_id = num_letters
+    last = chr(ord("a") + num_letters - 1)
+    if eos_token not in ("", last):
+      raise ValueError(
+        f"data.eos_token={eos_token!r}: the EOS of letters:{num_letters} is its"
+        f" last letter, {last!r}, or '' for texts of one length"
+      )
+    self.vocab_size = num_letters
+    self.eos_id = num_letters - len(eos_token)
     self.stop_ids = (self.eos_id,)
-    self.digest = f"letters-{num_letters}"
+    self.digest = f"letters-{num_letters}" + ("-eos" if eos_token else "")
 
   def encode(
     self, texts: Sequence[str], *, is_rendered: bool, is_continuation: bool
@@ -94,14 +102,14 @@ class LetterTokenizer(_WithoutTemplate):
     del is_rendered, is_continuation
     ids = [[ord(letter) - ord("a") for letter in text] for text in texts]
     for text, found in zip(texts, ids, strict=True):
-      if not all(0 <= i < self.vocab_size for i in found):
+      if not all(0 <= i < self.eos_id for i in found):
         raise RecordError(
-          f"{text!r} holds more than the first {self.vocab_size} letters"
+          f"{text!r} holds more than the first {self.eos_id} letters"
         )
     return ids
 
   def decode(self, ids: Sequence[int]) -> str:
-    return "".join(chr(i + ord("a")) for i in ids if i < self.vocab_size)
+    return "".join(chr(i + ord("a")) for i in ids if i < self.eos_id)
 
   def special_token(self, token_id: int) -> str:
     return "<eos>" if token_id == self.eos_id else ""

@@ -377,7 +377,8 @@ def load_tokenizer(
   Args:
     spec: 'bytes', 'letters:N', or the folder of a Hugging Face tokenizer.
     chat_template: path of a jinja file; "" for the folder's own.
-    eos_token: spelling of the EOS; "" for the folder's own.
+    eos_token: spelling of the EOS; "" for the folder's own. That of letters is
+      their last one, or "" where all texts have one length.
     template_date: YYYY-MM-DD, date of a template's `strftime_now`.
   """
   if spec == "bytes":
@@ -389,7 +390,7 @@ def load_tokenizer(
     return ByteTokenizer()
   kind, _, count = spec.partition(":")
   if kind == "letters" and count.isdecimal():
-    return LetterTokenizer(int(count))
+    return LetterTokenizer(int(count), eos_token)
   return HFTokenizer(
     spec,
     chat_template=chat_template,

@@ -1,0 +1,60 @@
+"""Exact metrics of policies and reward models of an enumerable task."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dpo_jax import judges
+from experiments import exact_task, trained
+from experiments.exact_space import Space
+from experiments.exact_task import Task
+from experiments.sweep import Row
+
+# (task, log-probs of all completions) -> further metrics of a policy.
+Measure = Callable[[Task, np.ndarray], Row]
+
+
+def measure(
+  folder: str,
+  *,
+  reference: str,
+  space: Space,
+  beta: float | None,
+  every_point: bool = False,
+  extra: Measure | None = None,
+) -> list[Row]:
+  """Measures a run by enumeration: its last policy, or every checkpoint.
+
+  Args:
+    folder: folder of the run.
+    reference: folder of the reference, which has the task.
+    space: prompts and completions.
+    beta: beta of the optimum to compare with, or None.
+    every_point: whether every checkpoint is measured; rows then have `step`.
+    extra: further metrics.
+
+  Returns:
+    A row for each policy.
+  """
+  task = Task.read(reference, space)
+  rows = []
+  for step, policy, params in trained.load_steps(folder)[
+    0 if every_point else -1 :
+  ]:
+    logps = exact_task.all_logps(policy, params, space)
+    row: Row = {"step": step} if every_point else {}
+    row |= task.metrics(logps, beta)
+    rows.append(row | (extra(task, logps) if extra else {}))
+  return rows
+
+
+def measure_reward_model(folder: str, *, reference: str) -> list[Row]:
+  """Measures a reward model's accuracy on pairs, and the best possible."""
+  texts = [exact_task.to_text(ids) for ids in exact_task.completions()]
+  judge = judges.get_judge(f"reward:{folder}")
+  scores = [
+    judges.ask(judge, [prompt] * len(texts), texts)
+    for prompt in exact_task.PROMPTS
+  ]
+  accuracy, bayes = Task.read(reference).pair_accuracy(np.array(scores))
+  return [{"accuracy": accuracy, "bayes_accuracy": bayes}]
