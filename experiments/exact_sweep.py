@@ -71,6 +71,7 @@ class Builder:
     steps: int = 0,
     batch_size: int = _BATCH,
     space: Space = FIXED,
+    num_slots: int = 0,
   ):
     """Adds the reference.
 
@@ -79,8 +80,10 @@ class Builder:
       steps: training steps of every method; 0: those of the scale.
       batch_size: pairs a step of every method.
       space: prompts and completions.
+      num_slots: responses of a group, each group in a row of its own, which
+        short runs plan sooner; 0: rows of six pairs.
     """
-    self.settings, self.space = settings, space
+    self.settings, self.space, self.num_slots = settings, space, num_slots
     self.size = SIZES[settings.scale]
     self.steps = steps or self.size["steps"]
     self.batch_size = batch_size
@@ -223,6 +226,9 @@ class Builder:
     config.loss = loss_config(loss["name"])
     config.loss.update(loss)
     config.batch_size = self.batch_size
+    if self.num_slots:
+      config.data.layout = "padded"
+      config.data.row_tokens = self.num_slots * (2 + self.space.length)
     if points:
       config.checkpoint.every_steps = self.steps // points
       # One more may be the best.

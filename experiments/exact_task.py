@@ -6,6 +6,7 @@ KL, the optimum pi* = pi_ref exp(r / beta) / Z, and the regret of any policy.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from typing import Any
@@ -212,6 +213,10 @@ class Task:
     rewards, kls = np.array(points).T
     return kls, rewards
 
+  @functools.cached_property
+  def _frontier(self) -> tuple[np.ndarray, np.ndarray]:
+    return self.frontier()
+
   def reward_and_kl(self, logps: np.ndarray) -> tuple[float, float]:
     """Returns E[r] and KL(pi || pi_ref), nats, means over the prompts."""
     probs = np.exp(logps)
@@ -239,7 +244,7 @@ class Task:
     if np.abs(mass - 1.0).max() > 1e-4:
       raise ValueError(f"the probabilities of all completions sum to {mass}")
     reward, kl = self.reward_and_kl(logps)
-    kls, rewards = self.frontier()
+    kls, rewards = self._frontier
     best = float(np.interp(kl, kls, rewards))
     out = {"reward": reward, "kl": kl, "share": reward / best if kl else 1.0}
     if beta is None:

@@ -26,7 +26,7 @@ from experiments.sweep.execution import (
   compile_soon,
   execute,
 )
-from experiments.sweep.plots import colour, draw, save_figure
+from experiments.sweep.plots import colour, draw, label_curves, save_figure
 from experiments.sweep.report import (
   Collected,
   collect,
@@ -58,6 +58,7 @@ __all__ = [
   "estimate",
   "execute",
   "in_order",
+  "label_curves",
   "main",
   "mean_and_spread",
   "save_figure",

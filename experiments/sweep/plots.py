@@ -27,6 +27,7 @@ def draw(
   y: str,
   *,
   by: str = "method",
+  order: str = "",
 ) -> None:
   """Draws a line for each value of `by`, with the spread over seeds as bars.
 
@@ -36,9 +37,12 @@ def draw(
     x: column on the horizontal axis.
     y: column on the vertical axis.
     by: column whose values are the lines.
+    order: column that orders the points of a line; x if "".
   """
   for number, name in enumerate(dict.fromkeys(row[by] for row in rows)):
-    mine = sorted((r for r in rows if r[by] == name), key=lambda r: r[x])
+    mine = sorted(
+      (r for r in rows if r[by] == name), key=lambda r: r[order or x]
+    )
     axis.errorbar(
       [r[x] for r in mine],
       [r[y] for r in mine],
@@ -52,6 +56,37 @@ def draw(
       label=str(name),
     )
   axis.grid(alpha=0.3)
+
+
+def label_curves(axis: Any, *, size: float = 8.0) -> None:
+  """Writes the label of each line at its right end, in its colour.
+
+  Labels that would overlap move apart. Call it when the limits are final.
+
+  Args:
+    axis: matplotlib axes with labelled lines.
+    size: font size, points.
+  """
+  to_axes = axis.transData + axis.transAxes.inverted()
+  ends = []
+  for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+    line = handle[0] if isinstance(handle, tuple) else handle
+    x, y = line.get_xydata()[-1]
+    ends.append((*to_axes.transform((x, y)), name, line.get_color()))
+  # Axes are about 4 inches high.
+  gap, lowest = 1.3 * size / (72 * 4), -1.0
+  for x, y, name, color in sorted(ends, key=lambda end: end[1]):
+    lowest = max(y, lowest + gap)
+    axis.annotate(
+      name,
+      (x, lowest),
+      xytext=(7, 0),
+      xycoords="axes fraction",
+      textcoords="offset points",
+      color=color,
+      fontsize=size,
+      va="center",
+    )
 
 
 def save_figure(figure: Any, rows: Sequence[Row], path: str) -> list[str]:
