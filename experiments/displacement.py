@@ -2,12 +2,12 @@
 
   python -m experiments.displacement --workdir=runs/displacement
 
-On the exact task, pairs that share 0 to 3 of their 4 letters. Pal et al. 2024
+On the exact task, pairs that share 0 or 3 of their 4 letters. Pal et al. 2024
 (DPOP, arXiv:2402.13228) and Razin et al. 2024 (arXiv:2410.08847) find that DPO
 lowers the chosen response's log-prob, the more so the more alike the two
-responses are. The optimum pi* of the same beta shows how much of a fall is
-right: it raises what the truth prefers, not every chosen response. Hardware:
-two CPU cores.
+responses are. Pairs that are alike are learnt more slowly, so the fall is
+compared for each nat that the margin has grown. A fall by itself is no fault:
+pi* lowers most chosen responses too. Hardware: two CPU cores.
 """
 
 import functools
@@ -24,18 +24,18 @@ from experiments.sweep import Row, Run, Settings
 
 BETA = 0.1
 # Equal letters of the two responses of a pair, out of four.
-SIMILARITIES = (0, 1, 2, 3)
+SIMILARITIES = {"tiny": (0, 3), "paper": (0, 1, 2, 3)}
 LOSSES = {
   "DPO": dict(name="dpo", beta=BETA),
   "DPOP": dict(name="dpop", beta=BETA, penalty_weight=5.0),
   "Cal-DPO": dict(name="cal_dpo", beta=BETA),
   "APO-zero": dict(name="apo_zero", beta=BETA),
 }
-_STEPS = {"tiny": 200, "paper": 2500}
+_STEPS = {"tiny": 120, "paper": 2500}
 _PAIRS = {"tiny": 1000, "paper": 20_000}
 _BATCH = 32
 METRICS = (
-  *("chosen", "rejected", "share_fallen", "optimum_chosen"),
+  *("fall", "chosen", "rejected", "share_fallen", "optimum_chosen"),
   *("reward", "kl", "share"),
 )
 
@@ -59,16 +59,19 @@ def shifts(task: Task, logps: np.ndarray, *, path: str) -> Row:
     path: pairs.
 
   Returns:
-    Mean log-ratios of chosen and rejected responses, nats; `share_fallen` of
-    the chosen ones; and `optimum_chosen`, the chosen mean of pi* at BETA.
+    `chosen` and `rejected`, mean log-ratios, nats; `fall`, that of the chosen
+    responses for each nat of margin; `share_fallen` of the chosen responses;
+    and `optimum_chosen`, the chosen mean of pi* at BETA.
   """
   prompts, pairs = read_pairs(task, path)
   where = prompts[:, None], pairs
   moved = logps[where] - task.ref_logps[where]
   best = task.optimum(BETA)[where] - task.ref_logps[where]
+  chosen, rejected = moved.mean(0).tolist()
   return {
-    "chosen": float(moved[:, 0].mean()),
-    "rejected": float(moved[:, 1].mean()),
+    "fall": -chosen / (chosen - rejected),
+    "chosen": chosen,
+    "rejected": rejected,
     "share_fallen": float((moved[:, 0] < 0).mean()),
     "optimum_chosen": float(best[:, 0].mean()),
   }
@@ -95,6 +98,8 @@ def add_run(
     knob=f"{num_equal} equal",
     data=data,
     extra=functools.partial(shifts, path=f"{builder.root}/{data}/pairs.jsonl"),
+    # A short run has no use for a cache of its log-probs.
+    changes={"reference.kind": "frozen"},
   )
 
 
@@ -105,7 +110,7 @@ def runs(settings: Settings) -> list[Run]:
     settings, steps=_STEPS[scale], batch_size=_BATCH, num_slots=2
   )
   for seed in builder.seeds:
-    for num_equal in SIMILARITIES:
+    for num_equal in SIMILARITIES[scale]:
       for method in LOSSES:
         add_run(builder, method, num_equal, _PAIRS[scale], seed)
   return list(builder.runs.values())
@@ -128,31 +133,25 @@ def table(rows: list[Row]) -> list[Row]:
   out = []
   for row in means(rows):
     line = {"loss": row["method"], "equal letters": row["equal"]}
-    line |= {"chosen": row["chosen"], "+-": row["chosen_spread"]}
+    line |= {"fall": row["fall"], "+-": row["fall_spread"]}
     out.append(line | {name: row[name] for name in METRICS[1:]})
   return out
 
 
 def plot(rows: list[Row], path: str) -> list[str]:
-  """Plots the chosen and the rejected log-ratio, and the true reward."""
+  """Plots the fall for a nat of margin, the log-ratio, and the reward."""
   figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
   found = means(rows)
-  optimum = [
-    row | {"method": "pi*", "chosen": row["optimum_chosen"], "chosen_spread": 0}
-    for row in found
-    if row["method"] == "DPO"
-  ]
-  sweep.draw(axes[0], found + optimum, "equal", "chosen")
-  sweep.draw(axes[1], found, "equal", "rejected")
-  sweep.draw(axes[2], found, "equal", "reward")
-  for axis, label in (
-    (axes[0], "log-ratio of the chosen responses (nats)"),
-    (axes[1], "log-ratio of the rejected responses (nats)"),
-    (axes[2], "true reward, E[r]"),
+  for axis, name, label in (
+    (axes[0], "fall", "fall of the chosen for a nat of margin"),
+    (axes[1], "chosen", "log-ratio of the chosen responses (nats)"),
+    (axes[2], "reward", "true reward, E[r]"),
   ):
+    sweep.draw(axis, found, "equal", name)
+    axis.axhline(0.0, color="0.7", linewidth=1)
     axis.set(xlabel="equal letters of a pair, of 4", ylabel=label)
+    axis.set(xticks=sorted({row["equal"] for row in found}))
     sweep.label_curves(axis)
-  axes[0].axhline(0.0, color="0.7", linewidth=1)
   return sweep.save_figure(figure, rows, path)
 
 

@@ -1,4 +1,4 @@
-"""Data of the exact task that `Task.write_pairs` does not write."""
+"""Pairs of the exact task that `Task.write_pairs` does not write."""
 
 import numpy as np
 

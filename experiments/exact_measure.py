@@ -20,32 +20,24 @@ def measure(
   reference: str,
   space: Space,
   beta: float | None,
-  every_point: bool = False,
   extra: Measure | None = None,
 ) -> list[Row]:
-  """Measures a run by enumeration: its last policy, or every checkpoint.
+  """Measures a run's last policy by enumeration.
 
   Args:
     folder: folder of the run.
     reference: folder of the reference, which has the task.
     space: prompts and completions.
     beta: beta of the optimum to compare with, or None.
-    every_point: whether every checkpoint is measured; rows then have `step`.
     extra: further metrics.
 
   Returns:
-    A row for each policy.
+    One row.
   """
   task = Task.read(reference, space)
-  rows = []
-  for step, policy, params in trained.load_steps(folder)[
-    0 if every_point else -1 :
-  ]:
-    logps = exact_task.all_logps(policy, params, space)
-    row: Row = {"step": step} if every_point else {}
-    row |= task.metrics(logps, beta)
-    rows.append(row | (extra(task, logps) if extra else {}))
-  return rows
+  logps = exact_task.all_logps(*trained.load(folder), space)
+  further = extra(task, logps) if extra else {}
+  return [task.metrics(logps, beta) | further]
 
 
 def measure_reward_model(folder: str, *, reference: str) -> list[Row]:

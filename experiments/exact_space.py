@@ -25,7 +25,8 @@ class Space:
   """All responses to some prompts.
 
   Attributes:
-    num_letters: letters of the alphabet, from "a" on.
+    num_letters: letters of the alphabet, from "a" on. With the end token they
+      must fill the policy's vocabulary, which is a multiple of 8.
     length: most letters of a response.
     has_end: whether a response may have fewer letters, none included. The
       letter after the alphabet's last is then the end token.

@@ -217,7 +217,6 @@ class Builder:
     loss: Mapping[str, Any],
     data: str,
     seed: int,
-    points: int,
     changes: Mapping[str, Any],
   ) -> Any:
     """Returns the config of a method; see `add`."""
@@ -229,10 +228,6 @@ class Builder:
     if self.num_slots:
       config.data.layout = "padded"
       config.data.row_tokens = self.num_slots * (2 + self.space.length)
-    if points:
-      config.checkpoint.every_steps = self.steps // points
-      # One more may be the best.
-      config.checkpoint.keep = points + 1
     config.update_from_flattened_dict(changes)
     return config
 
@@ -251,7 +246,6 @@ class Builder:
     learning_rate: float = 1e-3,
     after: tuple[str, ...] = (),
     data: str = "",
-    points: int = 0,
     extra: exact_measure.Measure | None = None,
     changes: Mapping[str, Any] | None = None,
   ) -> str:
@@ -269,8 +263,6 @@ class Builder:
       learning_rate: peak learning rate.
       after: further runs that it starts from.
       data: run that writes its data; "": pairs by label and flips.
-      points: steps at which it is measured, evenly spaced; 0: at its end, in
-        a row without `step`.
       extra: further metrics.
       changes: values of other keys of the config by path.
 
@@ -282,9 +274,7 @@ class Builder:
     if online is not None:
       online = online | {"max_response_tokens": self.space.length}
       values |= {f"online.{key}": value for key, value in online.items()}
-    config = self._method_config(
-      loss, data, seed, points, values | dict(changes or {})
-    )
+    config = self._method_config(loss, data, seed, values | dict(changes or {}))
     name = _run_name(method, beta, knob, label, flips, seed)
     reference = f"{self.root}/reference"
     of_run = functools.partial(
@@ -292,7 +282,6 @@ class Builder:
       reference=reference,
       space=self.space,
       beta=beta,
-      every_point=points > 0,
       extra=extra,
     )
     if loss["name"] == "reward_model":

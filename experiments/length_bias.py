@@ -2,13 +2,14 @@
 
   python -m experiments.length_bias --workdir=runs/length_bias
 
-On an exact task with responses of 1 to 7 tokens. The true reward does not
-depend on length: its mean under the reference is 0 at every length. The labels
-are drawn by Bradley-Terry from the true reward plus 0.5 a token. Park et al.
-2024 (R-DPO, arXiv:2403.19159) find that DPO lengthens beyond its data. R-DPO
-with alpha = 0.5 takes exactly this bias out: its optimum is pi* of the true
-reward. The rest are LD-DPO (2409.06411), SAMPO (2406.10957), SimPO
-(2405.14734) and length-normalised DPO (2411.15124). Hardware: two CPU cores.
+On an exact task with responses of 1 to 4 tokens, the end token included. The
+true reward does not depend on length: its mean under the reference is 0 at
+every length. The labels are drawn by Bradley-Terry from the true reward plus 1
+a token. Park et al. 2024 (R-DPO, arXiv:2403.19159) find that DPO lengthens
+beyond its data. R-DPO with alpha = 1 takes exactly this bias out: its optimum
+is pi* of the true reward. The rest are LD-DPO (2409.06411), SAMPO (2406.10957),
+SimPO (2405.14734) and length-normalised DPO (2411.15124). Hardware: two CPU
+cores.
 """
 
 import dataclasses
@@ -23,24 +24,23 @@ from experiments.exact_sweep import Builder
 from experiments.exact_task import Task
 from experiments.sweep import Row, Run, Settings
 
-SPACE = Space(3, 7, has_end=True, prompts=("ab", "bc", "ca", "cb"))
+SPACE = Space(7, 4, has_end=True, prompts=("ab", "cd", "ef", "ga"))
 BETA = 0.5
 # Reward of a token in the labels.
-BIAS = 0.5
+BIAS = 1.0
 _UNBIASED = "DPO, labels without bias"
-# Mean log-ratios are smaller than sums by the mean number of tokens, about 4.
+# Mean log-ratios are smaller than sums by the mean number of tokens, about 3.
 LOSSES = {
   _UNBIASED: dict(name="dpo", beta=BETA),
   "DPO": dict(name="dpo", beta=BETA),
-  "R-DPO, alpha 0.25": dict(name="r_dpo", beta=BETA, alpha=BIAS / 2),
-  "R-DPO, alpha 0.5": dict(name="r_dpo", beta=BETA, alpha=BIAS),
-  "LD-DPO, alpha 0.5": dict(name="ld_dpo", beta=BETA, alpha=0.5),
+  "R-DPO": dict(name="r_dpo", beta=BETA, alpha=BIAS),
+  "LD-DPO": dict(name="ld_dpo", beta=BETA, alpha=0.5),
   "SAMPO": dict(name="sampo", beta=BETA),
-  "length-normalised DPO": dict(name="length_normalized_dpo", beta=4 * BETA),
+  "length-normalised DPO": dict(name="length_normalized_dpo", beta=3 * BETA),
   "SimPO": dict(name="simpo", beta=2.0, gamma_over_beta=0.5),
 }
-_STEPS = {"tiny": 300, "paper": 2500}
-_PAIRS = {"tiny": 10_000, "paper": 200_000}
+_STEPS = {"tiny": 200, "paper": 2500}
+_PAIRS = {"tiny": 6400, "paper": 200_000}
 _BATCH = 32
 METRICS = ("tokens", "slope", "reward", "kl", "share", "regret")
 

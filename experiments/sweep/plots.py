@@ -27,7 +27,6 @@ def draw(
   y: str,
   *,
   by: str = "method",
-  order: str = "",
 ) -> None:
   """Draws a line for each value of `by`, with the spread over seeds as bars.
 
@@ -37,12 +36,9 @@ def draw(
     x: column on the horizontal axis.
     y: column on the vertical axis.
     by: column whose values are the lines.
-    order: column that orders the points of a line; x if "".
   """
   for number, name in enumerate(dict.fromkeys(row[by] for row in rows)):
-    mine = sorted(
-      (r for r in rows if r[by] == name), key=lambda r: r[order or x]
-    )
+    mine = sorted((r for r in rows if r[by] == name), key=lambda r: r[x])
     axis.errorbar(
       [r[x] for r in mine],
       [r[y] for r in mine],
@@ -58,15 +54,18 @@ def draw(
   axis.grid(alpha=0.3)
 
 
-def label_curves(axis: Any, *, size: float = 8.0) -> None:
+def label_curves(axis: Any, *, room: float = 0.3, size: float = 8.0) -> None:
   """Writes the label of each line at its right end, in its colour.
 
-  Labels that would overlap move apart. Call it when the limits are final.
+  Labels that would overlap move apart.
 
   Args:
-    axis: matplotlib axes with labelled lines.
+    axis: matplotlib axes with labelled lines and a linear x axis.
+    room: width that the axes gain for the labels, as a share of what they had.
     size: font size, points.
   """
+  left, right = axis.get_xlim()
+  axis.set_xlim(left, right + room * (right - left))
   to_axes = axis.transData + axis.transAxes.inverted()
   ends = []
   for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
