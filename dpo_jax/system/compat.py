@@ -6,6 +6,7 @@ Their docstrings compare jax 0.10.2 and 0.12.0.
 
 from collections.abc import Callable
 import inspect
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +52,22 @@ def mesh_platform() -> str | None:
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return None if device is None else device.platform
+
+
+def compute_capability() -> tuple[int, int] | None:
+  """Reads the compute capability of this machine's first NVIDIA GPU.
+
+  The attribute of devices is not in the reference. In both versions it is text
+  such as "9.0"; an AMD GPU has the name of its architecture there.
+
+  Returns:
+    Major and minor number; None on another device.
+  """
+  if jax.default_backend() != "gpu":
+    return None
+  text = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+  found = re.fullmatch(r"(\d+)\.(\d+)", text)
+  return (int(found[1]), int(found[2])) if found else None
 
 
 def find_processes(timeout_s: float) -> tuple[str, int, int]:
