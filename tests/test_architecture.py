@@ -13,7 +13,15 @@ ROOMS: dict[str, list[str]] = {
   "names": [],
   "intervals": [],
   "trees": [],
-  "system": ["compat", "version", "downloads", "files", "cache", "progress"],
+  "system": [
+    "chips",
+    "compat",
+    "version",
+    "downloads",
+    "files",
+    "cache",
+    "progress",
+  ],
   "types": [],
   "losses": [
     "numerics",

@@ -40,8 +40,13 @@ def memory_table(plan: Plan, hbm: float) -> str:
   )
 
 
-def collective_table(plan: Plan) -> str:
-  """Collectives: calls and bytes by kind and network."""
+def collective_table(plan: Plan, networks: tuple[str, str]) -> str:
+  """Collectives: calls and bytes by kind and network.
+
+  Args:
+    plan: plan.
+    networks: names of the network within a slice, and of that between them.
+  """
   if plan.collectives is None:
     return f"collectives: {hlo.UNREADABLE}"
   rows = []
@@ -55,7 +60,7 @@ def collective_table(plan: Plan) -> str:
         rows.append(
           {
             "collective": kind,
-            "over": "DCN" if crosses else "ICI",
+            "over": networks[crosses],
             "calls": sum(c.trips for c in chosen),
             "group": str(sorted({c.group_size for c in chosen})),
             "GiB received": received / GIB,

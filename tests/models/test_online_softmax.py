@@ -121,8 +121,8 @@ def test_accelerator_layout_gives_the_same_values(monkeypatch):
   monkeypatch.setattr(active_mesh, "platform", lambda: "gpu")
   monkeypatch.setattr(
     vocabulary_blocks,
-    "ACCELERATOR",
-    vocabulary_blocks.TileSizes(256, 1),
+    "tile_sizes",
+    lambda: vocabulary_blocks.TileSizes(256, 1),
   )
   x = inputs(has_bias=True)
   wanted = with_gradients(whole_vocabulary, x)
