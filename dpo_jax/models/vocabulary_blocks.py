@@ -61,8 +61,8 @@ _LEAST_SIDE = 2048
 def tile_sizes() -> TileSizes:
   """Returns the tile sizes of the device that the program is compiled for.
 
-  They follow from the kind of device, not from what is free on it: the same
-  run gives the same bits whatever else the device holds.
+  They follow from the kind of device and not from what is free on it, so that a
+  run repeats its bits on a device that other programs use too.
   """
   if active_mesh.platform() == "cpu":
     return CPU

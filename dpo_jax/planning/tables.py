@@ -20,7 +20,14 @@ def formatted(value: float) -> str:
 
 
 def memory_table(plan: Plan, hbm: float) -> str:
-  """Memory of a device by kind; the rest of the peak is activations."""
+  """Formats the memory of a device as a table: GiB by kind, and the peak.
+
+  What the kinds leave of the peak is called activations.
+
+  Args:
+    plan: plan.
+    hbm: bytes of memory of the device.
+  """
   known = sum(plan.memory.values())
   rest = max(plan.peak - known, 0.0)
   lines = plan.memory | {
@@ -41,7 +48,7 @@ def memory_table(plan: Plan, hbm: float) -> str:
 
 
 def collective_table(plan: Plan, networks: tuple[str, str]) -> str:
-  """Collectives: calls and bytes by kind and network.
+  """Formats collectives as a table: calls and bytes by kind and network.
 
   Args:
     plan: plan.
@@ -80,7 +87,7 @@ def expected_seconds(plan: Plan, request: Request) -> float:
 
 
 def slowest(plan: Plan) -> str:
-  """Names the bound that limits a step, if all bounds are known."""
+  """Returns the name of the largest lower bound of a step, if all are known."""
   if any(map(math.isnan, plan.bounds.values())):
     return hlo.UNREADABLE
   return max(plan.bounds, key=plan.bounds.get)

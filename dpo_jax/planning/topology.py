@@ -125,7 +125,7 @@ class Topology:
 
 
 def known_names() -> str:
-  """All names, a line for each kind of chip."""
+  """Lists all names, a line for each kind of chip."""
   return "\n".join(
     f"  {kind}: "
     + ", ".join(
