@@ -4,7 +4,7 @@
 
 compiles the very step of that config for that TPU, on a machine without one
 (libtpu from requirements-tpu.txt), and prints tables. --topology=h200-8 is a
-host with eight GPUs (pip install 'jax[cuda13]', also without a GPU).
+host with eight GPUs (pip install 'jax[cuda12]', also without a GPU).
 
 Where this machine cannot read the config's data, --row_tokens, --rows and
 --vocab_size replace what they would have said.

@@ -120,7 +120,7 @@ class Topology:
     except NotImplementedError:
       raise RuntimeError(
         "JAX's CUDA plugin is not installed, which compiles for GPUs, also"
-        " where there is none: pip install 'jax[cuda13]'"
+        " where there is none: pip install 'jax[cuda12]', or cuda13"
       ) from None
 
 

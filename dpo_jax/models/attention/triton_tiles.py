@@ -38,15 +38,35 @@ class Kernels:
   dkv: Tiles
 
 
-# By the bytes of a head's channels. Those of 128 and 256 (bf16, head sizes 64
-# and 128) were the fastest of a few that were tried on an H200, but for dq of
-# 256, with an earlier form of these kernels; the others fit into shared memory
-# by formula.
+# By channels of a head and bytes of a channel. None was timed in this form. An
+# earlier form of these kernels was fastest on an H200 with those of (64, 2),
+# and forward with that of (128, 2). The others fit into shared memory, and XLA,
+# compiling for an H200, spills no registers, but for dq in float32.
 TILES = {
-  128: Kernels(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
-  256: Kernels(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-  512: Kernels(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-  1024: Kernels(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+  (64, 2): Kernels(
+    Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)
+  ),
+  (128, 2): Kernels(
+    Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(64, 128, 8, 2)
+  ),
+  (256, 2): Kernels(
+    Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)
+  ),
+  (64, 4): Kernels(
+    Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 1)
+  ),
+  (128, 4): Kernels(
+    Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1), Tiles(32, 16, 4, 1)
+  ),
+  (256, 4): Kernels(
+    Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)
+  ),
+}
+# Where they differ, on GPUs with 100 KiB.
+SMALL_TILES = {
+  (128, 2): Kernels(
+    Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(32, 64, 4, 1)
+  ),
 }
 
 
@@ -74,8 +94,8 @@ def choose_kernels(width: int, dtype: Any) -> Kernels:
     width: channels of a head, a power of two.
     dtype: dtype of queries, keys and values.
   """
-  num_bytes = max(width * jnp.dtype(dtype).itemsize, min(TILES))
+  key = max(width, 64), jnp.dtype(dtype).itemsize
   capability = compat.compute_capability()
   if capability is not None and capability not in _LARGE:
-    num_bytes *= 2  # half of the memory
-  return TILES[min(num_bytes, max(TILES))]
+    return SMALL_TILES.get(key, TILES[key])
+  return TILES[key]
