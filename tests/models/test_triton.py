@@ -302,7 +302,7 @@ def _shared_bytes(kernels, num_bytes):
 
 @pytest.mark.parametrize("key", TILES)
 def test_tiles_divide_rows_and_fit_into_shared_memory(key):
-  """Of 164 KiB, and of 100 KiB; XLA keeps one."""
+  """The shared memory is 164 KiB, or 100 KiB; XLA keeps one of them."""
   num_bytes = math.prod(key)
   for kernels, kib in ((TILES[key], 163), (SMALL_TILES.get(key), 99)):
     kernels = kernels or TILES[key]
