@@ -1,6 +1,5 @@
 """Tests what dpo_jax/system/compat.py expects of the installed JAX."""
 
-import importlib.util
 import inspect
 import typing
 
@@ -134,17 +133,6 @@ def test_devices_of_a_topology_have_coordinates(libtpu):
   assert [compat.core_on_chip(d) for d in halves] == [0, 1] * 4
   with jax.set_mesh(Mesh(np.array(one), ("data",))):
     assert compat.mesh_platform() == "tpu"
-
-
-_CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-  """JAX's CUDA plugin, which compiles without a GPU."""
-  if not any(map(importlib.util.find_spec, _CUDA_PLUGINS)):
-    pytest.skip("no CUDA plugin of JAX")
-  monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
 def test_gpus_that_are_not_here_have_their_facts(cuda):
