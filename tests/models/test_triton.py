@@ -260,15 +260,15 @@ def _lower(head_dim, dtype, soft_cap):
     for heads in (8, 2)
   )
   label = jax.ShapeDtypeStruct((1, length), jnp.int32)
-  traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(
-    query, key, key, label, label, label
-  )
   # From jax 0.11 on, lowering asks for the kind of the GPU.
   gpu = jax.sharding.AbstractDevice(
     "NVIDIA H200", num_cores=132, platform="gpu"
   )
   mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=gpu)
   with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(
+      query, key, key, label, label, label
+    )
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
