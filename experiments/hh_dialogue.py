@@ -2,13 +2,13 @@
 
   python -m experiments.hh_dialogue --workdir=runs/win_rates
 
-A policy's answer wins if the judge prefers it to the chosen answer of the data
-(Rafailov et al. 2023, arXiv:2305.18290, sec. 6.2). DPO starts from
-Preferred-FT, as in the paper. At `tiny` questions and answers are drawn from a
-grammar, and the judge is the truth; there SFT learns from all answers, and
-takes the place of the paper's prompted base model. At `paper` the policy is
-Pythia-2.8B on Anthropic's dialogues, without that base model; its flags are
-those of tldr_temperature.
+A policy's answer wins if the judge prefers it to that of the data (Rafailov et
+al. 2023, arXiv:2305.18290, sec. 6.2). DPO starts from Preferred-FT, as in the
+paper. At `tiny` questions and answers are drawn from a grammar, and the judge
+is the truth; there SFT learns from all answers, and takes the place of the
+paper's prompted base model. At `paper` the policy is Pythia-2.8B on Anthropic's
+dialogues, without that base model, and the answer of the data is the chosen
+one; its flags are those of tldr_temperature.
 """
 
 import functools
@@ -67,15 +67,10 @@ def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
 def table(rows: list[Row]) -> list[Row]:
   """Returns the win rate of each method at each temperature, then by step."""
   last, over_steps = _split(rows)
-  return [
-    *figures.pivot(last, ("method",), "temperature", "T {:g}".format),
-    *(
-      {"method": f"DPO, step {row['step']}"} | row
-      for row in figures.pivot(
-        over_steps, ("step",), "temperature", "T {:g}".format
-      )
-    ),
-  ]
+  by_step = [row | {"method": f"DPO, step {row['step']}"} for row in over_steps]
+  return figures.pivot(
+    last + by_step, ("method",), "temperature", "T {:g}".format
+  )
 
 
 def plot(rows: list[Row], path: str) -> list[str]:
@@ -87,7 +82,8 @@ def plot(rows: list[Row], path: str) -> list[str]:
     last,
     "temperature",
     xlabel="sampling temperature",
-    ylabel="win rate against chosen answers",
+    ylabel="win rate against answers of the data",
+    xticks=TEMPERATURES,
     xlim=(0.2, 1.3),
   )
   figures.draw(axes[1], over_steps, "step", by="curve", xlabel="step of DPO")

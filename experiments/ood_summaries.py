@@ -5,8 +5,9 @@
 DPO, PPO and SFT are trained on posts. Their summaries of news, at temperatures
 0 and 0.25, are compared with those of the news's own data (Rafailov et al.
 2023, arXiv:2305.18290, sec. 6.3). At `tiny` the news tell facts of the same
-kinds in other words, and the judge is the truth; at `paper` they are those of
-CNN and the Daily Mail. Flags of `paper` are those of tldr_temperature.
+kinds in other words, and name a second person; the judge is the truth. At
+`paper` they are those of CNN and the Daily Mail. Flags of `paper` are those of
+tldr_temperature.
 """
 
 import functools

@@ -56,6 +56,7 @@ def plot(rows: list[Row], path: str) -> list[str]:
     "temperature",
     xlabel="sampling temperature",
     ylabel="win rate against reference summaries",
+    xticks=TEMPERATURES,
     xlim=(-0.05, 1.3),
   )
   return sweep.save_figure(figure, rows, path)

@@ -52,7 +52,7 @@ class Run:
     sampled_tokens: tokens that `measure` samples, prompts included, for the
       estimate.
     questions: questions that `measure` asks a judge on a server.
-    dollars: what these cost, at most.
+    dollars: cost of these, at most.
   """
 
   name: str

@@ -54,7 +54,8 @@ def draw(
     )
     ends.append((values[-1], points[-1], str(name), color))
   axis.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
-  axis.set(**{"ylim": (0, 1), "ylabel": "win rate", **labels})
+  lowest = min([0.45, *(row["win_rate_low"] for row in means)])
+  axis.set(**{"ylim": (lowest - 0.02, 1), "ylabel": "win rate", **labels})
   axis.grid(alpha=0.3)
   _label(axis, ends)
 
@@ -64,7 +65,7 @@ def _label(axis: Any, ends: Sequence[tuple[float, float, str, Any]]) -> None:
   low, high = axis.get_ylim()
   height = -math.inf
   for value, point, name, color in sorted(ends):
-    height = max(value, height + 0.06 * (high - low))
+    height = max(value, height + 0.05 * (high - low))
     axis.annotate(
       name,
       (point, height),
@@ -92,7 +93,8 @@ def pivot(
     header: value -> name of its column.
 
   Returns:
-    Win rates as "mean +- spread" over seeds, "-" where none was measured.
+    Win rates as "mean +- spread" over seeds, the rate alone of one seed, and
+    "-" where none was measured.
   """
   means = sweep.mean_and_spread(rows, (*by, column), _METRICS)
   headers = {mean[column]: header(mean[column]) for mean in means}
@@ -101,7 +103,9 @@ def pivot(
   for mean in means:
     key = tuple(mean[name] for name in by)
     row = out.setdefault(key, dict(zip(by, key, strict=True)) | blank)
-    text = f"{mean['win_rate']:.3f} +- {mean['win_rate_spread']:.3f}"
+    text = f"{mean['win_rate']:.3f}"
+    if mean["seeds"] > 1:
+      text += f" +- {mean['win_rate_spread']:.3f}"
     row[headers[mean[column]]] = text
   return list(out.values())
 

@@ -246,7 +246,7 @@ class Plan:
 
 
 def check_settings(settings: Settings) -> None:
-  """Checks that a judge is named where one is asked, and nowhere else.
+  """Checks that a judge is named where one is asked, and only there.
 
   Raises:
     ValueError: the paper's scale without a judge on a server, a judge at the

@@ -2,9 +2,11 @@
 
 A post tells a deed, its place and a mood, and says other things. A summary is
 good if it has these facts, no wrong ones, and little more. News tell the same
-facts in other words: a second domain for the same summaries.
+facts in other words, and name a second person, as no post does: a second domain
+for the same summaries.
 """
 
+import itertools
 import math
 import random
 
@@ -28,6 +30,7 @@ _POST = ("my {who} {deed} .", "in {place} .", "i am {mood} .")
 _POST_ASIDES = ("it rains .", "first post .", "thanks .", "sorry .")
 _NEWS = ("{place} :", "one {who} {deed} today .", "many feel {mood} .")
 _NEWS_ASIDES = ("it rains .", "more at nine .", "prices rise .", "no comment .")
+_NEWS_THANKS = "thanks to a {who} ."
 END = "tl;dr:"
 # Shares of summaries that have a fact, and an aside by a writer of average
 # care: the most likely summary lacks a fact and has an aside.
@@ -38,7 +41,7 @@ WORDS = sorted(
   {
     word
     for text in (*_POST, *_POST_ASIDES, *_NEWS, *_NEWS_ASIDES, *_ASIDES)
-    for word in text.split()
+    for word in (*text.split(), *_NEWS_THANKS.split())
     if "{" not in word
   }
   | _JOINTS
@@ -55,9 +58,13 @@ def draw_post(rng: random.Random) -> str:
 
 
 def draw_news(rng: random.Random) -> str:
-  """Draws news: the facts in their order, between three asides."""
+  """Draws news: facts in their order between two asides and a second person."""
   place, event, mood = _fill(_NEWS, rng)
-  first, second, third = rng.sample(_NEWS_ASIDES, 3)
+  others = [who for who in _VALUES["who"] if who not in event.split()]
+  thanks = _NEWS_THANKS.format(who=rng.choice(others))
+  between = [*rng.sample(_NEWS_ASIDES, 2), thanks]
+  rng.shuffle(between)
+  first, second, third = between
   return " ".join([place, first, event, second, mood, third, END])
 
 
@@ -67,8 +74,17 @@ def _fill(sentences: tuple[str, ...], rng: random.Random) -> list[str]:
 
 
 def read_facts(prompt: str) -> dict[str, str]:
-  """Returns the facts of a post or of news, by kind."""
-  return {_KINDS[w]: w for w in prompt.split() if w in _KINDS}
+  """Returns the facts of a post or of news, by kind.
+
+  The person of the facts stands before the deed.
+  """
+  words = prompt.split()
+  following = itertools.pairwise(words)
+  return {
+    _KINDS[word]: word
+    for word, after in following
+    if word in _KINDS and (_KINDS[word] != "who" or _KINDS.get(after) == "deed")
+  }
 
 
 def draw_summary(rng: random.Random, prompt: str) -> str:

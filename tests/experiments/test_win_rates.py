@@ -10,9 +10,7 @@ from dpo_jax import judges
 from dpo_jax.config import resolve
 from dpo_jax.data import tokenizers
 from dpo_jax.losses import build_objective
-from dpo_jax.planning import topology
-from dpo_jax.planning.compilation import Request
-from dpo_jax.planning.report import in_child, report
+from dpo_jax.records.metrics import format_table
 from dpo_jax.training.samples import Samples
 from experiments import (
   best_of_n,
@@ -73,8 +71,8 @@ def test_the_truth_of_an_answer_by_hand(prompt, answer, reward):
   assert questions.reward(prompt, answer) == pytest.approx(reward)
 
 
-def test_news_tell_the_facts_of_their_own_words():
-  news = "oslo : it rains . one boss won today . many feel glad . tl;dr:"
+def test_the_second_person_of_news_is_not_a_fact():
+  news = "oslo : thanks to a uncle . one boss won today . many feel glad ."
   assert posts.read_facts(news) == posts.read_facts(POST)
   assert posts.reward(news, "boss won") == posts.reward(POST, "boss won")
 
@@ -281,8 +279,7 @@ def test_collect_table_and_plot_of_planted_results(module, tmp_path):
   found = module.collect(str(tmp_path))
   assert found.missing == []
   table = module.table(found.rows)
-  cells = {cell for row in table for cell in row.values()}
-  assert any("+- 0.010" in str(cell) for cell in cells)
+  assert "+- 0.010" in format_table(table)
   png, pdf, _ = module.plot(found.rows, str(tmp_path / "figure"))
   assert 0 < (tmp_path / "figure.png").stat().st_size < 100_000
   assert png.endswith(".png") and pdf.endswith(".pdf")
@@ -346,14 +343,3 @@ def test_a_small_sweep_measures_every_method(in_haste, tmp_path, monkeypatch):
   assert methods["best_of_n"] == {"Best-of-N"}
   assert methods["ood_summaries"] == {"DPO", "PPO", "SFT"}
   assert not list(tmp_path.glob("*/failed.json"))
-
-
-@pytest.mark.slow
-def test_the_largest_step_of_the_paper_compiles_for_a_tpu(libtpu):
-  """DPO of GPT-J on 16 TPU v5e chips, without its weights and its data."""
-  plan = Plan(sweep.Settings("W", "paper", evaluation=PAPER), "posts")
-  config = plan.config("dpo", 0)
-  config.policy.init, config.policy.preset = "random", "gpt-j-6b"
-  where = topology.parse_topology("v5e-16")
-  request = Request(config, where, rows=64, row_tokens=512, vocab_size=50400)
-  assert in_child(report, request).fits
