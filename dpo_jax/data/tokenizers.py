@@ -380,17 +380,28 @@ def load_tokenizer(
     eos_token: spelling of the EOS; "" for the folder's own. That of letters is
       their last one, or "" where all texts have one length.
     template_date: YYYY-MM-DD, date of a template's `strftime_now`.
+
+  Raises:
+    ValueError: a template for bytes or letters, or an EOS that they cannot
+      have; or a tokenizer that cannot be read.
+    FileNotFoundError: no such folder or template.
   """
-  if spec == "bytes":
-    if eos_token:
-      raise ValueError(
-        f"data.eos_token={eos_token!r} is for tokenizers with a vocabulary;"
-        " that of 'bytes' is its id 257"
-      )
-    return ByteTokenizer()
   kind, _, count = spec.partition(":")
-  if kind == "letters" and count.isdecimal():
-    return LetterTokenizer(int(count), eos_token)
+  is_letters = kind == "letters" and count.isdecimal()
+  if spec == "bytes" or is_letters:
+    refused = {"data.chat_template": chat_template}
+    if not is_letters:
+      refused["data.eos_token"] = eos_token
+    for key, value in refused.items():
+      if value:
+        raise ValueError(
+          f"{key}={value!r} is for tokenizers with a vocabulary, and"
+          f" data.tokenizer={spec!r} has none: leave {key} empty, or set"
+          " data.tokenizer to a tokenizer's folder"
+        )
+    return (
+      LetterTokenizer(int(count), eos_token) if is_letters else ByteTokenizer()
+    )
   return HFTokenizer(
     spec,
     chat_template=chat_template,
