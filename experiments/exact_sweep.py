@@ -171,14 +171,27 @@ class Builder:
       tokens_per_group=6,
     )
 
-  def _pairs(self, label: str, flips: float, seed: int) -> str:
+  def _pairs(
+    self,
+    label: str,
+    flips: float,
+    seed: int,
+    beginnings: int = exact_task.NUM_LETTERS,
+  ) -> str:
     """Adds a run that draws pairs, unless it exists; returns its name."""
-    name = f"pairs_{label}_{flips:g}_s{seed}"
+    is_partial = beginnings < exact_task.NUM_LETTERS
+    part = f"_begin{beginnings}" if is_partial else ""
+    name = f"pairs_{label}_{flips:g}{part}_s{seed}"
     num = self.size["pairs"]
 
     def work(folder: str) -> None:
       Task.read(f"{self.root}/reference").write_pairs(
-        f"{folder}/pairs.jsonl", num, label=label, flips=flips, seed=seed
+        f"{folder}/pairs.jsonl",
+        num,
+        label=label,
+        flips=flips,
+        seed=seed,
+        beginnings=beginnings,
       )
 
     self.runs.setdefault(
@@ -207,6 +220,7 @@ class Builder:
     online: dict[str, Any] | None = None,
     learning_rate: float = 1e-3,
     after: tuple[str, ...] = (),
+    beginnings: int = exact_task.NUM_LETTERS,
   ) -> str:
     """Adds a trained run, measured by enumeration at its end.
 
@@ -221,11 +235,12 @@ class Builder:
       online: keys of `config.online`, for methods that sample.
       learning_rate: peak learning rate.
       after: further runs that it starts from.
+      beginnings: first letters in the pairs; see `Task.write_pairs`.
 
     Returns:
       The run's name.
     """
-    pairs = self._pairs(label, flips, seed)
+    pairs = self._pairs(label, flips, seed, beginnings)
     config = self._config(self.steps, seed)
     config.data.source = f"jsonl:{self.root}/{pairs}/pairs.jsonl"
     config.loss = loss_config(loss["name"])

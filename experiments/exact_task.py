@@ -252,7 +252,14 @@ class Task:
     return float(np.mean(ours)), float(np.mean(bayes))
 
   def write_pairs(
-    self, path: str, num: int, *, label: str, flips: float, seed: int
+    self,
+    path: str,
+    num: int,
+    *,
+    label: str,
+    flips: float,
+    seed: int,
+    beginnings: int = NUM_LETTERS,
   ) -> None:
     """Writes labelled pairs of completions that the reference draws.
 
@@ -262,10 +269,14 @@ class Task:
       label: "bradley_terry", or "argmax" for the larger reward.
       flips: fraction of labels that are flipped.
       seed: seed of the draws.
+      beginnings: letters, from "a" on, that completions may begin with.
     """
     rng = np.random.default_rng((seed, 3))
     prompts = rng.integers(0, len(PROMPTS), 2 * num)
-    cumulative = np.exp(self.ref_logps).cumsum(-1)
+    is_covered = np.arange(self.ref_logps.shape[1]) < (
+      beginnings * NUM_LETTERS ** (LENGTH - 1)
+    )
+    cumulative = (np.exp(self.ref_logps) * is_covered).cumsum(-1)
     cumulative /= cumulative[:, -1:]
     drawn = np.empty((2 * num, 2), np.int64)
     for p in range(len(PROMPTS)):
