@@ -1,4 +1,4 @@
-"""What holds on-policy DPO back, one change at a time, and all of them.
+"""On-policy DPO with one change at a time, and with several.
 
   python -m experiments.on_policy_ablation --workdir=runs/on_policy_ablation
 
@@ -47,7 +47,6 @@ def changes(steps: int) -> dict[str, dict[str, Any]]:
     "before": {},
     "16 rounds": more_rounds,
     "batch 32": fourfold | {"batch_size": 32},
-    "rate 3e-3": {"optimizer.learning_rate": 3e-3},
     "Muon, rate 3e-3": muon,
     "4 passes": passes,
     "all labels so far": {"online.replay": True},

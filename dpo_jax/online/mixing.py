@@ -8,7 +8,7 @@ import numpy as np
 from dpo_jax.data.loader import Loader
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MixedLoader(Loader):
   """Batches of `batch_size` sampled groups and `num_offline` of the data.
 
@@ -19,10 +19,8 @@ class MixedLoader(Loader):
     num_offline: groups of the data in a batch.
   """
 
-  offline: np.ndarray = dataclasses.field(
-    default_factory=lambda: np.empty(0, np.int64)
-  )
-  num_offline: int = 0
+  offline: np.ndarray
+  num_offline: int
 
   def order(self, step: int) -> np.ndarray:
     """Returns the groups of a step, sampled ones first: i64 [B]."""
