@@ -1,64 +1,65 @@
-"""Table 6: model FLOPs utilization (MFU) in bfloat16 on one accelerator.
+"""Runs the three GPU benchmarks within a quarter of an hour on one GPU.
 
-  python -m benchmarks.gpu [--shapes=0.5b,1b,3b,8b]
+  python -m benchmarks.gpu [--parts=kernel,1b,shapes] [--out=FOLDER]
 
-MFU is useful FLOPs a second, divided by the measured rate of a bfloat16 matmul
-of size 8192 on the same device. Useful FLOPs follow `workload.count_work`: each
-real token once for each of its sequences, causal attention, head on responses,
-no recomputation. Refuses to run without an accelerator.
+`kernel` checks and times the attention kernels (2 minutes), `1b` is table 6 (5)
+and `shapes` table 7 (3). They take 10 minutes of the 15; the others are for
+starting the machine and repeating one part. If the kernels disagree, the tables
+run with attention=xla, and say so. A repeat compiles nothing again with
+JAX_COMPILATION_CACHE_DIR=FOLDER.
+
+A machine with Python 3.12, jax 0.11 for CUDA 13, flax, optax, chex, orbax,
+torch 2.11, transformers 5 and accelerate also needs these wheels, 3 MiB
+together: ml_collections 1.1.0 for dpo_jax, and for TRL trl 1.16.0,
+liger_kernel 0.8.5, datasets 5.2.0, dill 0.4.1 and multiprocess 0.70.19
+(`pip download --no-deps NAME==VERSION`). Without TRL its rows say so.
 """
 
 import argparse
+from collections.abc import Sequence
+import subprocess
 import sys
-import time
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from benchmarks.cells import module
 
-from benchmarks import interleave, results
+_BUDGETS_S = {"kernel": 120.0, "1b": 300.0, "shapes": 180.0}
 
 
-def measured_peak(size: int = 8192, repeats: int = 20) -> float:
-  """Measures FLOPs a second of a bfloat16 matmul, the median of `repeats`."""
-  x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-  multiply = jax.jit(jnp.dot)
-  multiply(x, x).block_until_ready()
-  seconds = []
-  for _ in range(repeats):
-    began = time.monotonic()
-    multiply(x, x).block_until_ready()
-    seconds.append(time.monotonic() - began)
-  return 2 * size**3 / float(np.median(seconds))
+def run_parts(
+  parts: Sequence[str],
+  options: argparse.Namespace,
+) -> dict[str, int]:
+  """Runs parts in order, and returns the exit code of each.
+
+  Args:
+    parts: keys of _BUDGETS_S.
+    options: `out`, and `scale`, a factor of the budgets.
+  """
+  codes: dict[str, int] = {}
+  for part in parts:
+    budget_s = _BUDGETS_S[part] * options.scale
+    command = module(f"gpu_{part}", f"--budget_s={budget_s:.0f}")
+    if part != "kernel":
+      command.append(f"--out={options.out}")
+      if codes.get("kernel"):
+        print(f"{part} runs with attention=xla: the kernel's check failed")
+        command.append("--attention=xla")
+    print("$", " ".join(command[1:]), flush=True)
+    codes[part] = subprocess.run(command).returncode
+  return codes
 
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--shapes", default="0.5b,1b,3b,8b")
-  interleave.add_options(parser, num_turns=5, steps_a_turn=5)
-  options = parser.parse_args()
-  if jax.default_backend() == "cpu":
-    raise SystemExit("benchmarks.gpu needs a GPU or a TPU: JAX sees a CPU only")
-  peak = measured_peak()
-  rows = []
-  for shape in options.shapes.split(","):
-    # Long rows and large batches fill the device. Adam's moments of an 8B
-    # model do not fit on one device, and Adafactor's do.
-    arguments = [f"--shape={shape}", "--batch_size=16", "--num_groups=64"]
-    arguments += ["--equal_lengths=512,768", "--max_tokens=2048"]
-    arguments += ["--remat=full", "--optimizer=adafactor"]
-    contender = interleave.ours(
-      shape, arguments, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
-    )
-    [row] = interleave.measure([contender], options)
-    rows.append(row | {"mfu": row["useful_gflops_per_second"] * 1e9 / peak})
-  results.write(
-    "6_gpu",
-    title=f"MFU on {jax.devices()[0].device_kind}",
-    command=results.command("gpu", sys.argv[1:]),
-    rows=rows,
-    notes=[f"Measured matmul rate: {peak / 1e12:.0f} TFLOP/s in bfloat16."],
+  parser.add_argument("--parts", default=",".join(_BUDGETS_S))
+  parser.add_argument("--out", default="", help="see benchmarks.gpu_1b")
+  parser.add_argument(
+    "--scale", type=float, default=1.0, help="factor of all budgets"
   )
+  options = parser.parse_args()
+  codes = run_parts(options.parts.split(","), options)
+  if any(codes.values()):
+    sys.exit(f"exit codes: {codes}")
 
 
 if __name__ == "__main__":

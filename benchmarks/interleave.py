@@ -15,11 +15,11 @@ import resource
 import subprocess
 import sys
 import time
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
-_MARK = "@@"  # libraries write to stdout too
+MARK = "@@"  # libraries write to stdout too
 _ROOT = str(pathlib.Path(__file__).parents[1])
 
 
@@ -41,7 +41,7 @@ def serve(trainer: Trainer) -> None:
       answer = trainer.start()
     else:
       answer = trainer.run(int(arguments[0]))
-    print(_MARK + json.dumps(answer), flush=True)
+    print(MARK + json.dumps(answer), flush=True)
 
 
 def read_work(
@@ -102,13 +102,22 @@ class Contender:
     command: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
+    stderr: IO[str] | None = None,
   ):
-    """Starts the process in the project's folder, where it waits."""
+    """Starts the process in the project's folder, where it waits.
+
+    Args:
+      name: name in the table.
+      command: command line.
+      env: variables to add to the environment.
+      stderr: file for its messages; None: those of this process.
+    """
     self.name, self.command = name, list(command)
     self._process = subprocess.Popen(
       self.command,
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
+      stderr=stderr,
       env={**os.environ, **(env or {})},
       cwd=_ROOT,
       text=True,
@@ -122,12 +131,16 @@ class Contender:
       self._process.stdin.write(command + "\n")
       self._process.stdin.flush()
     for line in self._process.stdout:
-      if line.startswith(_MARK):
-        return json.loads(line.removeprefix(_MARK))
+      if line.startswith(MARK):
+        return json.loads(line.removeprefix(MARK))
     raise RuntimeError(
       f"{self.name} ended with code {self._process.wait()} at {command!r}:"
       f" {' '.join(self.command)}"
     )
+
+  def kill(self) -> None:
+    """Stops the process at once; a question that waits then raises."""
+    self._process.kill()
 
   def close(self) -> None:
     """Ends the process."""
@@ -220,6 +233,9 @@ def summarize(contender: Contender) -> dict[str, Any]:
   def median(numerator: str) -> float:
     return float(np.median([t[numerator] / t["seconds"] for t in turns]))
 
+  device = {}
+  if "peak_device_gib" in turns[0]:
+    device["peak_device_gib"] = turns[-1]["peak_device_gib"]
   of_peak = {}
   if "matmul_flops_per_second" in turns[0]:
     for name, time in (("", "seconds"), ("cpu_", "cpu_seconds")):
@@ -237,6 +253,7 @@ def summarize(contender: Contender) -> dict[str, Any]:
     "tokens_per_second": float(middle),
     "tokens_per_second_quartiles": [float(low), float(high)],
     "useful_gflops_per_second": median("useful_flops") / 1e9,
+    "shared_gflops_per_second": median("shared_flops") / 1e9,
     "tokens_per_cpu_second": float(
       np.median([t["tokens"] / t["cpu_seconds"] for t in turns])
     ),
@@ -246,6 +263,7 @@ def summarize(contender: Contender) -> dict[str, Any]:
     / 1e9,
     **of_peak,
     "peak_rss_mb": turns[-1]["peak_rss_mb"],
+    **device,
     "padding": float(np.mean([t["padding"] for t in turns])),
     "host_wait_fraction": sum(t.get("host_wait_s", 0.0) for t in turns)
     / sum(t["seconds"] for t in turns),

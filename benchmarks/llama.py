@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 from dpo_jax.models.config import ModelConfig
 
 
-def write(folder: str, config: ModelConfig, params: Any) -> None:
-  """Writes config.json and model.safetensors, float32.
+def write_weights(folder: str, config: ModelConfig, params: Any) -> None:
+  """Writes model.safetensors, float32.
 
   Args:
     folder: existing folder.
@@ -48,6 +48,10 @@ def write(folder: str, config: ModelConfig, params: Any) -> None:
     name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()
   }
   save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
+
+
+def write_config(folder: str, config: ModelConfig) -> None:
+  """Writes config.json to an existing folder."""
   described = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -8,6 +8,7 @@ see `benchmarks.interleave`.
 
 import argparse
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import sys
 import time
@@ -21,6 +22,7 @@ from benchmarks import interleave, workload
 from dpo_jax.config import default_config, resolve
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import packing
+from dpo_jax.data.store import Store
 from dpo_jax.models import partition_rules
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
@@ -30,6 +32,65 @@ from dpo_jax.system import compat
 from dpo_jax.training import reference
 from dpo_jax.training.program import build_program
 from dpo_jax.types import Batch
+
+
+@dataclasses.dataclass
+class Data:
+  """Model shape, lengths and batches that options describe; on no device.
+
+  Attributes:
+    options: parsed by `parse`.
+    config: shape of the model.
+    lengths: i32 [N, 3], see `workload.make_lengths`.
+    store: groups of these lengths.
+    loader: their batches.
+  """
+
+  options: argparse.Namespace
+  config: ModelConfig
+  lengths: np.ndarray
+  store: Store
+  loader: loader_lib.Loader
+
+  def work(self, steps: Sequence[int]) -> dict[str, Any]:
+    """Counts the work of steps, as `interleave.Stopwatch` takes it."""
+    works = [
+      workload.count_work(self.lengths[self.loader.order(step)], self.config)
+      for step in steps
+    ]
+    return {
+      "batch_size": self.options.batch_size,
+      "tokens": [w.tokens for w in works],
+      "useful_flops": [w.useful_flops for w in works],
+      "shared_flops": [w.shared_flops for w in works],
+    }
+
+
+def make_data(options: argparse.Namespace, row_multiple: int = 1) -> Data:
+  """Makes the data of a contender.
+
+  Args:
+    options: parsed by `parse`.
+    row_multiple: number that the rows of a batch must divide by.
+  """
+  fields = dict(workload.SHAPES[options.shape])
+  fields["vocab_size"] = options.vocab_size or fields["vocab_size"]
+  fields["max_positions"] = options.max_tokens
+  fields["remat"] = options.remat
+  fields["attention"] = options.attention
+  lengths = workload.read_lengths(options)
+  store = workload.make_store(
+    lengths, options.seed, vocab_size=fields["vocab_size"]
+  )
+  loader = workload.make_loader(
+    store,
+    batch_size=options.batch_size,
+    seed=options.seed,
+    layout=options.layout,
+    row_tokens=options.row_tokens,
+    row_multiple=row_multiple,
+  )
+  return Data(options, ModelConfig(**fields), lengths, store, loader)
 
 
 class Trainer:
@@ -43,33 +104,18 @@ class Trainer:
       grid: mesh, or None for one of the first device.
     """
     self.options = options
-    fields = dict(workload.SHAPES[options.shape])
-    fields["vocab_size"] = options.vocab_size or fields["vocab_size"]
-    fields["max_positions"] = options.max_tokens
-    fields["remat"] = options.remat
-    fields["attention"] = options.attention
-    policy = Policy(ModelConfig(**fields))
-    self.lengths = workload.read_lengths(options)
-    self.store = workload.make_store(
-      self.lengths, options.seed, vocab_size=fields["vocab_size"]
-    )
     if grid is None:
       grid = mesh.make_mesh(dict.fromkeys(mesh.AXES, 1), jax.devices()[:1])
     self.placement = Placement(grid)
+    self.data = make_data(options, self.placement.num_row_shards)
+    self.loader = self.data.loader
+    policy = Policy(self.data.config)
     self.program = build_program(_config(options), policy, self.placement)
     shardings = partition_rules.param_shardings(policy.abstract_params(), grid)
     self.params = jax.jit(
       lambda: policy.init(jax.random.key(options.seed)),
       out_shardings=shardings,
     )()
-    self.loader = workload.make_loader(
-      self.store,
-      batch_size=options.batch_size,
-      seed=options.seed,
-      layout=options.layout,
-      row_tokens=options.row_tokens,
-      row_multiple=self.placement.num_row_shards,
-    )
 
   def start(self) -> dict[str, Any]:
     """Scores the reference, compiles, and takes the first step."""
@@ -83,6 +129,8 @@ class Trainer:
         self.placement,
       )
       self.loader = dataclasses.replace(self.loader, ref_logps=ref_logps)
+    elif options.reference == "given":
+      self.loader = self._with_zero_reference()
     reference_s = time.monotonic() - began
     ref_params = None
     if options.reference == "frozen":
@@ -102,28 +150,17 @@ class Trainer:
       first["step_arguments_mb"] = memory.arguments / 2**20
     return first
 
+  def _with_zero_reference(self) -> loader_lib.Loader:
+    ref_logps = np.zeros(self.data.store.score.shape, np.float32)
+    return dataclasses.replace(self.loader, ref_logps=ref_logps)
+
   def compile(self) -> Any:
     """Compiles a step on the first batch, and does not run it."""
-    ref_logps = np.zeros(self.store.score.shape, np.float32)
-    loader = dataclasses.replace(self.loader, ref_logps=ref_logps)
-    batch = self.placement.place_training_batch(loader.batch(0))
+    batch = self._with_zero_reference().batch(0)
+    batch = self.placement.place_training_batch(batch)
     state, _ = self.program.abstract_state()
     with jax.set_mesh(self.placement.mesh):
       return self.program.train_step().lower(state, batch).compile()
-
-  def work(self, steps: Sequence[int]) -> dict[str, Any]:
-    """Counts the work of steps, as `interleave.Stopwatch` takes it."""
-    config = self.program.policy.config
-    works = [
-      workload.count_work(self.lengths[self.loader.order(step)], config)
-      for step in steps
-    ]
-    return {
-      "batch_size": self.options.batch_size,
-      "tokens": [w.tokens for w in works],
-      "useful_flops": [w.useful_flops for w in works],
-      "shared_flops": [w.shared_flops for w in works],
-    }
 
   def make_batch(self, index: int) -> tuple[Any, float, tuple[int, ...]]:
     """Returns a batch on the devices, its padding fraction and its shape."""
@@ -136,8 +173,15 @@ class Trainer:
   def run(self, num_steps: int) -> dict[str, Any]:
     """Takes steps, and returns their metrics and time."""
     start, self.next = self.next, self.next + num_steps
+    trace: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if self.options.profile and start == 1:
+      trace = jax.profiler.trace(self.options.profile)
+    with trace:
+      return self._run(start, num_steps)
+
+  def _run(self, start: int, num_steps: int) -> dict[str, Any]:
     watch = interleave.Stopwatch(
-      self.work(range(start, self.next)), range(num_steps)
+      self.data.work(range(start, self.next)), range(num_steps)
     )
     padding, shapes = [], set()
     waited = 0.0
@@ -163,13 +207,24 @@ class Trainer:
       shapes=sorted(shapes),
       loss=float(metrics["loss"]),
       grad_norm=float(metrics["grad_norm"]),
+      **_device_memory(),
     )
+    if jax.default_backend() != "cpu":
+      return answer
     # Measured after every turn, since a busy machine slows both.
     peak, cpu_peak = workload.matmul_rate()
     return answer | {
       "matmul_flops_per_second": peak,
       "matmul_flops_per_cpu_second": cpu_peak,
     }
+
+
+def _device_memory() -> dict[str, float]:
+  """Returns the most memory of the first device so far; {} on a CPU."""
+  stats = jax.devices()[0].memory_stats()
+  if not stats:
+    return {}
+  return {"peak_device_gib": stats["peak_bytes_in_use"] / 2**30}
 
 
 def _config(options: argparse.Namespace) -> Any:
@@ -181,7 +236,9 @@ def _config(options: argparse.Namespace) -> Any:
   config.optimizer.warmup_steps, config.optimizer.b2 = 0, 0.999
   config.optimizer.max_grad_norm = 1e9
   config.total_steps = 1000
-  config.reference.kind = options.reference
+  config.reference.kind = (
+    "cached" if options.reference == "given" else options.reference
+  )
   config.logps_chunk = options.logps_chunk
   return resolve(config)
 
@@ -215,7 +272,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--shape", default="a", choices=workload.SHAPES)
   parser.add_argument("--optimizer", default="adamw")
   parser.add_argument("--layout", default="shared")
-  parser.add_argument("--reference", default="cached")
+  parser.add_argument(
+    "--reference",
+    default="cached",
+    help="cached, frozen or none, as in a config; given: log-probs of zero"
+    " that nothing computes",
+  )
   parser.add_argument("--row_tokens", type=int, default=0)
   parser.add_argument(
     "--logps_chunk", type=int, default=default_config().logps_chunk
@@ -224,6 +286,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--attention", default="auto")
   parser.add_argument(
     "--memory", action="store_true", help="report the memory of a step"
+  )
+  parser.add_argument(
+    "--profile", default="", help="folder for a trace of the first warm turn"
   )
   parser.add_argument(
     "--head",

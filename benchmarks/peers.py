@@ -37,18 +37,24 @@ _INTEL = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
 def export(trainer: ours.Trainer, folder: str, num_steps: int) -> None:
   """Writes weights, tokens and the order of batches for another library."""
   params = jax.device_get(trainer.params)
-  llama.write(folder, trainer.program.policy.config, params)
+  llama.write_weights(folder, trainer.data.config, params)
+  export_data(trainer.data, folder, num_steps)
+
+
+def export_data(data: ours.Data, folder: str, num_steps: int) -> None:
+  """Writes what `export` does, except for the weights."""
+  llama.write_config(folder, data.config)
   steps = range(num_steps)
-  work = trainer.work(steps) | {
-    "lengths": trainer.lengths.tolist(),
-    "order": [trainer.loader.order(step).tolist() for step in steps],
+  work = data.work(steps) | {
+    "lengths": data.lengths.tolist(),
+    "order": [data.loader.order(step).tolist() for step in steps],
     "num_steps": num_steps,
     "beta": workload.BETA,
     "learning_rate": workload.LEARNING_RATE,
   }
   path = pathlib.Path(folder)
   (path / "work.json").write_text(json.dumps(work))
-  np.save(path / "tokens.npy", trainer.store.tokens)
+  np.save(path / "tokens.npy", data.store.tokens)
 
 
 def mkl_override(folder: str) -> dict[str, str]:
@@ -110,9 +116,8 @@ def parse() -> argparse.Namespace:
 def _shared_options(options: argparse.Namespace) -> list[str]:
   """Returns the options of the workload, as `benchmarks.ours` takes them."""
   names = ("seed", "batch_size", "num_groups", "max_tokens", "vocab_size")
-  return [
-    f"--{name}={getattr(options, name)}" for name in (*names, "equal_lengths")
-  ]
+  names += ("lengths", "equal_lengths")
+  return [f"--{name}={getattr(options, name)}" for name in names]
 
 
 def _trl(

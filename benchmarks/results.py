@@ -57,6 +57,7 @@ def write(
   rows: Sequence[Mapping[str, Any]],
   notes: Sequence[str],
   extra: Mapping[str, Any] | None = None,
+  folder: pathlib.Path | None = None,
 ) -> None:
   """Writes a table's JSON, and RESULTS.md from every table's.
 
@@ -67,8 +68,10 @@ def write(
     rows: rows of the table; values that are lists stay in the JSON.
     notes: remarks below the table, one line each.
     extra: further values for the JSON, such as versions.
+    folder: folder for the JSON, and no RESULTS.md; None: results/.
   """
-  _JSON.mkdir(exist_ok=True)
+  target = folder or _JSON
+  target.mkdir(exist_ok=True, parents=True)
   content = {
     "title": title,
     "command": command,
@@ -78,9 +81,10 @@ def write(
     "rows": [dict(row) for row in rows],
     "extra": dict(extra or {}),
   }
-  path = _JSON / f"{table}.json"
+  path = target / f"{table}.json"
   path.write_text(json.dumps(content, indent=1) + "\n")
-  (_FOLDER / "RESULTS.md").write_text(render())
+  if folder is None:
+    (_FOLDER / "RESULTS.md").write_text(render())
 
 
 def render() -> str:

@@ -40,7 +40,7 @@ def main() -> None:
         mesh.make_mesh(sizes, jax.devices()[:count]),
       )
       compiled = trainer.compile()
-      mean_flops = float(np.mean(trainer.work(range(10))["shared_flops"]))
+      mean_flops = float(np.mean(trainer.data.work(range(10))["shared_flops"]))
       found = compilation.read_collectives(
         compiled.as_text(), jax.devices()[:count]
       )

@@ -1,10 +1,11 @@
-"""Runs TRL's DPOTrainer on a workload, from exported weights.
+"""Runs TRL's DPOTrainer on a workload, from exported or random weights.
 
   python -m benchmarks.trl_worker --model=FOLDER
 
 This contender needs torch and trl, and not jax. Its `training_step` and
 collator are TRL's own; optimizer and order of the data are those of
-`benchmarks.ours`. Its Llama reads the weights that `benchmarks.peers` wrote.
+`benchmarks.ours`. Its Llama reads the weights that `benchmarks.peers` wrote,
+or draws them on the device. A step may take its batch in parts.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers.integrations import liger
 import trl
 
 from benchmarks import interleave
@@ -27,8 +29,12 @@ class Trainer:
     self.options = options
     self.work, groups = interleave.read_work(options.model)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    given = {}
+    if options.reference == "given":
+      given = {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
     self.examples = [
       {name: ids.tolist() for name, ids in zip(names, group, strict=True)}
+      | given
       for group in groups
     ]
     self.next = 0
@@ -40,10 +46,7 @@ class Trainer:
     if self.options.reference == "cached":
       self._score_reference()
     reference_s = time.monotonic() - began
-    self.model = self.trainer.model
-    self.model.train()
-    # Trainer.train sets it, and is not run here.
-    self.trainer.current_gradient_accumulation_steps = 1
+    self._prepare_model()
     self.optimizer = torch.optim.AdamW(
       self.model.parameters(),
       lr=self.work["learning_rate"],
@@ -57,15 +60,48 @@ class Trainer:
     first["reference_s"] = reference_s
     return first
 
+  def _prepare_model(self) -> None:
+    """Does what Trainer.train does before its first step, and is not run."""
+    options = self.options
+    trainer = self.trainer
+    if options.liger:
+      # As TRL asks for them: without the loss that replaces its own head.
+      liger.apply_liger_kernel(
+        trainer.model, {"fused_linear_cross_entropy": False}
+      )
+    if options.recompute:
+      trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    self.model = trainer.accelerator.prepare_model(trainer.model)
+    self.model.train()
+    self.pairs_at_once = options.pairs_at_once or self.work["batch_size"]
+    trainer.current_gradient_accumulation_steps = -(
+      -self.work["batch_size"] // self.pairs_at_once
+    )
+
+  def _load(self) -> transformers.PreTrainedModel:
+    options = self.options
+    auto = transformers.AutoModelForCausalLM
+    dtype = getattr(torch, options.weights_dtype)
+    if not options.random_weights:
+      return auto.from_pretrained(options.model, dtype=dtype)
+    config = transformers.AutoConfig.from_pretrained(options.model)
+    with torch.device(options.device):
+      return auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+  def _reference(self) -> transformers.PreTrainedModel | None:
+    """Returns a reference model; None lets the trainer load it from files."""
+    if self.options.reference == "frozen":
+      return self._load()
+    if not self.options.random_weights:
+      return None
+    # DPOTrainer wants one where there are no files; log-probs replace it.
+    config = transformers.AutoConfig.from_pretrained(self.options.model)
+    config.update(_SMALL)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
   def _build_trainer(self) -> trl.DPOTrainer:
     options, work = self.options, self.work
-
-    def load():
-      return transformers.AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=torch.float32
-      )
-
-    model = load()
+    model = self._load()
     if options.head == "scored":
       # TRL projects only response positions if it has Triton; enable it here.
       trl.trainer.utils._use_triton = lambda device: True
@@ -75,20 +111,23 @@ class Trainer:
       per_device_train_batch_size=work["batch_size"],
       max_length=None,
       gradient_checkpointing=False,
-      bf16=False,
-      use_cpu=True,
+      bf16=options.autocast,
+      use_cpu=options.device == "cpu",
       report_to=[],
       disable_dropout=True,
       dataloader_pin_memory=False,
     )
     # Text and tokenizer are placeholders: training reads ids of the workload.
-    return trl.DPOTrainer(
+    trainer = trl.DPOTrainer(
       model=model,
-      ref_model=None if options.reference == "cached" else load(),
+      ref_model=self._reference(),
       args=arguments,
       train_dataset=_placeholder(),
-      processing_class=_tokenizer(options.model),
+      processing_class=_tokenizer(),
     )
+    if options.reference == "given":
+      trainer.ref_model, trainer.precompute_ref_logps = None, True
+    return trainer
 
   def _score_reference(self) -> None:
     """Adds the reference's log-probs to the examples that steps will use."""
@@ -108,30 +147,48 @@ class Trainer:
 
   def run(self, num_steps: int) -> dict[str, Any]:
     """Takes steps, and returns their metrics and time."""
-    work = self.work
+    work, size = self.work, self.pairs_at_once
     losses, padding = [], []
     steps = range(self.next, self.next + num_steps)
     watch = interleave.Stopwatch(work, steps)
     for step in steps:
       examples = [self.examples[i] for i in work["order"][step]]
-      batch = self.trainer.data_collator(examples)
-      padding.append(1.0 - batch["attention_mask"].float().mean().item())
-      loss = self.trainer.training_step(self.model, batch)
-      losses.append(loss.item())
+      for first in range(0, len(examples), size):
+        batch = self.trainer.data_collator(examples[first : first + size])
+        padding.append(1.0 - batch["attention_mask"].float().mean().item())
+        losses.append(self.trainer.training_step(self.model, batch))
       norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1e9)
       self.optimizer.step()
       self.optimizer.zero_grad(set_to_none=True)
     self.next += num_steps
+    parts = self.trainer.current_gradient_accumulation_steps
+    metrics = {
+      "loss": sum(loss.item() for loss in losses[-parts:]),
+      "grad_norm": norm.item(),
+    }
+    if self.options.device != "cpu":
+      torch.cuda.synchronize()
+      most = torch.cuda.max_memory_allocated()
+      metrics["peak_device_gib"] = most / 2**30
     return watch.stop(
       padding=float(np.mean(padding)),
-      loss=losses[-1],
-      grad_norm=norm.item(),
+      **metrics,
       versions={
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": trl.__version__,
       },
     )
+
+
+_SMALL = {
+  "hidden_size": 8,
+  "intermediate_size": 8,
+  "num_hidden_layers": 1,
+  "num_attention_heads": 1,
+  "num_key_value_heads": 1,
+  "head_dim": 8,
+}
 
 
 def _placeholder() -> Any:
@@ -142,7 +199,7 @@ def _placeholder() -> Any:
   )
 
 
-def _tokenizer(folder: str) -> Any:
+def _tokenizer() -> Any:
   """Makes a tokenizer of letters, since DPOTrainer requires one."""
   import tokenizers
 
@@ -160,7 +217,32 @@ def _tokenizer(folder: str) -> Any:
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--model", required=True)
-  parser.add_argument("--reference", default="cached")
+  parser.add_argument(
+    "--reference",
+    default="cached",
+    choices=("cached", "frozen", "given"),
+    help="given: log-probs of zero that nothing computes",
+  )
+  parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+  parser.add_argument(
+    "--random_weights", action="store_true", help="need config.json alone"
+  )
+  parser.add_argument(
+    "--weights_dtype",
+    default="float32",
+    choices=("float32", "bfloat16"),
+    help="of weights, gradients and moments",
+  )
+  parser.add_argument(
+    "--autocast", action="store_true", help="compute in bfloat16"
+  )
+  parser.add_argument("--liger", action="store_true")
+  parser.add_argument(
+    "--recompute", action="store_true", help="checkpoint each layer"
+  )
+  parser.add_argument(
+    "--pairs_at_once", type=int, default=0, help="0: the whole batch"
+  )
   parser.add_argument(
     "--head",
     default="all",

@@ -4,6 +4,10 @@ Lengths are quantiles of log-normals, so that a seed only shuffles them. Prompts
 have a median of 74.5 and at most 316 tokens. Chosen and rejected responses have
 a median of 91 and at most 408; prompt and response together at most 512. Token
 ids are uniform, since their values do not change the time.
+
+`--lengths=ultrafeedback` has pairs as long as UltraFeedback's: a median of 409
+tokens with the prompt once, as Wang & Hegde 2024 (arXiv:2410.20305) report it
+in their repository. How they divide between prompt and responses is ours.
 """
 
 import argparse
@@ -62,24 +66,30 @@ SHAPES = {
 BATCH_SIZE = 8
 BETA = 0.1
 LEARNING_RATE = 1e-4
-# Number of tokens: median, mean, largest.
-_LENGTHS = {
-  "prompt": (74.5, 89.0, 316),
-  "chosen": (91.0, 108.0, 408),
-  "rejected": (91.0, 109.5, 408),
+# Tokens of prompt, chosen and rejected: median, mean, largest.
+LENGTHS = {
+  "a": ((74.5, 89.0, 316), (91.0, 108.0, 408), (91.0, 109.5, 408)),
+  "ultrafeedback": ((70, 110, 800), (148, 188, 800), (130, 168, 800)),
 }
 
 
 def make_lengths(
-  num_groups: int, seed: int, *, max_tokens: int = 512
+  num_groups: int, seed: int, *, max_tokens: int = 512, kind: str = "a"
 ) -> np.ndarray:
-  """Makes prompt, chosen and rejected lengths: i32 [N, 3]."""
+  """Makes prompt, chosen and rejected lengths: i32 [N, 3].
+
+  Args:
+    num_groups: N.
+    seed: seed of their order.
+    max_tokens: most tokens of a prompt and a response.
+    kind: a key of LENGTHS.
+  """
   rng = np.random.default_rng(seed)
   columns = []
   normal = statistics.NormalDist()
   fractions = (np.arange(num_groups) + 0.5) / num_groups
   quantiles = np.array([normal.inv_cdf(p) for p in fractions])
-  for median, mean, largest in _LENGTHS.values():
+  for median, mean, largest in LENGTHS[kind]:
     spread = math.sqrt(2.0 * math.log(mean / median))
     lengths = np.rint(median * np.exp(spread * quantiles)).astype(np.int32)
     columns.append(rng.permutation(np.minimum(lengths, largest)))
@@ -212,11 +222,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--vocab_size", type=int, default=0, help="0: that of the shape"
   )
+  parser.add_argument("--lengths", default="a", choices=LENGTHS)
   parser.add_argument(
     "--equal_lengths",
     default="",
-    help="prompt and response of all groups, as in 512,1536; empty: lengths of"
-    " workload A",
+    help="prompt and response of all groups, as in 512,1536; empty: --lengths",
   )
 
 
@@ -224,7 +234,10 @@ def read_lengths(options: argparse.Namespace) -> np.ndarray:
   """Returns the lengths that the options describe: i32 [N, 3]."""
   if not options.equal_lengths:
     return make_lengths(
-      options.num_groups, options.seed, max_tokens=options.max_tokens
+      options.num_groups,
+      options.seed,
+      max_tokens=options.max_tokens,
+      kind=options.lengths,
     )
   prompt, response = map(int, options.equal_lengths.split(","))
   row = np.array([prompt, response, response], np.int32)

@@ -1,11 +1,13 @@
-"""Plans a run for a TPU that is not here: will it fit, how fast, what cost.
+"""Plans a run for TPUs or GPUs that are not here: will it fit, how fast.
 
   python -m dpo_jax.plan --config=configs/hh.py --topology=v5e-64
 
 compiles the very step of that config for that TPU, on a machine without one
-(libtpu from requirements-tpu.txt), and prints tables. Where this machine cannot
-read the config's data, --row_tokens, --rows and --vocab_size replace what they
-would have said.
+(libtpu from requirements-tpu.txt), and prints tables. --topology=h200-8 is a
+host with eight GPUs (pip install 'jax[cuda12]', also without a GPU).
+
+Where this machine cannot read the config's data, --row_tokens, --rows and
+--vocab_size replace what they would have said.
 """
 
 import functools
@@ -50,7 +52,7 @@ def main() -> None:
 
 def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "path of a config file")
-  flags.DEFINE_string("topology", None, "v5e-64, v5p-128, v5p:4x4x4, 2xv6e-256")
+  flags.DEFINE_string("topology", None, "v5e-64, v5p:4x4x4, 2xv6e-256, h200-8")
   flags.DEFINE_integer("rows", 0, "rows of a batch, if the data are not here")
   flags.DEFINE_integer("row_tokens", 0, "tokens of a row, likewise")
   flags.DEFINE_integer("scored_tokens", 0, "scored tokens of a row; 0: all")
@@ -63,7 +65,7 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-  # The TPU is compiled for, not looked for.
+  # Devices are compiled for, not looked for.
   os.environ["JAX_PLATFORMS"] = "cpu"
   define_flags()
   command_line.run(main)

@@ -246,13 +246,13 @@ class _Loop:
   def _advice(self) -> str:
     """Names the last good checkpoint, and settings that may help."""
     self._checkpoints.wait()
-    good = self._checkpoints.steps
-    last = f"step {good[-1]}" if good else "none"
-    back = f" --config.resume.step={good[-1]} goes back to it;" if good else ""
-    return (
-      f"The last good checkpoint is {last};{back} a lower learning rate or a"
-      " smaller max_grad_norm may help"
-    )
+    found = "No checkpoint was saved"
+    if good := self._checkpoints.steps:
+      found = (
+        f"The last good checkpoint is step {good[-1]};"
+        f" --config.resume.step={good[-1]} goes back to it"
+      )
+    return f"{found}; a lower learning rate or a smaller max_grad_norm may help"
 
   def _batches(
     self, start: int

@@ -1,6 +1,6 @@
 """Measures finished runs: parameters by step, samples, and metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import json
 from typing import Any
@@ -34,17 +34,39 @@ def settings_of(workdir: str) -> Any:
   return ml_collections.ConfigDict(Workdir.of_run(workdir).read_config())
 
 
+def open_tokenizer(workdir: str) -> tokenizers.Tokenizer:
+  """Opens the tokenizer of a run."""
+  return TrainedRun.at(workdir).open_tokenizer()
+
+
+def mesh_of(params: Any) -> Any:
+  """Returns the mesh that parameters are on."""
+  return jax.tree.leaves(params)[0].sharding.mesh
+
+
 def load(workdir: str) -> tuple[Policy, Any]:
   """Returns a run's policy and its last parameters."""
-  return load_steps(workdir)[-1][1:]
+  [(_, policy, params)] = load_last(workdir)
+  return policy, params
 
 
-def load_steps(workdir: str) -> list[tuple[int, Policy, Any]]:
-  """Returns (step, policy, parameters) of every checkpoint, steps ascending.
+def load_last(workdir: str) -> Iterator[tuple[int, Policy, Any]]:
+  """Yields (step, policy, parameters) of the last checkpoint alone."""
+  return _load(workdir, slice(-1, None))
+
+
+def load_steps(workdir: str) -> Iterator[tuple[int, Policy, Any]]:
+  """Yields (step, policy, parameters) of every checkpoint, steps ascending.
+
+  They are on the mesh of the run's config, and loaded one after the other.
 
   Raises:
     FileNotFoundError: the run has no finished checkpoint.
   """
+  return _load(workdir, slice(None))
+
+
+def _load(workdir: str, chosen: slice) -> Iterator[tuple[int, Policy, Any]]:
   settings = settings_of(workdir)
   run = TrainedRun.at(workdir)
   policy = run.policy(settings.policy)
@@ -52,16 +74,14 @@ def load_steps(workdir: str) -> list[tuple[int, Policy, Any]]:
   targets = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     abstract,
-    param_shardings(abstract, data_mesh()),
+    param_shardings(abstract, make_mesh(settings.mesh)),
   )
   checkpoints = open_checkpoints(run.workdir, settings, is_reader=True)
   try:
     if not checkpoints.steps:
       raise FileNotFoundError(f"{workdir} has no finished checkpoint")
-    return [
-      (step, policy, checkpoints.restore_params(targets, step=step))
-      for step in checkpoints.steps
-    ]
+    for step in checkpoints.steps[chosen]:
+      yield step, policy, checkpoints.restore_params(targets, step=step)
   finally:
     checkpoints.close()
 
@@ -146,11 +166,16 @@ def reward_metrics(rewards: np.ndarray) -> dict[str, float]:
   }
 
 
-def write_samples(path: str, step: int, samples: Samples, num: int) -> None:
-  """Appends the first `num` samples as JSON lines."""
+def write_samples(
+  path: str, samples: Samples, num: int, labels: Mapping[str, Any]
+) -> None:
+  """Appends the first `num` samples as JSON lines that begin with labels."""
+  rows = [
+    {**labels, "prompt": prompt, "response": text}
+    for prompt, text in zip(samples.prompt_texts, samples.texts, strict=True)
+  ]
+  if samples.rewards is not None:
+    for row, reward in zip(rows, samples.rewards, strict=True):
+      row["reward"] = float(reward)
   with epath.Path(path).open("a") as file:
-    for prompt, text, reward in list(
-      zip(samples.prompt_texts, samples.texts, samples.rewards, strict=True)
-    )[:num]:
-      row = {"step": step, "prompt": prompt, "response": text}
-      file.write(json.dumps(row | {"reward": float(reward)}) + "\n")
+    file.writelines(json.dumps(row) + "\n" for row in rows[:num])

@@ -2,6 +2,7 @@
 
 import atexit
 import collections
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -75,6 +76,15 @@ def libtpu() -> None:
     topology.check_libtpu()
   except RuntimeError as error:
     pytest.skip(str(error))
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> None:
+  """JAX's CUDA plugin, which compiles without a GPU, or a skip."""
+  plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+  if not any(map(importlib.util.find_spec, plugins)):
+    pytest.skip("no CUDA plugin of JAX")
+  monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
 @pytest.fixture(autouse=True)

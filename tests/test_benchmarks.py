@@ -1,13 +1,28 @@
 """Benchmarks: the work they count, exported data, turns and checks."""
 
 import argparse
+import json
 import sys
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import interleave, ours, peers, workload
+from benchmarks import (
+  attention_worker,
+  cells,
+  gpu,
+  gpu_1b,
+  gpu_kernel,
+  interleave,
+  ours,
+  peers,
+  workload,
+)
+from dpo_jax.models.attention import shared_prompt_mask, triton
+from dpo_jax.models.attention.triton_tiles import Tiles
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.presets import PRESETS
 from dpo_jax.parallel import mesh
@@ -70,14 +85,14 @@ def test_exported_work_is_that_of_our_first_steps(tmp_path):
   work, groups = interleave.read_work(str(tmp_path))
   assert len(groups) == 12
   for index, group in enumerate(groups):
-    for ids, wanted in zip(group, trainer.store.group(index), strict=True):
+    for ids, wanted in zip(group, trainer.data.store.group(index), strict=True):
       np.testing.assert_array_equal(ids, wanted)
   for step in range(2):
     batch = trainer.loader.batch(step)
     chosen = [i for i in batch.example_ids.flat if i >= 0]
     assert sorted(chosen) == sorted(work["order"][step])
     wanted = workload.count_work(
-      trainer.lengths[chosen], trainer.program.policy.config
+      trainer.data.lengths[chosen], trainer.data.config
     )
     assert work["tokens"][step] == wanted.tokens
     assert work["useful_flops"][step] == pytest.approx(wanted.useful_flops)
@@ -133,6 +148,211 @@ def test_a_contender_that_ends_early_is_named():
     interleave.measure([contender], options)
 
 
+def test_ultrafeedback_lengths_have_the_published_median():
+  totals = [
+    np.median(
+      workload.make_lengths(
+        256, seed, max_tokens=1024, kind="ultrafeedback"
+      ).sum(1)
+    )
+    for seed in range(4)
+  ]
+  assert np.mean(totals) == pytest.approx(409, rel=0.02)
+
+
+def test_visible_scores_equal_a_count_of_the_mask():
+  shape = attention_worker.Shape(16, 2, 1, 3, (5, 1, 4))
+  positions, segments, branches = (jnp.asarray(x) for x in shape.labels())
+  mask = shared_prompt_mask(segments[None], branches[None])
+  assert shape.tokens == 30
+  assert shape.scores == int(mask.sum())
+  np.testing.assert_array_equal(positions[:10], [0, 1, 2, 3, 4, 5, 5, 6, 7, 8])
+  # 4 H d FLOPs a score and second.
+  found = attention_worker.tflops(shape, 0.5, 4, shape.scores)
+  assert found == pytest.approx(4 * 2 * 16 * shape.scores / 0.5 / 1e12)
+
+
+def test_the_work_of_another_library_needs_no_weights(tmp_path):
+  options = ours.parse(
+    ["--shape=1b", "--batch_size=4", "--num_groups=8", "--max_tokens=64"]
+  )
+  data = ours.make_data(options)
+  peers.export_data(data, str(tmp_path), num_steps=3)
+  work, groups = interleave.read_work(str(tmp_path))
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    "config.json",
+    "tokens.npy",
+    "work.json",
+  ]
+  assert len(groups) == 8 and len(work["order"]) == 3
+  first = workload.count_work(data.lengths[work["order"][0]], data.config)
+  assert work["useful_flops"][0] == first.useful_flops
+
+
+def _cells_options(**changed):
+  parser = argparse.ArgumentParser()
+  cells.add_options(parser, budget_s=300.0)
+  parser.set_defaults(num_turns=1, steps_a_turn=1, matmul_tflops="torch:1e-3")
+  parser.set_defaults(**changed)
+  return parser.parse_args([])
+
+
+def _script(name, code, **fields):
+  return cells.Cell(name, [sys.executable, "-c", code], **fields)
+
+
+def _counting_cell(name, path, **fields):
+  command = [sys.executable, "-c", _COUNTER, "a", str(path)]
+  return cells.Cell(name, command, workload="w", **fields)
+
+
+def test_a_failing_cell_is_reported_and_the_next_one_runs(tmp_path, capsys):
+  path = tmp_path / "order.txt"
+  found = cells.run_table(
+    "some_table",
+    [
+      _counting_cell("ours", path, executed="shared_flops"),
+      _script("lacking", "import no_such_package", workload="w"),
+      _counting_cell("peer", path),
+    ],
+    _cells_options(out=str(tmp_path / "out")),
+    title="A table",
+    notes=[],
+  )
+  ours_row, lacking_row, peer_row = found
+  assert "No module named 'no_such_package'" in lacking_row["error"]
+  assert peer_row["dpo_jax_times"] == 1.0
+  # Useful: each prompt for each response; executed: each prompt once.
+  assert ours_row["useful_of_matmul"] == pytest.approx(1e-9)
+  assert ours_row["executed_of_matmul"] == pytest.approx(0.5e-9)
+  assert peer_row["executed_of_matmul"] == pytest.approx(1e-9)
+  written = json.loads((tmp_path / "out" / "some_table.json").read_text())
+  assert [row["name"] for row in written["rows"]] == ["ours", "lacking", "peer"]
+  printed = capsys.readouterr().out
+  assert "lacking: failed: ModuleNotFoundError" in printed
+  assert "shares are of torch's" in printed
+
+
+def test_cells_after_the_budget_are_named_and_not_started(tmp_path):
+  path = tmp_path / "order.txt"
+  found = cells.run(
+    [_counting_cell("late", path)],
+    _cells_options(),
+    began=time.monotonic() - 301,
+    report=lambda row: None,
+  )
+  error = "skipped: the budget of 300 s is spent"
+  assert found == [{"name": "late", "workload": "w", "error": error}]
+  assert not path.exists()
+
+
+def test_a_cell_is_stopped_when_the_budget_ends():
+  cell = _script("stuck", "import time; time.sleep(60)", is_trainer=False)
+  began = time.monotonic()
+  [row] = cells.run(
+    [cell],
+    _cells_options(budget_s=0.2),
+    began=began,
+    report=lambda row: None,
+  )
+  assert row["error"].startswith("stopped after ")
+  assert time.monotonic() - began < 50
+
+
+def test_rows_are_compared_with_the_first_of_their_work():
+  def row(name, workload, rate):
+    return {"name": name, "workload": workload, "pairs_per_second": rate}
+
+  rows = [row("ours", "long", 6.0), row("TRL", "long", 4.0)]
+  assert cells.ratio(rows[1], rows) == 1.5
+  assert cells.ratio(row("TRL", "real", 2.0), rows) is None
+  assert cells.ratio({"name": "TRL", "workload": "long"}, rows) is None
+
+
+def test_the_larger_matmul_rate_is_the_limit():
+  options = _cells_options(matmul_tflops="jax:600,torch:800")
+  matmuls = cells.matmul_rates(options)
+  row = {
+    "useful_gflops_per_second": 400e3,
+    "executed_gflops_per_second": 200e3,
+  }
+  cells.add_shares(row, matmuls)
+  assert row["useful_of_matmul"] == pytest.approx(0.5)
+  assert row["executed_of_matmul"] == pytest.approx(0.25)
+
+
+def test_a_table_has_a_row_for_each_cell_and_says_what_failed():
+  text = cells.table(
+    [
+      {"name": "a", "pairs_per_second": 2.0, "useful_of_matmul": 0.25},
+      {"name": "b", "error": "failed: out of memory"},
+    ]
+  )
+  assert text.splitlines() == [
+    "| name | pairs/s | of matmul % |",
+    "|---|---|---|",
+    "| a | 2 | 25 |",
+    "| b |  |  |",
+    "",
+    "b: failed: out of memory",
+  ]
+
+
+def test_a_kernel_that_disagrees_sends_the_tables_to_xla(monkeypatch, capsys):
+  commands = []
+
+  def run(command):
+    commands.append(command[2:])
+    code = int(command[2] == "benchmarks.gpu_kernel")
+    return argparse.Namespace(returncode=code)
+
+  monkeypatch.setattr(gpu.subprocess, "run", run)
+  options = argparse.Namespace(out="o", scale=0.5)
+  assert gpu.run_parts(["kernel", "1b"], options) == {"kernel": 1, "1b": 0}
+  assert commands[0] == ["benchmarks.gpu_kernel", "--budget_s=60"]
+  assert commands[1][1:] == ["--budget_s=150", "--out=o", "--attention=xla"]
+  assert "attention=xla" in capsys.readouterr().out
+  gpu.run_parts(["1b"], options)
+  assert "--attention=xla" not in commands[-1]
+
+
+def test_gpu_tables_give_all_contenders_of_a_row_the_same_work(tmp_path):
+  made = gpu_1b.make_cells(str(tmp_path), "xla", "", shape="a")
+  assert [cell.name for cell in made] == [
+    "dpo_jax, long",
+    "TRL, long",
+    "dpo_jax, real",
+    "TRL, real",
+    "dpo_jax, ultrafeedback",
+    "TRL, ultrafeedback",
+    "TRL, long, float32 weights",
+  ]
+  mine, peer = made[2:4]
+  [folder] = [x for x in peer.command if x.startswith("--model=")]
+  work, _ = interleave.read_work(folder.partition("=")[2])
+  options = [x for x in mine.command[3:] if x.startswith("--")]
+  data = ours.make_data(ours.parse(options))
+  assert work["useful_flops"][:2] == data.work(range(2))["useful_flops"]
+  assert (mine.executed, peer.executed) == ("shared_flops", "useful_flops")
+
+
+@pytest.mark.slow
+def test_the_kernel_check_runs_interpreted_and_finds_a_wrong_kernel(
+  monkeypatch,
+):
+  shape = attention_worker.Shape(16, 2, 1, 1, (50, 40, 38))
+  case = gpu_kernel.Case(shape, dtype="float32")
+  assert gpu_kernel.check(case)
+  bench = gpu_kernel.Bench(shape, num_calls=1)
+  best, agree = bench.fastest("forward", [Tiles(128, 64, 4, 2)], lambda: True)
+  assert agree and best.tflops > 0
+  right = triton.attend_triton
+  monkeypatch.setattr(
+    triton, "attend_triton", lambda *x, **y: 1.001 * right(*x, **y)
+  )
+  assert not gpu_kernel.check(case)
+
+
 _COUNTER = """
 import sys
 
@@ -152,6 +372,7 @@ class Counter:
     start, self.next = self.next, self.next + num
     return {"steps": [start, self.next], "tokens": 100.0, "seconds": 1.0,
             "pairs": 1, "cpu_seconds": 1.0, "useful_flops": 1.0,
+            "shared_flops": 0.5,
             "peak_rss_mb": 1.0, "padding": 0.0}
 
 

@@ -115,7 +115,8 @@ _TRAIN = ("--", "--config=c.py:a b", "--workdir=gs://b/run")
 
 def _make_checkout(folder):
   """Makes a git repository with the launcher in its last commit."""
-  (folder / "dpo_jax" / "planning").mkdir(parents=True)
+  for room in ("planning", "system"):
+    (folder / "dpo_jax" / room).mkdir(parents=True)
   shutil.copytree(
     _ROOT / "scripts",
     folder / "scripts",
@@ -125,6 +126,7 @@ def _make_checkout(folder):
     ".gitignore",
     "dpo_jax/__init__.py",
     "dpo_jax/planning/topology.py",
+    "dpo_jax/system/chips.py",
   ):
     shutil.copy(_ROOT / name, folder / name)
   for command in (

@@ -344,7 +344,7 @@ def test_a_learning_rate_that_blows_up_is_noticed(tmp_path):
   config = make_config(
     total_steps=20, optimizer__learning_rate=1e30, data__eval_fraction=0.0
   )
-  with pytest.raises(NonFiniteError, match="last good checkpoint is none"):
+  with pytest.raises(NonFiniteError, match="No checkpoint was saved; a lower"):
     train(config, tmp_path)
   assert not list((tmp_path / "checkpoints").iterdir())
 

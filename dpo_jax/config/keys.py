@@ -58,7 +58,7 @@ def default_config() -> ml_collections.ConfigDict:
   config.policy.param_dtype = "float32"
   config.policy.compute_dtype = "float32"  # dtype of matmuls and activations
   config.policy.remat = "dots"  # or "none", "attention", "full"
-  # "auto" by platform and length; or "xla", "splash" (TPU), "cudnn" (GPU),
+  # "auto" by platform and length; or "xla", "splash" (TPU), "triton" (GPU),
   # "dense": models/attention/rows.py
   config.policy.attention = "auto"
   # Regular expression; parameters whose path it matches are not trained.

@@ -55,7 +55,7 @@ VALUES: dict[str, Knob] = {
   "policy.param_dtype": _choice("float32", "bfloat16"),
   "policy.compute_dtype": _choice("float32", "bfloat16"),
   "policy.remat": _choice("none", "attention", "dots", "full"),
-  "policy.attention": _choice("auto", "xla", "splash", "cudnn", "dense"),
+  "policy.attention": _choice("auto", "xla", "splash", "triton", "dense"),
   "lora.rank": _count("rank of the adapters; 0 for none"),
   "lora.alpha": Knob(float, "scale is alpha / rank", low=0, above=True),
   "data.eval_fraction": Knob(

@@ -151,7 +151,7 @@ def _missing_groups(pair: tuple[Loader, Loader | None]) -> float:
 
 
 def _length_bias(train: Loader) -> float:
-  """Distance from a half of the accuracy of choosing by length, for pairs."""
+  """Measures how far choosing by length is from a coin's accuracy."""
   lengths = train.store.lengths[train.indices, 1:]
   if lengths.shape[1] != 2:
     return 0.0

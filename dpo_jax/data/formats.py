@@ -115,10 +115,7 @@ def _argilla(record: Record) -> Record:
 
 
 def _alpaca(record: Record) -> Record:
-  """Instruction and input on lines of their own, as LLaMA-Factory joins them.
-
-  `history` holds pairs of an instruction and its answer.
-  """
+  """Joins instruction and input on lines of their own, as LLaMA-Factory."""
   prompt = record["instruction"]
   if record.get("input"):
     prompt = f"{prompt}\n{record['input']}"
@@ -160,10 +157,7 @@ _MARK = "<extra_id_1>"
 
 
 def _helpsteer2(record: Record) -> Record:
-  """One ranking by helpfulness of the responses to a prompt.
-
-  A prompt of several turns has marks between them, which name the roles.
-  """
+  """Ranks the responses to a prompt by helpfulness, as one group."""
   first, *turns = record["prompt"][0].split(f"\n{_MARK}")
   prompt = first
   if turns:
@@ -181,7 +175,7 @@ def _helpsteer2(record: Record) -> Record:
 
 
 def _helpsteer3(record: Record) -> Record:
-  """Below 0 the first response is better, above 0 the second."""
+  """Reads a pair: below 0 the first response is better, above 0 the second."""
   allowed = {i: i for i in range(-3, 4)}
   preference = _choose(record, "overall_preference", allowed)
   winner = None if preference == 0 else int(preference > 0)

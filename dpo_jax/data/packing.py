@@ -345,6 +345,9 @@ def _fill_token_masks(
 ) -> None:
   """Marks n tokens of each response, n the length of its group's shortest.
 
+  The mask `head` has the first n; `sampled` has n at random, by example and
+  response.
+
   Args:
     batch: its `token_masks` are filled.
     at: row and index of each of the S scored tokens.

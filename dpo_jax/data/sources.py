@@ -307,7 +307,7 @@ def _read_tfds(what: str) -> Iterator[Record]:
 
 
 def _plain(value: Any) -> Any:
-  """TFDS's numpy values and bytes as Python's own."""
+  """Converts TFDS's numpy values and bytes to Python's own."""
   if isinstance(value, bytes):
     return value.decode("utf-8")
   if isinstance(value, dict):

@@ -43,7 +43,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: epath.PathLike) -> None:
 
 
 def _bytes_json() -> str:
-  """`ByteTokenizer` as a tokenizer.json: ids are the bytes."""
+  """Writes `ByteTokenizer` as a tokenizer.json: ids are the bytes."""
   letters = _letters_of_bytes()
   vocab = {letters[byte]: byte for byte in range(256)}
   model = hf_tokenizers.models.BPE(vocab=vocab, merges=[])

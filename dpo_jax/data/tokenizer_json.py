@@ -152,7 +152,7 @@ class Encoder:
 
   @functools.cached_property
   def _marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-    """Tokenizer that knows marks, and the ids that they stand for."""
+    """Returns a tokenizer that knows marks, and the ids of the marks."""
     tokenizer = _build(self._text)
     tokenizer.encode_special_tokens = True
     added = self.plain.get_added_tokens_decoder().values()
@@ -244,7 +244,7 @@ def _put_bos(tokenizer: tokenizers.Tokenizer, bos: str) -> None:
 
 
 def _byte_level(root: epath.Path, config: JsonFile) -> tokenizers.Tokenizer:
-  """GPT-2's byte-level BPE, from its two files."""
+  """Reads GPT-2's byte-level BPE from its two files."""
   file = JsonFile.read(root / "vocab.json")
   vocab = {token: i for token in file.values for i in file.ids(token)}
   lines = files.read_text(root / "merges.txt").split("\n")

@@ -379,17 +379,26 @@ def load_tokenizer(
     chat_template: path of a jinja file; "" for the folder's own.
     eos_token: spelling of the EOS; "" for the folder's own.
     template_date: YYYY-MM-DD, date of a template's `strftime_now`.
+
+  Raises:
+    ValueError: a template or an EOS for bytes or letters, which have none to
+      choose; or a tokenizer that cannot be read.
+    FileNotFoundError: no such folder or template.
   """
-  if spec == "bytes":
-    if eos_token:
-      raise ValueError(
-        f"data.eos_token={eos_token!r} is for tokenizers with a vocabulary;"
-        " that of 'bytes' is its id 257"
-      )
-    return ByteTokenizer()
   kind, _, count = spec.partition(":")
-  if kind == "letters" and count.isdecimal():
-    return LetterTokenizer(int(count))
+  is_letters = kind == "letters" and count.isdecimal()
+  if spec == "bytes" or is_letters:
+    for key, value in (
+      ("chat_template", chat_template),
+      ("eos_token", eos_token),
+    ):
+      if value:
+        raise ValueError(
+          f"data.{key}={value!r} is for tokenizers with a vocabulary, and"
+          f" data.tokenizer={spec!r} has none: leave data.{key} empty, or set"
+          " data.tokenizer to a tokenizer's folder"
+        )
+    return LetterTokenizer(int(count)) if is_letters else ByteTokenizer()
   return HFTokenizer(
     spec,
     chat_template=chat_template,

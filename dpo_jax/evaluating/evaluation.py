@@ -117,7 +117,11 @@ class _Collector(Evaluator):
     self.samples: list[dict[str, Any]] = []
 
   def take_chosen(self) -> None:
-    """Compares samples with the chosen responses, not the reference's."""
+    """Stores the chosen responses that a judge will compare samples with.
+
+    They take the place of the reference's samples, and are those of the first
+    held-out set. Nothing is compared yet.
+    """
     run = self._run
     loader = run.data.first_eval
     self._others = samples.take_chosen(

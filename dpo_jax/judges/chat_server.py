@@ -154,7 +154,10 @@ class ChatServer:
     self._stopped.clear()
 
   def stop(self) -> None:
-    """Ends the waits of all threads: nothing is asked until `start`."""
+    """Makes no further requests, and wakes the threads that wait for one.
+
+    The threads ask a chat server; `start` lets them ask again.
+    """
     self._stopped.set()
 
   def complete(self, text: str) -> Completion:

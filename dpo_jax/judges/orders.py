@@ -56,7 +56,7 @@ class Wins:
 
   @property
   def of_pairs(self) -> np.ndarray:
-    """Mean of both orders: f64 [n], NaN for a pair that is left out."""
+    """Averages both orders of each pair: f64 [n], NaN where one is missing."""
     return 0.5 * (self.shown_first + self.shown_second)
 
   def metrics(

@@ -19,7 +19,7 @@ Metrics = dict[str, jax.Array]
 def _chosen_metrics(
   values: Mapping[str, jax.Array], sequences: Sequences
 ) -> Metrics:
-  """Metrics of the first response alone."""
+  """Computes metrics of the first response alone."""
   del sequences
   return {f"{name}/chosen": value[:, 0] for name, value in values.items()}
 
@@ -27,7 +27,7 @@ def _chosen_metrics(
 def _label_metrics(
   values: Mapping[str, jax.Array], sequences: Sequences
 ) -> Metrics:
-  """Chosen are the desirable responses, rejected the others."""
+  """Computes metrics: chosen are desirable responses, rejected the others."""
   is_good = is_desirable(sequences)
   metrics = {}
   for name, value in values.items():

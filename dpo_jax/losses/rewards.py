@@ -79,9 +79,10 @@ def penalized_log_ratio(
 
 
 def desensitized_log_ratio(sequences: Sequences, *, alpha: float) -> jax.Array:
-  """Log-ratio that weights tokens beyond the pair's shorter length by alpha.
+  """Log-ratio whose tokens beyond the pair's shorter length count alpha times.
 
-  Policy and reference are weighted alike.
+  From sums over the whole response and over its head, of the shorter length;
+  policy and reference alike.
   """
   head = sequences.head_logps - sequences.ref_head_logps
   return alpha * log_ratio(sequences) + (1.0 - alpha) * head

@@ -230,7 +230,10 @@ def with_dtypes(params: Any, policy: Policy) -> Any:
 
 
 def _fresh_adapters(policy: Policy, mesh: Any, seed: int) -> Any:
-  """Makes adapters that have no effect yet, without making the base."""
+  """Makes LoRA adapters of a policy from a seed, sharded on a mesh.
+
+  They change nothing yet. The base's parameters are not made.
+  """
 
   def adapters(tree: Any) -> Any:
     return split_params({"layers": tree["layers"]}, "")[0]

@@ -43,12 +43,12 @@ class RandomWeights(ModelSource):
     return dict.fromkeys(TOKENIZER_KEYS, "") | {"tokenizer": "bytes"}
 
   def _check_tokenizer(self, given: str, own: str) -> None:
-    """Any: random weights have seen no ids yet."""
+    """Accepts any tokenizer: random weights have seen no ids yet."""
 
   def warn_of_other_ids(
     self, settings: Mapping[str, str], tokenizer: tokenizers.Tokenizer
   ) -> None:
-    """Nothing to warn of."""
+    """Warns of nothing: random weights have seen no ids yet."""
 
   def _load(self, policy: Policy, mesh: Any, seed: int) -> Any:
     return _jitted_init(policy, mesh)(jax.random.key(seed))

@@ -15,7 +15,7 @@ REMAT_POLICIES = {
   "attention": (ATTENDED,),
   "full": (),
 }
-ATTENTION_BACKENDS = ("auto", "xla", "splash", "cudnn", "dense")
+ATTENTION_BACKENDS = ("auto", "xla", "splash", "triton", "dense")
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 QK_NORMS = ("", "head", "full")
@@ -153,8 +153,8 @@ class ModelConfig:
     compute_dtype: dtype of matmuls and activations. Norms, softmax and
       log-probs are always float32.
     remat: activations that the backward pass recomputes: "none"; "dots", all
-      but the outputs of projections and attention (the dense and cudnn backends
-      recompute scores); "attention", all but those of attention; or "full".
+      but the outputs of projections and attention (the dense backend
+      recomputes scores); "attention", all but those of attention; or "full".
     attention: one of ATTENTION_BACKENDS, see `attention.make_rows`.
     lora: adapters, or None.
     frozen: regular expression; parameters whose path it matches anywhere are

@@ -231,6 +231,7 @@ class Policy:
       positions,
       segments,
       branches,
+      head_dim=self.config.head_dim,
       backend=self.config.attention,
       groups_per_row=groups_per_row,
     )

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from dpo_jax.models.decoder import Readout
 from dpo_jax.parallel import active_mesh
 from dpo_jax.parallel.active_mesh import ROW_AXES
+from dpo_jax.system import compat
 
 # Minimum block width: a multiple of the lane count, wide enough to keep the
 # matmul unit busy.
@@ -50,12 +51,25 @@ class TileSizes:
 
 # 4 MiB of float32, about a core's share of the cache.
 CPU = TileSizes(positions=256, logits=2**20)
-ACCELERATOR = TileSizes(positions=2048, logits=4 * 2**20)
+# A tile of an accelerator may take this share of its memory, in float32. On an
+# H200 256 MiB instead of 16 saved a tenth of a step's time: few large matmuls
+# instead of many small ones.
+_SHARE_OF_MEMORY = 1 / 512
+_LEAST_SIDE = 2048
 
 
 def tile_sizes() -> TileSizes:
-  """Returns the tile sizes of the device that the program is compiled for."""
-  return CPU if active_mesh.platform() == "cpu" else ACCELERATOR
+  """Returns the tile sizes of the device that the program is compiled for.
+
+  They follow from the kind of device and not from what is free on it, so that a
+  run repeats its bits on a device that other programs use too.
+  """
+  if active_mesh.platform() == "cpu":
+    return CPU
+  logits = compat.device_memory() * _SHARE_OF_MEMORY / 4
+  side = 2 ** int(math.log2(max(logits, 1.0)) / 2)
+  side = max(side, _LEAST_SIDE)
+  return TileSizes(positions=side, logits=side * side)
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:

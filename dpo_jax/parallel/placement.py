@@ -120,7 +120,7 @@ class Placement:
     return NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
 
   def place_rows(self, batch: Batch) -> Batch:
-    """Numpy rows of this process -> global arrays split over the mesh."""
+    """Makes global arrays on the mesh of this process's rows of a batch."""
     count = self.row_reader[1]
     return jax.tree.map(
       lambda x, sharding: jax.make_array_from_process_local_data(
@@ -131,15 +131,15 @@ class Placement:
     )
 
   def place_training_batch(self, batch: Batch) -> Batch:
-    """Numpy rows of this process -> an argument of the compiled step."""
+    """Makes the argument of the compiled step of this process's rows."""
     return self.place_rows(batch)
 
   def place_state(self, state: Any) -> Any:
-    """A state on the mesh -> an argument of the compiled step."""
+    """Turns a state on the mesh into an argument of the compiled step."""
     return state
 
   def gather_state(self, state: Any) -> Any:
-    """Result of the compiled step -> a state on the mesh."""
+    """Turns the result of the compiled step into a state on the mesh."""
     return state
 
   def compile_step(

@@ -89,7 +89,7 @@ class PmapPlacement(Placement):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
 
   def _of_all_hosts(self, x: jax.Array) -> jax.Array:
-    """A result of pmap, which has the devices of one host, over all of them."""
+    """Makes a global array of the results that pmap has on each host."""
     return jax.make_array_from_single_device_arrays(
       (self.mesh.size, *x.shape[1:]),
       self._stacked,

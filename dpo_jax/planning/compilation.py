@@ -318,7 +318,8 @@ def known_memory(subject: Subject) -> dict[str, float]:
   rows = batch.tokens.shape[0] / program.accumulation_steps
   rows /= program.placement.num_row_shards
   logits = rows * length * program.policy.config.vocab_size / sizes["tensor"]
-  loops = vocabulary_blocks.ACCELERATOR
+  with jax.set_mesh(program.placement.mesh):
+    loops = vocabulary_blocks.tile_sizes()
   chunk = program.chunk_size or loops.chunk(math.ceil(rows), length)
   at_a_time = rows * min(chunk, length)
   block = at_a_time * loops.columns(int(at_a_time))

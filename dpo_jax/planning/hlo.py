@@ -285,11 +285,7 @@ def _trip_count(line: str, condition: list[_Instruction]) -> float:
 
 
 def _groups(line: str, num_devices: int) -> np.ndarray:
-  """Partition ids of each group: [groups, n].
-
-  Raises:
-    ValueError: groups or pairs that are spelled in another way.
-  """
+  """Reads the groups of devices of a collective: ids, [groups, n]."""
   if "source_target_pairs=" in line:
     pairs = _search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line)[1]
     return np.array(_numbers(pairs)).reshape(-1, 2)
@@ -361,7 +357,7 @@ def _crosses(groups: np.ndarray, slice_of: Callable[[int], int]) -> bool:
 
 
 def _received_bytes(instruction: _Instruction, kind: str, n: int) -> float:
-  """Bytes that come in over the network."""
+  """Computes the bytes that a device receives in a collective."""
   size = shape_bytes(instruction.shape)
   is_start = instruction.opcode.endswith("-start")
   if kind == "all-gather":
@@ -383,7 +379,7 @@ def _first_bytes(instruction: _Instruction) -> float:
 
 
 def shape_bytes(shape: str) -> float:
-  """Bytes of 'f32[2,3]{1,0}', or of all arrays of a tuple.
+  """Computes the bytes of 'f32[2,3]{1,0}', or of all arrays of a tuple.
 
   Raises:
     ValueError: no array in it, or one of another form.

@@ -28,6 +28,10 @@ from dpo_jax.planning.tables import (
 )
 from dpo_jax.records.metrics import format_table
 
+_GPU_MEMORY = """\
+JAX takes 75 % of a GPU's memory. For more: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
+XLA chose its algorithms without the GPU: on one it measures them first."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -75,7 +79,7 @@ def describe(plan: Plan, request: Request) -> str:
   ]
   if plan.fits:
     parts += [
-      collective_table(plan),
+      collective_table(plan, where.chip.networks),
       time_table(plan, request),
       "HBM bytes: " + roofline.BYTES_FORMULA,
     ]
@@ -88,6 +92,8 @@ def describe(plan: Plan, request: Request) -> str:
       format_table(remedies(plan)),
       "What frees activations is a rule of thumb: plan again with the change.",
     ]
+  if where.chip.gpu:
+    parts.append(_GPU_MEMORY)
   if plan.unread:
     parts.append(plan.unread)
   return "\n\n".join(parts)

@@ -182,8 +182,8 @@ def lower_bounds(
 
   Returns:
     "compute", "HBM", "ICI" (all links of a chip busy at once, one way) and
-    "DCN" (a chip's share of its host's); NaN for networks if the collectives
-    are not known.
+    "DCN" (a chip's share of its host's), of GPUs "NVLink" and "network"; NaN
+    for networks if the collectives are not known.
   """
   chip = topology.chip
   ici = dcn = math.nan if collectives is None else 0.0
@@ -193,9 +193,10 @@ def lower_bounds(
       dcn += received
     else:
       ici += received
+  inside, outside = chip.networks
   return {
     "compute": work.executed_flops / (topology.num_chips * chip.flops),
     "HBM": num_hbm_bytes * chip.devices / chip.hbm_bandwidth,
-    "ICI": ici * chip.devices / (chip.ici_links * chip.ici_bandwidth),
-    "DCN": dcn * chip.devices / chip.dcn_bandwidth,
+    inside: ici * chip.devices / (chip.ici_links * chip.ici_bandwidth),
+    outside: dcn * chip.devices / chip.dcn_bandwidth,
   }

@@ -20,7 +20,14 @@ def formatted(value: float) -> str:
 
 
 def memory_table(plan: Plan, hbm: float) -> str:
-  """Memory of a device by kind; the rest of the peak is activations."""
+  """Formats the memory of a device as a table: GiB by kind, and the peak.
+
+  What the kinds leave of the peak is called activations.
+
+  Args:
+    plan: plan.
+    hbm: bytes of memory of the device.
+  """
   known = sum(plan.memory.values())
   rest = max(plan.peak - known, 0.0)
   lines = plan.memory | {
@@ -40,8 +47,13 @@ def memory_table(plan: Plan, hbm: float) -> str:
   )
 
 
-def collective_table(plan: Plan) -> str:
-  """Collectives: calls and bytes by kind and network."""
+def collective_table(plan: Plan, networks: tuple[str, str]) -> str:
+  """Formats collectives as a table: calls and bytes by kind and network.
+
+  Args:
+    plan: plan.
+    networks: names of the network within a slice, and of that between them.
+  """
   if plan.collectives is None:
     return f"collectives: {hlo.UNREADABLE}"
   rows = []
@@ -55,7 +67,7 @@ def collective_table(plan: Plan) -> str:
         rows.append(
           {
             "collective": kind,
-            "over": "DCN" if crosses else "ICI",
+            "over": networks[crosses],
             "calls": sum(c.trips for c in chosen),
             "group": str(sorted({c.group_size for c in chosen})),
             "GiB received": received / GIB,
@@ -75,7 +87,7 @@ def expected_seconds(plan: Plan, request: Request) -> float:
 
 
 def slowest(plan: Plan) -> str:
-  """Names the bound that limits a step, if all bounds are known."""
+  """Returns the name of the largest lower bound of a step, if all are known."""
   if any(map(math.isnan, plan.bounds.values())):
     return hlo.UNREADABLE
   return max(plan.bounds, key=plan.bounds.get)

@@ -1,9 +1,11 @@
-"""TPU slices by name: chips, speeds, and devices to compile for without one.
+"""TPU slices and GPU hosts by name, and devices to compile for without one.
 
 Cloud's names count TensorCores for v4, v5p and tpu7x (`v5p-128` is 64 chips)
 and chips for v5e (`v5litepod-256`) and v6e. These names are used here, and
 `v5e-256` too. `v5p:4x4x4` gives the chips along each axis of the torus. A
 prefix `2x` means two slices, joined by the data center network alone.
+
+`h200-8` is a host with eight GPUs, joined by NVLink.
 """
 
 import dataclasses
@@ -12,46 +14,8 @@ import os
 import re
 from typing import Any
 
-_GIB = 2**30
+from dpo_jax.system.chips import CHIPS, Chip
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Speed and memory of a chip.
-
-  Attributes:
-    flops: dense bf16 FLOPs a second.
-    hbm_bytes: bytes of memory.
-    hbm_bandwidth: bytes a second.
-    ici_links: links to neighbouring chips.
-    ici_bandwidth: bytes a second over one link, one way.
-    dcn_bandwidth: bytes a second out of the slice, a chip's share.
-    cores_in_name: TensorCores that a name counts for a chip.
-    devices: JAX devices that it is compiled as.
-  """
-
-  flops: float
-  hbm_bytes: float
-  hbm_bandwidth: float
-  ici_links: int
-  ici_bandwidth: float
-  dcn_bandwidth: float
-  cores_in_name: int = 1
-  devices: int = 1
-
-
-# Google's pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: peak
-# compute, HBM, and inter-chip bandwidth, which they give for all links of a
-# chip and both ways. DCN from the same table for v5p, v6e and tpu7x; for v4 and
-# v5e from jax-ml.github.io/scaling-book (ch. 2). A v4 chip is one JAX device on
-# a TPU VM, its two cores fused; compiled ahead of time it is two.
-CHIPS = {
-  "v4": Chip(275e12, 32 * _GIB, 1228e9, 6, 50e9, 6.25e9, 2, 2),
-  "v5e": Chip(197e12, 16 * _GIB, 819e9, 4, 50e9, 3.125e9),
-  "v5p": Chip(459e12, 95 * _GIB, 2765e9, 6, 100e9, 6.25e9, 2),
-  "v6e": Chip(918e12, 32 * _GIB, 1638e9, 4, 100e9, 12.5e9),
-  "tpu7x": Chip(2307e12, 192 * _GIB, 7380e9, 6, 100e9, 12.5e9, 2, 2),
-}
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x"}
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -65,18 +29,26 @@ _CUBES = (
   "4x8x8",
   "8x8x8",
 )
-_SHAPES = {
-  kind: _FLAT if chip.ici_links == 4 else _CUBES for kind, chip in CHIPS.items()
-}
+_GPUS = ("1", "2", "4", "8")
+
+
+def _shapes(chip: Chip) -> tuple[str, ...]:
+  """Returns the known shapes of slices, or numbers of GPUs of a host."""
+  if chip.gpu:
+    return _GPUS
+  return _FLAT if chip.ici_links == 4 else _CUBES
+
+
+_SHAPES = {kind: _shapes(chip) for kind, chip in CHIPS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A TPU to compile for.
+  """A TPU, or a host with GPUs, to compile for.
 
   Attributes:
     kind: a key of CHIPS.
-    shape: chips along each axis of a slice.
+    shape: chips along each axis of a slice; number of GPUs of a host.
     num_slices: slices of that shape.
   """
 
@@ -112,8 +84,11 @@ class Topology:
     """JAX devices to compile for.
 
     Raises:
-      RuntimeError: libtpu is not there, or of another version than JAX wants.
+      RuntimeError: libtpu or JAX's CUDA plugin is not there, or of another
+        version than JAX wants.
     """
+    if self.chip.gpu:
+      return self._gpus()
     settings = {}
     if math.prod(self.shape) == 1:
       settings["chips_per_host_bounds"] = [1, 1, 1]
@@ -135,27 +110,44 @@ class Topology:
 
     return compat.topology_devices(self.jax_name, **settings)
 
+  def _gpus(self) -> list[Any]:
+    # No GPU is looked for, and none of the libraries that only run on one.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    from dpo_jax.system import compat
+
+    try:
+      return compat.gpu_devices(self.kind, self.chip, self.num_chips)
+    except NotImplementedError:
+      raise RuntimeError(
+        "JAX's CUDA plugin is not installed, which compiles for GPUs, also"
+        " where there is none: pip install 'jax[cuda12]', or cuda13"
+      ) from None
+
 
 def known_names() -> str:
-  """All names, a line for each kind of chip."""
+  """Lists all names, a line for each kind of chip."""
   return "\n".join(
     f"  {kind}: "
     + ", ".join(
-      f"{Topology(kind, _sizes(shape)).name} ({shape})" for shape in shapes
+      Topology(kind, _sizes(shape)).name
+      + ("" if CHIPS[kind].gpu else f" ({shape})")
+      for shape in shapes
     )
     for kind, shapes in _SHAPES.items()
   )
 
 
 def parse_topology(name: str) -> Topology:
-  """'v5e-64', 'v5litepod-64', 'v5p-128', 'v5p:4x4x4', '2xv5e-256' -> Topology.
+  """Parses 'v5e-64', 'v5litepod-64', 'v5p:4x4x4', '2xv5e-256' or 'h200-8'.
 
   Raises:
     ValueError: a name that is none of those; lists what is known.
   """
-  matched = re.fullmatch(r"(?:(\d+)x)?(v\d\w*?|tpu7x)([-:])([\dx]+)", name)
+  matched = re.fullmatch(
+    r"(?:(\d+)x)?(v\d\w*?|tpu7x|[abh]\d00)([-:])([\dx]+)", name
+  )
   kind = matched and _ALIASES.get(matched[2], matched[2])
-  if kind in CHIPS:
+  if kind in CHIPS and not (CHIPS[kind].gpu and matched[1]):
     num_slices = int(matched[1] or 1)
     for shape in _SHAPES[kind]:
       topology = Topology(kind, _sizes(shape), num_slices)
@@ -164,13 +156,14 @@ def parse_topology(name: str) -> Topology:
       if wanted in (one.name, one.jax_name):
         return topology
     # A slice of another shape: libtpu says whether there is one.
-    sizes = _sizes(matched[4]) if matched[3] == ":" else ()
+    is_slice = matched[3] == ":" and not CHIPS[kind].gpu
+    sizes = _sizes(matched[4]) if is_slice else ()
     if len(sizes) == (2 if CHIPS[kind].ici_links == 4 else 3):
       return Topology(kind, sizes, num_slices)
   raise ValueError(
     f"--topology={name!r} is unknown. Known, with chips along each axis:\n"
     f"{known_names()}\nv4, v5p and tpu7x count TensorCores, two to a chip, as"
-    " Cloud does; v5litepod-N is v5e-N; 2xNAME is two slices"
+    " Cloud does; v5litepod-N is v5e-N; 2xNAME is two slices of a TPU"
   )
 
 

@@ -311,7 +311,10 @@ class Clock:
     self._since = time.monotonic()
 
   def rates(self) -> dict[str, float]:
-    """Returns the rates since the last call."""
+    """Returns groups and tokens a second since the last call, and resets.
+
+    With the share of that time that steps waited for data.
+    """
     self.pause()
     seconds = max(self._seconds, 1e-9)
     rates = {

@@ -6,6 +6,7 @@ Their docstrings compare jax 0.10.2 and 0.12.0.
 
 from collections.abc import Callable
 import inspect
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,9 @@ from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel as kernel_lib,
 )
+
+from dpo_jax.system import chips
+from dpo_jax.system.chips import Chip
 
 
 class ProgramMemory(NamedTuple):
@@ -51,6 +55,46 @@ def mesh_platform() -> str | None:
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return None if device is None else device.platform
+
+
+def device_kind() -> str:
+  """Names the kind of device that is compiled for, such as "NVIDIA H200".
+
+  `AbstractMesh.abstract_device` has it in both versions, see `mesh_platform`.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (device or jax.local_devices()[0]).device_kind
+
+
+def compute_capability() -> tuple[int, int] | None:
+  """Reads the compute capability of the NVIDIA GPU that is compiled for.
+
+  The attribute of devices is not in the reference. In both versions it is text
+  such as "9.0"; an AMD GPU has the name of its architecture there. A GPU that
+  is not here is looked up by its kind.
+
+  Returns:
+    Major and minor number; None on another device.
+  """
+  if jax.default_backend() != "gpu":
+    chip = chips.find_chip(device_kind())
+    return None if chip is None or chip.gpu is None else chip.gpu.capability
+  text = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+  found = re.fullmatch(r"(\d+)\.(\d+)", text)
+  return (int(found[1]), int(found[2])) if found else None
+
+
+def device_memory() -> float:
+  """Reads the bytes of memory of a device that is compiled for.
+
+  By its kind; an unknown one of this machine is asked for what JAX may take of
+  it. `memory_stats` is the same in both versions, and None on some devices.
+  """
+  chip = chips.find_chip(device_kind())
+  if chip is not None:
+    return chip.hbm_bytes / chip.devices
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return float(stats.get("bytes_limit", 0.0))
 
 
 def find_processes(timeout_s: float) -> tuple[str, int, int]:
@@ -100,6 +144,56 @@ def topology_devices(name: str, **settings: Any) -> list[Any]:
     **settings: libtpu's options, such as num_slices.
   """
   return topologies.get_topology_desc(name, platform="tpu", **settings).devices
+
+
+def gpu_devices(name: str, chip: Chip, count: int) -> list[Any]:
+  """Makes devices of GPUs that are not here, to compile for.
+
+  JAX's CUDA plugin takes a description of the GPU, XLA's GpuTargetConfigProto
+  as text, in jax 0.10.2 and 0.11.2. Neither is in the reference.
+
+  Args:
+    name: name of the topology.
+    chip: chip of CHIPS with facts of a GPU.
+    count: GPUs of one host.
+
+  Raises:
+    NotImplementedError: the plugin is not installed.
+  """
+  gpu = chip.gpu
+  assert gpu is not None
+  facts = {
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "shared_memory_per_block": 48 * 2**10,
+    "shared_memory_per_core": gpu.shared_bytes + 2**10,
+    "shared_memory_per_block_optin": gpu.shared_bytes,
+    "threads_per_core_limit": 2048,
+    "core_count": gpu.cores,
+    "fpus_per_core": gpu.lanes,
+    "block_dim_limit_x": 2**31 - 1,
+    "block_dim_limit_y": 2**16 - 1,
+    "block_dim_limit_z": 2**16 - 1,
+    "memory_bandwidth": int(chip.hbm_bandwidth),
+    "l2_cache_size": gpu.l2_bytes,
+    "clock_rate_ghz": gpu.clock_ghz,
+    "device_memory_size": int(chip.hbm_bytes),
+    "registers_per_core_limit": 2**16,
+    "registers_per_block_limit": 2**16,
+  }
+  lines = "\n".join(f"  {key}: {value}" for key, value in facts.items())
+  major, minor = gpu.capability
+  target = (
+    f"gpu_device_info {{\n{lines}\n"
+    f"  cuda_compute_capability {{ major: {major} minor: {minor} }}\n}}\n"
+    'platform_name: "CUDA"\n'
+    "dnn_version_info { major: 9 minor: 10 }\n"
+    f'device_description_str: "NVIDIA {name.upper()} 80GB"\n'
+  )
+  # Slices, hosts and GPUs of a host.
+  return topologies.get_topology_desc(
+    name, platform="cuda", topology=f"1x1x{count}", target_config=target
+  ).devices
 
 
 def splash_forward(

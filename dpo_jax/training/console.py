@@ -264,7 +264,10 @@ class Console:
     self._bar.set_postfix(shown, refresh=False)
 
   def rates(self) -> dict[str, float]:
-    """Returns `Clock.rates` since the last call."""
+    """Returns groups and tokens a second since the last call.
+
+    With the share of that time that steps waited for data; see `Clock.rates`.
+    """
     return self._clock.rates()
 
   def show(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:

@@ -163,7 +163,7 @@ class Evaluator:
 
   @functools.cached_property
   def _prompts(self) -> list[list[int]]:
-    """The first held-out prompts."""
+    """Returns the first held-out prompts."""
     run, settings = self._run, self._run.config.eval
     loader = run.data.first_eval
     return samples.held_out_prompts(

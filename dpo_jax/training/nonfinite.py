@@ -91,7 +91,7 @@ def find_fault(metrics: Mapping[str, Any], max_log_ratio: float) -> str:
   largest = float(metrics.get(LARGEST_LOG_RATIO, 0.0))
   if not largest <= max_log_ratio:  # NaN included
     return (
-      f"a response's log-ratio of policy to reference is {largest:,.1f} nats,"
+      f"a response's log-ratio of policy to reference is {largest:,.6g} nats,"
       f" and numerics.max_log_ratio={max_log_ratio:,g}"
     )
   return ""

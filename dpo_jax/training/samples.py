@@ -103,6 +103,7 @@ def draw_samples(
   seed: int,
   config: Any,
   placement: Placement,
+  batch_size: int = 64,
   label: str = "",
 ) -> Samples:
   """Samples a response to each prompt and asks the judge for its reward.
@@ -116,6 +117,7 @@ def draw_samples(
     seed: seed of the samples.
     config: `config.eval`.
     placement: mesh that the prompts are split over.
+    batch_size: prompts sampled at once.
     label: name of the work for `progress.track`; "" shows nothing.
 
   Returns:
@@ -136,6 +138,7 @@ def draw_samples(
       config.top_p,
     ),
     seed=seed,
+    batch_size=batch_size,
     rows=placement.row_sharding,
     label=label,
   )

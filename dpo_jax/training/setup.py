@@ -18,6 +18,7 @@ from dpo_jax.data import checks, sources
 from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.data.sets import Data, HeldOut
 from dpo_jax.losses import build_objective
+from dpo_jax.models import attention
 from dpo_jax.parallel import mesh
 from dpo_jax.parallel.pmap import make_placement
 from dpo_jax.records import commits, resume, tracker
@@ -199,6 +200,8 @@ def program_for(
       f"data.max_tokens={config.data.max_tokens} exceeds the model's"
       f" max_positions={policy.config.max_positions}"
     )
+  with jax.set_mesh(placement.mesh):
+    attention.check_backend(policy.config.attention, policy.config.head_dim)
   placement.check_batch_size("batch_size", config.batch_size)
   placement.check_batch_size("eval.batch_size", config.eval.batch_size)
   return build_program(config, policy, placement)

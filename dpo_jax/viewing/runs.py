@@ -205,7 +205,7 @@ def plot(runs: Sequence[RunRecord], metrics: Sequence[str]) -> Figure:
 
 
 def _split_of(runs: Sequence[RunRecord], metric: str) -> str:
-  """Returns a split that has a metric, a held-out one if there is one."""
+  """Chooses the split in which runs have a metric, a held-out one if any."""
   splits = dict.fromkeys(split for run in runs for split in run.splits)
   ordered = sorted(splits, key=lambda split: not split.startswith("eval"))
   return next(

@@ -18,7 +18,7 @@ def measure_steps(folder: str, *, plan: Plan) -> list[Row]:
   for step, policy, params in trained.load_steps(folder):
     samples = bench.sample(policy, params, seed=11)
     rows.append({"step": step, **bench.metrics(policy, params, samples)})
-    trained.write_samples(samples_path, step, samples, _SHOWN)
+    trained.write_samples(samples_path, samples, _SHOWN, {"step": step})
   return rows
 
 
@@ -26,7 +26,9 @@ def measure_reference(folder: str, *, plan: Plan) -> list[Row]:
   """Measures the reference's reward; its KL is 0."""
   bench = plan.load_bench()
   samples = bench.sample(bench.ref_policy, bench.ref_params, seed=11)
-  trained.write_samples(f"{folder}/gold_samples.jsonl", 0, samples, _SHOWN)
+  trained.write_samples(
+    f"{folder}/gold_samples.jsonl", samples, _SHOWN, {"step": 0}
+  )
   return [{"step": 0, **trained.reward_metrics(samples.rewards), "kl": 0.0}]
 
 
@@ -43,6 +45,8 @@ def measure_best_of(folder: str, *, plan: Plan, num: int) -> list[Row]:
   chosen = bench.judge(
     [drawn.prompts[i] for i in best], [drawn.responses[i] for i in best]
   )
-  trained.write_samples(f"{folder}/gold_samples.jsonl", 0, chosen, _SHOWN)
+  trained.write_samples(
+    f"{folder}/gold_samples.jsonl", chosen, _SHOWN, {"step": 0}
+  )
   kl = float(np.log(num) - (num - 1) / num)
   return [{"step": 0, **trained.reward_metrics(chosen.rewards), "kl": kl}]

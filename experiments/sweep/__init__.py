@@ -19,7 +19,7 @@ waits for a run that it starts from and that another worker trains.
 """
 
 from experiments.sweep.command import main
-from experiments.sweep.cost import estimate
+from experiments.sweep.cost import estimate, hardware
 from experiments.sweep.execution import (
   Locked,
   compile_once,
@@ -57,6 +57,7 @@ __all__ = [
   "draw",
   "estimate",
   "execute",
+  "hardware",
   "in_order",
   "main",
   "mean_and_spread",

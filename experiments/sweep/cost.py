@@ -20,18 +20,21 @@ def estimate(runs: Sequence[Run], scale: str) -> list[Row]:
   """Estimates FLOPs and hours: 6 N FLOPs a token of a policy of N parameters.
 
   Sampling and the reference each add 2 N a token in the runs that have them.
+  Samples that are only measured take 2 N a token too.
 
   Args:
     runs: the sweep, or a part.
     scale: "tiny" or "paper", which decides the hardware.
 
   Returns:
-    One row for each run: FLOPs and hours.
+    One row for each run: FLOPs and hours; where a run asks a judge on a
+    server, questions and dollars too.
   """
   _, speed, seconds = _SPEEDS[scale]
   rows = []
+  asks = any(run.questions for run in runs)
   for run in runs:
-    flops = 0.0
+    flops = 2.0 * run.num_params * run.sampled_tokens
     if run.config is not None:
       config = config_lib.resolve(run.config)
       if config.total_steps is None:
@@ -43,16 +46,17 @@ def estimate(runs: Sequence[Run], scale: str) -> list[Row]:
       tokens = run.tokens_per_group or config.data.max_tokens * num_slots
       passes = 6.0 + (2.0 if config.reference.kind != "none" else 0.0)
       passes += 2.0 if config.online.kind != "none" else 0.0
-      flops = passes * (run.num_params or _num_params(config))
-      flops *= tokens * config.batch_size * config.total_steps
-    rows.append(
-      {
-        "run": run.name,
-        "after": ", ".join(run.after) or "-",
-        "FLOPs": f"{flops:.2e}",
-        "hours": (flops / speed + seconds) / 3600.0,
-      }
-    )
+      tokens *= config.batch_size * config.total_steps
+      flops += passes * (run.num_params or _num_params(config)) * tokens
+    row = {
+      "run": run.name,
+      "after": ", ".join(run.after) or "-",
+      "FLOPs": f"{flops:.2e}",
+      "hours": (flops / speed + seconds) / 3600.0,
+    }
+    if asks:
+      row |= {"questions": run.questions, "dollars": run.dollars}
+    rows.append(row)
   return rows
 
 
@@ -69,14 +73,22 @@ def _num_params(config: Any) -> int:
   return source.policy(config.policy, vocab_size=vocab_size).config.num_params()
 
 
+def hardware(scale: str) -> str:
+  """Describes the hardware that a scale's estimate assumes."""
+  return _SPEEDS[scale][0]
+
+
 def print_estimate(runs: Sequence[Run], scale: str) -> None:
   """Prints the estimate of each run, and of all together."""
   rows = estimate(runs, scale)
   print(format_table(rows))
-  hardware, _, _ = _SPEEDS[scale]
   hours = sum(row["hours"] for row in rows)
   flops = sum(float(row["FLOPs"]) for row in rows)
   print(
     f"\n{len(rows)} runs, {flops:.2e} FLOPs, about {hours:.2f} hours on"
-    f" {hardware}"
+    f" {hardware(scale)}"
   )
+  if questions := sum(run.questions for run in runs):
+    dollars = sum(run.dollars for run in runs)
+    cost = f"at most about ${dollars:,.2f}" if dollars else "price not given"
+    print(f"{questions:,} questions to the judge, {cost}")

@@ -27,7 +27,7 @@ class Locked(RuntimeError):
 
 
 def execute(
-  runs: Sequence[Run], mine: Sequence[Run], workdir: str
+  runs: Sequence[Run], mine: Sequence[Run], workdir: str, *, name: str = ""
 ) -> dict[str, str]:
   """Executes runs one after the other, and skips those that are finished.
 
@@ -35,6 +35,8 @@ def execute(
     runs: the whole sweep, written to WORKDIR/sweep.json for `collect`.
     mine: the part that this worker does, in order.
     workdir: folder of the sweep.
+    name: name of the experiment. Its runs are also written to NAME.runs.json,
+      for experiments that share a workdir and its runs.
 
   Returns:
     Messages of failed runs by name. A failure does not stop the other runs,
@@ -49,10 +51,9 @@ def execute(
   root = pathlib.Path(workdir)
   _check_unchanged(runs, root)
   root.mkdir(parents=True, exist_ok=True)
-  write_json(
-    root / "sweep.json",
-    [{"name": r.name, "labels": dict(r.labels)} for r in in_order(runs)],
-  )
+  listed = [{"name": r.name, "labels": dict(r.labels)} for r in in_order(runs)]
+  for file in ("sweep.json", f"{name}.runs.json")[: 2 if name else 1]:
+    write_json(root / file, listed)
   failures: dict[str, str] = {}
   names = {run.name for run in mine}
   for number, run in enumerate(mine, 1):

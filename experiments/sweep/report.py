@@ -27,14 +27,19 @@ class Collected:
   missing: list[str]
 
 
-def collect(workdir: str) -> Collected:
+def collect(workdir: str, name: str = "") -> Collected:
   """Reads the rows of finished runs, and the progress of the others.
+
+  Args:
+    workdir: folder of the sweep.
+    name: experiment whose runs are read, of those that share the workdir; "":
+      the one that was started last.
 
   Raises:
     FileNotFoundError: the folder does not hold a sweep.
   """
   root = pathlib.Path(workdir)
-  path = root / "sweep.json"
+  path = root / (f"{name}.runs.json" if name else "sweep.json")
   if not path.exists():
     raise FileNotFoundError(
       f"{path} does not exist: {workdir} holds no sweep. Start one without"

@@ -22,12 +22,14 @@ class Settings:
     scale: "tiny" or "paper".
     policy: folder of a Hugging Face model, or "" for the experiment's own.
     reviews: JSONL file of real reviews, "tfds" for imdb_reviews, or "".
+    evaluation: keys of the judge on a server, such as "eval.judge".
   """
 
   workdir: str
   scale: str
   policy: str = ""
   reviews: str = ""
+  evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Run:
       folder is not on this machine; 0: read from the policy.
     tokens_per_group: tokens of a group, for the estimate; 0: data.max_tokens
       for each response.
+    sampled_tokens: tokens that `measure` samples, prompts included, for the
+      estimate.
+    questions: questions that `measure` asks a judge on a server.
+    dollars: cost of these, at most.
   """
 
   name: str
@@ -58,6 +64,9 @@ class Run:
   inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   num_params: int = 0
   tokens_per_group: float = 0.0
+  sampled_tokens: float = 0.0
+  questions: int = 0
+  dollars: float = 0.0
 
   def spec(self) -> dict[str, Any]:
     """Returns everything that decides the run's result, as plain JSON."""

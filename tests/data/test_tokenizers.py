@@ -605,8 +605,6 @@ def test_an_eos_that_is_named_must_be_a_token(tmp_path):
   folder = write_folder(tmp_path)
   with pytest.raises(ValueError, match=r"no EOS token \('<end>'\)"):
     HFTokenizer(folder, eos_token="<end>")
-  with pytest.raises(ValueError, match="that of 'bytes' is its id 257"):
-    load_tokenizer("bytes", eos_token="<end>")
 
 
 def test_stop_ids_are_the_eos_and_what_else_a_model_stops_at(tmp_path):
@@ -694,3 +692,10 @@ def test_ids_beyond_the_embedding_are_refused(real_data, tmp_path):
   folder = str(real_data / "tokenizers" / "chatml_6400")
   with pytest.raises(ValueError, match="vocabulary has 512: the tokenizer is"):
     stories_run(real_data, tmp_path, folder)
+
+
+@pytest.mark.parametrize("spec", ["bytes", "letters:3"])
+@pytest.mark.parametrize("key", ["chat_template", "eos_token"])
+def test_ids_without_a_vocabulary_refuse_its_settings(spec, key):
+  with pytest.raises(ValueError, match=rf"data\.{key}='x' .*'{spec}' has none"):
+    load_tokenizer(spec, **{key: "x"})

@@ -13,6 +13,7 @@ import pytest
 from dpo_jax.models import attention, logps
 from dpo_jax.models.attention import (
   blockwise,
+  masks,
   splash,
 )
 from dpo_jax.parallel import active_mesh
@@ -69,7 +70,7 @@ def values_and_grads(attend, batch, *, num_heads, num_kv_heads):
 def dense_case(num_slots, length, window, soft_cap, kv_heads, layout):
   """Returns a batch, settings, and what dense attention makes of them."""
   batch = random_batch(num_slots, num_slots, length, layout)
-  rows = attention.make_rows(*labels_of(batch), backend="dense")
+  rows = attention.make_rows(*labels_of(batch), head_dim=8, backend="dense")
   settings = dict(
     window=None if window is None else jnp.int32(window),
     scale=0.7,
@@ -176,7 +177,7 @@ def test_no_array_of_length_squared(backend):
   length = 4096
 
   def total(queries, keys, values, *labels):
-    rows = attention.make_rows(*labels, backend=backend)
+    rows = attention.make_rows(*labels, head_dim=8, backend=backend)
     out = attention.attend_rows(
       queries, keys, values, rows, window=None, scale=1.0, soft_cap=None
     )
@@ -203,7 +204,7 @@ def test_splash_equals_dense_attention(num_slots, window, soft_cap, kv_heads):
   """Interpreted, in blocks of 128."""
   batch = random_batch(num_slots, num_slots, 256)
   labels = labels_of(batch)
-  rows = attention.make_rows(*labels, backend="dense")
+  rows = attention.make_rows(*labels, head_dim=8, backend="dense")
   settings = dict(
     window=None if window is None else jnp.int32(window),
     scale=0.7,
@@ -234,7 +235,7 @@ def test_slices_of_queries_equal_the_whole_row(backend, size):
   """The shards of the mesh axis `context`, one after the other."""
   batch = random_batch(5, 2, 768, num_groups=24)
   labels = labels_of(batch)
-  rows = attention.make_rows(*labels, backend="dense")
+  rows = attention.make_rows(*labels, head_dim=8, backend="dense")
   settings = dict(window=jnp.int32(20), scale=0.7, soft_cap=None)
   part = 384  # of 128 and of 16, and not of 256
   assert (batch.segments[:, part:] > 0).any(), "nothing but padding there"
@@ -280,7 +281,7 @@ def test_context_axis_shards_queries_between_blocks(
   heads = dict(num_heads=4, num_kv_heads=2)
 
   def attend(q, k, v, backend):
-    rows = attention.make_rows(*labels, backend=backend)
+    rows = attention.make_rows(*labels, head_dim=8, backend=backend)
     return attention.attend_rows(q, k, v, rows, **settings)
 
   seen = set()
@@ -312,7 +313,7 @@ def test_finished_query_block_adds_nothing(monkeypatch):
   batch = tiny.pack(groups, "shared", 256)
   assert batch.tokens.shape == (2, 256) and (batch.segments == 1).all()
   labels = labels_of(batch)
-  rows = attention.make_rows(*labels, backend="dense")
+  rows = attention.make_rows(*labels, head_dim=8, backend="dense")
   blocks = blockwise.make_blocks(*labels, 32)
   settings = dict(window=None, scale=0.7, soft_cap=None)
   heads = dict(num_heads=4, num_kv_heads=2)
@@ -336,7 +337,7 @@ def block_size(length, groups_per_row):
   positions = jax.eval_shape(
     lambda *labels: (
       attention.make_rows(
-        *labels, backend="xla", groups_per_row=groups_per_row
+        *labels, head_dim=8, backend="xla", groups_per_row=groups_per_row
       ).blocks.positions
     ),
     *[label] * 3,
@@ -381,7 +382,7 @@ def test_groups_per_row_come_from_the_batch(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_splash_intervals_equal_the_mask(seed):
+def test_intervals_equal_the_mask(seed):
   window = int(np.random.default_rng(seed).integers(1, 40))
   batch = random_batch(seed, 3, 192)
   labels = labels_of(batch)
@@ -393,7 +394,7 @@ def test_splash_intervals_equal_the_mask(seed):
     if w is not None:
       mask &= np.asarray(attention.in_window(labels[0], labels[0], w))
     for row in range(len(mask)):
-      found = splash.intervals(tuple(x[row] for x in labels), w)
+      found = masks.intervals(tuple(x[row] for x in labels), w)
       seen = sum(
         (places >= first[:, None]) & (places < end[:, None])
         for first, end in (np.asarray(x).T for x in found)
@@ -420,7 +421,7 @@ def place(shape, dtype, *spec):
 
 def total(q, k, v, positions, segments, branches, window):
   rows = attention.make_rows(
-    positions, segments, branches, backend="splash"
+    positions, segments, branches, head_dim=128, backend="splash"
   )
   out = attention.attend_rows(
     q, k, v, rows, window=window, scale=0.1, soft_cap=30.0
@@ -474,7 +475,7 @@ def test_blockwise_attention_is_the_same_on_a_mesh():
   settings = dict(window=None, scale=0.7, soft_cap=None)
 
   def attend(q, k, v):
-    rows = attention.make_rows(*labels, backend="xla")
+    rows = attention.make_rows(*labels, head_dim=8, backend="xla")
     return attention.attend_rows(q, k, v, rows, **settings)
 
   heads = dict(num_heads=4, num_kv_heads=2)

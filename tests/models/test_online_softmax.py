@@ -117,12 +117,26 @@ def test_blocks_equal_the_whole_vocabulary(chunk_size, monkeypatch):
   assert_close(got, with_gradients(whole_vocabulary, x))
 
 
+@pytest.mark.parametrize(
+  ("gib", "side"), [(0, 2048), (16, 2048), (80, 4096), (140, 8192)]
+)
+def test_tiles_take_a_share_of_the_devices_memory(gib, side, monkeypatch):
+  """0: a device that does not say how much it has."""
+  monkeypatch.setattr(active_mesh, "platform", lambda: "gpu")
+  monkeypatch.setattr(compat, "device_memory", lambda: gib * 2.0**30)
+  sizes = vocabulary_blocks.tile_sizes()
+  assert sizes == vocabulary_blocks.TileSizes(side, side**2)
+  assert 4 * sizes.logits <= max(gib, 8) * 2**30 / 512
+  monkeypatch.setattr(active_mesh, "platform", lambda: "cpu")
+  assert vocabulary_blocks.tile_sizes() == vocabulary_blocks.CPU
+
+
 def test_accelerator_layout_gives_the_same_values(monkeypatch):
   monkeypatch.setattr(active_mesh, "platform", lambda: "gpu")
   monkeypatch.setattr(
     vocabulary_blocks,
-    "ACCELERATOR",
-    vocabulary_blocks.TileSizes(256, 1),
+    "tile_sizes",
+    lambda: vocabulary_blocks.TileSizes(256, 1),
   )
   x = inputs(has_bias=True)
   wanted = with_gradients(whole_vocabulary, x)

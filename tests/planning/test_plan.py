@@ -440,6 +440,20 @@ def test_the_tiny_step_compiles_for_every_kind(libtpu, name):
 
 
 @pytest.mark.slow
+def test_the_step_compiles_for_gpus_that_are_not_here(cuda):
+  """With the attention kernels in it, and collectives over NVLink."""
+  request = make_request("h200-8")
+  plan = compilation.make_plan(compilation.build(request), request)
+  assert plan.fits and not plan.unread
+  assert plan.peak > plan.memory["parameters"] > 0
+  kinds = {c.kind for c in plan.collectives}
+  assert "all-gather" in kinds and "all-reduce" in kinds
+  assert not any(c.crosses for c in plan.collectives)
+  assert plan.bounds["NVLink"] > 0 and plan.bounds["network"] == 0
+  assert "NVLink at least" in report.describe(plan, request)
+
+
+@pytest.mark.slow
 def test_a_block_of_the_vocabulary_is_cut_before_it_is_gathered(libtpu):
   """A TPU's compiler would gather the whole head for each of 16 blocks."""
   request = make_request("v5e-4", rows=4, row_tokens=2048, vocab_size=32768)

@@ -23,6 +23,8 @@ from dpo_jax.planning.topology import parse_topology
     ("v5e:4x4", "v5e:4x4", 16),
     ("2xv5e-64", "v5e:8x8", 128),
     ("4xv5p-128", "v5p:4x4x4", 256),
+    ("h200-8", "h200:8", 8),
+    ("a100-1", "a100:1", 1),
   ],
 )
 def test_names_count_what_cloud_counts(name, jax_name, num_chips):
@@ -32,12 +34,28 @@ def test_names_count_what_cloud_counts(name, jax_name, num_chips):
 
 
 @pytest.mark.parametrize(
-  "name", ["v5e-63", "v3-8", "v5e", "v5e:4x4x4", "h100-8", "", "v5p:4x4"]
+  "name",
+  [
+    "v5e-63",
+    "v3-8",
+    "v5e",
+    "v5e:4x4x4",
+    "h100-3",
+    "2xh100-8",
+    "b300-8",
+    "",
+    "v5p:4x4",
+  ],
 )
 def test_an_unknown_name_lists_those_that_are_known(name):
   with pytest.raises(ValueError, match="is unknown") as error:
     parse_topology(name)
-  for known in ("v5p-128 (4x4x4)", "v6e-256 (16x16)", "tpu7x-8 (2x2x1)"):
+  for known in (
+    "v5p-128 (4x4x4)",
+    "v6e-256 (16x16)",
+    "tpu7x-8 (2x2x1)",
+    "h100-8",
+  ):
     assert known in str(error.value)
 
 

@@ -135,6 +135,21 @@ def test_devices_of_a_topology_have_coordinates(libtpu):
     assert compat.mesh_platform() == "tpu"
 
 
+def test_gpus_that_are_not_here_have_their_facts(cuda):
+  devices = parse_topology("h100-4").devices()
+  assert len(devices) == 4
+  with jax.set_mesh(Mesh(np.array(devices), ("data",))):
+    assert compat.mesh_platform() == "gpu"
+    assert compat.compute_capability() == (9, 0)
+    assert compat.device_memory() == 80 * 2**30
+
+
+def test_this_machine_is_no_gpu():
+  assert compat.compute_capability() is None
+  assert compat.device_kind() == "cpu"
+  assert compat.device_memory() == 0.0
+
+
 def test_the_processes_of_a_pod_are_found(monkeypatch):
   class Pod:
     """Stands in for what JAX finds in the environment of a pod."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import logging
 import math
 from typing import Any
 
@@ -9,10 +10,12 @@ import flax.struct
 import jax
 from jax.sharding import PartitionSpec
 
-from dpo_jax.models.attention import blockwise, splash
+from dpo_jax.models.attention import blockwise, splash, triton
 from dpo_jax.models.attention.dense import attend
 from dpo_jax.models.attention.masks import in_window, shared_prompt_mask
 from dpo_jax.parallel import active_mesh
+
+_LOG = logging.getLogger(__name__)
 
 # Tokens of a block of the "xla" backend. On a CPU, small blocks fit short
 # groups closely, and large blocks keep all cores busy.
@@ -31,7 +34,7 @@ class Rows:
     positions: i32 [R, T], position of a token in its own prompt + response.
     segments: i32 [R, T], 0 is padding.
     branches: i32 [R, T], 0 in a prompt, k + 1 in the k-th response.
-    mask: bool [R, T, T], see `shared_prompt_mask`; for "dense" and "cudnn".
+    mask: bool [R, T, T], see `shared_prompt_mask`; for "dense".
     blocks: the rows in blocks; for "xla".
     backend: one of ATTENTION_BACKENDS except "auto".
   """
@@ -44,11 +47,46 @@ class Rows:
   backend: str = flax.struct.field(pytree_node=False)
 
 
+def check_backend(backend: str, head_dim: int) -> None:
+  """Checks that a backend can run on the platform of the active mesh.
+
+  Warns where "auto" takes a slow one on a GPU.
+
+  Args:
+    backend: one of config.ATTENTION_BACKENDS.
+    head_dim: channels of a head.
+
+  Raises:
+    ValueError: it cannot.
+  """
+  platform = active_mesh.platform()
+  if backend == "splash" and platform != "tpu":
+    raise ValueError(
+      f"policy.attention='splash' needs a TPU; this is a {platform}. Set"
+      " policy.attention='auto'"
+    )
+  if backend not in ("auto", "triton"):
+    return
+  obstacle = triton.obstacle(head_dim)
+  if obstacle and backend == "triton":
+    raise ValueError(
+      f"policy.attention='triton' cannot run: {obstacle}. Set"
+      " policy.attention='auto'"
+    )
+  if obstacle and platform == "gpu":
+    _LOG.warning(
+      "attention runs in blocks of XLA, which is slower, without the kernel"
+      " 'triton': %s",
+      obstacle,
+    )
+
+
 def make_rows(
   positions: jax.Array,
   segments: jax.Array,
   branches: jax.Array,
   *,
+  head_dim: int,
   backend: str = "auto",
   groups_per_row: int = 1,
 ) -> Rows:
@@ -58,10 +96,12 @@ def make_rows(
     positions: i32 [R, T], see `types.Batch`.
     segments: i32 [R, T].
     branches: i32 [R, T].
-    backend: one of config.ATTENTION_BACKENDS. "dense" and "cudnn" hold a mask
-      of T x T; "xla" works in blocks; "splash" is the TPU's kernel. "auto" is
-      splash on a TPU; elsewhere it is dense for rows of up to two blocks and
-      xla for longer rows.
+    head_dim: channels of a head, on which "auto" depends.
+    backend: one of config.ATTENTION_BACKENDS. "dense" holds a mask of T x T;
+      "xla" works in blocks; "splash" is the TPU's kernel, "triton" that of
+      NVIDIA GPUs, interpreted elsewhere. "auto" is splash on a TPU and triton
+      on a GPU that can run it, see `check_backend`; elsewhere it is dense for
+      rows of up to two blocks and xla for longer rows.
     groups_per_row: groups that a row has room for, up to twice the number that
       it holds; used only to choose the size of blocks.
 
@@ -71,15 +111,23 @@ def make_rows(
   length = positions.shape[1]
   size = _block_size(length, groups_per_row)
   if backend == "auto":
-    is_short = length <= 2 * size
-    is_tpu = active_mesh.platform() == "tpu"
-    backend = "splash" if is_tpu else "dense" if is_short else "xla"
+    backend = _choose_backend(length, size, head_dim)
   mask = blocks = None
-  if backend in ("dense", "cudnn"):
+  if backend == "dense":
     mask = shared_prompt_mask(segments, branches)
   elif backend == "xla":
     blocks = blockwise.make_blocks(positions, segments, branches, size)
   return Rows(positions, segments, branches, mask, blocks, backend)
+
+
+def _choose_backend(length: int, size: int, head_dim: int) -> str:
+  """Returns what "auto" is for rows of `length` in blocks of `size`."""
+  platform = active_mesh.platform()
+  if platform == "tpu":
+    return "splash"
+  if platform == "gpu" and not triton.obstacle(head_dim):
+    return "triton"
+  return "dense" if length <= 2 * size else "xla"
 
 
 def _block_size(length: int, groups_per_row: int) -> int:
@@ -121,34 +169,28 @@ def attend_rows(
     and not specified.
   """
   settings = dict(scale=scale, soft_cap=soft_cap)
-  if rows.backend in ("xla", "splash"):
-    kernel = {"xla": blockwise.attend_blocks, "splash": splash.attend_splash}
-    labels = rows.blocks
-    if rows.backend == "splash":
-      labels = (rows.positions, rows.segments, rows.branches)
-    attend_shard = functools.partial(kernel[rows.backend], **settings)
-    return _on_each_device(
-      attend_shard,
-      queries,
-      keys,
-      values,
-      labels,
-      window,
-      _context_shard(rows),
-    )
-  mask = rows.mask
-  if window is not None:
-    mask &= in_window(rows.positions, rows.positions, window)
-  if rows.backend == "cudnn" and soft_cap is None:
-    return jax.nn.dot_product_attention(
-      queries,
-      keys,
-      values,
-      mask=mask[:, None],
-      scale=scale,
-      implementation="cudnn",
-    )
-  return attend(queries, keys, values, mask, **settings)
+  if rows.backend == "dense":
+    mask = rows.mask
+    if window is not None:
+      mask &= in_window(rows.positions, rows.positions, window)
+    return attend(queries, keys, values, mask, **settings)
+  kernels = {
+    "xla": blockwise.attend_blocks,
+    "splash": splash.attend_splash,
+    "triton": triton.attend_triton,
+  }
+  labels = rows.blocks
+  if rows.backend != "xla":
+    labels = (rows.positions, rows.segments, rows.branches)
+  return _on_each_device(
+    functools.partial(kernels[rows.backend], **settings),
+    queries,
+    keys,
+    values,
+    labels,
+    window,
+    _context_shard(rows),
+  )
 
 
 def _context_shard(rows: Rows) -> int:
@@ -162,8 +204,9 @@ def _context_shard(rows: Rows) -> int:
   if size == 1 or length % size:
     return 0
   shard = length // size
-  if rows.backend == "splash":
-    return shard if splash.is_divisible(shard) else 0
+  if rows.backend != "xla":
+    kernel = {"splash": splash, "triton": triton}[rows.backend]
+    return shard if kernel.is_divisible(shard) else 0
   return shard if shard % rows.blocks.positions.shape[2] == 0 else 0
 
 

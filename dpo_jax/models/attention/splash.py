@@ -32,7 +32,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 import jax.numpy as jnp
 
-from dpo_jax.models.attention.masks import start_indices
+from dpo_jax.models.attention.masks import Labels, intervals
 from dpo_jax.models.config import ATTENDED
 from dpo_jax.system import compat
 
@@ -41,42 +41,6 @@ BLOCK = 512
 _LANES = 128
 _MAX_LENGTH = 2**15
 _MASKED = float(kernel_lib.DEFAULT_MASK_VALUE)
-
-# (positions, segments, branches): i32 [R, T] each.
-Labels = tuple[jax.Array, jax.Array, jax.Array]
-
-
-def intervals(
-  labels: Labels, window: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-  """Computes the two intervals of its row that each token sees.
-
-  Args:
-    labels: labels of one row, i32 [T] each.
-    window: i32 [], see `attention.attend_rows`, or None.
-
-  Returns:
-    [first, end) in the token's own prompt or response, then [first, end) in its
-    prompt: i32 [T, 2] each. Padding sees itself.
-  """
-  positions, segments, branches = labels
-  indices = jnp.arange(len(positions), dtype=jnp.int32)
-  starts = start_indices(segments, branches)
-  prompt_starts = start_indices(segments)
-  # A response's first position is the length of its prompt.
-  prompt_ends = prompt_starts + jnp.where(branches > 0, positions[starts], 0)
-  if window is not None:
-    starts = jnp.maximum(starts, indices - (window - 1))
-    prompt_starts = jnp.clip(
-      prompt_starts + positions - (window - 1), prompt_starts, prompt_ends
-    )
-  is_padding = segments == 0
-  starts = jnp.where(is_padding, indices, starts)
-  prompt_ends = jnp.where(is_padding, prompt_starts, prompt_ends)
-  return (
-    jnp.stack([starts, indices + 1], 1),
-    jnp.stack([prompt_starts, prompt_ends], 1),
-  )
 
 
 def _is_inside(packed: jax.Array, indices: jax.Array) -> jax.Array:
