@@ -150,6 +150,8 @@ class Sequences:
     old_token_values: f32 [B, K, M], the value head then.
     advantages: f32 [B, K, M].
     returns: f32 [B, K, M], what the value head is fitted to.
+    sample_weight: f32 [B, K], weight of a response in a mean over the batch's
+      own samples: 0 for one of the data. Over B groups the weights sum to B.
     num_groups: f32 [], valid groups of the global batch. None means that
       these sequences are the whole batch.
     total_tokens: f32 [], scored tokens of the global batch, or None likewise.
@@ -183,6 +185,7 @@ class Sequences:
   old_token_values: jax.Array = _optional("on_policy")
   advantages: jax.Array = _optional("on_policy")
   returns: jax.Array = _optional("on_policy")
+  sample_weight: jax.Array = _optional("on_policy")
   num_groups: jax.Array = _absent()
   total_tokens: jax.Array = _absent()
 

@@ -6,8 +6,8 @@ On the exact task, pairs that share 0 or 3 of their 4 letters. Pal et al. 2024
 (DPOP, arXiv:2402.13228) and Razin et al. 2024 (arXiv:2410.08847) find that DPO
 lowers the chosen response's log-prob, the more so the more alike the two
 responses are. Pairs that are alike are learnt more slowly, so the fall is
-compared for each nat that the margin has grown. A fall by itself is no fault:
-pi* lowers most chosen responses too. Hardware: two CPU cores.
+compared for each nat that the margin has grown. By itself a fall is
+harmless: pi* lowers most chosen responses too. Hardware: two CPU cores.
 """
 
 import functools

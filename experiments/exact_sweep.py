@@ -162,15 +162,30 @@ class Builder:
       tokens_per_group=2 + self.space.length,
     )
 
-  def _pairs(self, label: str, flips: float, seed: int) -> str:
+  def _pairs(
+    self,
+    label: str,
+    flips: float,
+    seed: int,
+    beginnings: int = exact_task.NUM_LETTERS,
+  ) -> str:
     """Adds a run that draws pairs, unless it exists; returns its name."""
+    is_partial = beginnings < exact_task.NUM_LETTERS
+    part = f"_begin{beginnings}" if is_partial else ""
     num = self.size["pairs"]
 
     def write(task: Task, path: str) -> None:
-      task.write_pairs(path, num, label=label, flips=flips, seed=seed)
+      task.write_pairs(
+        path,
+        num,
+        label=label,
+        flips=flips,
+        seed=seed,
+        beginnings=beginnings,
+      )
 
     return self.add_data(
-      f"pairs_{label}_{flips:g}_s{seed}",
+      f"pairs_{label}_{flips:g}{part}_s{seed}",
       write,
       make_labels("pairs", seed, label=label, flips=flips),
       pairs=num,
@@ -248,6 +263,7 @@ class Builder:
     data: str = "",
     extra: exact_measure.Measure | None = None,
     changes: Mapping[str, Any] | None = None,
+    beginnings: int = exact_task.NUM_LETTERS,
   ) -> str:
     """Adds a trained run, measured by enumeration.
 
@@ -265,11 +281,12 @@ class Builder:
       data: run that writes its data; "": pairs by label and flips.
       extra: further metrics.
       changes: values of other keys of the config by path.
+      beginnings: first letters in the pairs; see `Task.write_pairs`.
 
     Returns:
       The run's name.
     """
-    data = data or self._pairs(label, flips, seed)
+    data = data or self._pairs(label, flips, seed, beginnings)
     values = {"optimizer.learning_rate": learning_rate}
     if online is not None:
       online = online | {"max_response_tokens": self.space.length}

@@ -249,7 +249,14 @@ class Task:
     return float(np.mean(ours)), float(np.mean(bayes))
 
   def write_pairs(
-    self, path: str, num: int, *, label: str, flips: float, seed: int
+    self,
+    path: str,
+    num: int,
+    *,
+    label: str,
+    flips: float,
+    seed: int,
+    beginnings: int = NUM_LETTERS,
   ) -> None:
     """Writes labelled pairs of completions that the reference draws.
 
@@ -259,10 +266,11 @@ class Task:
       label: "bradley_terry", or "argmax" for the larger reward.
       flips: fraction of labels that are flipped.
       seed: seed of the draws.
+      beginnings: letters, from "a" on, that completions may begin with.
     """
     rng = np.random.default_rng((seed, 3))
     prompts = rng.integers(0, len(self.space.prompts), 2 * num)
-    drawn = self.draw(prompts, 2, rng)
+    drawn = self.draw(prompts, 2, rng, self._begins_with(beginnings))
     differs = np.flatnonzero(drawn[:, 0] != drawn[:, 1])[:num]
     prompts, drawn = prompts[differs], drawn[differs]
     wins = self.label(prompts, drawn, label, rng)
@@ -271,14 +279,24 @@ class Task:
       path, prompts, np.where(wins[:, None], drawn, drawn[:, ::-1])
     )
 
+  def _begins_with(self, beginnings: int) -> np.ndarray:
+    """Returns whether each completion begins with one of the first letters."""
+    first = np.array([text[:1] for text in self.space.texts])
+    return first < chr(ord("a") + beginnings)
+
   def draw(
-    self, prompts: np.ndarray, num: int, rng: np.random.Generator
+    self,
+    prompts: np.ndarray,
+    num: int,
+    rng: np.random.Generator,
+    is_drawn: np.ndarray | bool = True,
   ) -> np.ndarray:
     """Draws completions of the reference for each prompt: i64 [n, num].
 
-    An empty one is never drawn: files of data may not hold it.
+    An empty one is never drawn: files of data may not hold it. With
+    `is_drawn`, bool [N], others are not drawn either.
     """
-    probs = np.exp(self.ref_logps)
+    probs = np.exp(self.ref_logps) * is_drawn
     if self.space.has_end:
       probs[:, 0] = 0.0
     cumulative = probs.cumsum(-1)

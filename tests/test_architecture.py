@@ -194,7 +194,7 @@ ROOMS: dict[str, list[str]] = {
     "console",
   ],
   "evaluating": ["settings", "opening", "results", "evaluation"],
-  "online": ["snapshot", "rollouts", "loader", "open_loaders"],
+  "online": ["snapshot", "rollouts", "mixing", "loader", "open_loaders"],
   "planning": [
     "topology",
     "hlo",

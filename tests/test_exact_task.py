@@ -12,9 +12,11 @@ from dpo_jax.data import tokenizers
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from experiments import (
+  coverage,
   exact_frontier,
   exact_sweep,
   exact_task,
+  on_policy_ablation,
   sweep,
   trained,
 )
@@ -167,6 +169,43 @@ def test_pairs_follow_the_label_and_the_flips(task, tmp_path):
   assert right("bradley_terry", 0.0) == pytest.approx(bayes, abs=0.03)
 
 
+def test_pairs_of_poor_coverage_begin_with_the_first_letters(task, tmp_path):
+  path = str(tmp_path / "pairs.jsonl")
+  task.write_pairs(
+    path, 300, label="bradley_terry", flips=0.0, seed=0, beginnings=4
+  )
+  with open(path, encoding="utf-8") as file:
+    rows = [json.loads(line) for line in file]
+  letters = {row[side][0] for row in rows for side in ("chosen", "rejected")}
+  assert letters == set("abcd")
+
+
+def test_known_features_span_the_rewards_and_their_fit_finds_them(task):
+  """8,000 labels of one prompt give a reward whose optimum is near pi*."""
+  features = on_policy_ablation.reward_features()
+  weights = np.linalg.lstsq(features, task.rewards[0])[0]
+  np.testing.assert_allclose(features @ weights, task.rewards[0], atol=1e-8)
+  rng = np.random.default_rng(0)
+  pairs = rng.integers(0, 4096, (8000, 2))
+  gap = task.rewards[0][pairs[:, 0]] - task.rewards[0][pairs[:, 1]]
+  wins = rng.random(8000) < 1 / (1 + np.exp(-gap))
+  chosen_first = np.where(wins[:, None], pairs, pairs[:, ::-1])
+  fitted = on_policy_ablation.fit_rewards(features, chosen_first)
+  assert np.corrcoef(fitted, task.rewards[0])[0, 1] > 0.98
+
+
+def test_only_a_loss_of_pairs_cannot_tell_an_unseen_answer_from_the_best():
+  rows = {row["loss"]: row for row in coverage.three_answers()}
+  offline = rows.pop("offline DPO")
+  assert offline["answers_1"] == pytest.approx(offline["answers_3"], abs=1e-6)
+  # -log s(beta D) of D = log 98, and sums over answers and pairs by hand.
+  assert offline["answers_1"] == pytest.approx(np.log1p(98**-0.5), rel=1e-5)
+  kl = 0.98 * np.log(0.98 / 0.45) + 0.01 * np.log(0.01 / 0.45)
+  kl += 0.01 * np.log(0.01 / 0.1)
+  assert rows["KL to the reference"]["answers_1"] == pytest.approx(kl, rel=1e-4)
+  assert all(row["answers_1"] < 0.7 * row["answers_3"] for row in rows.values())
+
+
 def test_demonstrations_follow_the_language(tmp_path):
   path = str(tmp_path / "texts.jsonl")
   exact_task.write_demonstrations(path, 20_000, 0)
@@ -233,6 +272,17 @@ def run_small_sweep(workdir):
   builder.add_dpo(0, 0.25)
   builder.add_on_policy_dpo(0, 0.25, rounds=10)
   builder.add_noisy(0, 0.5, 0.2)
+  poor = dict(seed=0, beta=0.25, beginnings=4)
+  dpo = dict(name="dpo", beta=0.25)
+  builder.add("DPO, poor coverage", dpo, **poor)
+  samples = dict(
+    kind="pairs",
+    every_steps=25,
+    label="bradley_terry",
+    judge=builder.truth,
+    offline_fraction=0.5,
+  )
+  builder.add("hybrid DPO, poor coverage", dpo, online=samples, **poor)
   longer = SmallBuilder(workdir, steps=800)
   longer.use_every_pair_once()
   longer.add("reward model", dict(name="reward_model"), seed=1)
@@ -303,6 +353,17 @@ def test_on_policy_pairs_halve_the_regret(measured):
   """
   offline = measured["DPO", 0.0]["regret"]
   assert measured["on-policy DPO", 0.0]["regret"] < 0.5 * offline
+
+
+@pytest.mark.slow
+def test_poor_coverage_is_mended_by_on_policy_data(measured):
+  """Half of each batch is samples; all have as many labels and steps."""
+  good, poor, mended = (
+    measured[method, 0.0]["regret"]
+    for method in ("DPO", "DPO, poor coverage", "hybrid DPO, poor coverage")
+  )
+  assert good < 0.9 * poor
+  assert mended < 0.6 * poor
 
 
 @pytest.mark.slow

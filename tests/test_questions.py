@@ -45,7 +45,7 @@ def test_similar_pairs_share_that_many_letters(tmp_path, num_equal):
 
 
 def test_shifts_by_hand(tmp_path):
-  """Of two chosen responses one rises by 0.2 and one falls by 0.4."""
+  """Two chosen responses: one rises by 0.2, and one falls by 0.4."""
   task = uniform_task()
   path = str(tmp_path / "pairs.jsonl")
   task.write_chosen(path, np.array([0, 1]), np.array([[5, 6], [7, 8]]))

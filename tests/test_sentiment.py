@@ -22,6 +22,8 @@ NAMES = (
   "loss_ablation",
   "label_noise",
   "online_vs_offline",
+  "on_policy_ablation",
+  "coverage",
 )
 
 

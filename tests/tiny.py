@@ -201,6 +201,7 @@ def make_sequences(
     "kl": rng.uniform(0, 3, shape),
     "values": rng.normal(0, 2, shape),
     "old_logps": logps + rng.normal(0, 0.3, shape),
+    "sample_weight": np.ones(shape),
   }
   # Four tokens of each response, the last of some of them padding.
   fields |= {

@@ -131,7 +131,15 @@ def default_config() -> ml_collections.ConfigDict:
   config.online.temperature = config_dict.placeholder(float)  # pairs only
   config.online.label = config_dict.placeholder(str)  # argmax, bradley_terry
   config.online.flips = config_dict.placeholder(float)  # wrong labels, of 1
-  config.online.kl_weight = config_dict.placeholder(float)  # reward for a nat
+  # Of pairs: the part of each batch that is read from data.source, in (0, 1),
+  # a whole number of groups; the policy's own pairs are the rest. Unset: 0.
+  config.online.offline_fraction = config_dict.placeholder(float)
+  # Of pairs: whether batches are drawn from those of all samplings so far, not
+  # of the latest alone. Unset: False.
+  config.online.replay = config_dict.placeholder(bool)
+  # Weight of a nat of KL to the reference: in the reward of rollouts, or, with
+  # pairs, of a term of the loss on the policy's own samples (2406.01462).
+  config.online.kl_weight = config_dict.placeholder(float)
   # A KL per response that kl_weight is adapted to (arXiv:1909.08593), nats;
   # 0: kl_weight stays as it is.
   config.online.kl_target = config_dict.placeholder(float)

@@ -31,7 +31,15 @@ _SHARED = dict(
 )
 _ONLINE: dict[str, dict[str, Any]] = {
   "none": {},
-  "pairs": _SHARED | dict(temperature=1.0, label="argmax", flips=0.0),
+  "pairs": _SHARED
+  | dict(
+    temperature=1.0,
+    label="argmax",
+    flips=0.0,
+    offline_fraction=None,
+    replay=None,
+    kl_weight=None,
+  ),
   "rollouts": _SHARED | dict(kl_weight=0.05, kl_target=0.0, kl_gain=0.1),
 }
 _GAE = dict(discount=1.0, gae_lambda=0.95)  # arXiv:1707.06347, sec. 5
@@ -347,6 +355,13 @@ def _resolve_online(
   for name, value in knobs.items():
     if online[name] is None:
       online[name] = value
+  has_kl = isinstance(objective, Objective) and objective.needs_reference
+  if kind == "pairs" and online["kl_weight"] and not has_kl:
+    raise ValueError(
+      f"online.kl_weight={online['kl_weight']} adds a KL to the reference, and"
+      f" requires a single loss that reads a reference; got {objective.name!r}:"
+      " unset it, or choose another loss"
+    )
   if kind != "none":
     _check_online(online, settings["batch_size"])
 
@@ -367,11 +382,24 @@ def _check_online(online: Mapping[str, Any], batch_size: int) -> None:
       "online.label='bradley_terry' draws a label for a pair, and"
       f" online.num_samples={online['num_samples']}: set it to 2"
     )
-  num_groups = online["every_steps"] * batch_size
+  if online["replay"] and online["offline_fraction"]:
+    raise ValueError(
+      "online.replay=True draws batches from all samplings, and"
+      f" online.offline_fraction={online['offline_fraction']} mixes data into"
+      " the latest: unset one of the two"
+    )
+  num_offline = (online["offline_fraction"] or 0.0) * batch_size
+  if not math.isclose(num_offline, round(num_offline)):
+    raise ValueError(
+      f"online.offline_fraction={online['offline_fraction']} of batch_size="
+      f"{batch_size} is {num_offline:g} groups: choose a fraction that gives"
+      " whole groups"
+    )
+  num_groups = online["every_steps"] * (batch_size - round(num_offline))
   if num_groups % online["epochs"]:
     raise ValueError(
       f"online.epochs={online['epochs']} must divide online.every_steps *"
-      f" batch_size = {num_groups}"
+      f" batch_size = {num_groups}, without groups of the data"
     )
 
 

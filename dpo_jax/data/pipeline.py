@@ -66,9 +66,10 @@ class Pipeline:
   placement: Placement
 
   @property
-  def is_offline(self) -> bool:
-    """Whether responses are read from data, not sampled."""
-    return self.config.online.kind == "none"
+  def reads_responses(self) -> bool:
+    """Whether some responses of training batches are read from data."""
+    online = self.config.online
+    return online.kind == "none" or online.offline_fraction is not None
 
   def build(self) -> Data:
     """Opens the data of the config.
@@ -80,7 +81,7 @@ class Pipeline:
     settings = self.config.data
     groups = self._open_training()
     train, held_out = self._hold_out(groups)
-    if self.is_offline:
+    if self.reads_responses:
       train = train[groups.is_usable[train]]
     if not len(train):
       raise ValueError(
@@ -173,7 +174,9 @@ class Pipeline:
   def _can_measure(self, held_out: store.Store) -> bool:
     """Returns whether the loss can be measured on held-out groups."""
     is_pair = held_out.num_slots == 2
-    return self.is_offline or (self.objective.group != "samples" and is_pair)
+    return self.reads_responses or (
+      self.objective.group != "samples" and is_pair
+    )
 
   def _check_actions(self) -> dict[str, str]:
     """Returns the actions of the checks, without those that say nothing."""
@@ -182,7 +185,7 @@ class Pipeline:
     if self.objective.group == "single":
       actions["length_bias"] = "off"  # there are no pairs
     of_pairs = ("length_bias", "ties", "contradictions", "chosen_scores_lower")
-    if not self.is_offline or self.objective.group == "first":
+    if not self.reads_responses or self.objective.group == "first":
       # Rejected responses are not read.
       actions |= dict.fromkeys(of_pairs, "off")
     is_wanted = config.data.eval_fraction or any(
@@ -250,7 +253,7 @@ class Pipeline:
     if config.data.split_pairs and is_pair and objective.group == "single":
       reasons["tied_scores"] = opened.tied_pairs().repeat(2)
       opened = opened.split_pairs()
-    if self.is_offline:
+    if self.reads_responses:
       objective.check_group_size(opened.num_slots)
     reasons |= objective.unusable(opened.score, opened.lengths[:, 1:] > 0)
     is_usable = self._drop_unusable(reasons, spec)
@@ -318,12 +321,12 @@ class Pipeline:
     counts = {name: int(mask.sum()) for name, mask in reasons.items()}
     text = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
     name = self.objective.name
-    if self.is_offline and is_unusable.all():
+    if self.reads_responses and is_unusable.all():
       raise ValueError(
         f"{spec}: loss {name!r} learns nothing from any of the"
         f" {len(is_unusable)} groups: {text}"
       )
-    if self.is_offline and text:
+    if self.reads_responses and text:
       _LOG.warning(
         "%s: loss %r learns nothing from %d of %d groups, which are dropped:"
         " %s",

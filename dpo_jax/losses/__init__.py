@@ -6,7 +6,7 @@ uses, and the only one for a loss that has a state or couples the batch.
 """
 
 from dpo_jax.losses import functions
-from dpo_jax.losses.build import build_objective
+from dpo_jax.losses.build import build_objective, with_sampled_kl
 from dpo_jax.losses.catalogue import CATALOGUE, Loss
 
 # Generated, and with a list of its own names.
@@ -27,5 +27,6 @@ __all__ = [
   "WeightedSum",
   "build_objective",
   "mean_over_groups",
+  "with_sampled_kl",
   *functions.__all__,
 ]

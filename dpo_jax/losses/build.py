@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
+from dpo_jax.losses import regularizers
 from dpo_jax.losses.catalogue import CATALOGUE, Loss
 from dpo_jax.losses.catalogue.row import knobs_of
 from dpo_jax.losses.knobs import KNOBS
@@ -45,6 +46,22 @@ def build_objective(config: Any) -> Objective | WeightedSum:
     terms.append((float(weight), _build_one(settings)))
   _check_sum([term for _, term in terms])
   return WeightedSum(tuple(terms))
+
+
+def with_sampled_kl(objective: Objective, kl_weight: float) -> Objective:
+  """Adds `regularizers.sampled_kl` to a loss.
+
+  Args:
+    objective: loss of on-policy batches that compares with a reference.
+    kl_weight: weight of a nat; 0 returns the loss itself.
+  """
+  if not kl_weight:
+    return objective
+  terms = (*objective.loss.regularizers, regularizers.sampled_kl)
+  return Objective(
+    dataclasses.replace(objective.loss, regularizers=terms),
+    {**objective.knobs, "kl_weight": kl_weight},
+  )
 
 
 def _check_sum(terms: Sequence[Objective]) -> None:

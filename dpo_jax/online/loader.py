@@ -4,8 +4,9 @@ The loop asks for batch(step), as it does of any loader. Every
 `online.every_steps` steps it passes `begin` the policy's parameters: responses
 are sampled and judged then, and all batches until the next time are made from
 them. So a batch is a function of (seed, step, parameters at the last
-sampling). The samples are kept in WORKDIR/online/STEP.npz, so a run that stops
-between two samplings resumes with the same batches.
+sampling). The samples are kept in WORKDIR/online/STEP.npz, with `online.replay`
+those of all samplings so far. So a run that stops between two samplings resumes
+with the same batches.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from dpo_jax.data.loader import Loader
 from dpo_jax.data.store import Store, part_starts
 from dpo_jax.data.tokenizers import Tokenizer
 from dpo_jax.losses import policy_gradient
-from dpo_jax.online import rollouts
+from dpo_jax.online import mixing, rollouts
 from dpo_jax.online.snapshot import Snapshot
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.training.program import Program
@@ -68,8 +69,11 @@ class OnPolicyLoader:
     self._source = prompts
     self._snapshot: Snapshot | None = None
     self._loader: Loader | None = None
+    fraction = self._settings.offline_fraction or 0.0
+    self._num_offline = round(fraction * config.batch_size)
+    self._num_own = config.batch_size - self._num_offline
     # As many prompts a sampling as its batches need.
-    num_groups = self._settings.every_steps * config.batch_size
+    num_groups = self._settings.every_steps * self._num_own
     usable = self._usable_prompts()
     self._prompts = dataclasses.replace(
       prompts,
@@ -105,6 +109,10 @@ class OnPolicyLoader:
     longest = np.full(
       (len(lengths), num_slots), settings.max_response_tokens, np.int32
     )
+    indices = self._prompts.indices
+    if self._num_offline:
+      longest = mixing.larger(longest, self._source.store.lengths[:, 1:])
+      indices = self._source.indices
     lengths = np.concatenate([lengths, longest], 1)
     imagined = dataclasses.replace(
       self._prompts.store,
@@ -116,7 +124,7 @@ class OnPolicyLoader:
     )
     return batch_plan.make_plan(
       imagined,
-      self._prompts.indices,
+      indices,
       batch_size=config.batch_size,
       row_tokens=config.data.row_tokens,
       row_multiple=self._program.placement.num_row_shards
@@ -149,12 +157,15 @@ class OnPolicyLoader:
     metrics: dict[str, float] = {}
     if self._snapshot is None or self._snapshot.step != first:
       if step == first:
-        self._snapshot, metrics = self._sample(first, params)
+        sampled, metrics = self._sample(first, params)
+        if self._settings.replay and first:
+          sampled = sampled.after(self._snapshot_at(first - every))
+        self._snapshot = sampled
         if jax.process_index() == 0:
           self._snapshot.write(self._path(first))
           self._delete_before(oldest - every)
       else:
-        self._snapshot = Snapshot.read(self._path(first))
+        self._snapshot = self._snapshot_at(first)
       self._loader = self._loader_of(self._snapshot)
     return first + every, metrics
 
@@ -187,6 +198,12 @@ class OnPolicyLoader:
       fields[name] = found.astype(np.float32)
     return batch.replace(on_policy=fields)
 
+  def _snapshot_at(self, step: int) -> Snapshot:
+    """Returns the latest snapshot, or reads that of a step."""
+    if self._snapshot is not None and self._snapshot.step == step:
+      return self._snapshot
+    return Snapshot.read(self._path(step))
+
   def _path(self, step: int) -> epath.Path:
     return self._folder / f"{step}.npz"
 
@@ -202,12 +219,18 @@ class OnPolicyLoader:
 
   def _loader_of(self, snapshot: Snapshot) -> Loader:
     is_cached = self._config.reference.kind == "cached"
-    return self._make_loader(
+    loader = self._make_loader(
       snapshot.step,
       snapshot.prompts,
       snapshot.responses,
       snapshot.score,
       snapshot.ref_logps if is_cached else None,
+    )
+    return mixing.mix(
+      loader,
+      self._prompts.batch_size,
+      num_own=self._num_own,
+      num_offline=self._num_offline,
     )
 
   def _make_loader(
@@ -258,14 +281,10 @@ class OnPolicyLoader:
       "reward_deviation": float(rewards.std()),
       "tokens": float((responses >= 0).sum(-1).mean()),
     }
-    score = rewards
+    score, num_own = rewards, len(prompts)
     if settings.kind == "pairs":
-      responses, score, is_tied = rollouts.label_pairs(
-        responses,
-        rewards,
-        label=settings.label,
-        flips=settings.flips,
-        rng=np.random.default_rng(self._seed(step, 2)),
+      prompts, responses, score, is_tied = self._make_pairs(
+        step, prompts, responses, rewards
       )
       metrics["ties"] = float(is_tied.mean())
     loader = self._make_loader(step, prompts, responses, score)
@@ -273,12 +292,14 @@ class OnPolicyLoader:
     is_there = (responses >= 0).any(-1)
     log_ratios = measured["logps"] - measured["ref_logps"]
     log_ratios = np.where(is_there, log_ratios, 0)
-    metrics["kl"] = kl = rollouts.mean_kl(responses, log_ratios)
+    metrics["kl"] = kl = rollouts.mean_kl(
+      responses[:num_own], log_ratios[:num_own]
+    )
     self._check_drift(step, kl)
-    kl_weight, fields = self._kl_weight(step), {}
+    kl_weight = self._kl_weight(step)
+    fields = self._fields(rewards, responses, measured, kl_weight)
     if settings.kind == "rollouts":
       metrics["kl_weight"] = kl_weight
-      fields = self._fields(rewards, responses, measured, kl_weight)
       score = rewards - kl_weight * log_ratios
     snapshot = Snapshot(
       step,
@@ -290,6 +311,36 @@ class OnPolicyLoader:
       fields,
     )
     return snapshot, metrics
+
+  def _make_pairs(
+    self,
+    step: int,
+    prompts: np.ndarray,
+    responses: np.ndarray,
+    rewards: np.ndarray,
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Labels samples as pairs, and adds groups of the data to them.
+
+    Returns:
+      Prompts, responses and scores of all groups, and which pairs are ties.
+    """
+    settings = self._settings
+    responses, score, is_tied = rollouts.label_pairs(
+      responses,
+      rewards,
+      label=settings.label,
+      flips=settings.flips,
+      rng=np.random.default_rng(self._seed(step, 2)),
+    )
+    if self._num_offline:
+      prompts, responses, score = mixing.add_groups(
+        dataclasses.replace(self._source, batch_size=self._num_offline),
+        range(step, step + settings.every_steps),
+        prompts,
+        responses,
+        score,
+      )
+    return prompts, responses, score, is_tied
 
   def _check_drift(self, step: int, kl: float) -> None:
     if not abs(kl) <= self._settings.max_kl:  # NaN included
@@ -308,8 +359,8 @@ class OnPolicyLoader:
     kl_weight: float,
   ) -> dict[str, np.ndarray]:
     """Computes the arrays of `Batch.on_policy` that the loss needs, by name."""
-    fields = {}
-    if "advantages" in self._program.objective.needs:
+    fields, needs = {}, self._program.training_objective.needs
+    if "advantages" in needs:
       fields = rollouts.advantage_fields(
         rewards,
         measured,
@@ -318,8 +369,12 @@ class OnPolicyLoader:
         discount=self._settings.discount,
         gae_lambda=self._settings.gae_lambda,
       )
-    if "old_logps" in self._program.objective.needs:
+    if "old_logps" in needs:
       fields["old_logps"] = measured["logps"]
+    if "sample_weight" in needs:
+      fields["sample_weight"] = mixing.sample_weights(
+        responses, len(rewards), self._num_own / self._config.batch_size
+      )
     return fields
 
   def _kl_weight(self, step: int) -> float:
@@ -328,10 +383,7 @@ class OnPolicyLoader:
       return 0.0
     if step == 0 or not self._settings.kl_target:
       return self._settings.kl_weight
-    before = step - self._settings.every_steps
-    if self._snapshot is not None and self._snapshot.step == before:
-      return self._snapshot.kl_weight
-    return Snapshot.read(self._path(before)).kl_weight
+    return self._snapshot_at(step - self._settings.every_steps).kl_weight
 
   def _next_kl_weight(self, kl_weight: float, kl: float) -> float:
     """Updates the KL weight: it rises where the KL is above its target."""

@@ -34,6 +34,22 @@ class Snapshot:
   kl_weight: float
   fields: dict[str, np.ndarray]
 
+  def after(self, earlier: "Snapshot") -> "Snapshot":
+    """Returns this snapshot with an earlier one's groups before its own."""
+
+    def join(name: str) -> np.ndarray:
+      return np.concatenate([getattr(earlier, name), getattr(self, name)])
+
+    arrays = ("prompts", "responses", "score", "ref_logps")
+    return dataclasses.replace(
+      self,
+      **{name: join(name) for name in arrays},
+      fields={
+        name: np.concatenate([earlier.fields[name], values])
+        for name, values in self.fields.items()
+      },
+    )
+
   def write(self, path: epath.Path) -> None:
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     fields |= fields.pop("fields")

@@ -124,7 +124,8 @@ def explain(run: Run, loader: Addresses, step: Step, fault: str) -> str:
   Returns:
     The fault, the guilty groups with file and line, and the file's path.
   """
-  placement, objective = run.program.placement, run.program.objective
+  program = run.program
+  placement, objective = program.placement, program.training_objective
   batch = placement.gather_rows(step.batch)
   sequences = placement.gather_rows(step.inputs[0])
   loss_state = placement.fetch(step.inputs[1])

@@ -14,7 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax.config import LIVE_REFERENCES
-from dpo_jax.losses import Objective, WeightedSum, build_objective
+from dpo_jax.losses import (
+  Objective,
+  WeightedSum,
+  build_objective,
+  with_sampled_kl,
+)
 from dpo_jax.models import partition_rules, trainable
 from dpo_jax.models.decoder import Policy
 from dpo_jax.parallel import mesh, sharding
@@ -32,7 +37,7 @@ class Program:
 
   Attributes:
     policy: decoder; says which of its parameters are frozen.
-    objective: loss to minimise.
+    objective: loss to minimise, without the KL of on-policy batches.
     optimizer: optax chain.
     schedule: learning rate by step, for the metrics.
     placement: mesh, and jit or pmap.
@@ -42,6 +47,7 @@ class Program:
     accumulation_steps: microbatches of a step.
     chunk_size: see `logps.chunked_token_figures`.
     skip_spikes: rule by which steps are skipped, or None.
+    kl_weight: weight of the KL on own samples that training adds to the loss.
   """
 
   policy: Policy
@@ -55,6 +61,14 @@ class Program:
   accumulation_steps: int = 1
   chunk_size: int = 0
   skip_spikes: SpikeRule | None = None
+  kl_weight: float = 0.0
+
+  @property
+  def training_objective(self) -> Objective | WeightedSum:
+    """The loss that a step differentiates."""
+    if isinstance(self.objective, WeightedSum):
+      return self.objective
+    return with_sampled_kl(self.objective, self.kl_weight)
 
   @property
   def has_live_reference(self) -> bool:
@@ -129,7 +143,7 @@ class Program:
     """
     function = step.make_train_step(
       self.policy,
-      self.objective,
+      self.training_objective,
       self.optimizer,
       self.schedule,
       accumulation_steps=self.accumulation_steps,
@@ -200,7 +214,13 @@ def build_program(config: Any, policy: Policy, placement: Placement) -> Program:
     accumulation_steps=config.accumulation_steps,
     chunk_size=config.logps_chunk,
     skip_spikes=_spike_rule(config.numerics),
+    kl_weight=_loss_kl_weight(config.online),
   )
+
+
+def _loss_kl_weight(settings: Any) -> float:
+  """Returns the weight of the KL in the loss; of rollouts it is a reward's."""
+  return settings.kl_weight or 0.0 if settings.kind == "pairs" else 0.0
 
 
 def _spike_rule(settings: Any) -> SpikeRule | None:

@@ -1,11 +1,15 @@
 """build_objective: what it refuses, composes and counts."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
 
-from dpo_jax.losses import build_objective
+from dpo_jax.losses import build_objective, regularizers, with_sampled_kl
+from dpo_jax.types import Sequences
 from tests.tiny import make_sequences
 
 
@@ -229,3 +233,50 @@ def test_a_tie_within_a_longer_ranking_is_kept():
   present = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 0]], bool)
   found = objective.unusable(score, present)
   assert found["tied_scores"].tolist() == [False, True, True]
+
+
+def test_the_kl_on_old_samples_has_the_value_and_gradient_of_the_kl():
+  """All three responses, each with the probability that it was sampled."""
+  old, ref = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
+  logits = jnp.array([0.3, -0.5, 0.1])
+
+  def sequences_of(logits):
+    column = functools.partial(jnp.asarray, dtype=jnp.float32)
+    return Sequences(
+      logps=jax.nn.log_softmax(logits)[:, None],
+      num_tokens=jnp.ones((3, 1)),
+      score=jnp.zeros((3, 1)),
+      valid=jnp.ones((3, 1), bool),
+      ref_logps=column(np.log(ref)[:, None]),
+      old_logps=column(np.log(old)[:, None]),
+      sample_weight=column(old[:, None]),
+    )
+
+  def estimate(logits):
+    terms = regularizers.sampled_kl(sequences_of(logits), kl_weight=0.7)
+    return terms.sum()
+
+  def exact(logits):
+    logps = jax.nn.log_softmax(logits)
+    return 0.7 * (jnp.exp(logps) * (logps - np.log(ref))).sum()
+
+  found, wanted = map(jax.value_and_grad, (estimate, exact))
+  for a, b in zip(found(logits), wanted(logits), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_responses_of_the_data_have_no_kl_term():
+  """One pair is sampled, with weight 2 / 2; the other is of the data."""
+  objective = build_objective({"name": "dpo", "beta": 0.5})
+  sequences = make_sequences(2, num=2)
+  weights = jnp.array([[1.0, 1.0], [0.0, 0.0]])
+  sequences = sequences.replace(
+    old_logps=sequences.logps, sample_weight=weights
+  )
+  plain = objective.losses(sequences)
+  found = with_sampled_kl(objective, 0.3).losses(sequences)
+  log_ratios = sequences.logps - sequences.ref_logps
+  np.testing.assert_allclose(
+    found - plain, [0.3 * log_ratios[0].sum(), 0.0], rtol=1e-4, atol=1e-6
+  )
+  assert with_sampled_kl(objective, 0.0) is objective

@@ -1,5 +1,6 @@
 """On-policy batches: what is sampled, judged, kept, and learned from."""
 
+import dataclasses
 import json
 import types
 
@@ -13,7 +14,7 @@ from dpo_jax.config import resolve
 from dpo_jax.data import tokenizers
 from dpo_jax.judges.classifier import Classifier
 from dpo_jax.models import logps as logps_lib
-from dpo_jax.online import rollouts
+from dpo_jax.online import mixing, rollouts
 from dpo_jax.records.metrics import read_metrics
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.train import Preempted, train
@@ -47,7 +48,37 @@ def test_a_kind_fills_in_the_knobs_it_reads():
     ("dpo", dict(kind="pair"), "must be one of none, pairs, rollouts"),
     ("dpo", dict(every_steps=4), "'none' with loss 'dpo' does not read it"),
     ("dpo", dict(kind="pairs"), "online.judge is not set"),
-    ("dpo", dict(kind="pairs", kl_weight=0.1), "does not read it. It reads: e"),
+    ("dpo", dict(kind="pairs", kl_target=0.1), "does not read it. It reads: e"),
+    ("dpo", dict(kl_weight=0.1), "kl_weight=0.1 is set, and .*='none'"),
+    ("dpo", dict(offline_fraction=0.5), "fraction=0.5 is set, and .*='none'"),
+    (
+      "ppo",
+      dict(kind="rollouts", judge="x", offline_fraction=0.5),
+      "fraction=0.5 is set, and online.kind='rollouts'",
+    ),
+    *(
+      (
+        "dpo",
+        dict(kind="pairs", judge="x", offline_fraction=value),
+        r"outside \(0, 1\): part of a batch",
+      )
+      for value in (-0.5, 0.0, 1.0, 1.5)
+    ),
+    (
+      "dpo",
+      dict(kind="pairs", judge="x", offline_fraction=0.3),
+      "of batch_size=8 is 2.4 groups",
+    ),
+    (
+      "dpo",
+      dict(kind="pairs", judge="x", replay=True, offline_fraction=0.5),
+      "unset one of the two",
+    ),
+    (
+      "simpo",
+      dict(kind="pairs", judge="x", kl_weight=0.1),
+      "requires a single loss that reads a reference; got 'simpo'",
+    ),
     ("ppo", dict(), "loss 'ppo' with online.kind='none'"),
     ("dpo", dict(kind="rollouts"), "such as ppo and reinforce"),
     ("kto", dict(kind="pairs"), "reads groups of the kind 'single'"),
@@ -60,6 +91,11 @@ def test_a_kind_fills_in_the_knobs_it_reads():
       "dpo",
       dict(kind="pairs", judge="x", label="bradley_terry", num_samples=4),
       "set it to 2",
+    ),
+    (
+      "dpo",
+      dict(kind="pairs", judge="x", epochs=3, offline_fraction=0.5),
+      "epochs=3 must divide .* = 4, without groups of the data",
     ),
     ("dpo", dict(kind="pairs", judge="x", num_samples=1), "must be at least 2"),
     ("dpo", dict(kind="pairs", judge="x", flips=0.7), r"outside \[0, 0.5\]"),
@@ -232,12 +268,86 @@ def figures(workdir):
   ]
 
 
+def open_hybrid(folder, **overrides):
+  """Returns the loader of a run of which half a batch is read from data."""
+  config = run_config(folder, "dpo", online__offline_fraction=0.5, **overrides)
+  run = build_run(config, Workdir.at(f"{folder}/run"))
+  params = initial_state.load_params(run, run.config.policy.init)
+  state = run.program.make_state(params, None)
+  loader, _ = online.open_loaders(run, state, label="")
+  loader.begin(0, state.policy_params, oldest=0)
+  return run, loader
+
+
+def test_half_of_a_hybrid_batch_is_read_from_the_data_in_its_order(tmp_path):
+  run, loader = open_hybrid(tmp_path, online__kl_weight=0.1)
+  offline = dataclasses.replace(run.data.train, batch_size=4)
+  store = run.data.train.store
+  for step in range(3):
+    batch = loader.batch(step)
+    is_group = batch.example_ids >= 0
+    is_read = (batch.on_policy["sample_weight"] == 0).all(-1) & is_group
+    ids = batch.example_ids[is_read]
+    assert len(ids) == 4
+    read = loader.order(step)[-4:]
+    np.testing.assert_array_equal(read, offline.order(step))
+    # The batch has the tokens of these groups, not samples for their prompts.
+    wanted = sorted(np.concatenate(store.group(i)).tolist() for i in read)
+    found = [row_of_group(batch, r, g) for r, g in np.argwhere(is_read)]
+    assert sorted(found) == wanted
+    weights = batch.on_policy["sample_weight"]
+    np.testing.assert_allclose(weights.sum(), 8.0, rtol=1e-6)
+
+
+def test_replay_keeps_the_pairs_of_all_samplings(tmp_path):
+  """At step 3 batches are drawn from 24 pairs of step 0 and 24 of step 3."""
+  config = run_config(tmp_path, "dpo", online__replay=True)
+  run = build_run(config, Workdir.at(f"{tmp_path}/run"))
+  params = initial_state.load_params(run, run.config.policy.init)
+  state = run.program.make_state(params, None)
+  loader, _ = online.open_loaders(run, state, label="")
+  folder = run.workdir.online
+  for step in (0, 3):
+    loader.begin(step, state.policy_params, oldest=0)
+  first, both = (online.Snapshot.read(folder / f"{n}.npz") for n in (0, 3))
+  assert len(both.prompts) == 48
+  for name in ("prompts", "responses", "ref_logps"):
+    joined = getattr(both, name)
+    np.testing.assert_array_equal(joined[:24], getattr(first, name))
+  assert (both.responses[:24] != both.responses[24:]).any()
+  ids = [loader.batch(step).example_ids for step in (3, 4, 5)]
+  drawn = np.concatenate([x[x >= 0] for x in ids])
+  assert len(set(drawn.tolist())) == len(drawn)
+  assert 0 < (drawn < 24).sum() < len(drawn)
+
+
+def row_of_group(batch, row, group):
+  """Returns the tokens of a group: prompt, then responses."""
+  segments = np.unique(batch.segments[row])
+  segment = segments[segments > 0][group]
+  return batch.tokens[row][batch.segments[row] == segment].tolist()
+
+
+def test_data_with_unscored_response_tokens_are_not_mixed_in():
+  store = types.SimpleNamespace(scored=np.ones(3, bool))
+  source = types.SimpleNamespace(store=store)
+  with pytest.raises(ValueError, match="one answer a response"):
+    mixing.add_groups(source, [0], *[np.zeros((1, 1, 1))] * 3)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["ppo", "reinforce", "dpo"])
+@pytest.mark.parametrize(
+  "loss", ["ppo", "reinforce", "dpo", "hybrid", "replay"]
+)
 def test_a_resume_between_two_samplings_changes_nothing(
   tmp_path, monkeypatch, loss
 ):
   extra = {} if loss == "dpo" else {"online__kl_target": 1.0}
+  if loss == "hybrid":
+    loss = "dpo"
+    extra = {"online__offline_fraction": 0.5, "online__kl_weight": 0.1}
+  if loss == "replay":
+    loss, extra = "dpo", {"online__replay": True, "online__kl_weight": 0.1}
   config = run_config(tmp_path, loss, **extra)
   train(config, tmp_path / "whole")
   # Stopped at 4, which is between the samplings at 3 and 6; and at 6.

@@ -73,8 +73,8 @@ class Loss:
   def needs(self, knobs: Mapping[str, Any]) -> frozenset[str]:
     """Optional fields of `Sequences` that this loss reads with these knobs."""
     fields = self.reward_row.needs | self.link_row.needs
-    if regularizers.calibration in self.regularizers:
-      fields |= {"ref_logps"}
+    for regularizer in self.regularizers:
+      fields |= regularizers.NEEDS.get(regularizer, frozenset())
     return frozenset(f for f in fields if self.is_read(f, knobs))
 
   def is_read(self, what: str, knobs: Mapping[str, Any]) -> bool:
