@@ -40,6 +40,18 @@ def measure(
   return [task.metrics(logps, beta) | further]
 
 
+def measure_steps(
+  folder: str, *, reference: str, space: Space, beta: float
+) -> list[Row]:
+  """Measures every checkpoint of a run: a row for each, with its `step`."""
+  task = Task.read(reference, space)
+  return [
+    {"step": step}
+    | task.metrics(exact_task.all_logps(policy, params, space), beta)
+    for step, policy, params in trained.load_steps(folder)
+  ]
+
+
 def measure_reward_model(folder: str, *, reference: str) -> list[Row]:
   """Measures a reward model's accuracy on pairs, and the best possible."""
   texts = [exact_task.to_text(ids) for ids in exact_task.completions()]

@@ -9,7 +9,10 @@ from experiments import (
   displacement,
   exact_data,
   exact_sweep,
+  judges,
   length_bias,
+  overoptimisation,
+  reference_ablation,
   sweep,
 )
 from experiments.exact_space import FIXED, Space
@@ -83,11 +86,61 @@ def test_the_true_reward_of_the_length_task_has_no_slope():
   assert found["slope"] == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.parametrize("agreement", [1.0, 0.8, 0.0])
+def test_a_judge_agrees_with_the_truth_as_far_as_is_stated(agreement):
+  task = uniform_task()
+  scores = judges.judge_rewards(task, agreement)
+  for truth, row in zip(task.rewards, scores, strict=True):
+    # The reference is uniform, so plain moments are those under it.
+    assert row.mean() == pytest.approx(0.0, abs=1e-12)
+    assert row.std() == pytest.approx(truth.std())
+    found = np.corrcoef(truth, row)[0, 1]
+    assert found == pytest.approx(agreement, abs=1e-12)
+
+
+def test_best_and_worst_are_those_of_the_judge(tmp_path):
+  """Each score is the judge's, and the gap grows with the number of samples."""
+  task = uniform_task()
+  scores = judges.judge_rewards(task, 0.5)
+  gaps = []
+  for num_samples in (2, 8):
+    path = str(tmp_path / f"{num_samples}.jsonl")
+    judges.write_best_and_worst(
+      task, scores, path, 300, num_samples=num_samples, seed=0
+    )
+    rows = read_lines(path)
+    prompts, pairs = displacement.read_pairs(task, path)
+    written = [[row["score_chosen"], row["score_rejected"]] for row in rows]
+    np.testing.assert_allclose(scores[prompts[:, None], pairs], written)
+    gap = np.diff(written)[:, 0]
+    assert (gap < 0).all()
+    gaps.append(-gap.mean())
+  # Of normal scores: 1.13 and 2.85 deviations.
+  assert 2.0 < gaps[1] / gaps[0] < 3.0
+
+
+def test_curves_begin_at_the_reference_and_name_their_top():
+  rows = [
+    exact_sweep.make_labels("DPO", seed, beta=0.05, knob="200 pairs")
+    | {"step": step, "reward": reward + seed, "kl": step / 10.0}
+    for seed in (0, 1)
+    for step, reward in ((60, 1.0), (120, 3.0), (180, 2.0))
+  ]
+  found = overoptimisation.curves(rows)
+  assert [row["step"] for row in found] == [0, 60, 120, 180]
+  assert [row["reward"] for row in found] == [0.0, 1.5, 3.5, 2.5]
+  (line,) = overoptimisation.table(rows)
+  assert (line["top step"], line["top KL"], line["top E[r]"]) == (120, 12, 3.5)
+  assert (line["last step"], line["last E[r]"]) == (180, 2.5)
+
+
 def row_of(method, knob=""):
   return exact_sweep.make_labels(method, 0, beta=0.5, knob=knob) | METRICS
 
 
-METRICS = dict.fromkeys((*displacement.METRICS, *length_bias.METRICS), 0.5)
+METRICS = dict.fromkeys(
+  (*displacement.METRICS, *length_bias.METRICS, *judges.METRICS), 0.5
+) | {"step": 60}
 
 
 @pytest.mark.parametrize(
@@ -98,15 +151,40 @@ METRICS = dict.fromkeys((*displacement.METRICS, *length_bias.METRICS), 0.5)
       [row_of(m, f"{n} equal") for m in displacement.LOSSES for n in (0, 3)],
     ),
     (length_bias, [row_of(m) for m in length_bias.LOSSES]),
+    (
+      judges,
+      [
+        row_of(f"offline {m}", f"K={k}, judge {j}")
+        for m in judges.LOSSES
+        for k in (2, 4)
+        for j in (0.5, 1)
+      ],
+    ),
+    (
+      overoptimisation,
+      [
+        row_of(m, f"{n} pairs")
+        for m in overoptimisation.LOSSES
+        for n in overoptimisation.NUM_PAIRS
+      ],
+    ),
+    (
+      reference_ablation,
+      [row_of(m) for m in reference_ablation.methods(0.5, 8, "")],
+    ),
   ],
 )
 def test_plots_and_tables_are_functions_of_the_rows(experiment, rows, tmp_path):
   files = experiment.plot(rows, str(tmp_path / "figure"))
   assert [path.rpartition(".")[2] for path in files] == ["png", "pdf", "csv"]
-  assert experiment.table(rows)
+  table = getattr(experiment, "table", exact_sweep.table)
+  assert table(rows)
 
 
-@pytest.mark.parametrize("experiment", [displacement, length_bias])
+@pytest.mark.parametrize(
+  "experiment",
+  [displacement, judges, length_bias, overoptimisation, reference_ablation],
+)
 @pytest.mark.parametrize("scale", sweep.SCALES)
 def test_every_run_has_a_valid_config(experiment, scale):
   runs = experiment.runs(sweep.Settings("W", scale))
@@ -128,15 +206,18 @@ class SmallBuilder(exact_sweep.Builder):
 
 
 def run_small_sweeps(workdir):
-  """Runs what the laws compare: six runs of two tasks."""
+  """Runs what the laws compare: nine runs of three tasks."""
   fixed = SmallBuilder(f"{workdir}/fixed", 120, FIXED)
   for method in ("DPO", "DPOP"):
     for num_equal in (0, 3):
       displacement.add_run(fixed, method, num_equal, 1000, 0)
+  few = SmallBuilder(f"{workdir}/few", 420, FIXED)
+  for seed in range(3):
+    overoptimisation.add_run(few, "DPO", 0.05, 200, seed)
   ended = SmallBuilder(f"{workdir}/ended", 150, length_bias.SPACE)
   for method in ("DPO", "R-DPO"):
     length_bias.add_run(ended, method, 5000, 0)
-  for builder in (fixed, ended):
+  for builder in (fixed, few, ended):
     runs = list(builder.runs.values())
     assert sweep.execute(runs, sweep.choose(runs), builder.root) == {}
 
@@ -150,7 +231,8 @@ def measured(tmp_path_factory):
   output = child.communicate()[0]
   assert child.returncode == 0, output
   return {
-    name: sweep.collect(str(workdir / name)).rows for name in ("fixed", "ended")
+    name: sweep.collect(str(workdir / name)).rows
+    for name in ("fixed", "few", "ended")
   }
 
 
@@ -172,3 +254,11 @@ def test_the_length_slope_of_r_dpo_is_smaller_than_that_of_dpo(measured):
   slopes = {row["method"]: row.get("slope") for row in measured["ended"]}
   assert slopes["DPO"] > 0.5
   assert slopes["R-DPO"] < slopes["DPO"] - 0.5
+
+
+@pytest.mark.slow
+def test_at_a_small_beta_the_true_reward_turns_while_the_kl_grows(measured):
+  (line,) = overoptimisation.table(measured["few"])
+  assert 0 < line["top step"] < line["last step"]
+  assert line["top E[r]"] > line["last E[r]"] + 0.1
+  assert line["last KL"] > line["top KL"] + 0.5

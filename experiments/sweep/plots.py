@@ -27,6 +27,7 @@ def draw(
   y: str,
   *,
   by: str = "method",
+  order: str = "",
 ) -> None:
   """Draws a line for each value of `by`, with the spread over seeds as bars.
 
@@ -36,9 +37,12 @@ def draw(
     x: column on the horizontal axis.
     y: column on the vertical axis.
     by: column whose values are the lines.
+    order: column by which the points of a line are joined; "": x.
   """
   for number, name in enumerate(dict.fromkeys(row[by] for row in rows)):
-    mine = sorted((r for r in rows if r[by] == name), key=lambda r: r[x])
+    mine = sorted(
+      (r for r in rows if r[by] == name), key=lambda r: r[order or x]
+    )
     axis.errorbar(
       [r[x] for r in mine],
       [r[y] for r in mine],
