@@ -52,7 +52,10 @@ def table(rows: list[Row]) -> list[Row]:
 
 
 def plot(rows: list[Row], path: str) -> list[str]:
-  """Plots the win rate against N, a panel for each task."""
+  """Plots the win rate against N, a panel for each task.
+
+  Writes PATH.png, PATH.pdf and the rows as PATH.csv, and returns these paths.
+  """
   figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
   for axis, task in zip(axes, TASKS, strict=True):
     mine = [row for row in _with_curves(rows) if row["task"] == task]

@@ -120,7 +120,12 @@ collect = exact_sweep.collect
 
 
 def means(rows: list[Row]) -> list[Row]:
-  """Averages seeds, by loss and share of equal letters."""
+  """Averages seeds, by loss and number of equal letters.
+
+  Returns:
+    Rows of `sweep.mean_and_spread`, with that number as `equal`. Methods that
+    are not in LOSSES are left out.
+  """
   rows = [row for row in rows if row["method"] in LOSSES]
   found = sweep.mean_and_spread(rows, ("method", "knob"), METRICS)
   for row in found:

@@ -32,7 +32,17 @@ _ROUNDS = 4
 def _add_offline(
   builder: Builder, seed: int, dpo: tuple[float, ...], others: tuple[float, ...]
 ) -> None:
-  """Adds the losses on pairs that were drawn from the reference."""
+  """Adds runs on pairs that the reference drew.
+
+  SimPO, unlikelihood and Preferred-FT have fixed settings. So has a last run of
+  DPO, whose labels are those of the larger reward.
+
+  Args:
+    builder: receives the runs.
+    seed: seed of the runs.
+    dpo: betas of DPO.
+    others: betas of IPO, hinge and KTO.
+  """
   for beta in dpo:
     builder.add_dpo(seed, beta)
   for beta in others:

@@ -96,15 +96,21 @@ collect = exact_sweep.collect
 
 
 def curves(rows: list[Row]) -> list[Row]:
-  """Averages seeds; each row is a step of a curve, the start included."""
+  """Averages seeds, by method, beta, pairs and step.
+
+  Every curve gets a step 0, the reference, whose reward and KL are 0. Rows
+  without a step are left out.
+
+  Returns:
+    Rows of `sweep.mean_and_spread`, with the curve's name as `data`.
+  """
   rows = [row for row in rows if "step" in row]
   starts = {tuple(row[name] for name in _BY): row for row in rows}.values()
   start = dict(step=0, reward=0.0, kl=0.0)
   rows = [*({**row, **start} for row in starts), *rows]
   means = sweep.mean_and_spread(rows, (*_BY, "step"), ("reward", "kl"))
   for row in means:
-    row["line"] = f"{row['method']} {row['beta']:g}"
-    row["data"] = f"{row['line']}, {row['knob']}"
+    row["data"] = f"{row['method']} {row['beta']:g}, {row['knob']}"
   return means
 
 
@@ -127,16 +133,22 @@ def table(rows: list[Row]) -> list[Row]:
 
 
 def plot(rows: list[Row], path: str) -> list[str]:
-  """Plots true reward against KL by loss, and against steps by data."""
-  figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+  """Plots true reward against KL by loss, and against steps by data.
+
+  The losses have a panel for the smallest and one for the largest beta.
+  """
+  figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
   means = curves(rows)
-  fewest = [r for r in means if r["knob"] == f"{NUM_PAIRS[0]} pairs"]
-  dpo = [r for r in means if r["method"] == "DPO"]
-  sweep.draw(axes[0], fewest, "kl", "reward", by="line", order="step")
-  sweep.draw(axes[1], dpo, "step", "reward", by="data")
-  axes[0].set(xlabel="KL to the reference (nats)", ylabel="true reward, E[r]")
-  axes[0].set(title=f"{NUM_PAIRS[0]} pairs, by loss and beta")
-  axes[1].set(xlabel="step", ylabel="true reward, E[r]", title="DPO, by data")
+  betas = sorted({row["beta"] for row in means})
+  for axis, beta in zip(axes, (betas[0], betas[-1]), strict=False):
+    few = f"{NUM_PAIRS[0]} pairs"
+    mine = [r for r in means if (r["beta"], r["knob"]) == (beta, few)]
+    sweep.draw(axis, mine, "kl", "reward", order="step")
+    axis.set(xlabel="KL to the reference (nats)", ylabel="true reward, E[r]")
+    axis.set(title=f"beta {beta:g}, {few}")
+  dpo = [row for row in means if row["method"] == "DPO"]
+  sweep.draw(axes[2], dpo, "step", "reward", by="data")
+  axes[2].set(xlabel="step", ylabel="true reward, E[r]", title="DPO, by data")
   for axis in axes:
     sweep.label_curves(axis)
   return sweep.save_figure(figure, rows, path)

@@ -158,7 +158,12 @@ class Bench:
 
 
 def reward_metrics(rewards: np.ndarray) -> dict[str, float]:
-  """Returns mean, standard error of the mean, and mean of the sigmoid."""
+  """Averages rewards, [N].
+
+  Returns:
+    `reward`, their mean; `reward_error`, the standard error of that mean; and
+    `p_positive`, the mean of their sigmoids.
+  """
   return {
     "reward": float(rewards.mean()),
     "reward_error": float(rewards.std(ddof=1) / np.sqrt(len(rewards))),

@@ -15,7 +15,11 @@ from dpo_jax.losses import KNOBS
 
 
 def loss_config(name: str) -> ml_collections.ConfigDict:
-  """Returns the config of a loss; every knob is a placeholder until set."""
+  """Returns the config of a loss, with a key for every knob of any loss.
+
+  `reward`, `link` and the knobs are placeholders until set. The name is not
+  checked.
+  """
   config = ml_collections.ConfigDict({"name": name})
   # Names in losses/rewards.py and losses/links/, to replace the row's own.
   config.reward = config_dict.placeholder(str)

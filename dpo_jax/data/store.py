@@ -193,10 +193,10 @@ class Store:
     return is_pair & (self.score[:, 0] == self.score[:, 1])
 
   def split_pairs(self) -> "Store":
-    """Splits every pair into two groups of one response.
+    """Splits group i of up to two responses into groups 2 i and 2 i + 1.
 
-    The chosen response gets the label 1, the rejected one 0. A group of one
-    response keeps its label and gets an empty second group.
+    The chosen response comes first, with the label 1; the rejected one gets 0.
+    A group of one response keeps its label and gets an empty second group.
     """
 
     def split(x: np.ndarray) -> np.ndarray:

@@ -117,10 +117,13 @@ class _Collector(Evaluator):
     self.samples: list[dict[str, Any]] = []
 
   def take_chosen(self) -> None:
-    """Stores the chosen responses that a judge will compare samples with.
+    """Takes the chosen responses as those that samples are compared with.
 
     They take the place of the reference's samples, and are those of the first
-    held-out set. Nothing is compared yet.
+    held-out set. A judge that gives rewards gives theirs now.
+
+    Raises:
+      ValueError: a prompt without a chosen response.
     """
     run = self._run
     loader = run.data.first_eval

@@ -143,10 +143,11 @@ def evaluate(name: str, arguments: Mapping[str, Any]) -> jax.Array:
   Args:
     name: loss that neither couples the batch nor has a state.
     arguments: arrays of `ARGUMENTS`, knobs, and `valid` (bool [B, K], which
-      slots hold a response), by name. None stands for an array not given.
+      slots hold a response; None: all), by name. None stands for an array not
+      given. A name that no loss of this kind of group reads is ignored.
 
   Returns:
-    f32 [B]; the caller takes the mean.
+    f32 [B], 0 for a group with too few responses; the caller takes the mean.
 
   Raises:
     ValueError: a knob out of range; an array of another shape or dtype; an

@@ -106,10 +106,11 @@ class Decoder(nnx.Module):
 
 
 def constrain_activations(x: jax.Array) -> jax.Array:
-  """Constrains activations [R, T, D] to be sharded by rows and tokens.
+  """Shards activations [R, T, D]: rows over devices, and T over `context`.
 
-  Without the constraint the partitioner may follow a sharded kernel instead and
-  gather the batch. No effect outside a mesh and under pmap.
+  T stays whole where `context` does not divide it. Without the constraint the
+  partitioner may follow a sharded kernel instead and gather the batch. No
+  effect outside a mesh and under pmap.
   """
   sizes = active_mesh.free_axes()
   axes = tuple(name for name in active_mesh.ROW_AXES if name in sizes)

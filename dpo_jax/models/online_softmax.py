@@ -155,7 +155,13 @@ def _join_shards(running: _Running) -> _Running:
 
 
 def _forward(hidden, readout, targets, reference, is_used, names):
-  """Computes the statistics, and the log-sum-exps (lse, ref_lse)."""
+  """Computes `token_statistics`, and what its backward pass needs.
+
+  Returns:
+    The statistics by name, and (lse, ref_lse): log-sum-exps of the logits, f32
+    [C, R, S] each, without a meaning in chunks that are not used. ref_lse is
+    None without a reference.
+  """
   blocks = VocabularyBlocks(readout, targets)
   ref_hidden, ref_readout = reference or (None, None)
 

@@ -19,11 +19,14 @@ _RUN = "run.txt"
 
 
 def write(folder: epath.Path, run_id: str = "") -> None:
-  """Writes the manifest of a step, once Orbax has committed it.
+  """Writes run.txt, then the manifest: a sha256 of every file of a step.
+
+  The caller must wait until Orbax has committed the step.
 
   Args:
     folder: folder of the step.
-    run_id: `Workdir.run_id`; "" for a run from before runs had names.
+    run_id: `Workdir.run_id`, for run.txt; "" writes none, for a run from before
+      runs had names.
   """
   if run_id:
     files.write_atomically(folder / _RUN, f"{run_id}\n{folder.name}\n")

@@ -50,10 +50,13 @@ def load_state(run: Run, checkpoints: Checkpoints) -> TrainState:
 
 
 def with_frozen(run: EvalRun, state: TrainState) -> TrainState:
-  """Adds the parameters that no checkpoint has to a state of one.
+  """Returns a restored state with its frozen parameters.
+
+  No checkpoint holds them, so they are loaded from `policy.init`. The state of
+  a run without frozen parameters is returned as it is.
 
   Raises:
-    ValueError: they have changed since the run began.
+    ValueError: the frozen parameters have changed since the run began.
   """
   init = run.config.policy.init
   target, _ = run.program.abstract_state()

@@ -192,7 +192,8 @@ def build_program(config: Any, policy: Policy, placement: Placement) -> Program:
 
   Raises:
     ValueError: a loss that pmap cannot train, losses that the run cannot
-      measure, or a model that the mesh does not divide.
+      measure, a model that the mesh does not divide, trained parameters that
+      are not float32, or a reference that starts from other frozen parameters.
   """
   objective = build_objective(config.loss)
   step.check_coupling(objective, placement.axis_name)

@@ -51,7 +51,13 @@ def read_reviews(source: str, num: int) -> Iterator[dict[str, Any]]:
 
 
 def _read_halves(plan: Plan) -> list[tuple[list[str], np.ndarray]]:
-  """Returns texts and labels of two halves that share no review."""
+  """Draws `plan.size["reviews"]` reviews, and splits them into two halves.
+
+  Every call returns the same halves. No line of the source is in both.
+
+  Returns:
+    Texts and labels (i64 [n], 0 or 1) of the first half, and of the second.
+  """
   rows = list(read_reviews(plan.settings.reviews, _ALL))
   order = np.random.default_rng(0).permutation(len(rows))
   halves = np.array_split(order[: plan.size["reviews"]], 2)

@@ -29,11 +29,12 @@ def bradley_terry(
   margin_weight: float,
   center_weight: float,
 ) -> jax.Array:
-  """`plackett_luce` of the rewards themselves, with margins, centred.
+  """Ranking loss of rewards with margins, plus a term that centres them.
 
-  The rewards of two responses must differ by `margin_weight` times the gap in
-  their scores. The second term keeps their sum near 0, as only differences
-  enter the first.
+  The first term is `plackett_luce` at beta 1 of rewards - margin_weight *
+  score: two rewards should differ by at least margin_weight times the gap in
+  their scores. The second, center_weight * (sum of a group's rewards)^2, keeps
+  that sum near 0: only differences enter the first.
   """
   loss = _ranking_loss(rewards - margin_weight * sequences.score, sequences)
   total = jnp.where(sequences.valid, rewards, 0.0).sum(-1)

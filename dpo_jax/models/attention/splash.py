@@ -158,10 +158,12 @@ def attend_splash(
   """Computes `attention.attend_rows` for the rows and heads of one device.
 
   Queries may be a slice of each row: the tokens from index `first_query` on, as
-  many as `is_divisible` accepts. Keys, values and labels cover whole rows.
+  many as `is_divisible` accepts. Keys, values and labels cover whole rows. A
+  block of the kernel has at most `block` tokens. With `interpret` the kernel
+  runs without a TPU.
 
   Raises:
-    ValueError: rows too long for the 16 bits of an interval's end.
+    ValueError: rows of more than 32,768 tokens, once padded to whole blocks.
   """
   length, num_keys = queries.shape[1], keys.shape[1]
   # A block of up to `block` tokens, but no longer than the padded row. Slices
