@@ -1,4 +1,4 @@
-"""What DPO starts from, and what it is held near.
+"""DPO by what it starts from, and by what it is held near.
 
   python -m experiments.reference_ablation --workdir=runs/reference_ablation
 
@@ -7,8 +7,9 @@ from it; from an untrained policy; or from one that was first trained on the
 chosen responses of the pairs, as the DPO paper does where there is no SFT
 policy (sec. 4). Each is its own reference. TR-DPO (Gorbatovski et al. 2024,
 arXiv:2404.09656) moves the reference towards the policy, in part or wholly.
-Without a reference DPO compares log-probs, and SimPO their means. The KL of all
-is to the fine-tuned policy. Hardware: two CPU cores.
+Without a reference DPO compares log-probs; on responses of one length that is
+SimPO without its margin. The KL of all is to the fine-tuned policy. Hardware:
+two CPU cores.
 """
 
 import sys
@@ -54,8 +55,6 @@ def methods(
     "TR-DPO, alpha 0.6": (dpo, _tr_dpo(steps, 0.6)),
     "TR-DPO, alpha 1": (dpo, _tr_dpo(steps, 1.0)),
     "no reference": (dpo | dict(reward="logps"), {}),
-    # Means over four letters, so four times the scale of sums.
-    "SimPO": (dict(name="simpo", beta=4 * beta, gamma_over_beta=0.0), {}),
   }
 
 
@@ -92,19 +91,33 @@ collect = exact_sweep.collect
 
 
 def plot(rows: list[Row], path: str) -> list[str]:
-  """Plots reward against KL beside the frontier, and regret by beta."""
+  """Plots reward against KL with the frontier, and share by method and beta."""
   figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-  means = exact_sweep.mean_rows(rows)
-  found = [
-    row for row in means if row["beta"] or row["method"] == "chosen only"
-  ]
+  means = [row for row in exact_sweep.mean_rows(rows) if row["beta"]]
+  names = list(dict.fromkeys(row["method"] for row in means))
+  betas = sorted({row["beta"] for row in means})
   exact_sweep.draw_frontier(axes[0], rows)
-  sweep.draw(axes[0], found, "kl", "reward")
-  sweep.draw(axes[1], [r for r in found if r["beta"]], "beta", "regret")
+  sweep.draw(axes[0], means, "kl", "reward")
   axes[0].set(xlabel="KL to the fine-tuned policy (nats)", ylabel="E[r]")
-  axes[1].set(xlabel="beta", ylabel="regret at that beta", xscale="log")
-  for axis in axes:
-    sweep.label_curves(axis)
+  axes[0].set(xlim=(0, 1.5 * max(row["kl"] for row in means)), ylim=(0, None))
+  axes[0].legend(fontsize=8)
+  width = 0.8 / len(betas)
+  for number, beta in enumerate(betas):
+    mine = [row for row in means if row["beta"] == beta]
+    axes[1].barh(
+      [names.index(row["method"]) + number * width for row in mine],
+      [row["share"] for row in mine],
+      xerr=[row["share_spread"] for row in mine],
+      height=width,
+      color=sweep.colour(len(names) + number),
+      label=f"beta {beta:g}",
+    )
+  axes[1].set_yticks([i + 0.4 - width / 2 for i in range(len(names))], names)
+  axes[1].invert_yaxis()
+  axes[1].set(xlabel="share of the frontier's E[r] at that KL")
+  axes[1].set(xlim=(0, 1.1))
+  axes[1].grid(alpha=0.3, axis="x")
+  axes[1].legend(loc="right")
   return sweep.save_figure(figure, rows, path)
 
 
