@@ -19,6 +19,10 @@ from typing import IO, Any
 from benchmarks import interleave, results
 
 _LIBRARIES = ("jax", "torch")
+# Exit code of a check that found a kernel to be wrong.
+DISAGREES = 3
+# A cell starts only while this share of the budget is left.
+_LEAST_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +96,12 @@ def run(
   rows: list[dict[str, Any]] = []
   for cell in cells:
     left_s = began + options.budget_s - time.monotonic()
-    if left_s <= 0:
-      error = f"skipped: the budget of {options.budget_s:.0f} s is spent"
+    if left_s <= _LEAST_SHARE * options.budget_s:
+      spent_s = options.budget_s - max(left_s, 0.0)
+      error = (
+        f"skipped: {spent_s:.0f} s of a budget of {options.budget_s:.0f} s are"
+        " spent"
+      )
       row: dict[str, Any] = {"name": cell.name, "error": error}
     else:
       row = _measure(cell, options, left_s)
@@ -180,6 +188,11 @@ def matmul_rates(options: argparse.Namespace) -> list[dict[str, Any]]:
     print("\n".join(map(line, rows)), flush=True)
   found = [row for row in rows if "matmul_tflops" in row]
   return sorted(found, key=lambda row: -row["matmul_tflops"])
+
+
+def rates_option(matmuls: Sequence[Mapping[str, Any]]) -> str:
+  """Returns rates as `--matmul_tflops` takes them; "" if there are none."""
+  return ",".join(f"{x['version']}:{x['matmul_tflops']:.4g}" for x in matmuls)
 
 
 def _matmul_cell(library: str) -> Cell:
@@ -292,7 +305,10 @@ def run_table(
       command=results.command(name, sys.argv[1:]),
       rows=done,
       notes=remarks,
-      extra={"seconds": time.monotonic() - began},
+      extra={
+        "seconds": time.monotonic() - began,
+        "matmul_tflops": rates_option(matmuls),
+      },
       folder=pathlib.Path(options.out) if options.out else None,
     )
 

@@ -3,7 +3,8 @@
   python -m benchmarks.gpu_1b [--budget_s=300] [--attention=xla]
 
 `--attention=xla` is for a GPU on which `benchmarks.gpu_kernel` found that the
-kernels disagree. `--profile=FOLDER` writes a trace of the first row.
+kernels disagree. `--profile=FOLDER` runs the first row alone, and writes a
+trace and its table there.
 """
 
 import argparse
@@ -19,6 +20,9 @@ _BATCH_SIZES = {"long": 16, "real": 64, "ultrafeedback": 64}
 # 64 of 512, and float32 activations of 16 long pairs do not fit.
 _PAIRS_AT_ONCE = {"long": 16, "real": 64, "ultrafeedback": 32}
 _FLOAT32_PAIRS_AT_ONCE = 4
+# The second shape of batches is compiled in the turn that warms up; the third
+# would be in step 14, which is timed in four turns of four.
+TURNS = {"num_turns": 3, "steps_a_turn": 3}
 
 
 def make_cells(
@@ -63,14 +67,17 @@ def make_cells(
 def main() -> None:
   parser = argparse.ArgumentParser()
   cells.add_options(parser, budget_s=300.0)
+  parser.set_defaults(**TURNS)
   parser.add_argument("--attention", default="triton")
   parser.add_argument("--profile", default="")
   options = parser.parse_args()
+  options.out = options.profile or options.out
   jax.config.update("jax_platforms", "cpu")  # the GPU is for contenders
   with tempfile.TemporaryDirectory() as folder:
+    made = make_cells(folder, options.attention, options.profile)
     cells.run_table(
       "gpu_1b",
-      make_cells(folder, options.attention, options.profile),
+      made[:1] if options.profile else made,
       options,
       title="dpo_jax and TRL on one GPU, 1B parameters",
       notes=[

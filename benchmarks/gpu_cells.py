@@ -2,7 +2,9 @@
 
 Ours has float32 weights and moments, bfloat16 compute, and each prompt once in
 its rows. TRL is at its fastest: weights, gradients and moments in bfloat16,
-Liger's kernels, flash attention of SDPA, and its own head on responses alone.
+Liger's kernels, SDPA, and its own head on responses alone. SDPA takes its flash
+kernel where a batch has no padding, which is on long rows only: with padding
+transformers gives it a mask, which that kernel does not take.
 The reference's log-probs are given to both, as zeros.
 """
 

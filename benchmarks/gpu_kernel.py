@@ -3,9 +3,9 @@
   python -m benchmarks.gpu_kernel [--budget_s=120]
 
 First output and gradients are compared with `dense` in float32, over head
-sizes, grouped heads, windows, a soft cap and both dtypes. Then the candidates
-of each kernel and head size are timed on one long row; each must give what the
-sizes of `triton_tiles.TILES` give. It ends with code 1 if anything disagrees.
+sizes, grouped heads, windows, a soft cap and both dtypes; it ends with code 3
+if one disagrees. Then the candidates of each kernel and head size are timed on
+one long row. One that does not give what `triton_tiles.TILES` give is left out.
 TFLOP/s are those of visible scores, H d each times 4 in the forward kernel, 6
 in dq and 8 in dkv, and 14 for both passes, which counts no score twice.
 """
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import attention_worker
+from benchmarks import attention_worker, cells
 from benchmarks.attention_worker import Shape
 from benchmarks.matmul_worker import seconds_a_call
 from dpo_jax.models import attention
@@ -126,9 +126,17 @@ def distance(found: Any, wanted: Any) -> float:
 
 
 def check(case: Case) -> bool:
-  """Compares the kernels with dense in float32, and prints the errors."""
+  """Compares the kernels with dense in float32, and prints the errors.
+
+  Returns:
+    Whether they agree; a kernel that does not compile does not.
+  """
   arrays = make_arrays(case.shape, case.dtype)
-  found = run_backend(case, "triton", arrays)
+  try:
+    found = run_backend(case, "triton", arrays)
+  except Exception as error:
+    print(f"FAILED: {_first_line(error)}; {case}", flush=True)
+    return False
   with jax.default_matmul_precision("highest"):
     exact = [x.astype(jnp.float32) for x in arrays]
     wanted = run_backend(case, "dense", exact)
@@ -140,6 +148,10 @@ def check(case: Case) -> bool:
   )
   print(f"{'agrees' if agrees else 'DISAGREES'}: {text}; {case}", flush=True)
   return agrees
+
+
+def _first_line(error: Exception) -> str:
+  return f"{type(error).__name__}: {error}".splitlines()[0][:150]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,15 +199,18 @@ class Bench:
       call = functools.partial(backward, vjp, dout)
     return self._timing(call, tiles, _FACTORS[name])
 
-  def time_both(self, kernels: Kernels) -> float:
-    """Returns TFLOP/s of the forward and backward pass."""
+  def time_both(self, kernels: Kernels) -> str:
+    """Returns TFLOP/s of the forward and backward pass, as text."""
 
     def both(queries, keys, values, dout):
       out, vjp = jax.vjp(self.attend(kernels), queries, keys, values)
       return out, vjp(dout)
 
     call = functools.partial(jax.jit(both), *self.arrays)
-    return self._timing(call, kernels.forward, 14).tflops
+    try:
+      return f"{self._timing(call, kernels.forward, 14).tflops:.0f}"
+    except Exception as error:
+      return f"FAILED, {_first_line(error)}"
 
   def _timing(
     self, call: Callable[[], Any], tiles: Tiles, factor: float
@@ -209,36 +224,39 @@ class Bench:
 
   def fastest(
     self, name: str, candidates: Sequence[Tiles], has_time: Callable[[], bool]
-  ) -> tuple[Timing, bool]:
-    """Times a kernel's candidates, and returns the fastest that is right.
+  ) -> Timing | None:
+    """Times a kernel's tiles of TILES, and then candidates.
 
     Returns:
-      The fastest, and whether all agree with the first, that of TILES.
+      The fastest of those that agree with TILES; None if TILES fail.
     """
-    best = default = self.time(name, getattr(self.default, name))
-    all_agree = True
-    self._print(name, default, "TILES")
-    for tiles in candidates:
-      if not has_time():
+    default = best = None
+    for tiles in (getattr(self.default, name), *candidates):
+      if default and not has_time():
         print(f"skipped, no time left: {name} {tiles}", flush=True)
         continue
       try:
         timing = self.time(name, tiles)
       except Exception as error:  # too much shared memory, say: the next one
-        reason = str(error).splitlines()[0][:150]
-        print(f"FAILED: {name} {tiles}: {reason}", flush=True)
+        print(f"FAILED: {name} {tiles}: {_first_line(error)}", flush=True)
+        if default is None:
+          return None
         continue
-      pairs = zip(
-        jax.tree.leaves(timing.result),
-        jax.tree.leaves(default.result),
-        strict=True,
-      )
-      agrees = all(distance(*pair) < _TOLERANCES["bfloat16"] for pair in pairs)
+      if default is None:
+        default = best = timing
+        self._print(name, timing, "TILES")
+        continue
+      agrees = self._agree(timing, default)
       self._print(name, timing, "agrees" if agrees else "DISAGREES")
-      all_agree &= agrees
       if agrees and timing.tflops > best.tflops:
         best = timing
-    return best, all_agree
+    return best
+
+  def _agree(self, one: Timing, other: Timing) -> bool:
+    pairs = zip(
+      jax.tree.leaves(one.result), jax.tree.leaves(other.result), strict=True
+    )
+    return all(distance(*pair) < _TOLERANCES["bfloat16"] for pair in pairs)
 
   def _print(self, name: str, timing: Timing, remark: str) -> None:
     t = timing.tiles
@@ -255,8 +273,8 @@ def choose(
   num_calls: int,
   num_candidates: int,
   has_time: Callable[[], bool],
-) -> bool:
-  """Prints the fastest block sizes of a head size; returns whether all agree.
+) -> None:
+  """Prints the fastest block sizes of a head size.
 
   Args:
     shape: shape of the attention that is timed.
@@ -266,25 +284,24 @@ def choose(
   """
   bench = Bench(shape, num_calls)
   known = next((d for d in _SIZES if d >= shape.head_dim), max(_SIZES))
-  best, all_agree = {}, True
+  best = {}
   for name, sizes in _SIZES[known].items():
-    candidates = itertools.starmap(Tiles, sizes[:num_candidates])
-    best[name], agree = bench.fastest(name, list(candidates), has_time)
-    all_agree &= agree
-  chosen = Kernels(**{name: timing.tiles for name, timing in best.items()})
+    candidates = list(itertools.starmap(Tiles, sizes[:num_candidates]))
+    if timing := bench.fastest(name, candidates, has_time):
+      best[name] = timing.tiles
+  chosen = dataclasses.replace(bench.default, **best)
   print(
-    f"d {shape.head_dim} fastest: forward {best['forward'].tflops:.0f} TFLOP/s,"
-    f" both {bench.time_both(chosen):.0f} TFLOP/s"
-    f" (TILES: {bench.time_both(bench.default):.0f}): {chosen}",
+    f"d {shape.head_dim}, both passes, TFLOP/s: fastest"
+    f" {bench.time_both(chosen)}, TILES {bench.time_both(bench.default)}:"
+    f" {chosen}",
     flush=True,
   )
-  return all_agree
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--budget_s", type=float, default=120.0)
-  parser.add_argument("--head_dims", default="64,128")
+  parser.add_argument("--head_dims", default="128,64")
   parser.add_argument("--num_groups", type=int, default=16)
   parser.add_argument("--heads", default="32,8", help="queries', keys'")
   parser.add_argument("--group", default="512,768,768")
@@ -303,11 +320,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   group = tuple(map(int, options.group.split(",")))
   for head_dim in map(int, options.head_dims.split(",")):
     shape = Shape(head_dim, heads, kv_heads, options.num_groups, group)
-    agree.append(
-      choose(shape, options.num_calls, options.num_candidates, has_time)
-    )
+    choose(shape, options.num_calls, options.num_candidates, has_time)
   if not all(agree):
-    sys.exit("the kernels disagree: see DISAGREES above")
+    print("the kernels disagree: see DISAGREES and FAILED above", flush=True)
+    sys.exit(cells.DISAGREES)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import jax
 from benchmarks import cells, gpu_cells
 from benchmarks.cells import Cell, module
 
+TURNS = {"num_turns": 3, "steps_a_turn": 2}
+
 
 def _kernel_cell(kernel: str, remark: str, head_dim: int) -> Cell:
   return Cell(
@@ -47,7 +49,7 @@ def make_cells(folder: str, attention: str) -> list[Cell]:
 def main() -> None:
   parser = argparse.ArgumentParser()
   cells.add_options(parser, budget_s=180.0)
-  parser.set_defaults(num_turns=3, steps_a_turn=2)
+  parser.set_defaults(**TURNS)
   parser.add_argument("--attention", default="triton")
   options = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")  # the GPU is for contenders

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 
@@ -15,12 +16,15 @@ from benchmarks import (
   cells,
   gpu,
   gpu_1b,
+  gpu_cells,
   gpu_kernel,
+  gpu_shapes,
   interleave,
   ours,
   peers,
   workload,
 )
+from dpo_jax.data import packing
 from dpo_jax.models.attention import shared_prompt_mask, triton
 from dpo_jax.models.attention.triton_tiles import Tiles
 from dpo_jax.models.config import ModelConfig
@@ -241,9 +245,21 @@ def test_cells_after_the_budget_are_named_and_not_started(tmp_path):
     began=time.monotonic() - 301,
     report=lambda row: None,
   )
-  error = "skipped: the budget of 300 s is spent"
+  error = "skipped: 300 s of a budget of 300 s are spent"
   assert found == [{"name": "late", "workload": "w", "error": error}]
   assert not path.exists()
+
+
+def test_a_cell_does_not_start_in_the_last_tenth_of_the_budget():
+  began = time.monotonic() - 280
+  options = _cells_options()
+  [row] = cells.run(
+    [_script("late", "", is_trainer=False)],
+    options,
+    began=began,
+    report=lambda row: None,
+  )
+  assert row["error"] == "skipped: 280 s of a budget of 300 s are spent"
 
 
 def test_a_cell_is_stopped_when_the_budget_ends():
@@ -298,22 +314,67 @@ def test_a_table_has_a_row_for_each_cell_and_says_what_failed():
   ]
 
 
-def test_a_kernel_that_disagrees_sends_the_tables_to_xla(monkeypatch, capsys):
-  commands = []
+def test_a_kernel_that_disagrees_sends_the_tables_to_xla(
+  monkeypatch, capsys, tmp_path
+):
+  """A kernel part that crashes or takes too long does not."""
+  commands, codes = [], {}
 
-  def run(command):
+  def run(command, timeout):
     commands.append(command[2:])
-    code = int(command[2] == "benchmarks.gpu_kernel")
+    code = codes.get(command[2], 0)
+    if code == 124:
+      raise subprocess.TimeoutExpired(command, timeout)
+    if command[2] == "benchmarks.gpu_1b":
+      content = {"extra": {"matmul_tflops": "jax 0.11:690,torch 2.11:780"}}
+      (tmp_path / "gpu_1b.json").write_text(json.dumps(content))
     return argparse.Namespace(returncode=code)
 
   monkeypatch.setattr(gpu.subprocess, "run", run)
-  options = argparse.Namespace(out="o", scale=0.5)
-  assert gpu.run_parts(["kernel", "1b"], options) == {"kernel": 1, "1b": 0}
-  assert commands[0] == ["benchmarks.gpu_kernel", "--budget_s=60"]
-  assert commands[1][1:] == ["--budget_s=150", "--out=o", "--attention=xla"]
-  assert "attention=xla" in capsys.readouterr().out
-  gpu.run_parts(["1b"], options)
-  assert "--attention=xla" not in commands[-1]
+  out = f"--out={tmp_path}"
+  options = argparse.Namespace(out=str(tmp_path), scale=0.5)
+  for code in (1, 124, cells.DISAGREES):
+    codes["benchmarks.gpu_kernel"] = code
+    found = gpu.run_parts(["kernel", "1b"], options)
+    assert found == {"kernel": code, "1b": 0}
+    assert commands[-2] == ["benchmarks.gpu_kernel", "--budget_s=60"]
+    xla = ["--attention=xla"] if code == cells.DISAGREES else []
+    assert commands[-1][1:] == ["--budget_s=150", out, *xla]
+    assert ("attention=xla" in capsys.readouterr().out) == bool(xla)
+  gpu.run_parts(["1b", "shapes"], options)
+  rates = "--matmul_tflops=jax 0.11:690,torch 2.11:780"
+  assert commands[-1][1:] == ["--budget_s=90", out, rates]
+  gpu.run_parts(["shapes"], options)
+  assert commands[-1][1:] == ["--budget_s=90", out]
+
+
+@pytest.mark.parametrize(
+  ("table", "options"), [(gpu_1b, ("xla", "")), (gpu_shapes, ("xla",))]
+)
+def test_no_gpu_row_compiles_in_a_timed_turn(
+  table, options, monkeypatch, tmp_path
+):
+  """Each shape of the timed batches is one of the batches before them."""
+  monkeypatch.setattr(gpu_cells.peers, "export_data", lambda *_: None)
+  turn, num_turns = table.TURNS["steps_a_turn"], table.TURNS["num_turns"]
+  for cell in table.make_cells(str(tmp_path), *options):
+    if "benchmarks.ours" not in cell.command:
+      continue
+    options = [x for x in cell.command if x.startswith("--")]
+    loader = ours.make_data(ours.parse(options)).loader
+    shapes = [
+      _shape_of(loader, step) for step in range(1 + turn + turn * num_turns)
+    ]
+    assert set(shapes[1 + turn :]) <= set(shapes[: 1 + turn]), cell.name
+
+
+def _shape_of(loader, step):
+  chosen = loader.order(step)
+  lengths = packing.group_tokens(
+    loader.store.lengths[chosen], loader.plan.layout
+  )
+  scored = loader.store.num_scored[chosen].sum(1, dtype=np.int64)
+  return loader.plan.pack(lengths, scored)[0]
 
 
 def test_gpu_tables_give_all_contenders_of_a_row_the_same_work(tmp_path):
@@ -344,9 +405,18 @@ def test_the_kernel_check_runs_interpreted_and_finds_a_wrong_kernel(
   case = gpu_kernel.Case(shape, dtype="float32")
   assert gpu_kernel.check(case)
   bench = gpu_kernel.Bench(shape, num_calls=1)
-  best, agree = bench.fastest("forward", [Tiles(128, 64, 4, 2)], lambda: True)
-  assert agree and best.tflops > 0
+  candidate = Tiles(128, 64, 4, 2)
+  found = bench.fastest("forward", [candidate], lambda: True)
+  assert found.tflops > 0
   right = triton.attend_triton
+
+  def wrong_candidate(*x, kernels, **y):
+    factor = 2.0 if kernels.forward == candidate else 1.0
+    return factor * right(*x, kernels=kernels, **y)
+
+  monkeypatch.setattr(triton, "attend_triton", wrong_candidate)
+  found = bench.fastest("forward", [candidate], lambda: True)
+  assert found.tiles == bench.default.forward
   monkeypatch.setattr(
     triton, "attend_triton", lambda *x, **y: 1.001 * right(*x, **y)
   )
@@ -354,6 +424,7 @@ def test_the_kernel_check_runs_interpreted_and_finds_a_wrong_kernel(
 
 
 _COUNTER = """
+import subprocess
 import sys
 
 from benchmarks import interleave

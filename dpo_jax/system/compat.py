@@ -70,31 +70,29 @@ def compute_capability() -> tuple[int, int] | None:
   """Reads the compute capability of the NVIDIA GPU that is compiled for.
 
   The attribute of devices is not in the reference. In both versions it is text
-  such as "9.0"; an AMD GPU has the name of its architecture there. A GPU that
-  is not here is looked up by its kind.
+  such as "9.0"; an AMD GPU has the name of its architecture there. A device of
+  another kind than this machine's is looked up by its kind.
 
   Returns:
     Major and minor number; None on another device.
   """
-  if jax.default_backend() != "gpu":
-    chip = chips.find_chip(device_kind())
+  mine, kind = jax.local_devices()[0], device_kind()
+  if mine.platform != "gpu" or mine.device_kind != kind:
+    chip = chips.find_chip(kind)
     return None if chip is None or chip.gpu is None else chip.gpu.capability
-  text = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+  text = str(getattr(mine, "compute_capability", ""))
   found = re.fullmatch(r"(\d+)\.(\d+)", text)
   return (int(found[1]), int(found[2])) if found else None
 
 
 def device_memory() -> float:
-  """Reads the bytes of memory of a device that is compiled for.
+  """Returns the bytes of memory of the kind of device that is compiled for.
 
-  By its kind; an unknown one of this machine is asked for what JAX may take of
-  it. `memory_stats` is the same in both versions, and None on some devices.
+  A device is not asked: what it says depends on the share of its memory that
+  JAX may take. 0.0 for a kind that `chips.CHIPS` does not have.
   """
   chip = chips.find_chip(device_kind())
-  if chip is not None:
-    return chip.hbm_bytes / chip.devices
-  stats = jax.local_devices()[0].memory_stats() or {}
-  return float(stats.get("bytes_limit", 0.0))
+  return 0.0 if chip is None else chip.hbm_bytes / chip.devices
 
 
 def find_processes(timeout_s: float) -> tuple[str, int, int]:

@@ -333,6 +333,28 @@ def test_a_gpu_without_the_kernel_is_warned_of(monkeypatch, caplog):
       attention.check_backend("triton", head_dim)
 
 
+def test_heads_that_are_too_large_are_refused_by_name():
+  x = jnp.zeros((1, 128, 2, 320))
+  labels = (jnp.zeros((1, 128), jnp.int32),) * 3
+  with pytest.raises(ValueError, match="up to 256 channels; got 320"):
+    triton.attend_triton(x, x, x, labels, window=None, scale=1.0, soft_cap=None)
+
+
+def test_kernels_are_interpreted_without_the_backend(monkeypatch):
+  """A jax that has removed it still runs the tests on a CPU."""
+  x = jax.random.normal(jax.random.key(0), (1, 128, 1, 16))
+  labels = (jnp.arange(128)[None], *(jnp.ones((1, 128), jnp.int32),) * 2)
+
+  def attend():
+    return triton.attend_triton(
+      x, x, x, labels, window=None, scale=0.25, soft_cap=None
+    )
+
+  with_backend = attend()
+  monkeypatch.setattr(triton_kernels, "HAS_BACKEND", False)
+  np.testing.assert_array_equal(attend(), with_backend)
+
+
 def test_a_gpu_with_the_kernel_takes_it(h200, caplog):
   attention.check_backend("auto", 64)
   assert not caplog.text

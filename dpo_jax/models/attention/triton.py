@@ -1,8 +1,8 @@
 """Attention over packed rows on NVIDIA GPUs, by kernels in Pallas-Triton.
 
 A token sees two intervals of its row: its own prompt or response up to itself,
-and its prompt. A block visits the blocks that its tokens see, see
-`visits.Visits`; those that all of them see whole are visited without a mask.
+and its prompt. A block visits the blocks from the first to the last that its
+tokens see, see `visits`; those that all of them see whole without a mask.
 Nothing of T x T exists, in memory or in the table of visits.
 
   forward, for each block of queries:
@@ -68,9 +68,14 @@ def obstacle(head_dim: int) -> str:
     return f"it needs compute capability {want} (Ampere); this GPU has {have}"
   if not triton_kernels.HAS_BACKEND:
     return f"jax {jax.__version__} has no jax.experimental.pallas.triton"
-  if head_dim > MAX_HEAD_DIM:
-    return f"it takes heads of up to {MAX_HEAD_DIM} channels; got {head_dim}"
-  return ""
+  return _too_large(head_dim)
+
+
+def _too_large(head_dim: int) -> str:
+  """Says that heads are too large; "" if they are not."""
+  if head_dim <= MAX_HEAD_DIM:
+    return ""
+  return f"it takes heads of up to {MAX_HEAD_DIM} channels; got {head_dim}"
 
 
 def is_divisible(length: int) -> bool:
@@ -139,8 +144,13 @@ def attend_triton(
   many as `is_divisible` accepts. Keys, values and labels cover whole rows.
   `kernels` replaces the tiles of TILES. JAX interprets the kernels where the
   device is not a GPU.
+
+  Raises:
+    ValueError: heads of more than MAX_HEAD_DIM channels.
   """
   length, head_dim = queries.shape[1], queries.shape[3]
+  if reason := _too_large(head_dim):
+    raise ValueError(f"attention='triton' cannot run: {reason}")
   width = max(1 << (head_dim - 1).bit_length(), triton_kernels.MIN_HEAD_DIM)
   padding = -keys.shape[1] % _MULTIPLE
   settings = Settings(

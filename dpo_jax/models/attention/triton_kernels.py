@@ -359,13 +359,14 @@ def _call(
   **layout: Any,
 ) -> Callable[..., Any]:
   """Returns a kernel as a function of arrays; see `pallas_call` for layout."""
+  if HAS_BACKEND:  # without it kernels can still be interpreted
+    layout["compiler_params"] = pallas_triton.CompilerParams(
+      num_warps=tiles.warps, num_stages=tiles.stages
+    )
   return pl.pallas_call(
     functools.partial(kernel, settings=settings),
     name=f"shared_prompt_{name}",
     interpret=settings.interpret,
-    compiler_params=pallas_triton.CompilerParams(
-      num_warps=tiles.warps, num_stages=tiles.stages
-    ),
     **layout,
   )
 

@@ -1,7 +1,9 @@
 """Visits: the blocks of keys, or of queries, that a block has to visit.
 
-A kernel that works on blocks skips those that its block does not see. Of the
-others, most are seen whole and need no mask; blocks at an edge need one.
+For each of the two intervals of its tokens a block visits the blocks between
+the first and the last that it sees. Most are seen whole and need no mask; those
+at an edge need one. With a window a block of a prompt's keys also visits the
+blocks of queries between two responses that see it, all of them masked out.
 """
 
 import flax.struct

@@ -1,0 +1,151 @@
+"""Start, logging and end of every command.
+
+A mistake of the user gives one message and exit code 1; `--debug` also shows
+the traceback. This module imports nothing slow, so `--help` answers at once.
+"""
+
+from collections.abc import Callable
+import logging
+import sys
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+# Errors that a config, data, a workdir or a machine causes. Any other exception
+# is a fault of the code, and shows its traceback.
+_MISTAKES = (
+  ValueError,
+  OSError,
+  RuntimeError,
+  FloatingPointError,
+  ImportError,
+)
+
+
+# Loggers of our own modules; "__main__" is the one that was started.
+_OURS = ("dpo_jax", "experiments", "__main__")
+
+
+class _Lines(logging.Handler):
+  """Writes a line above the progress bars of a terminal."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    from tqdm import tqdm  # only needed here
+
+    tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _Format(logging.Formatter):
+  """Formats the message, with the time if stderr is not a terminal."""
+
+  def __init__(self, host: str):
+    stamp = "" if sys.stderr.isatty() else "%(asctime)s "
+    super().__init__(f"{stamp}{host}%(kind)s%(message)s", "%Y-%m-%d %H:%M:%S")
+
+  def format(self, record: logging.LogRecord) -> str:
+    is_warning = record.levelno > logging.INFO
+    record.kind = f"{record.levelname.lower()}: " if is_warning else ""
+    return super().format(record)
+
+
+def show_logs(process_index: int = 0) -> None:
+  """Shows our log on stderr, and warnings of other libraries.
+
+  Args:
+    process_index: index of this process; those above 0 show only warnings, with
+      the host.
+  """
+  is_first = process_index == 0
+  root = logging.getLogger()
+  for handler in list(root.handlers):
+    if isinstance(handler, _Lines | absl_logging.ABSLHandler):
+      root.removeHandler(handler)
+  handler = _Lines()
+  handler.setFormatter(_Format("" if is_first else f"host {process_index}: "))
+  root.addHandler(handler)
+  root.setLevel(logging.WARNING)
+  # Orbax logs by it.
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  for name in _OURS:
+    level = logging.INFO if is_first else logging.WARNING
+    logging.getLogger(name).setLevel(level)
+
+
+def define_flags() -> None:
+  """Defines the flags of every command."""
+  flags.DEFINE_bool("debug", False, "show the traceback of an error")
+
+
+def run(
+  main: Callable[..., None],
+  define: Callable[[], None] = lambda: None,
+  *,
+  takes_arguments: bool = False,
+) -> None:
+  """Parses the flags and runs a command.
+
+  Args:
+    main: the command; flags are parsed when it is called.
+    define: defines flags that read the command line at once, as those of a
+      config without a file do.
+    takes_arguments: whether `main` is given the arguments without a flag.
+  """
+  if "debug" not in flags.FLAGS:
+    define_flags()
+  is_parsed = False
+
+  def call(argv: list[str]) -> None:
+    nonlocal is_parsed
+    is_parsed = True
+    show_logs()
+    if takes_arguments:
+      main(argv[1:])
+      return
+    if len(argv) > 1:
+      raise ValueError(
+        f"unexpected arguments: {' '.join(argv[1:])}. Flags are --NAME=VALUE"
+      )
+    main()
+
+  try:
+    define()
+    app.run(call)
+  except KeyboardInterrupt:
+    raise SystemExit(130) from None  # as a shell reports it
+  except _MISTAKES as error:
+    _tell(error)
+  except (AttributeError, KeyError, TypeError) as error:
+    # Of ml_collections, for a flag such as --config.nonsense=1.
+    if is_parsed:
+      raise
+    _tell(error)
+
+
+def _tell(error: BaseException) -> None:
+  if "--debug" in sys.argv or "--debug=true" in sys.argv:
+    raise error
+  message = str(error) or type(error).__name__
+  unknown = _unknown_keys(sys.argv[1:])
+  if isinstance(error, AttributeError | KeyError | TypeError) and unknown:
+    message = "\n".join(unknown)
+  print(f"error: {message}\n(--debug shows where)", file=sys.stderr)
+  raise SystemExit(1)
+
+
+def _unknown_keys(argv: list[str]) -> list[str]:
+  """Returns a line for each --config.KEY that does not exist."""
+  # Imported here: only a mistake needs them.
+  from dpo_jax.config import default_config, flatten
+  from dpo_jax.names import did_you_mean
+
+  known = [key for key, _ in flatten(default_config())]
+  names = [
+    argument[2:].partition("=")[0].removeprefix("config.")
+    for argument in argv
+    if argument.startswith("--config.")
+  ]
+  return [
+    f"config.{name} is unknown.{did_you_mean(name, known)}"
+    for name in names
+    if name not in known
+  ]

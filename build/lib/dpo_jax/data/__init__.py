@@ -1,0 +1,1 @@
+"""From text to batches: examples, tokens, packed rows."""

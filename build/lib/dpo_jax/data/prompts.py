@@ -1,0 +1,185 @@
+"""Finds the prompt of a record, and splits it off the responses."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_jax.data.messages import (
+  Message,
+  RecordError,
+  Unusable,
+  as_turns,
+  is_answer,
+  is_messages,
+)
+from dpo_jax.data.reading import Shaped
+
+_ASSISTANT = "\n\nAssistant:"
+_HUMAN = "\n\nHuman:"
+# Answers may begin with a prompt that is as short as "Hello!".
+_MIN_REPEATED = 10
+
+
+def settle_prompt(
+  prompt: Any,
+  responses: list[Any],
+  where: str,
+  scored_turns: str,
+  counts: Counter[str],
+) -> tuple[Any, list[Any]]:
+  """Finds where the responses start, if they repeat the prompt.
+
+  Returns:
+    Text and texts, or messages and what `as_turns` takes.
+  """
+  if not isinstance(prompt, str) and not is_messages(prompt):
+    raise RecordError(
+      f"{where}: prompt must be text or a list of messages, and is"
+      f" {type(prompt).__name__}"
+    )
+  if isinstance(prompt, str) and all(isinstance(r, str) for r in responses):
+    is_repeated = len(prompt) >= _MIN_REPEATED and all(
+      r.startswith(prompt) for r in responses
+    )
+    counts["prompts_repeated"] += is_repeated
+    start = len(prompt) * is_repeated
+    return prompt, [r[start:] for r in responses]
+  if isinstance(prompt, str):
+    for response in responses:
+      if not is_messages(response):
+        raise RecordError(
+          f"{where}: the prompt is text, so every response must be text, or"
+          f" every response a list, and one is {type(response).__name__}"
+        )
+    if not all(map(_is_conversation, responses)):
+      return [{"role": "user", "content": prompt}], responses
+    shared, responses = _split_conversations(responses, scored_turns)
+    asked = [m.get("content") for m in shared if m["role"] == "user"]
+    # Of several turns the column may hold the first or the last.
+    if prompt.strip() not in [str(asked[i]).strip() for i in (0, -1)]:
+      raise Unusable("prompts_differ")
+    return shared, responses
+  count = len(prompt)
+  is_repeated = bool(prompt) and all(
+    is_messages(r) and len(r) > count and list(r[:count]) == list(prompt)
+    for r in responses
+  )
+  counts["prompts_repeated"] += is_repeated
+  return prompt, [r[count:] for r in responses] if is_repeated else responses
+
+
+def _is_conversation(turns: Sequence[Message]) -> bool:
+  """Returns whether a response is a whole conversation, prompt included."""
+  roles = [m["role"] for m in turns if m["role"] not in ("system", "developer")]
+  return len(roles) > 1 and roles[0] == "user"
+
+
+def _split_conversations(
+  conversations: Sequence[Sequence[Message]], scored_turns: str
+) -> tuple[list[Message], list[list[Message]]]:
+  """Splits whole conversations after the prompt that they share."""
+  if not all(conversations):
+    raise Unusable("empty_response")
+  ends = [len(c) - 1 for c in conversations]
+  if scored_turns == "all":
+    turns = zip(*conversations, strict=False)
+    parting = (
+      i for i, (a, *rest) in enumerate(turns) if any(b != a for b in rest)
+    )
+    shared = next(parting, min(ends))
+    if all(is_answer(c[shared]) for c in conversations):
+      ends = [shared] * len(ends)
+  pairs = list(zip(conversations, ends, strict=True))
+  prompt, *others = (list(c[:end]) for c, end in pairs)
+  if any(other != prompt for other in others):
+    raise Unusable("prompts_differ")
+  if not prompt:
+    raise Unusable("empty_prompt")
+  return prompt, [list(c[end:]) for c, end in pairs]
+
+
+def split_transcripts(
+  record: Shaped, scored_turns: str
+) -> tuple[Any, list[Any]]:
+  """Finds the prompt that two transcripts share: see `parse_records`."""
+  both = [record.columns["chosen"], record.columns["rejected"]]
+  if all(is_messages(one) for one in both):
+    return _split_conversations(both, scored_turns)
+  if not all(isinstance(one, str) for one in both):
+    raise RecordError(
+      f"{record.where}: chosen and rejected must both be text, or both be"
+      f" lists of messages, and are {type(both[0]).__name__} and"
+      f" {type(both[1]).__name__}"
+    )
+  if _HUMAN not in both[0] or _ASSISTANT not in both[0]:
+    raise RecordError(
+      f"{record.where}: the prompt column is missing{record.hint}, and chosen"
+      " has no '\\n\\nHuman:' and '\\n\\nAssistant:' turns to split at. A"
+      " shared opening is not taken for the prompt: give the prompt a column"
+    )
+  sides = [text.rpartition(_ASSISTANT) for text in both]
+  if sides[0][0] != sides[1][0]:
+    raise Unusable("prompts_differ")
+  return sides[0][0] + _ASSISTANT, [sides[0][2], sides[1][2]]
+
+
+def score_whole(
+  prompt: Any, responses: list[Any], scored_turns: str
+) -> tuple[Any, list[Any]]:
+  """Lets a demonstration's response start at its first answer, if all count."""
+  if scored_turns == "all" and is_messages(prompt):
+    first = next((i for i, m in enumerate(prompt) if is_answer(m)), None)
+    answer = as_turns(responses[0])
+    if first is not None and is_messages(answer):
+      return prompt[:first], [[*prompt[first:], *answer]]
+  return prompt, responses
+
+
+def check_inputs(record: Shaped, prompt: Any) -> None:
+  """Refuses columns of input whose text is not in the prompt."""
+  texts = [prompt]
+  if not isinstance(prompt, str):
+    texts = [m["content"] for m in prompt if isinstance(m.get("content"), str)]
+  for name, value in sorted(record.inputs.items()):
+    if not any(value.strip() in text for text in texts):
+      raise RecordError(
+        f"{record.where}: the column {name!r} holds input that would be left"
+        f" out: {value!r:.80}. Name what it is in data.columns, such as"
+        f" 'prompt={name}' or 'system={name}', write it into the prompt, or"
+        f" leave it out by data.columns='{name}='"
+      )
+
+
+def with_system(prompt: Any, record: Shaped, has_template: bool) -> Any:
+  """Puts the column `system` before a prompt of messages.
+
+  A text prompt becomes a user's message where it is one; see `Shape`.
+  """
+  system = record.columns.get("system")
+  if system is not None and not isinstance(system, str):
+    raise RecordError(
+      f"{record.where}: system must be text, and is {type(system).__name__}"
+    )
+  if isinstance(prompt, str):
+    is_turn = record.is_chat and record.kind != "transcripts"
+    if not is_turn or not has_template:
+      if system:
+        raise RecordError(
+          f"{record.where}: the column 'system' holds {system!r:.80}, which"
+          " needs messages and a chat template: set data.chat_template, or"
+          " leave the column out by data.columns='system='"
+        )
+      return prompt
+    prompt = [{"role": "user", "content": prompt}]
+  if not system:
+    return prompt
+  first = prompt[0] if prompt else {}
+  if first.get("role") not in ("system", "developer"):
+    return [{"role": "system", "content": system}, *prompt]
+  if first.get("content") != system:
+    raise RecordError(
+      f"{record.where}: the column 'system' holds {system!r:.80}, and the"
+      f" messages begin with {first.get('content')!r:.80}. Leave the column"
+      " out by data.columns='system='"
+    )
+  return prompt

@@ -1,0 +1,141 @@
+"""Links of pairs that read the margin only: f32 [B] -> f32 [B].
+
+The row of a loss in `dpo_jax.losses.catalogue` has its formula and paper. In
+docstrings here D is the margin and s the sigmoid.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.losses.links.base import Link, margin_links
+from dpo_jax.losses.numerics import safe_exp
+
+
+def logistic(margins: jax.Array, *, beta: float) -> jax.Array:
+  """Logistic loss of the margin.
+
+  Args:
+    margins: f32 [B], chosen minus rejected reward, nats.
+    beta: strength of the tie to the reference, > 0, 1/nats.
+
+  Returns:
+    f32 [B], nats; log 2 at a margin of zero.
+  """
+  return -jax.nn.log_sigmoid(beta * margins)
+
+
+def unscaled_logistic(margins: jax.Array) -> jax.Array:
+  """Logistic loss of the margin itself, without a beta."""
+  return -jax.nn.log_sigmoid(margins)
+
+
+def smoothed_logistic(
+  margins: jax.Array, *, beta: float, label_smoothing: float
+) -> jax.Array:
+  """Logistic loss in expectation over labels that may be flipped.
+
+  Its gradient vanishes where s(beta D) = 1 - label_smoothing.
+  """
+  z = beta * margins
+  return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(
+    z
+  ) - label_smoothing * jax.nn.log_sigmoid(-z)
+
+
+def robust_logistic(
+  margins: jax.Array, *, beta: float, label_smoothing: float
+) -> jax.Array:
+  """Logistic loss that flipped labels do not bias.
+
+  In expectation over the flips it equals the loss on clean labels.
+  """
+  z = beta * margins
+  flipped = label_smoothing * jax.nn.log_sigmoid(-z)
+  kept = (1.0 - label_smoothing) * jax.nn.log_sigmoid(z)
+  return (flipped - kept) / (1.0 - 2.0 * label_smoothing)
+
+
+def squared(margins: jax.Array, *, tau: float) -> jax.Array:
+  """Squared distance of the margin from a finite target, in nats^2."""
+  return jnp.square(margins - 0.5 / tau)
+
+
+def hinge(margins: jax.Array, *, beta: float) -> jax.Array:
+  """Hinge loss: no gradient once a pair is separated by 1 / beta."""
+  return jax.nn.relu(1.0 - beta * margins)
+
+
+def shifted_hinge(margins: jax.Array, *, delta: float) -> jax.Array:
+  """Hinge loss: no gradient once a pair is separated by `delta` nats."""
+  return jax.nn.relu(delta - margins)
+
+
+def shifted_logistic(
+  margins: jax.Array, *, beta: float, gamma_over_beta: float
+) -> jax.Array:
+  """Logistic loss with a target margin of `gamma_over_beta`."""
+  return -jax.nn.log_sigmoid(beta * (margins - gamma_over_beta))
+
+
+def weighted_logistic(
+  margins: jax.Array, *, odds_ratio_weight: float
+) -> jax.Array:
+  """Logistic loss of the margin itself, times `odds_ratio_weight`."""
+  return -odds_ratio_weight * jax.nn.log_sigmoid(margins)
+
+
+def clipped_logistic(
+  margins: jax.Array, *, beta: float, clip: float
+) -> jax.Array:
+  """Logistic loss of the scaled margin clipped to [-2 clip, 2 clip]."""
+  return -jax.nn.log_sigmoid(jnp.clip(beta * margins, -2 * clip, 2 * clip))
+
+
+def linear(margins: jax.Array) -> jax.Array:
+  """Negative margin."""
+  return -margins
+
+
+def exact(
+  margins: jax.Array, *, beta: float, label_smoothing: float
+) -> jax.Array:
+  """KL divergence from the policy's preference to the smoothed label."""
+  z = beta * margins
+  log_p, log_q = jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z)
+  return jnp.exp(log_p) * (log_p - jnp.log1p(-label_smoothing)) + jnp.exp(
+    log_q
+  ) * (log_q - jnp.log(label_smoothing))
+
+
+def discovered(margins: jax.Array, *, beta: float, tau: float) -> jax.Array:
+  """Mix of the logistic and the exponential loss, weighted by s(z / tau).
+
+  The exponential part, s(z / tau) exp(-z) with z = beta D, is computed as
+  exp(-z + log s(z / tau)), which has no product of 0 and infinity.
+  """
+  z = beta * margins
+  logistic_part = -jax.nn.sigmoid(-z / tau) * jax.nn.log_sigmoid(z)
+  return logistic_part + safe_exp(-z + jax.nn.log_sigmoid(z / tau))
+
+
+def exponential(margins: jax.Array, *, beta: float) -> jax.Array:
+  """Exponential loss, linear below z = beta D = -80 (`numerics.safe_exp`)."""
+  return safe_exp(-beta * margins)
+
+
+LINKS: dict[str, Link] = margin_links(
+  logistic,
+  unscaled_logistic,
+  smoothed_logistic,
+  robust_logistic,
+  squared,
+  hinge,
+  shifted_hinge,
+  shifted_logistic,
+  weighted_logistic,
+  clipped_logistic,
+  linear,
+  exact,
+  discovered,
+  exponential,
+)

@@ -1,0 +1,1 @@
+"""Policy: Flax decoder, log-probs, sampling and checkpoints."""

@@ -1,0 +1,1 @@
+"""Devices: the mesh, shardings, and steps compiled for them."""

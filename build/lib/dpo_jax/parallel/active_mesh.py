@@ -1,0 +1,51 @@
+"""Mesh queries used by the models: free axes, platform, row shards."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from dpo_jax.system import compat
+
+# Rows of a batch are split over both of these.
+ROW_AXES = ("data", "fsdp")
+
+
+def free_axes() -> dict[str, int]:
+  """Returns the mesh axes that the partitioner divides work over, and sizes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return {
+    name: mesh.shape[name]
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if kind is AxisType.Auto
+  }
+
+
+def platform() -> str:
+  """Names the platform that is compiled for; this machine may have another."""
+  return compat.mesh_platform() or jax.default_backend()
+
+
+def num_row_shards(num_rows: int) -> int:
+  """Counts the devices of the active mesh that rows are split over.
+
+  It is 1 if that number does not divide `num_rows`, or if no axis of rows is
+  left to the partitioner.
+  """
+  sizes = free_axes()
+  size = math.prod(sizes.get(name, 1) for name in ROW_AXES)
+  return size if num_rows % size == 0 else 1
+
+
+def gathered(kernel: jax.Array, split: int | None) -> jax.Array:
+  """Gathers a kernel along its axis `split`, which `fsdp` splits, if any.
+
+  Explicit, because XLA:TPU otherwise overlaps the matmuls with the all-gather
+  of their kernel in pieces on few chips. Every matmul then gathers the kernel
+  again: twice the bytes.
+  """
+  if split is None or free_axes().get("fsdp", 1) == 1:
+    return kernel
+  spec = [PartitionSpec.UNCONSTRAINED] * kernel.ndim
+  spec[split] = None
+  return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*spec))

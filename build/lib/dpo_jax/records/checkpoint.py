@@ -1,0 +1,337 @@
+"""Orbax checkpoints, verified before they are used.
+
+  WORKDIR/checkpoints/STEP/params         the policy
+  WORKDIR/checkpoints/STEP/rest           step, optimizer, loss state, reference
+  WORKDIR/checkpoints/STEP/manifest.json  see `records.manifest`
+
+A run that opens them moves damaged steps aside first, see `records.recovery`.
+"""
+
+from collections.abc import Mapping
+import concurrent.futures
+import logging
+import math
+import shutil
+from typing import Any
+
+from etils import epath
+import jax
+import orbax.checkpoint as ocp
+
+from dpo_jax.parallel import hosts, peers
+from dpo_jax.records import manifest, recovery
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.trees import path_name
+from dpo_jax.types import TrainState
+
+_LOG = logging.getLogger(__name__)
+_training = ocp.v1.training
+_policies = _training.preservation_policies
+
+
+class Checkpoints:
+  """The checkpoints of one run."""
+
+  def __init__(
+    self,
+    workdir: epath.PathLike | Workdir,
+    *,
+    keep: int,
+    best_metric: str,
+    best_is_lower: bool,
+    is_reader: bool = False,
+    part: str = "params",
+    go_back_to: int | None = None,
+    may_restart: bool = False,
+  ):
+    """Opens the folder; see `recovery.recover` for what it does to the steps.
+
+    Args:
+      workdir: run directory.
+      keep: number of latest steps to keep.
+      best_metric: metric whose best step is kept too; "" for none.
+      best_is_lower: whether a lower value of the metric is better.
+      is_reader: whether steps are only read, of a run that another process may
+        be training: damaged and unfinished steps are skipped and left in place.
+        A step is verified when it is asked for.
+      part: part that a reader verifies, "" for both.
+      go_back_to: step that becomes the latest; None for the latest there is.
+      may_restart: whether steps may have been saved and all be lost.
+
+    Raises:
+      ValueError: see `recovery.recover`.
+    """
+    self._workdir = Workdir.at(workdir)
+    self._root = self._workdir.checkpoints
+    self._best_metric = best_metric
+    self._best_is_lower = best_is_lower
+    self._is_reader, self._part = is_reader, part
+    self._faults: dict[int, str] = {}
+    if not is_reader:
+      hosts.together(lambda: self._prepare(go_back_to, may_restart))
+    self._checkpointer = _training.Checkpointer(
+      self._root,
+      preservation_policy=_policies.AnyPreservationPolicy(
+        [
+          _policies.LatestN(keep),
+          _policies.BestN(
+            get_metric_fn=self._merit,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+          ),
+        ]
+      ),
+      cleanup_tmp_directories=not is_reader,
+    )
+    self._finisher = concurrent.futures.ThreadPoolExecutor(1)
+    self._saving: concurrent.futures.Future | None = None
+
+  def _prepare(self, go_back_to: int | None, may_restart: bool) -> None:
+    if jax.process_index() == 0:
+      self._root.mkdir(parents=True, exist_ok=True)
+      recovery.recover(self._workdir, step=go_back_to, may_restart=may_restart)
+
+  def _merit(self, metrics: dict[str, float]) -> float:
+    value = metrics.get(self._best_metric, math.nan)
+    if math.isnan(value):
+      return -math.inf
+    return -value if self._best_is_lower else value
+
+  def _is_usable(self, step: int) -> bool:
+    """Returns whether a reader can use a step."""
+    if not self._is_reader:
+      return True
+    if step not in self._faults:
+      folder = self._root / str(step)
+      self._faults[step] = fault = manifest.verify(
+        folder, part=self._part, run_id=self._workdir.run_id
+      )
+      if fault:
+        _LOG.warning("checkpoint %s is not used: %s", folder, fault)
+    return not self._faults[step]
+
+  @property
+  def steps(self) -> list[int]:
+    """Committed steps, ascending."""
+    found = sorted(c.step for c in self._checkpointer.checkpoints)
+    return [step for step in found if self._is_usable(step)]
+
+  @property
+  def best_step(self) -> int | None:
+    """Step with the best metric; the latest if none was measured."""
+
+    def rank(checkpoint: Any) -> tuple[bool, float, int]:
+      is_measured = bool(checkpoint.metrics)
+      merit = self._merit(checkpoint.metrics) if is_measured else 0.0
+      return is_measured, merit, checkpoint.step
+
+    ranked = sorted(self._checkpointer.checkpoints, key=rank, reverse=True)
+    return next((c.step for c in ranked if self._is_usable(c.step)), None)
+
+  def save(self, step: int, state: TrainState, metrics: dict | None) -> None:
+    """Starts a save; the state may be donated once this returns.
+
+    Args:
+      step: optimizer steps taken.
+      state: state on the mesh.
+      metrics: metrics that hold `best_metric`, or None.
+
+    Raises:
+      OSError: not enough room on the disk.
+    """
+    self.wait()
+    _check_room(self._root, (state.params, _rest(state)))
+    if jax.process_index() == 0:
+      recovery.mark_begun(self._workdir, step)
+    if metrics and self._best_metric and self._best_metric not in metrics:
+      _LOG.warning(
+        "checkpoint.best_metric=%r is not measured, so the latest step counts"
+        " as the best. Measured: %s",
+        self._best_metric,
+        ", ".join(metrics),
+      )
+    response = self._checkpointer.save_checkpointables_async(
+      step,
+      {"params": state.params, "rest": _rest(state)},
+      force=True,
+      overwrite=step in self.steps,
+      metrics=metrics or None,
+    )
+    if response is None:
+      raise RuntimeError(f"the checkpoint of step {step} was not taken")
+    self._saving = self._finisher.submit(self._finish, step, response)
+
+  def _finish(self, step: int, response: Any) -> None:
+    """Waits for the commit, and writes the manifest at once."""
+    response.result()
+    if jax.process_index() == 0:
+      manifest.write(self._root / str(step), self._workdir.run_id)
+      recovery.mark_saved(self._workdir, step)
+      peers.tell_saved(step)
+      _LOG.info("%-11s step %d saved", "checkpoint", step)
+
+  @property
+  def is_saving(self) -> bool:
+    """Whether the last save is not complete yet."""
+    return self._saving is not None and not self._saving.done()
+
+  def poll(self) -> None:
+    """Raises what the last save has failed with, without waiting for it."""
+    if not self.is_saving:
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits until the last save is committed and has its manifest."""
+    if self._saving is not None:
+      self._saving.result()
+      self._saving = None
+
+  def restore(
+    self, abstract_state: TrainState, *, step: int | None = None
+  ) -> TrainState | None:
+    """Reads a step onto the shardings of the target.
+
+    Args:
+      abstract_state: ShapeDtypeStructs with shardings.
+      step: step to read; None: the latest.
+
+    Returns:
+      The state, or None if there is no checkpoint.
+
+    Raises:
+      ValueError: a checkpoint of another model or optimizer.
+    """
+    steps = self.steps
+    if not steps:
+      return None
+    step = steps[-1] if step is None else step
+    wanted = {"params": abstract_state.params, "rest": _rest(abstract_state)}
+    found = self._checkpointer.checkpointables_metadata(step).metadata
+    for part, tree in wanted.items():
+      check_same_tree(tree, found[part], f"{self._root / str(step)}/{part}")
+    loaded = self._checkpointer.load_checkpointables(step, wanted)
+    return abstract_state.replace(params=loaded["params"], **loaded["rest"])
+
+  def restore_without_optimizer(
+    self, abstract_state: TrainState, *, step: int
+  ) -> TrainState:
+    """Reads what an evaluation needs of a step.
+
+    Args:
+      abstract_state: ShapeDtypeStructs with shardings.
+      step: step to read.
+
+    Returns:
+      The state; its optimizer's state is ().
+
+    Raises:
+      ValueError: a checkpoint of another model.
+    """
+    bare = abstract_state.replace(opt_state=(), spikes=())
+    wanted = {"params": bare.params, "rest": _rest(bare)}
+    found = self._checkpointer.checkpointables_metadata(step).metadata
+    rest = {k: found["rest"][k] for k in wanted["rest"] if k in found["rest"]}
+    where = f"{self._root / str(step)}"
+    check_same_tree(wanted["params"], found["params"], f"{where}/params")
+    check_same_tree(wanted["rest"], rest, f"{where}/rest")
+    context = ocp.v1.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+      loaded = self._checkpointer.load_checkpointables(step, wanted)
+    return bare.replace(params=loaded["params"], **loaded["rest"])
+
+  def restore_params(self, abstract_params: Any, *, step: int) -> Any:
+    """Reads the policy of a step alone.
+
+    Args:
+      abstract_params: ShapeDtypeStructs with shardings.
+      step: step to read.
+
+    Returns:
+      The parameters.
+
+    Raises:
+      ValueError: a checkpoint of another model.
+    """
+    found = self._checkpointer.checkpointables_metadata(step).metadata
+    where = f"{self._root / str(step)}/params"
+    check_same_tree(abstract_params, found["params"], where)
+    return self._checkpointer.load_checkpointables(
+      step, {"params": abstract_params}
+    )["params"]
+
+  def close(self) -> None:
+    """Finishes the last save and closes the folder."""
+    self.wait()
+    self._finisher.shutdown()
+    self._checkpointer.close()
+
+
+def open_checkpoints(
+  workdir: Workdir, config: Mapping[str, Any], **options: Any
+) -> Checkpoints:
+  """Opens the checkpoints of a run with that config.
+
+  Args:
+    workdir: run directory.
+    config: resolved.
+    **options: other options of `Checkpoints`.
+  """
+  settings = config["checkpoint"]
+  return Checkpoints(
+    workdir,
+    keep=settings["keep"],
+    best_metric=settings["best_metric"],
+    best_is_lower=settings["best_is_lower"],
+    **options,
+  )
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+  parts = {
+    "step": state.step,
+    "opt_state": state.opt_state,
+    "loss_state": state.loss_state,
+    "ref_params": state.ref_params,
+    "spikes": state.spikes,
+  }
+  return {k: v for k, v in parts.items() if jax.tree.leaves(v)}
+
+
+def check_same_tree(wanted: Any, found: Any, where: str) -> None:
+  """Raises ValueError unless paths, shapes and dtypes agree.
+
+  Orbax would cast a dtype silently.
+  """
+
+  def describe(tree):
+    return {
+      path_name(path): (tuple(leaf.shape), str(jax.numpy.dtype(leaf.dtype)))
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+  ours, theirs = describe(wanted), describe(found)
+  faults = [
+    f"{name}: {theirs.get(name, 'nothing')} there, {ours.get(name, 'nothing')}"
+    " wanted"
+    for name in sorted(ours.keys() | theirs.keys())
+    if ours.get(name) != theirs.get(name)
+  ]
+  if faults:
+    raise ValueError(
+      f"{where} holds another model or optimizer; {len(faults)} arrays differ,"
+      " the first:\n  " + "\n  ".join(faults[:5])
+    )
+
+
+def _check_room(root: epath.Path, arrays: Any) -> None:
+  try:
+    free = shutil.disk_usage(root).free
+  except OSError:  # not a local path; object stores have no capacity limit
+    return
+  needed = sum(x.nbytes for x in jax.tree.leaves(arrays))
+  if needed > free:
+    raise OSError(
+      f"a checkpoint takes {needed:,} bytes, and {root} has {free:,} free:"
+      " make room, or lower checkpoint.keep"
+    )

@@ -1,0 +1,348 @@
+"""Identity of a run: a resumed one has the config and data of its workdir."""
+
+from collections.abc import Callable, Collection, Mapping
+import datetime
+import json
+import logging
+from typing import Any
+
+import ml_collections
+
+from dpo_jax.config.keys import default_config, flatten
+from dpo_jax.config.values import parse_allowed
+from dpo_jax.losses import CATALOGUE, build_objective
+from dpo_jax.records.workdir import Workdir
+from dpo_jax.system.files import read_json, write_json
+
+_LOG = logging.getLogger(__name__)
+
+# Keys, or prefixes of keys, that do not decide what a run learns.
+_PLACES = (
+  "hosts.",
+  "log.",
+  "mesh.",
+  "parallelism",
+  "logps_chunk",
+  "policy.remat",
+  "data.max_shapes",
+  "data.checks.",
+  "data.template_timeout_s",
+  "profile.",
+  "workdir.",
+  "numerics.max_log_ratio",
+  "compilation_cache_dir",
+  "checkpoint.every_steps",
+  "checkpoint.keep",
+  "eval.save_logps",
+  "eval.api.",
+  "resume.",
+)
+# Groups of losses without an accuracy.
+_UNRANKED = ("first", "samples")
+# Kinds of differences of a config, by the beginnings of keys; the rest is
+# "config".
+_KINDS = {
+  "data": ("data.source", "data.eval_source"),
+  "tokenizer": (
+    *("data.tokenizer", "data.chat_template", "data.eos_token"),
+    "data.template_date",
+  ),
+}
+_KINDS_OF_DATA = {"data", "format", "tokenizer"}
+
+
+def decides_result(key: str) -> bool:
+  """Returns whether a config key decides what a run learns, beyond rounding."""
+  return not key.startswith(_PLACES) and not key.endswith(".cache_dir")
+
+
+def check_same_config(
+  config: ml_collections.ConfigDict, workdir: Workdir
+) -> dict[str, list[str]]:
+  """Compares a config with the one that a workdir holds, if any.
+
+  Args:
+    config: resolved.
+    workdir: run directory.
+
+  Returns:
+    The differences that `resume.allow` accepts, by kind.
+
+  Raises:
+    ValueError: other differences; shows them.
+  """
+  if not workdir.config.exists():
+    return {}
+  resolved = as_json(config)
+  before = with_defaults(dict(flatten(workdir.read_config())))
+  now = dict(flatten(resolved))
+  # Runs once recorded "" for the tokenizer of policy.init.
+  before["data.tokenizer"] = before["data.tokenizer"] or now["data.tokenizer"]
+  was_accuracy = before["checkpoint.best_metric"] == "eval/reward/accuracy"
+  if was_accuracy and build_objective(resolved["loss"]).group in _UNRANKED:
+    # Once the default of losses too that have no accuracy.
+    for key in ("checkpoint.best_metric", "checkpoint.best_is_lower"):
+      before[key] = now[key]
+  keys = {
+    key
+    for key in before.keys() | now.keys()
+    # A run may take more steps; `_compare_schedules` says of which schedule.
+    if decides_result(key) and key not in ("total_steps", "epochs")
+  }
+  accepted = {}
+  of_kind = {
+    kind: {key for key in keys if key.startswith(names)}
+    for kind, names in _KINDS.items()
+  }
+  rest = keys.difference(*of_kind.values())
+  for kind, its_keys in {"config": rest, **of_kind}.items():
+    accepted |= _accept(
+      kind,
+      _differences(before, now, its_keys),
+      config,
+      f"{workdir} holds a run with another config",
+      "Choose another workdir, or resume with the config that is there",
+    )
+  return accepted
+
+
+def check_same(
+  config: ml_collections.ConfigDict,
+  identity: Mapping[str, Any],
+  workdir: Workdir,
+  build_schedule: Callable[[Any, int], Callable[[int], Any]],
+) -> dict[str, list[str]]:
+  """Compares a run with the one that its workdir holds, if any.
+
+  Args:
+    config: resolved.
+    identity: `Data.identity`.
+    workdir: run directory.
+    build_schedule: (`config.optimizer`, steps) -> rate by step.
+
+  Returns:
+    The differences that `resume.allow` accepts, by kind; `record` writes them.
+
+  Raises:
+    ValueError: another config, data, tokenizer or template, or another number
+      of steps under a schedule; shows the difference.
+  """
+  accepted: dict[str, list[str]] = {}
+  for found in (
+    check_same_config(config, workdir),
+    _compare_schedules(config, workdir, build_schedule),
+    _compare_data(config, identity, workdir),
+  ):
+    for kind, lines in found.items():
+      accepted[kind] = accepted.get(kind, []) + lines
+  return accepted
+
+
+def _accept(
+  kind: str, changed: list[str], config: Any, what: str, remedy: str
+) -> dict[str, list[str]]:
+  """Returns differences under their kind if they are allowed.
+
+  Raises:
+    ValueError: they are not.
+  """
+  if not changed:
+    return {}
+  if kind not in parse_allowed(config["resume"]["allow"]):
+    lines = "\n".join(f"  {line}" for line in changed)
+    raise ValueError(
+      f"{what}:\n{lines}\n{remedy}. --config.resume.allow={kind} takes the"
+      " difference"
+    )
+  return {kind: changed}
+
+
+def _differences(
+  before: Mapping[str, Any], now: Mapping[str, Any], keys: Collection[str]
+) -> list[str]:
+  return [
+    f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+    for key in sorted(keys)
+    if before.get(key) != now.get(key)
+  ]
+
+
+def _compare_schedules(
+  config: Any,
+  workdir: Workdir,
+  build_schedule: Callable[[Any, int], Callable[[int], Any]],
+) -> dict[str, list[str]]:
+  """Compares the lengths of a decaying schedule, which bends with them."""
+  if config["optimizer"]["schedule"] == "constant":
+    return {}
+  if not workdir.config.exists():
+    return {}
+  before = workdir.read_config()["total_steps"]
+  now = config["total_steps"]
+  if before == now:
+    return {}
+  curves = [build_schedule(config["optimizer"], n) for n in (before, now)]
+  longest = max(before, now)
+  rates = [
+    (step, *(float(curve(step)) for curve in curves))
+    for step in (longest * quarter // 4 for quarter in range(5))
+  ]
+  return _accept(
+    "total_steps",
+    [
+      f"total_steps: {before} there, {now} now",
+      *(f"rate at step {n}: {a:.3g} there, {b:.3g} now" for n, a, b in rates),
+    ],
+    config,
+    f"{workdir} holds a run whose learning rate follows another curve",
+    "Resume with the total_steps that are there, or choose another workdir",
+  )
+
+
+def record(
+  config: ml_collections.ConfigDict,
+  description: Mapping[str, Any],
+  accepted: Mapping[str, list[str]],
+  workdir: Workdir,
+  *,
+  step: int | None = None,
+) -> None:
+  """Records a run in its workdir, at each start.
+
+  Args:
+    config: resolved.
+    description: `Data.description`.
+    accepted: differences that `check_same` has returned.
+    workdir: run directory.
+    step: step that the run has gone back to, from `go_back_to`.
+  """
+  workdir.write_config(as_json(config))
+  known = _read_data(workdir)
+  if not _is_described(known) or _KINDS_OF_DATA & accepted.keys():
+    history = known.get("history", [])
+    write_json(workdir.data, {**description, "history": history})
+  if accepted or step:
+    add_to_history(workdir, accepted, step)
+
+
+def add_to_history(
+  workdir: Workdir, accepted: Mapping[str, list[str]], step: int | None = None
+) -> None:
+  """Logs what `resume.allow` has taken, and adds it to data.json.
+
+  Args:
+    workdir: run directory; process 0 writes.
+    accepted: differences by kind.
+    step: step that the run has gone back to.
+  """
+  for kind, lines in accepted.items():
+    _LOG.warning("resume.allow=%s takes:\n  %s", kind, "\n  ".join(lines))
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  entry = {"at": now, "step": step, "accepted": dict(accepted)}
+  known = _read_data(workdir)
+  history = [*known.get("history", []), entry]
+  write_json(workdir.data, {**known, "history": history})
+
+
+def _read_data(workdir: Workdir) -> dict[str, Any]:
+  return read_json(workdir.data) if workdir.data.exists() else {}
+
+
+def _is_described(known: Mapping[str, Any]) -> bool:
+  """Returns whether data.json holds more than a history."""
+  return "train" in known
+
+
+def go_back_to(
+  config: ml_collections.ConfigDict,
+  accepted: Mapping[str, list[str]],
+  workdir: Workdir,
+) -> int | None:
+  """Returns `resume.step`, or None where the last start went back to it.
+
+  A job that is started again with the same command would never pass the step.
+
+  Args:
+    config: resolved.
+    accepted: differences that `check_same` has returned.
+    workdir: run directory.
+  """
+  step = config["resume"]["step"]
+  history = _read_data(workdir).get("history", [])
+  last = history[-1] if history else {}
+  if step is None or accepted or last.get("step") != step:
+    return step
+  _LOG.info("resume.step=%d was done at %s", step, last["at"])
+  return None
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns what config.json holds: all but the settings of one start."""
+  settings = config.to_dict() | {"resume": default_config().resume.to_dict()}
+  return json.loads(json.dumps(settings, default=_plain))
+
+
+def with_defaults(recorded: Mapping[str, Any]) -> dict[str, Any]:
+  """Adds the keys that the version lacked which recorded a config.
+
+  Args:
+    recorded: leaves of the config, as JSON, by path.
+  """
+  defaults = {
+    key: value
+    for key, value in flatten(default_config())
+    if key.partition(".")[0] != "loss"
+  }
+  loss = CATALOGUE.get(recorded.get("loss.name", ""))
+  if loss is not None:  # a list of losses has no name
+    defaults |= {f"loss.{key}": value for key, value in loss.defaults.items()}
+  return json.loads(json.dumps(defaults)) | dict(recorded)
+
+
+def _plain(value: Any) -> Any:
+  return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+def _compare_data(
+  config: Any, identity: Mapping[str, Any], workdir: Workdir
+) -> dict[str, list[str]]:
+  """Compares data, tokenizer and template with what a run began with."""
+  before = _read_data(workdir)
+  if not _is_described(before):
+    return {}
+  others = ("reports", "checks", "history")
+  before = {k: v for k, v in before.items() if k not in others}
+  if isinstance(before["train"], str):  # as older runs recorded a split
+    identity = {
+      name: f"{split['store']}, {split['groups']} groups"
+      for name, split in identity.items()
+      if name != "tokenizer"
+    }
+  before, now = (dict(flatten(x)) for x in (before, identity))
+  keys = before.keys() | now.keys()
+  of_text = {key for key in keys if key.startswith("tokenizer.")}
+  # A store follows from all others, and from the code that made it.
+  of_store = {key for key in keys if key.endswith(".store")}
+  tokenizer = _differences(before, now, of_text)
+  data = _differences(before, now, keys - of_text - of_store)
+  store = _differences(before, now, of_store)
+  remedy = "Restore the old files, or choose another workdir"
+  accepted = _accept(
+    "data", data, config, f"{workdir} holds a run on other data", remedy
+  ) | _accept(
+    "tokenizer",
+    tokenizer,
+    config,
+    f"{workdir} holds a run with another tokenizer or chat template",
+    remedy,
+  )
+  if store and not accepted:
+    return _accept(
+      "format",
+      store,
+      config,
+      f"{workdir} holds a run whose data are the same, but were tokenized by"
+      " another version of dpo_jax",
+      f"Resume it with the version in {workdir.git}, or choose another workdir",
+    )
+  return accepted

@@ -1,0 +1,1 @@
+"""Access to the system: JAX internals, files, caches, progress bars."""

@@ -1,0 +1,326 @@
+"""Paths that a user gives: local, or gs:// and the others that epath opens.
+
+Libraries that open files by themselves, such as safetensors and array_record,
+read a copy on this machine. It is kept, and named by path, size and time of the
+last change: a file is copied once, and a changed one is copied again.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import difflib
+import fcntl
+import glob
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from typing import Any
+
+from etils import epath
+from etils.epath import backend
+
+from dpo_jax.system import downloads
+
+_LOG = logging.getLogger(__name__)
+_CHUNK = 2**26  # bytes of a request
+_SHOWN = 5  # names that an error lists
+
+
+def cache_dir() -> str:
+  """Returns $XDG_CACHE_HOME/dpo_jax, or ~/.cache/dpo_jax without it."""
+  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return os.path.join(base, "dpo_jax")
+
+
+def is_remote(path: epath.PathLike) -> bool:
+  """Returns whether a path is not of this machine's file system."""
+  return "://" in str(epath.Path(path))
+
+
+def existing(path: epath.PathLike) -> epath.Path:
+  """Checks that a file exists.
+
+  Args:
+    path: local or remote.
+
+  Returns:
+    The path.
+
+  Raises:
+    FileNotFoundError: no such file, or a folder; names what is there.
+  """
+  path = epath.Path(path)
+  if not path.exists():
+    raise FileNotFoundError(f"no file {str(path)!r}{_what_is_there(path)}")
+  if path.is_dir():
+    names = _list([p.name for p in path.iterdir()])
+    raise FileNotFoundError(
+      f"{str(path)!r} is a folder, and a file is wanted; it holds {names}"
+    )
+  return path
+
+
+def find(pattern: str) -> list[epath.Path]:
+  """Finds the files of a pattern, or the one file of that name.
+
+  Args:
+    pattern: path, local or remote; may hold *, ? and [].
+
+  Returns:
+    The files, in the order of their names.
+
+  Raises:
+    FileNotFoundError: no such file; names what is there.
+  """
+  path = epath.Path(pattern)
+  # A name may hold brackets without being a pattern.
+  if glob.escape(pattern) == pattern or path.exists():
+    return [existing(path)]
+  # epath joins both to one pattern, so folders may hold * too.
+  paths = sorted(p for p in path.parent.glob(path.name) if not p.is_dir())
+  if not paths:
+    raise FileNotFoundError(
+      f"no file matches {pattern!r}{_what_is_there(path)}"
+    )
+  return paths
+
+
+def _what_is_there(path: epath.Path) -> str:
+  folder = path.parent
+  if glob.escape(str(folder)) != str(folder):
+    return ""
+  if not folder.is_dir():
+    return f": the folder {str(folder)!r} does not exist"
+  names = sorted(p.name for p in folder.iterdir())
+  near = difflib.get_close_matches(path.name, names, n=_SHOWN)
+  return f": the folder {str(folder)!r} holds {_list(near or names)}"
+
+
+def _list(names: list[str]) -> str:
+  more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+  return (", ".join(sorted(names)[:_SHOWN]) or "nothing") + more
+
+
+def tree(folder: epath.PathLike) -> list[epath.Path]:
+  """Returns the files of a folder and of its subfolders, sorted."""
+  found, folders = [], [epath.Path(folder)]
+  while folders:
+    for path in folders.pop().iterdir():
+      (folders if path.is_dir() else found).append(path)
+  return sorted(found)
+
+
+def size(path: epath.Path) -> int:
+  """Returns the bytes of a file."""
+  # epath's own looks up the owner, whom a container may not know.
+  return path.stat().length if is_remote(path) else os.path.getsize(path)
+
+
+def local(path: epath.PathLike) -> str:
+  """Returns a path on this machine with the same content.
+
+  Args:
+    path: file or folder, local or remote.
+
+  Returns:
+    The path itself if it is local, and otherwise that of a copy, which is made
+    unless it is there. A copy that was interrupted is resumed.
+
+  Raises:
+    OSError: the file changed while it was copied.
+  """
+  path = epath.Path(path)
+  if not is_remote(path):
+    return str(path)
+  is_folder = path.is_dir()
+  members = tree(path) if is_folder else [existing(path)]
+  stats = [(str(member), member.stat()) for member in members]
+  key = repr([(name, stat.length, stat.mtime) for name, stat in stats])
+  key = hashlib.sha256(key.encode()).hexdigest()[:32]
+  folder = os.path.join(cache_dir(), "files", key)
+  os.makedirs(folder, exist_ok=True)
+  # Processes of one machine share the copy.
+  with open(f"{folder}.lock", "w", encoding="utf-8") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    for member, (_, stat) in zip(members, stats, strict=True):
+      name = str(member.relative_to(path)) if is_folder else path.name
+      _copy(member, os.path.join(folder, name), stat.length)
+  return folder if is_folder else os.path.join(folder, path.name)
+
+
+def _copy(source: epath.Path, target: str, num_bytes: int) -> None:
+  if os.path.exists(target):
+    return
+  _LOG.info("copying %s, %.1f MB, to %s", source, num_bytes / 1e6, target)
+  os.makedirs(os.path.dirname(target), exist_ok=True)
+  part = f"{target}.part"
+  with source.open("rb") as remote, open(part, "ab") as out:
+    remote.seek(out.tell())
+    shutil.copyfileobj(remote, out, _CHUNK)
+  copied = os.path.getsize(part)
+  if copied != num_bytes:
+    os.remove(part)
+    raise OSError(
+      f"{source} has {num_bytes} bytes, and {copied} were read: it changed"
+      " meanwhile; start again"
+    )
+  os.replace(part, target)
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[str]:
+  """Gives a local path to write to; its file is then copied to `path`."""
+  path = epath.Path(path)
+  if not is_remote(path):
+    yield str(path)
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    written = epath.Path(folder) / path.name
+    yield str(written)
+    written.copy(path, overwrite=True)
+
+
+@contextlib.contextmanager
+def naming(path: epath.PathLike, num_bytes: int) -> Iterator[None]:
+  """Names the file and the bytes in an error of writing, as of a full disk.
+
+  Args:
+    path: file that is written.
+    num_bytes: bytes that are written.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.filename is not None or error.errno is None:
+      raise
+    text = f"{error.strerror}, while {num_bytes:,} bytes were written"
+    raise type(error)(error.errno, text, str(path)) from error
+
+
+def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
+  """Writes a file whole or not at all.
+
+  Args:
+    path: local or gs://; its folder is made.
+    content: text as UTF-8, or bytes.
+  """
+  path = epath.Path(path)
+  if isinstance(content, str):
+    content = content.encode()
+  if is_remote(path) and (store := _object_store(path)) is not None:
+    store.pipe_file(str(path), content)  # an object is replaced as a whole
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # Processes that share a folder may write the same file at the same time.
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  try:
+    with naming(path, len(content)):
+      temporary.write_bytes(content)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
+  temporary.replace(path)
+
+
+def create(path: epath.Path, content: bytes) -> bool:
+  """Creates a file unless it exists.
+
+  Of several processes that create the same file at the same time, one does.
+
+  Args:
+    path: local or gs://; its folder exists.
+    content: bytes of the file.
+
+  Returns:
+    Whether this call created it.
+  """
+  try:
+    if not is_remote(path):
+      with open(path, "xb") as file:
+        file.write(content)
+    elif (store := _object_store(path)) is not None:
+      store.pipe_file(str(path), content, mode="create")
+    elif path.exists():
+      return False
+    else:
+      _LOG.warning(
+        "%s: without gcsfs two processes may both create it; pip install gcsfs",
+        path,
+      )
+      path.write_bytes(content)
+  except FileExistsError:
+    return False
+  return True
+
+
+def read_if_there(path: epath.Path) -> bytes | None:
+  """Reads a file as it is now, or returns None if there is none."""
+  store = _object_store(path) if is_remote(path) else None
+  try:
+    # epath looks up the size first, in listings that gcsfs has cached.
+    return path.read_bytes() if store is None else store.cat_file(str(path))
+  except FileNotFoundError:
+    return None
+
+
+def _object_store(path: epath.Path) -> Any:
+  """Returns fsspec's file system, or None if epath has only TensorFlow's."""
+  try:
+    return backend.fsspec_backend.fs(path)
+  except ImportError:
+    return None
+
+
+def read_text(path: epath.Path) -> str:
+  """Reads a file of text in UTF-8.
+
+  Raises:
+    ValueError: it is damaged; names it.
+  """
+  downloads.verify([path])
+  try:
+    return path.read_bytes().decode()
+  except UnicodeDecodeError as error:
+    raise _damaged(path, error) from error
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """Reads a file of one JSON object.
+
+  Raises:
+    ValueError: it is damaged, or holds no object; names it.
+  """
+  text = read_text(path)
+  try:
+    value = parse_json(text)
+  except ValueError as error:
+    raise _damaged(path, error) from error
+  if not isinstance(value, dict):
+    raise _damaged(path, f"it holds a {type(value).__name__}, not an object")
+  return value
+
+
+def _damaged(path: epath.Path, why: object) -> ValueError:
+  return ValueError(f"{path} is damaged: {why}. Restore it from a copy")
+
+
+def parse_json(text: str) -> Any:
+  """Parses JSON.
+
+  Raises:
+    ValueError: not JSON, nested too deeply, or a number of too many digits.
+  """
+  try:
+    return json.loads(text)
+  except RecursionError as error:
+    raise ValueError("it is nested too deeply") from error
+
+
+def write_json(
+  path: epath.PathLike, value: Any, *, sort_keys: bool = False
+) -> None:
+  """Writes a JSON file whole or not at all."""
+  text = json.dumps(value, indent=2, sort_keys=sort_keys)
+  write_atomically(path, text + "\n")

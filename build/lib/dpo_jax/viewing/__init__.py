@@ -1,0 +1,1 @@
+"""Views for people: tokens in colour, answers, reports, runs side by side."""

@@ -1,0 +1,1 @@
+"""Parts of `experiments.imdb_sentiment`: data, runs and measurements."""

@@ -1,0 +1,1 @@
+"""Win rates against reference responses: tasks, policies and measurements."""
