@@ -105,7 +105,13 @@ def open_source(spec: str) -> Source:
 
 
 def pin(spec: str) -> str:
-  """Returns a source's spelling with its branch of the Hub as a commit."""
+  """Returns a source's spelling, for the Hub with commit, config and split.
+
+  Any other kind of source is returned as it is.
+
+  Args:
+    spec: see the module's docstring.
+  """
   kind, _, what = spec.partition(":")
   return f"hub:{hub.open_split(what).spec}" if kind == "hub" else spec
 

@@ -281,7 +281,7 @@ def build_store(
 
 
 def _open_sound(folder: str, limits: Limits) -> Store | None:
-  """Opens a store; moves a damaged one aside and returns None."""
+  """Opens a store; None if absent, damaged (moved aside) or old (deleted)."""
   if not os.path.exists(folder):
     return None
   try:
@@ -360,7 +360,7 @@ def part_starts(lengths: np.ndarray) -> np.ndarray:
 
 
 def _write(groups: Groups, cache_dir: str, folder: str) -> None:
-  """Writes to a temporary folder and renames it, so a store is complete."""
+  """Writes a temporary folder, then renames it `folder`, so it is complete."""
   lengths, scores = groups.lengths, groups.scores
   num_slots = max(len(score) for score in scores)
   padded_lengths = np.zeros((len(lengths), 1 + num_slots), np.int32)
