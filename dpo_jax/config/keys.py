@@ -273,7 +273,7 @@ def default_config() -> ml_collections.ConfigDict:
 def flatten(
   config: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-  """Yields ('loss.beta', 0.1) for every leaf."""
+  """Yields path and value of every leaf, such as ('loss.beta', 0.1)."""
   for key, value in config.items():
     if isinstance(value, Mapping | ml_collections.ConfigDict):
       yield from flatten(value, f"{prefix}{key}.")

@@ -90,7 +90,9 @@ def read_key(variable: str) -> str:
 
 
 def read_extra_body(text: str) -> dict[str, Any]:
-  """Reads `eval.api.extra_body`: fields of a request, None to leave one out.
+  """Reads `eval.api.extra_body`, further fields of a request, from JSON.
+
+  A field whose value is None is left out of the request. "" gives {}.
 
   Raises:
     ValueError: not an object of JSON.
@@ -154,9 +156,9 @@ class ChatServer:
     self._stopped.clear()
 
   def stop(self) -> None:
-    """Makes no further requests, and wakes the threads that wait for one.
+    """Stops the requests of other threads until `start`.
 
-    The threads ask a chat server; `start` lets them ask again.
+    Threads that wait to try again wake, and `complete` raises ServerError.
     """
     self._stopped.set()
 
@@ -196,7 +198,12 @@ class ChatServer:
     raise AssertionError("max_tries is at least 1")
 
   def _ask(self, text: str) -> Completion:
-    """Asks once."""
+    """Sends one request and returns its answer.
+
+    Raises:
+      _Fault: a fault that may pass, such as a timeout.
+      Unanswered, ServerError: see `complete`.
+    """
     headers = {"Content-Type": "application/json"}
     if self._key:
       headers["Authorization"] = f"Bearer {self._key}"
@@ -233,7 +240,11 @@ class ChatServer:
     return text.replace(self._key, "(key)") if self._key else text
 
   def _explain(self, error: urllib.error.HTTPError) -> Exception:
-    """Returns the exception that a status of the server stands for."""
+    """Returns the exception that a status of the server stands for.
+
+    It is _Fault for 408, 429 and from 500 on; Unanswered for 400, 413 and 422;
+    otherwise ServerError. Its text has the body, without the key.
+    """
     try:
       body = self._read(error).decode(errors="replace")
     except (OSError, http.client.HTTPException):

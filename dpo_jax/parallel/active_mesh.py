@@ -12,7 +12,10 @@ ROW_AXES = ("data", "fsdp")
 
 
 def free_axes() -> dict[str, int]:
-  """Returns the mesh axes that the partitioner divides work over, and sizes."""
+  """Returns the axes of the active mesh that JAX partitions over: name -> size.
+
+  Axes that are manual in a `shard_map` are left out; {} without a mesh.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   return {
     name: mesh.shape[name]
