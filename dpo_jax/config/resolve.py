@@ -89,7 +89,7 @@ def resolve(
 def with_values(
   config: ml_collections.FrozenConfigDict, changes: Mapping[str, Any]
 ) -> ml_collections.FrozenConfigDict:
-  """Returns a copy of a resolved config with some values.
+  """Returns a copy of a resolved config with some values set, unchecked.
 
   Args:
     config: resolved.
@@ -124,7 +124,7 @@ def _freeze(settings: dict[str, Any]) -> ml_collections.FrozenConfigDict:
 
 
 def check_keys(config: ml_collections.ConfigDict) -> None:
-  """Checks that a config has exactly the keys there are.
+  """Checks that a config has all keys of `default_config` and no others.
 
   Raises:
     ValueError: names all missing and unknown keys at once, unknown ones with
@@ -274,7 +274,7 @@ def eval_sets(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def split_name(name: str) -> str:
-  """Returns the split of a held-out set in metrics.jsonl."""
+  """Returns a held-out set's split in metrics.jsonl: 'eval' or 'eval/NAME'."""
   return f"eval/{name}" if name else "eval"
 
 

@@ -18,7 +18,7 @@ class DamagedError(ValueError):
 
 
 def exist(folder: str) -> bool:
-  """Returns whether a folder has checksums."""
+  """Returns whether a folder holds checksums.json."""
   return os.path.exists(os.path.join(folder, _NAME))
 
 

@@ -92,7 +92,7 @@ class Dialogue:
     )
 
   def _scored(self, turns: Sequence[Message]) -> list[int]:
-    """Indices of the turns that are scored."""
+    """Indices of a response's turns that are scored by `scored_turns`."""
     if self.scored_turns == "last" or len(turns) == 1:
       return list(range(len(turns)))[-1:]
     return [i for i, turn in enumerate(turns) if is_answer(turn)]

@@ -185,7 +185,10 @@ def _empty_batch(
   *,
   has_ref_logps: bool,
 ) -> Batch:
-  """Returns a batch of padding."""
+  """Returns a batch without groups: `slots` are G * K, `example_ids` -1.
+
+  All other fields are 0 or False.
+  """
   per_token = (num_rows, shape.num_tokens)
   per_scored = (num_rows, shape.num_scored)
   per_slot = (num_rows, shape.num_groups, shape.num_slots)

@@ -154,7 +154,10 @@ class Pipeline:
     return loaders, measured
 
   def _hold_out(self, groups: Groups) -> tuple[np.ndarray, HeldOutGroups]:
-    """Returns the training indices, and the held-out sets."""
+    """Returns the training indices, and the held-out sets.
+
+    The sets have sources of their own, or are a part of `groups`, named "".
+    """
     settings = self.config.data
     if any(config_lib.eval_sets(settings).values()):
       train, held_out = np.arange(len(groups.store)), self._open_sets()
@@ -262,7 +265,18 @@ class Pipeline:
     )
 
   def _open(self, spec: str) -> tuple[store.Store, np.ndarray]:
-    """Returns a source's groups, and bool [N], which of them teach the loss."""
+    """Opens a source as the loss reads it.
+
+    Pairs are split if `data.split_pairs` asks for it; responses that the loss
+    does not read are left out.
+
+    Returns:
+      Store of N groups, and bool [N], whether the loss learns from each.
+
+    Raises:
+      ValueError: ids that the model does not have, groups of another size, or
+        none that the loss learns from.
+    """
     config, objective = self.config, self.objective
     opened = store.build_store(
       sources.open_source(spec),

@@ -79,7 +79,10 @@ def settle_prompt(
 
 
 def _is_conversation(turns: Sequence[Message]) -> bool:
-  """Returns whether a response is a whole conversation, prompt included."""
+  """Returns whether messages start with the user's, and more follow.
+
+  Those of the system or developer do not count.
+  """
   roles = [m["role"] for m in turns if m["role"] not in ("system", "developer")]
   return len(roles) > 1 and roles[0] == "user"
 

@@ -66,7 +66,7 @@ class Data(HeldOut):
   checks: list[checks.Result]
 
   def description(self) -> dict[str, Any]:
-    """Returns what data.json holds: identity, reports and checks."""
+    """Returns what data.json holds: `identity()`, "reports" and "checks"."""
     results = [dataclasses.asdict(result) for result in self.checks]
     return {**self.identity(), "reports": self.reports(), "checks": results}
 

@@ -313,7 +313,7 @@ def _read_tfds(what: str) -> Iterator[Record]:
 
 
 def _plain(value: Any) -> Any:
-  """Converts TFDS's numpy values and bytes to Python's own."""
+  """Converts numpy values of TFDS to Python's own, and bytes to text."""
   if isinstance(value, bytes):
     return value.decode("utf-8")
   if isinstance(value, dict):

@@ -176,7 +176,7 @@ class Store:
     return [self.scored[start : start + length] for start, length in parts]
 
   def first_slots(self, num_slots: int) -> "Store":
-    """Returns a store with the first responses of each group."""
+    """Returns a store with the first `num_slots` responses of each group."""
     if num_slots >= self.num_slots:
       return self
     return dataclasses.replace(
@@ -354,7 +354,7 @@ def _check_bounds(store: Store, limits: Limits) -> None:
 
 
 def part_starts(lengths: np.ndarray) -> np.ndarray:
-  """Returns starts of parts, counted over all rows: [N, P] -> i64 [N, P]."""
+  """Returns starts of parts of some lengths, over all rows: i64 [N, P]."""
   ends = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape)
   return ends - lengths
 

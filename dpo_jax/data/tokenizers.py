@@ -99,7 +99,7 @@ class Tokenizer(Protocol):
   def render_batch(
     self, requests: Sequence[Request], *, timeout_s: float = math.inf
   ) -> Iterator[str | RecordError]:
-    """Renders several; see `templates.ChatTemplate.render`."""
+    """Renders conversations; see `templates.ChatTemplate.render`."""
 
 
 class HFTokenizer:

@@ -201,7 +201,7 @@ class ApiJudge(Comparer):
     return _PLACEHOLDER.sub(lambda match: texts[match[1]], self._template)
 
   def _key(self, prompt: str, first: str, second: str) -> str:
-    """Returns a digest of all that decides the answer."""
+    """Returns a digest of model, max_tokens, template, extra body and texts."""
     settings = [self._model, self._settings.max_tokens, self._template]
     # Left out where it is empty: digests are those of older versions.
     extra = read_extra_body(self._settings.extra_body)

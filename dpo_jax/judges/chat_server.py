@@ -146,7 +146,7 @@ class ChatServer:
 
   @property
   def max_tokens(self) -> int:
-    """Most tokens of an answer."""
+    """Maximum tokens of an answer, with those of `eval.api.extra_body`."""
     body = self._body("")
     limit: int = body.get("max_tokens", self._settings.max_tokens)
     return body.get("max_completion_tokens", limit)
@@ -232,7 +232,7 @@ class ChatServer:
     return {name: value for name, value in body.items() if value is not None}
 
   def _read(self, response: Any) -> bytes:
-    """Reads a body without the key: servers repeat what they were sent."""
+    """Reads the body of a response, the API key in it replaced by "(key)"."""
     body: bytes = response.read()
     return body.replace(self._key.encode(), b"(key)") if self._key else body
 

@@ -107,7 +107,7 @@ class Objective:
     return first_reasons(reasons)
 
   def scored_tokens(self, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
-    """Sums the tokens that a per-token mean divides by: [B, K] -> f32 []."""
+    """Sums the tokens of valid groups for a per-token mean: f32 []."""
     is_counted = valid & self.valid_groups(valid)[:, None]
     return self._group.scored_tokens(num_tokens, is_counted)
 

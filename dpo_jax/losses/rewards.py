@@ -69,7 +69,7 @@ def summed_or_mean_log_ratio(
 def penalized_log_ratio(
   sequences: Sequences, *, beta: float, alpha: float
 ) -> jax.Array:
-  """Reward over beta, if the policy is optimal for a reward minus alpha |y|.
+  """log_ratio + (alpha / beta) |y|: reward of R-DPO over beta.
 
   The optimum of E[r - alpha |y|] - beta KL has r = beta log_ratio + alpha |y|
   + const. So the length has a plus sign: a longer chosen response needs a

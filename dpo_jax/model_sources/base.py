@@ -219,7 +219,7 @@ class ModelSource(abc.ABC):
 
 
 def is_plain(tokenizer: str) -> bool:
-  """Returns whether ids are bytes or letters, not entries of a vocabulary."""
+  """Returns whether a tokenizer is "bytes" or "letters:N", without a file."""
   return tokenizer == "bytes" or tokenizer.startswith("letters:")
 
 

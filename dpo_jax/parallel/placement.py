@@ -125,7 +125,7 @@ class Placement:
     return NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
 
   def place_rows(self, batch: Batch) -> Batch:
-    """Makes global arrays on the mesh of this process's rows of a batch."""
+    """Turns this process's rows of a batch into global arrays on the mesh."""
     count = self.row_reader[1]
     return jax.tree.map(
       lambda x, sharding: jax.make_array_from_process_local_data(
@@ -177,5 +177,5 @@ class Placement:
     return jax.tree.map(lambda x: np.asarray(x).reshape(()), metrics)
 
   def gather_rows(self, arrays: Any) -> Any:
-    """Returns a batch, or a step's arrays of groups, of all hosts as numpy."""
+    """Gathers arrays that are split by rows from all hosts, as numpy."""
     return jax.tree.map(to_host, arrays)

@@ -149,7 +149,7 @@ class Watcher:
     self._process.send(hosts=names)
 
   def _gather(self, port: int, waiting: "_Waiting") -> None:
-    """Accepts the others, and leaves the port to JAX when all have come."""
+    """Accepts all other watchers on `port`, and then leaves it to JAX."""
     is_dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dual else socket.AF_INET
     strangers: list[Channel] = []

@@ -91,7 +91,7 @@ class Tensor:
     return dataclasses.replace(self, parts=parts)
 
   def names(self, num_layers: int) -> list[str]:
-    """Returns its names in the checkpoint."""
+    """Returns the names in the checkpoint, one for each layer if stacked."""
     if not self.is_stacked:
       return [self.name]
     return [self.name.format(i) for i in range(num_layers)]
