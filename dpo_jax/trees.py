@@ -19,7 +19,7 @@ def path_name(path: Any) -> str:
 
 
 def join_trees(one: Params, other: Params | None) -> Params:
-  """Joins two nested dicts without a common leaf."""
+  """Joins two nested dicts that share no leaf; None for the second is empty."""
   if other is None:
     return one
   joined = dict(other)

@@ -204,12 +204,16 @@ def fields_where(holds: Callable[[Field], Any]) -> frozenset[str]:
 
 
 def fields_of(*sources: str) -> frozenset[str]:
-  """Returns the names of optional fields that come from some sources."""
+  """Returns the names of the optional fields whose `Field.source` is given."""
   return fields_where(lambda field: field.source in sources)
 
 
 def token_masks(fields: frozenset[str]) -> frozenset[str]:
-  """Returns the names of the token masks that fields of Sequences need."""
+  """Returns the names in `Batch.token_masks` that fields of Sequences need.
+
+  Args:
+    fields: names of optional fields.
+  """
   masks = (FIELDS[name].mask for name in fields)
   return frozenset(mask for mask in masks if mask)
 

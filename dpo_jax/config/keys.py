@@ -31,7 +31,7 @@ def loss_config(name: str) -> ml_collections.ConfigDict:
 
 # Over 60 lines: a table of all keys, with a comment for each.
 def default_config() -> ml_collections.ConfigDict:
-  """Returns the complete config."""
+  """Returns a config with all keys, each with its default or a placeholder."""
   config = ml_collections.ConfigDict()
   config.seed = 0  # seed of initial weights, data order and sampling
   # Optimizer steps, or passes over the training groups: one of the two may be
@@ -273,7 +273,7 @@ def default_config() -> ml_collections.ConfigDict:
 def flatten(
   config: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-  """Yields ('loss.beta', 0.1) for every leaf."""
+  """Yields path and value of every leaf, such as ('loss.beta', 0.1)."""
   for key, value in config.items():
     if isinstance(value, Mapping | ml_collections.ConfigDict):
       yield from flatten(value, f"{prefix}{key}.")

@@ -89,7 +89,7 @@ def resolve(
 def with_values(
   config: ml_collections.FrozenConfigDict, changes: Mapping[str, Any]
 ) -> ml_collections.FrozenConfigDict:
-  """Returns a copy of a resolved config with some values.
+  """Returns a copy of a resolved config with some values set, unchecked.
 
   Args:
     config: resolved.
@@ -124,7 +124,7 @@ def _freeze(settings: dict[str, Any]) -> ml_collections.FrozenConfigDict:
 
 
 def check_keys(config: ml_collections.ConfigDict) -> None:
-  """Checks that a config has exactly the keys there are.
+  """Checks that a config has all keys of `default_config` and no others.
 
   Raises:
     ValueError: names all missing and unknown keys at once, unknown ones with
@@ -189,7 +189,7 @@ def check_schedule(config: Mapping[str, Any]) -> None:
 
 
 def _resolve_length(settings: dict[str, Any]) -> None:
-  """Checks how long the run is; steps of epochs are known with the data."""
+  """Sets total_steps or epochs, the other to None; by default 1,000 steps."""
   total_steps, epochs = settings["total_steps"], settings["epochs"]
   if total_steps and epochs:
     raise ValueError(
@@ -206,7 +206,7 @@ def _resolve_length(settings: dict[str, Any]) -> None:
 
 
 def _resolve_data(data: dict[str, Any]) -> None:
-  """Checks which sources are read, and fills in the default."""
+  """Checks sources, weights and names of sets, and fills in a source."""
   if data["source"] and data["sources"]:
     raise ValueError(
       f"data.source={data['source']!r} and data.sources exclude each other:"
@@ -274,7 +274,7 @@ def eval_sets(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def split_name(name: str) -> str:
-  """Returns the split of a held-out set in metrics.jsonl."""
+  """Returns a held-out set's split in metrics.jsonl: 'eval' or 'eval/NAME'."""
   return f"eval/{name}" if name else "eval"
 
 
@@ -286,7 +286,7 @@ def metric_prefix(name: str) -> str:
 def _resolve_reference(
   settings: dict[str, Any], objective: Objective | WeightedSum
 ) -> None:
-  """Settles the kind of the reference, and the knobs of TR-DPO."""
+  """Sets `reference.kind` if it is "auto", and the knobs of the kind "ema"."""
   reference = settings["reference"]
   has_adapters = settings["lora"]["rank"] > 0
   live = sorted(objective.needs & fields_of("live_reference"))
@@ -406,7 +406,7 @@ def _check_online(online: Mapping[str, Any], batch_size: int) -> None:
 def _resolve_best(
   settings: dict[str, Any], objective: Objective | WeightedSum
 ) -> None:
-  """Fills in the metric of the best checkpoint; "" is the latest one."""
+  """Fills in the best checkpoint's metric, "" for the latest, and its sign."""
   checkpoint = settings["checkpoint"]
   if checkpoint["best_metric"] is None:
     prefix = metric_prefix(next(iter(eval_sets(settings["data"]))))

@@ -195,7 +195,16 @@ def parse_trackers(text: str) -> list[str]:
 
 
 def _parse_names(text: str, key: str, allowed: Sequence[str]) -> list[str]:
-  """Reads names separated by commas, each once, in their order."""
+  """Reads names separated by commas, each once, in their order.
+
+  Args:
+    text: names; "" for none.
+    key: path in the config, for errors.
+    allowed: names that there are.
+
+  Raises:
+    ValueError: another name.
+  """
   names = [part.strip() for part in text.split(",") if part.strip()]
   for name in names:
     if name not in allowed:

@@ -43,6 +43,8 @@ def _read_addresses(
 ) -> dict[int, str]:
   """Returns number -> address of records of a source.
 
+  If the source has changed or cannot be read, it warns and returns {}.
+
   Args:
     spec: see `sources`.
     content: digest that the source had.

@@ -18,7 +18,7 @@ class _WithoutTemplate:
 
   @property
   def parts(self) -> dict[str, str]:
-    """Returns the digest of its vocabulary, see `Tokenizer.parts`."""
+    """Returns {"vocabulary": digest}, see `Tokenizer.parts`."""
     return {"vocabulary": self.digest}
 
   def render(

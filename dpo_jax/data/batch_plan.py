@@ -148,7 +148,16 @@ def make_plan(
 def _trial_batches(
   sizes: Sizes, batch_size: int, probabilities: np.ndarray | None
 ) -> list[Sizes]:
-  """Draws batches of groups at random, from a fixed seed."""
+  """Draws at least 32 batches of groups at random, from a fixed seed.
+
+  Args:
+    sizes: tokens and scored tokens of each of M groups.
+    batch_size: groups of a batch.
+    probabilities: f64 [M], share of each group; None for equal shares.
+
+  Returns:
+    Sizes of the groups of each batch.
+  """
   rng = np.random.default_rng(0)
   num_tokens, num_scored = sizes
   num_batches = max(min(_TRIAL_GROUPS // batch_size, _TRIAL_BATCHES), 32)
@@ -174,9 +183,16 @@ def _flat_rows(
   num_slots: int,
   max_shapes: int,
 ) -> tuple[BatchShape, ...]:
-  """Chooses lengths that pad the trial batches least.
+  """Chooses capacities of rows that pad the trial batches least.
 
   The largest shape holds any batch of the groups.
+
+  Args:
+    trials: sizes of the groups of each trial batch.
+    sizes: sizes of all groups, each as often as a batch can hold it.
+    num_rows: rows of every shape.
+    num_slots: K.
+    max_shapes: maximum number of shapes.
   """
   batch_size = len(trials[0][0])
   mean_groups = -(-batch_size // num_rows)
@@ -211,10 +227,17 @@ def _flat_rows(
 
 
 def _cheapest_ladder(needs: np.ndarray, num_steps: int) -> list[int]:
-  """Chooses capacities that waste least, ascending.
+  """Chooses capacities whose sum over all needs is least.
 
   Each need takes the smallest capacity that holds it. Dynamic programming over
   the distinct needs.
+
+  Args:
+    needs: i64 [n], tokens.
+    num_steps: maximum number of capacities.
+
+  Returns:
+    Capacities, ascending; the last holds all needs. Empty if `num_steps` is 0.
   """
   sizes, counts = np.unique(needs, return_counts=True)
   total = np.concatenate([[0], np.cumsum(counts)])
@@ -245,10 +268,10 @@ def _cheapest_ladder(needs: np.ndarray, num_steps: int) -> list[int]:
 
 
 def _scored_capacity(sizes: Sizes, row_tokens: int) -> int:
-  """Returns S of rows of one length.
+  """Returns S, the scored tokens that a row of `row_tokens` tokens can hold.
 
-  Scored tokens get their share of the data, and a tenth more. The vocabulary
-  projection runs on the whole capacity, used or not.
+  They get their share of the data's tokens, and a tenth more, but room for any
+  one group. The vocabulary projection runs on the whole capacity, used or not.
   """
   num_tokens, num_scored = sizes
   share = num_scored.sum() / num_tokens.sum()
@@ -263,7 +286,19 @@ def _equal_rows(
   layout: str,
   max_shapes: int,
 ) -> tuple[BatchShape, ...]:
-  """Chooses numbers of rows of one length from the trial batches."""
+  """Chooses the numbers of rows of shapes whose rows have one length.
+
+  They are the median and the maximum of the trial batches, and one row for each
+  group, rounded up to a multiple; the largest `max_shapes` of these.
+
+  Args:
+    trials: sizes of the groups of each trial batch.
+    shape: capacity of a row; its `num_groups` becomes the most that a trial
+      row holds.
+    row_multiple: divisor of the number of rows.
+    layout: one of packing.LAYOUTS.
+    max_shapes: maximum number of shapes.
+  """
   counts, most_groups = [], 1
   for trial in trials:
     rows = packing.assign_rows(*trial, shape=shape, layout=layout)

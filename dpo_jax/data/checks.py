@@ -134,6 +134,9 @@ def _overlap(pair: tuple[Loader, Loader | None]) -> float:
   """Returns the share of held-out groups whose prompts are trained on.
 
   Prompts are compared by their hashes. Without a held-out set it is 0.
+
+  Args:
+    pair: loader of the training groups, and that of a held-out set or None.
   """
   train, held_out = pair
   if held_out is None:
@@ -145,13 +148,20 @@ def _overlap(pair: tuple[Loader, Loader | None]) -> float:
 
 
 def _missing_groups(pair: tuple[Loader, Loader | None]) -> float:
-  """Returns how many groups a held-out set lacks of 30; below 0 for more."""
+  """Returns how many groups a held-out set lacks of 30; below 0 for more.
+
+  Args:
+    pair: loader of the training groups, and that of a held-out set or None.
+  """
   _, held_out = pair
   return 30 - (0 if held_out is None else len(held_out.indices))
 
 
 def _length_bias(train: Loader) -> float:
-  """Measures how far choosing by length is from a coin's accuracy."""
+  """Returns how far the accuracy of choosing by length is from 0.5.
+
+  It is in [0, 0.5], and 0 for groups that are not pairs.
+  """
   lengths = train.store.lengths[train.indices, 1:]
   if lengths.shape[1] != 2:
     return 0.0

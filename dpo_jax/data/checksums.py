@@ -18,12 +18,12 @@ class DamagedError(ValueError):
 
 
 def exist(folder: str) -> bool:
-  """Returns whether a folder has checksums."""
+  """Returns whether a folder holds checksums.json."""
   return os.path.exists(os.path.join(folder, _NAME))
 
 
 def write(folder: str) -> None:
-  """Writes the checksums of all files of a folder."""
+  """Writes size and CRC-32s of a folder's files to its checksums.json."""
   names = sorted(os.listdir(folder))
   content = {name: _describe(os.path.join(folder, name)) for name in names}
   with open(os.path.join(folder, _NAME), "w", encoding="utf-8") as file:
@@ -31,10 +31,11 @@ def write(folder: str) -> None:
 
 
 def verify(folder: str) -> None:
-  """Compares the files of a folder with their checksums.
+  """Compares the files of a folder with its checksums.json.
 
   Raises:
-    DamagedError: names the first file that differs, is missing, or was added.
+    DamagedError: checksums.json is missing or unreadable, or a file differs,
+      is missing or was added; names the first such file.
   """
   try:
     with open(os.path.join(folder, _NAME), encoding="utf-8") as file:
@@ -50,7 +51,7 @@ def verify(folder: str) -> None:
 
 
 def _describe(path: str) -> dict[str, int | list[int]]:
-  """Returns the size of a file, and the CRC-32 of each of its blocks."""
+  """Returns {"size": bytes, "crc32": CRC-32 of each block of 16 MiB}."""
   size = os.path.getsize(path)
 
   def checksum(start: int) -> int:

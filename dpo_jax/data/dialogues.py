@@ -79,7 +79,11 @@ class Dialogue:
         raise Unusable("empty_response")
 
   def hidden(self, hide: Callable[[Any, str], Any]) -> "Dialogue":
-    """Returns the same, with what its messages spell hidden."""
+    """Returns a copy in which special tokens that messages spell are hidden.
+
+    Args:
+      hide: see `Spellings.hide`; it is applied to `extras` too.
+    """
     return dataclasses.replace(
       self,
       prompt=hide(self.prompt, self.where),
@@ -88,7 +92,7 @@ class Dialogue:
     )
 
   def _scored(self, turns: Sequence[Message]) -> list[int]:
-    """Indices of the turns that are scored."""
+    """Indices of a response's turns that are scored by `scored_turns`."""
     if self.scored_turns == "last" or len(turns) == 1:
       return list(range(len(turns)))[-1:]
     return [i for i, turn in enumerate(turns) if is_answer(turn)]
@@ -173,7 +177,12 @@ class Dialogue:
 
 
 def _show_parting(alone: str, whole: str) -> str:
-  """Shows both texts around the first difference."""
+  """Returns two lines for an error: both texts around the first difference.
+
+  Args:
+    alone: a prefix, rendered alone.
+    whole: the text in which more turns follow.
+  """
   at = next(
     (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b),
     min(len(alone), len(whole)),

@@ -36,6 +36,9 @@ def encode(
     tokenizer: encodes texts.
     reads_tokens: whether a special token that is written out in the text, such
       as '</s>', is encoded as that token and not as ordinary characters.
+
+  Returns:
+    For each example, ids of the prompt, and its responses.
   """
   encoded: list[Any] = [None] * len(examples)
   for is_rendered in (False, True):
@@ -65,7 +68,7 @@ def encode(
 
 
 def _pieces(example: Example) -> list[list[tuple[str, bool]]]:
-  """Splits each response into pieces that are scored, and that are not."""
+  """Returns for each response its pieces: a text, and whether it is scored."""
   if example.scored is None:
     return [[(text, True)] for text in example.responses]
   found = []

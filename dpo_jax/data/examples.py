@@ -133,7 +133,16 @@ def parse_records(
 def _texts_of(
   dialogue: Dialogue, texts: Iterator[str | RecordError]
 ) -> Iterator[str | RecordError]:
-  """Yields the next rendered texts, which are those of a dialogue."""
+  """Yields the texts of one dialogue from those of all.
+
+  Args:
+    dialogue: conversations that were rendered.
+    texts: rendered texts from this dialogue on; as many are taken as the
+      dialogue has requests.
+
+  Raises:
+    TimeoutError: rendering took too long; names the record.
+  """
   try:
     yield from itertools.islice(texts, len(dialogue.requests()))
   except TimeoutError as error:
@@ -188,7 +197,16 @@ def _parse(
 def _extract(
   record: Shaped, scored_turns: str
 ) -> tuple[Any, list[Any], list[float]]:
-  """Returns prompt, responses and scores as the columns hold them."""
+  """Returns prompt, responses and scores as the columns hold them.
+
+  A pair has the chosen response first. Without scores in its columns it has
+  the scores 1 and 0; unpaired feedback has its label, a demonstration 1.
+
+  Raises:
+    RecordError: a label, score or list of the wrong type.
+    Unusable: a conversation without an answer, or transcripts that share no
+      prompt.
+  """
   where, columns, kind = record.where, record.columns, record.kind
   if kind == "pair":
     responses = [columns["chosen"], columns["rejected"]]
@@ -238,8 +256,11 @@ def _pair_score(record: Mapping[str, Any], where: str) -> list[float]:
 def _margin(value: Any, where: str) -> float:
   """Reads the column `margin` as the score of the chosen response.
 
-  Equal scores are a tie, so a margin of 0, an order without a distance, becomes
-  the smallest that is none.
+  The rejected one scores 0. A margin of 0 becomes 1e-6, because equal scores
+  would be a tie, and the pair does have an order.
+
+  Raises:
+    RecordError: a negative margin, or one that is not a finite number.
   """
   margin = _number(value, "margin", where)
   if margin < 0:
@@ -263,7 +284,19 @@ def _scores(responses: Any, scores: Any, where: str) -> list[float]:
 def _truncated(
   record: Mapping[str, Any], num: int, where: str
 ) -> tuple[bool, ...] | None:
-  """Reads the column `truncated`; None if no response was cut off."""
+  """Returns whether each response was cut off, from the column `truncated`.
+
+  Args:
+    record: columns by name.
+    num: number of responses.
+    where: file and line, for errors.
+
+  Returns:
+    `num` flags in the record's order; None if no response was cut off.
+
+  Raises:
+    RecordError: not a boolean for each response.
+  """
   value = record.get("truncated")
   if value is None:
     return None
@@ -300,7 +333,18 @@ def _read_turns(response: Any, where: str) -> list[Message]:
 def _cut(
   prompt: list[Message], responses: list[list[Message]], counts: Counter[str]
 ) -> list[list[Message]]:
-  """Cuts what is too long to render; the cut to tokens would cut more."""
+  """Cuts messages to MAX_CHARS characters before they are rendered.
+
+  A later cut to a number of tokens would remove more.
+
+  Args:
+    prompt: messages, cut at their start.
+    responses: messages of each response, cut at their end.
+    counts: `messages_cut` is increased by the number of those that were cut.
+
+  Returns:
+    The prompt, and then each response.
+  """
   whole = [prompt, *responses]
   cut = [messages_lib.cut_start(prompt)]
   cut += [messages_lib.cut_end(turns) for turns in responses]

@@ -115,7 +115,11 @@ def _argilla(record: Record) -> Record:
 
 
 def _alpaca(record: Record) -> Record:
-  """Joins instruction and input on lines of their own, as LLaMA-Factory."""
+  """Returns the columns prompt, chosen and rejected.
+
+  The prompt is instruction and input on lines of their own, as in
+  LLaMA-Factory. With a history it is messages: earlier turns, then that text.
+  """
   prompt = record["instruction"]
   if record.get("input"):
     prompt = f"{prompt}\n{record['input']}"
@@ -157,7 +161,14 @@ _MARK = "<extra_id_1>"
 
 
 def _helpsteer2(record: Record) -> Record:
-  """Ranks the responses to a prompt by helpfulness, as one group."""
+  """Returns the columns prompt, responses and scores, by helpfulness.
+
+  The record holds lists over the responses to one prompt. A prompt of several
+  turns becomes messages.
+
+  Raises:
+    Unusable: a single response.
+  """
   first, *turns = record["prompt"][0].split(f"\n{_MARK}")
   prompt = first
   if turns:
@@ -175,7 +186,10 @@ def _helpsteer2(record: Record) -> Record:
 
 
 def _helpsteer3(record: Record) -> Record:
-  """Reads a pair: below 0 the first response is better, above 0 the second."""
+  """Returns a pair: below 0 the first response is better, above 0 the second.
+
+  The score of the better one is the absolute value of `overall_preference`.
+  """
   allowed = {i: i for i in range(-3, 4)}
   preference = _choose(record, "overall_preference", allowed)
   winner = None if preference == 0 else int(preference > 0)
@@ -215,7 +229,15 @@ def _arena_text(record: Record) -> Record:
 
 
 def _arena_turns(record: Record) -> Record:
-  """Lists of the user's turns and of both models' answers, as JSON text."""
+  """Returns a pair of responses to one prompt, or of whole conversations.
+
+  The columns prompt, response_a and response_b are lists of turns, as JSON
+  text. With one turn each, the result is prompt and two texts; otherwise chosen
+  and rejected are messages, prompt included.
+
+  Raises:
+    RecordError: two winners, or lists of different length.
+  """
   flags = [
     _choose(record, f"winner_{who}", {1: True, 0: False})
     for who in ("model_a", "model_b")
@@ -245,7 +267,10 @@ def _arena_turns(record: Record) -> Record:
 
 
 def _summaries(record: Record) -> Record:
-  """Writes a post, or an article, as the prompts of arXiv:2009.01325."""
+  """Returns a pair of summaries; prompts are written as in arXiv:2009.01325.
+
+  The prompt is a post with subreddit and title, or an article.
+  """
   info, summaries = record["info"], _list(record["summaries"], "summaries")
   winner = _choose(record, "choice", {0: 0, 1: 1})
   if info.get("post"):

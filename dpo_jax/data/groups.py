@@ -86,15 +86,15 @@ def tokenize(
   *,
   template_timeout_s: float = math.inf,
 ) -> Groups:
-  """Reads a whole source.
+  """Tokenizes all records of a source into groups.
 
-  The report has these entries:
+  The report of the result has these entries:
 
   * records, and how many have each of `shapes`; `unread` columns; `groups`;
   * dropped: records that teach nothing, by reason; broken: those left out;
   * prompts_cut, responses_cut: to fit the limits; messages_cut: before that;
   * prompts_repeated: records whose responses repeated the prompt;
-  * special_tokens: groups with a special token that is spelled, as letters;
+  * special_tokens: groups whose text spells one, which is read as letters;
   * duplicates, contradictions: see `Repeats`;
   * ties: groups whose responses score the same; chosen_scores_lower: pairs.
 
@@ -108,7 +108,7 @@ def tokenize(
   Raises:
     RecordError: more broken records than `reading` allows.
     TimeoutError: a chat template that takes too long; names the record.
-    ValueError: no usable group; the message has the counts of records.
+    ValueError: no usable group, or no special tokens where they are read.
   """
   reads_tokens = reading.special_tokens == "read"
   if reads_tokens and not tokenizer.spellings.tokens:
@@ -184,7 +184,16 @@ class _Collected:
   def usable(
     self, result: Example | Unusable | RecordError
   ) -> Iterator[Example]:
-    """Yields the example, or counts why there is none."""
+    """Yields the example of a record, or counts why it has none.
+
+    A broken record is also logged, and one without an example is left out.
+
+    Args:
+      result: example or error of one record.
+
+    Raises:
+      RecordError: more broken records than `reading` allows.
+    """
     if isinstance(result, RecordError):
       self.counts["broken"] += 1
       if self.counts["broken"] > self.reading.max_broken_records:
@@ -200,7 +209,13 @@ class _Collected:
   def add(
     self, example: Example, prompt: list[int], responses: list[Response]
   ) -> None:
-    """Adds a group, and counts its flaws."""
+    """Adds a group, and counts it if it is tied or spells special tokens.
+
+    Args:
+      example: texts and scores of the group.
+      prompt: ids of the prompt.
+      responses: ids of the responses.
+    """
     self.repeats.add(example)
     if self.reading.special_tokens != "read":
       self.counts["special_tokens"] += any(
@@ -221,10 +236,13 @@ class _Collected:
     self.hashes.append(_hash(example.prompt))
 
   def groups(self, spec: str) -> Groups:
-    """Returns the groups with their report.
+    """Returns the groups with their report; see `tokenize`.
 
     Args:
-      spec: name of the source.
+      spec: spelling of the source.
+
+    Raises:
+      ValueError: no group.
     """
     counts = self.counts + Counter(self.repeats.count())
     report = {
@@ -271,7 +289,22 @@ def _fit(
   counts: Counter[str],
   tokenizer: Tokenizer,
 ) -> tuple[list[int], list[Response]]:
-  """Cuts a prompt's beginning, then responses' ends, to fit the limits."""
+  """Cuts the start of a prompt, then the ends of responses, to fit the limits.
+
+  Args:
+    prompt: ids; a BOS at its start is kept.
+    responses: responses of the group.
+    limits: maximum lengths.
+    counts: `prompts_cut` and `responses_cut` are increased.
+    tokenizer: its stop ids alone are an empty response.
+
+  Returns:
+    Prompt and responses.
+
+  Raises:
+    Unusable: an empty prompt or response, a response with no scored token
+      left, or equal responses.
+  """
   if not prompt:
     raise Unusable("empty_prompt")
   # Text without tokens in the tokenizer becomes an EOS alone, or nothing.

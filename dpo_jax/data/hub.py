@@ -227,7 +227,19 @@ class _Repository:
     return any(map(_READABLE.search, _data_files(self.files)))
 
   def find_config(self, config: str | None, what: str) -> tuple[str, Splits]:
-    """Returns a config by its name, the default one, or a folder's files."""
+    """Finds a config by its name, or the default one.
+
+    Args:
+      config: name, or a folder with the files; None for the default config, or
+        the only one.
+      what: spelling of the data set, for errors.
+
+    Returns:
+      Name of the config, and split -> files.
+
+    Raises:
+      ValueError: no such config, or several where none is named.
+    """
     configs = find_configs(self.files, self.declared)
     if config in configs:
       return config, configs[config]
@@ -252,7 +264,18 @@ class _Repository:
 
 
 def _describe(api: Any, name: str, commit: str) -> dict[str, Any]:
-  """Files and configs of a commit, which never change: they are cached."""
+  """Lists the files and declared configs of a commit, from a cache if there.
+
+  A commit never changes, so the result is written to the cache folder.
+
+  Args:
+    api: `huggingface_hub.HfApi`.
+    name: ORG/NAME.
+    commit: 40 hexadecimal digits.
+
+  Returns:
+    {"files": path -> digest, "declared": `configs` of README.md's header}.
+  """
   import huggingface_hub
   from huggingface_hub import hf_api
 
@@ -313,12 +336,19 @@ def find_configs(
 
 
 def _data_files(paths: Iterable[str]) -> list[str]:
-  """Leaves out hidden files and those that describe a data set."""
+  """Returns the paths but those of hidden files and of descriptions."""
   return [path for path in paths if not _NO_DATA.search(path)]
 
 
 def _declared_splits(entry: Mapping[str, Any], paths: list[str]) -> Splits:
-  """Splits of an entry of `configs`: a text, texts, a mapping or a list."""
+  """Finds the files of each split of a config that README.md declares.
+
+  Args:
+    entry: an entry of `configs`. Its `data_files` is a pattern or a list of
+      them, for `train`; split -> patterns; or a list of {"split", "path"}.
+      Without it the names of the files in `data_dir` tell the split.
+    paths: files of the repository.
+  """
   import fsspec.utils  # huggingface_hub needs it too
 
   folder = entry.get("data_dir")

@@ -55,11 +55,14 @@ class Loader:
   def begin(
     self, step: int, params: object, *, oldest: int
   ) -> tuple[float, dict[str, float]]:
-    """Prepares the batches from `step` on, as `online.OnPolicy.begin` does.
+    """Does nothing; `online.loader.OnPolicyLoader` needs it, so both have it.
+
+    Args:
+      step, params, oldest: not read.
 
     Returns:
       Step at which `begin` is due again: math.inf, since these batches do not
-      depend on the policy. And metrics: none.
+      depend on the policy. And metrics: {}.
     """
     del step, params, oldest
     return math.inf, {}
@@ -78,7 +81,11 @@ class Loader:
     return self.indices[permutation((self.seed,), positions, len(self.indices))]
 
   def addresses(self, example_ids: Sequence[int]) -> list[str]:
-    """Returns file and line of groups of a batch, see `find_addresses`."""
+    """Returns the file and line of each group, see `find_addresses`.
+
+    Args:
+      example_ids: indices of the groups in the store.
+    """
     return find_addresses(self.store, example_ids)
 
   def batch(self, step: int) -> Batch:
@@ -86,7 +93,10 @@ class Loader:
     return self._pack(self.order(step))
 
   def num_tokens(self, step: int) -> int:
-    """Counts the tokens of a training step's rows, over all processes."""
+    """Counts the tokens of a training step, over all processes.
+
+    Padding is not counted; a prompt counts once for each copy in a row.
+    """
     lengths = self.store.lengths[self.order(step)]
     return int(packing.group_tokens(lengths, self.plan.layout).sum())
 
@@ -108,7 +118,10 @@ class Loader:
     return self._by_length[start : start + self.batch_size]
 
   def eval_batch(self, index: int) -> Batch:
-    """Returns the index-th evaluation batch; each group is in one of them."""
+    """Returns the index-th evaluation batch: this process's rows, in numpy.
+
+    Each group is in exactly one of the `num_eval_batches` batches.
+    """
     return self._pack(self.eval_order(index))
 
   @property
@@ -154,7 +167,14 @@ def prefetch(
 ) -> Iterator[Made]:
   """Yields make(start), ..., make(stop - 1), computed ahead in a thread.
 
-  An exception in `make` is raised in place of its result.
+  An exception in `make` is raised in place of its result. Calls that have not
+  started are cancelled when the generator is closed.
+
+  Args:
+    make: function of an index.
+    start: first index.
+    stop: end of the indices, exclusive.
+    depth: maximum number of results that are computed ahead.
   """
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
     pending = [

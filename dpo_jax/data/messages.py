@@ -80,7 +80,14 @@ def _read_message(
 
 
 def _read_content(content: Any, where: str) -> Any:
-  """Joins the text of content parts."""
+  """Returns the content of a message, cleaned.
+
+  Content parts of the type 'text' are joined to one text. Text, null and
+  objects stay, without keys that are null.
+
+  Raises:
+    RecordError: a content part that is not text.
+  """
   if isinstance(content, str) or not isinstance(content, Sequence):
     return drop_nulls(content)
   texts = []
@@ -96,7 +103,10 @@ def _read_content(content: Any, where: str) -> Any:
 
 
 def drop_nulls(value: Any) -> Any:
-  """Drops the keys that are null, at every depth; items of lists stay."""
+  """Returns a value without the keys whose value is null, at every depth.
+
+  Items of lists stay, also those that are null.
+  """
   if isinstance(value, Mapping):
     return {k: drop_nulls(v) for k, v in value.items() if v is not None}
   if isinstance(value, list):
@@ -105,7 +115,17 @@ def drop_nulls(value: Any) -> Any:
 
 
 def read_json(text: str, name: str, where: str, kind: type) -> Any:
-  """Reads a column of JSON text that must hold a list or an object."""
+  """Reads a column of JSON text that must hold a list or an object.
+
+  Args:
+    text: JSON.
+    name: name of the column, for errors.
+    where: file and line, for errors.
+    kind: list or dict, the type of the result.
+
+  Raises:
+    RecordError: text that is not JSON, or JSON of another type.
+  """
   try:
     value = files.parse_json(text)
   except ValueError as error:
@@ -119,7 +139,18 @@ def read_json(text: str, name: str, where: str, kind: type) -> Any:
 
 
 def read_extras(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """Reads TRL's columns for a chat template: tools, chat_template_kwargs."""
+  """Reads the variables of a chat template that a record sets.
+
+  TRL's columns `tools`, a list, and `chat_template_kwargs`, an object, are
+  read. Each may be JSON text. Keys that are null are dropped.
+
+  Returns:
+    The keys of `chat_template_kwargs`, and "tools" where there are any.
+
+  Raises:
+    RecordError: a column of another type, or chat_template_kwargs that set
+      `messages` or `add_generation_prompt`.
+  """
   found: dict[str, Any] = {}
   for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
     value = record.get(name)
@@ -144,12 +175,20 @@ def read_extras(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def cut_start(messages: list[Message]) -> list[Message]:
-  """Cuts a prompt of more than MAX_CHARS characters, at its start."""
+  """Cuts a prompt's content to its last MAX_CHARS characters.
+
+  They are counted over all messages. Messages before them stay, with the
+  content "".
+  """
   return _cut(messages[::-1], lambda text, room: text[len(text) - room :])[::-1]
 
 
 def cut_end(messages: list[Message]) -> list[Message]:
-  """Cuts a response of more than MAX_CHARS characters, at its end."""
+  """Cuts a response's content to its first MAX_CHARS characters.
+
+  They are counted over all messages. Messages after them stay, with the
+  content "".
+  """
   return _cut(messages, lambda text, room: text[:room])
 
 
@@ -168,7 +207,11 @@ def _cut(
 
 
 def as_turns(response: Any) -> Any:
-  """Returns a response as messages, if it is text or one message."""
+  """Returns a response as a list of messages.
+
+  Text becomes one message of the assistant, and one message a list. Any other
+  value is returned as it is.
+  """
   if isinstance(response, str):
     return [{"role": "assistant", "content": response}]
   return [response] if isinstance(response, Mapping) else response
@@ -183,7 +226,11 @@ def is_messages(value: Any) -> bool:
 
 
 def has_content(message: Message) -> bool:
-  """Returns whether a message has text or tool calls."""
+  """Returns whether a message says anything, such as text or tool calls.
+
+  It does if a key other than `role` and `name` holds text that is not blank, or
+  a list or an object that is not empty.
+  """
   values = [v for k, v in message.items() if k not in ("role", "name")]
   return any(v.strip() if isinstance(v, str) else _is_filled(v) for v in values)
 
@@ -194,7 +241,10 @@ def _is_filled(value: Any) -> bool:
 
 
 def check_unicode(texts: Sequence[str], where: str) -> None:
-  """Refuses half of a surrogate pair, which JSON can spell."""
+  """Raises RecordError for a text with half of a surrogate pair.
+
+  JSON can spell it, and UTF-8 cannot.
+  """
   for text in texts:
     try:
       text.encode("utf-8")

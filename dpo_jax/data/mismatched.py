@@ -16,19 +16,20 @@ from dpo_jax.data.store import Store
 def add_slot(store: Store, *, seed: int, max_tokens: int) -> Store:
   """Adds a slot with the first response of another group.
 
-  Which one is drawn once, so that its reference can be cached.
+  A permutation drawn once from `seed` says which group, so log-probs of the
+  reference can be cached. The slot's score is 0.
 
   Args:
     store: N groups of K responses.
     seed: seed of the draw.
-    max_tokens: prompt and response together; a longer response is cut, and
-      may lose all that is scored of it where it has unscored turns.
+    max_tokens: tokens of prompt and mismatched response together. A longer
+      response is cut at its end, where all its scored tokens may be.
 
   Returns:
     Groups of K + 1 responses, the last one mismatched.
 
   Raises:
-    ValueError: fewer than two groups.
+    ValueError: fewer than two groups with a response in slot 0.
   """
   # A group without a response, such as the half of a pair that is none, has
   # nothing to give: its log-ratio of 0 would bias the estimate.
@@ -52,15 +53,15 @@ def add_slot(store: Store, *, seed: int, max_tokens: int) -> Store:
 
 
 def take_slot(fields: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """Makes the last slot's log-probs fields of their own.
+  """Moves the log-probs of the last slot into fields of their own.
 
   Args:
     fields: fields of Sequences, [B, K + 1] each, including `logps` and
       `ref_logps`.
 
   Returns:
-    The same [B, K], with `mismatched_logps` and `mismatched_ref_logps`,
-    f32 [B].
+    All fields without the last slot, [B, K]; and `mismatched_logps` and
+    `mismatched_ref_logps`, f32 [B], of that slot.
   """
   rest = {name: x[:, :-1] for name, x in fields.items()}
   return rest | {

@@ -129,7 +129,12 @@ class Mixture:
     return drawn
 
   def _cycle(self, seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the source of each position of a cycle, and its rank in it."""
+    """Returns the order of the sources in a cycle of 10,000 draws.
+
+    Returns:
+      i64 [10,000] each: source of each draw, and the number of earlier draws of
+      the cycle from that source.
+    """
     in_order = np.repeat(np.arange(len(self.counts)), self.counts)
     sources = in_order[_shuffled((seed, cycle, 0), _CYCLE)]
     ranks = np.empty(_CYCLE, np.int64)

@@ -185,7 +185,10 @@ def _empty_batch(
   *,
   has_ref_logps: bool,
 ) -> Batch:
-  """Returns a batch of padding."""
+  """Returns a batch without groups: `slots` are G * K, `example_ids` -1.
+
+  All other fields are 0 or False.
+  """
   per_token = (num_rows, shape.num_tokens)
   per_scored = (num_rows, shape.num_scored)
   per_slot = (num_rows, shape.num_groups, shape.num_slots)
@@ -303,13 +306,7 @@ def _lay_out(
 
 
 def _fill_tokens(batch: Batch, parts: _Parts, example_ids: np.ndarray) -> None:
-  """Writes the tokens and the scored tokens of a batch.
-
-  Args:
-    batch: batch of padding.
-    parts: prompts and responses.
-    example_ids: i64 [B], see `fill_rows`.
-  """
+  """Writes all fields of a batch that have a value for each token."""
   ids = np.concatenate(parts.ids)
   part = np.repeat(np.arange(len(parts.lengths)), parts.lengths)
   row, within = parts.row[part], _index_in_run(part)
@@ -343,10 +340,10 @@ def _fill_token_masks(
   parts: _Parts,
   example_ids: np.ndarray,
 ) -> None:
-  """Marks n tokens of each response, n the length of its group's shortest.
+  """Marks n scored tokens of each response, the count of its group's shortest.
 
-  The mask `head` has the first n; `sampled` has n at random, by example and
-  response.
+  The mask `head` has the first n. The mask `sampled` has n at random, drawn by
+  example and response, so they are the same at every step.
 
   Args:
     batch: its `token_masks` are filled.

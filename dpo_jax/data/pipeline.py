@@ -72,7 +72,9 @@ class Pipeline:
     return online.kind == "none" or online.offline_fraction is not None
 
   def build(self) -> Data:
-    """Opens the data of the config.
+    """Opens the data to train on and the held-out data, and checks them.
+
+    Sources that are not in the cache of stores are tokenized and written to it.
 
     Raises:
       ValueError: data that the loss, the model or the mesh cannot take.
@@ -106,7 +108,9 @@ class Pipeline:
     return Data(self.tokenizer, loaders, measured, train_loader, results)
 
   def build_held_out(self) -> HeldOut:
-    """Opens the held-out data; those to train on only if both are one source.
+    """Opens the held-out data alone, as far as it has sources of its own.
+
+    Otherwise it is a part of the training data, which are opened too.
 
     Raises:
       ValueError: data that the loss, the model or the mesh cannot take.
@@ -132,7 +136,11 @@ class Pipeline:
   def _load_held_out(
     self, held_out: HeldOutGroups
   ) -> tuple[dict[str, loader_lib.Loader], frozenset[str]]:
-    """Returns loaders by name, and names of those that the loss measures."""
+    """Makes the loaders of the held-out sets; an empty set gets none.
+
+    Returns:
+      Loaders by name of the set, and names of those that the loss measures.
+    """
     loaders = {
       name: self.make_loader(
         its_groups.store, indices, self.config.eval.batch_size
@@ -146,7 +154,10 @@ class Pipeline:
     return loaders, measured
 
   def _hold_out(self, groups: Groups) -> tuple[np.ndarray, HeldOutGroups]:
-    """Returns the training indices, and the held-out sets."""
+    """Returns the training indices, and the held-out sets.
+
+    The sets have sources of their own, or are a part of `groups`, named "".
+    """
     settings = self.config.data
     if any(config_lib.eval_sets(settings).values()):
       train, held_out = np.arange(len(groups.store)), self._open_sets()
@@ -156,7 +167,13 @@ class Pipeline:
     return train, self._limit(held_out)
 
   def _limit(self, held_out: HeldOutGroups) -> HeldOutGroups:
-    """Leaves out groups that the loss cannot use, and those above the limit."""
+    """Returns held-out sets without groups that the loss cannot use.
+
+    Each keeps its first `eval.max_groups`, if that is above 0.
+
+    Raises:
+      ValueError: a set with a name has no group left.
+    """
     chosen = dict(held_out)
     for name, (its_groups, indices) in held_out.items():
       if self._can_measure(its_groups.store):
@@ -172,14 +189,22 @@ class Pipeline:
     return chosen
 
   def _can_measure(self, held_out: store.Store) -> bool:
-    """Returns whether the loss can be measured on held-out groups."""
+    """Returns whether the loss can be measured on held-out groups.
+
+    It can if training reads responses. With on-policy training alone it can for
+    pairs, unless the loss reads samples of the policy.
+    """
     is_pair = held_out.num_slots == 2
     return self.reads_responses or (
       self.objective.group != "samples" and is_pair
     )
 
   def _check_actions(self) -> dict[str, str]:
-    """Returns the actions of the checks, without those that say nothing."""
+    """Returns the action of each check, "off" for those that mean nothing here.
+
+    Checks of pairs need pairs that are read. The check few_held_out needs a
+    held-out set that `eval.max_groups` does not keep small.
+    """
     config = self.config
     actions = dict(config.data.checks)
     if self.objective.group == "single":
@@ -196,7 +221,15 @@ class Pipeline:
     return actions
 
   def _mix(self, groups: Groups, train: np.ndarray) -> Mixture:
-    """Shares the training groups out by their sources."""
+    """Returns the mixture of training groups by source, with their weights.
+
+    Args:
+      groups: groups of all sources.
+      train: i64 [M], indices of the training groups.
+
+    Raises:
+      ValueError: a source without training groups.
+    """
     entries = self.config.data.sources
     weights = tuple(float(entry["weight"]) for entry in entries)
     parts = tuple(
@@ -210,7 +243,9 @@ class Pipeline:
     return Mixture(parts, weights)
 
   def open_groups(self, specs: Sequence[str]) -> Groups:
-    """Opens sources as the loss reads them, one after the other.
+    """Opens sources as the loss reads them, and joins them in their order.
+
+    Adds a slot of mismatched responses if the loss needs it.
 
     Args:
       specs: see `sources`.
@@ -230,7 +265,18 @@ class Pipeline:
     )
 
   def _open(self, spec: str) -> tuple[store.Store, np.ndarray]:
-    """Returns a source's groups, and bool [N], which of them teach the loss."""
+    """Opens a source as the loss reads it.
+
+    Pairs are split if `data.split_pairs` asks for it; responses that the loss
+    does not read are left out.
+
+    Returns:
+      Store of N groups, and bool [N], whether the loss learns from each.
+
+    Raises:
+      ValueError: ids that the model does not have, groups of another size, or
+        none that the loss learns from.
+    """
     config, objective = self.config, self.objective
     opened = store.build_store(
       sources.open_source(spec),
@@ -308,10 +354,12 @@ class Pipeline:
   def _drop_unusable(
     self, reasons: Mapping[str, np.ndarray], spec: str
   ) -> np.ndarray:
-    """Returns the groups that the loss learns from, and logs the others.
+    """Returns whether the loss learns from each group: bool [N].
+
+    The number of the others is logged, by reason.
 
     Args:
-      reasons: reason -> bool [N].
+      reasons: reason -> bool [N], groups that cannot be used.
       spec: source of the groups, for messages.
 
     Raises:

@@ -27,10 +27,20 @@ def settle_prompt(
   scored_turns: str,
   counts: Counter[str],
 ) -> tuple[Any, list[Any]]:
-  """Finds where the responses start, if they repeat the prompt.
+  """Separates a prompt from responses that may repeat it.
+
+  Text of at least 10 characters is repeated if all responses start with it. A
+  text prompt before responses of messages becomes a user's message; before
+  whole conversations it is replaced by the messages that they share.
+
+  Args:
+    prompt, responses: as the columns hold them.
+    where: file and line, for errors.
+    scored_turns: one of SCORED_TURNS.
+    counts: `prompts_repeated` is increased.
 
   Returns:
-    Text and texts, or messages and what `as_turns` takes.
+    Text and texts; or messages, and responses that `as_turns` takes.
   """
   if not isinstance(prompt, str) and not is_messages(prompt):
     raise RecordError(
@@ -69,7 +79,10 @@ def settle_prompt(
 
 
 def _is_conversation(turns: Sequence[Message]) -> bool:
-  """Returns whether a response is a whole conversation, prompt included."""
+  """Returns whether messages start with the user's, and more follow.
+
+  Those of the system or developer do not count.
+  """
   roles = [m["role"] for m in turns if m["role"] not in ("system", "developer")]
   return len(roles) > 1 and roles[0] == "user"
 
@@ -77,7 +90,19 @@ def _is_conversation(turns: Sequence[Message]) -> bool:
 def _split_conversations(
   conversations: Sequence[Sequence[Message]], scored_turns: str
 ) -> tuple[list[Message], list[list[Message]]]:
-  """Splits whole conversations after the prompt that they share."""
+  """Splits whole conversations into a shared prompt and the responses.
+
+  Args:
+    conversations: messages of each.
+    scored_turns: "last" splits before the last message. "all" splits at the
+      first message that differs, where it is an answer in all of them.
+
+  Returns:
+    Messages of the prompt, and those of each response.
+
+  Raises:
+    Unusable: an empty conversation, or prompts that are empty or differ.
+  """
   if not all(conversations):
     raise Unusable("empty_response")
   ends = [len(c) - 1 for c in conversations]
@@ -101,7 +126,18 @@ def _split_conversations(
 def split_transcripts(
   record: Shaped, scored_turns: str
 ) -> tuple[Any, list[Any]]:
-  """Finds the prompt that two transcripts share: see `parse_records`."""
+  """Splits the columns chosen and rejected after the prompt that they share.
+
+  Messages are split as `scored_turns` says, see `parse_records`; text after its
+  last "Assistant:" turn.
+
+  Returns:
+    Prompt, and the chosen and the rejected response: text or messages.
+
+  Raises:
+    RecordError: text without turns, or columns of other types.
+    Unusable: the prompts differ or are empty.
+  """
   both = [record.columns["chosen"], record.columns["rejected"]]
   if all(is_messages(one) for one in both):
     return _split_conversations(both, scored_turns)
@@ -126,7 +162,17 @@ def split_transcripts(
 def score_whole(
   prompt: Any, responses: list[Any], scored_turns: str
 ) -> tuple[Any, list[Any]]:
-  """Lets a demonstration's response start at its first answer, if all count."""
+  """Moves a demonstration's earlier answers from prompt to response.
+
+  Args:
+    prompt: text or messages.
+    responses: the one response, in a list.
+    scored_turns: with "all" the response starts at the first answer of the
+      prompt; otherwise nothing moves.
+
+  Returns:
+    Prompt and responses.
+  """
   if scored_turns == "all" and is_messages(prompt):
     first = next((i for i, m in enumerate(prompt) if is_answer(m)), None)
     answer = as_turns(responses[0])
@@ -136,7 +182,15 @@ def score_whole(
 
 
 def check_inputs(record: Shaped, prompt: Any) -> None:
-  """Refuses columns of input whose text is not in the prompt."""
+  """Checks that the prompt holds the text of all columns of input.
+
+  Args:
+    record: its `inputs` are checked.
+    prompt: text or messages.
+
+  Raises:
+    RecordError: a text that is not in the prompt.
+  """
   texts = [prompt]
   if not isinstance(prompt, str):
     texts = [m["content"] for m in prompt if isinstance(m.get("content"), str)]
@@ -151,9 +205,17 @@ def check_inputs(record: Shaped, prompt: Any) -> None:
 
 
 def with_system(prompt: Any, record: Shaped, has_template: bool) -> Any:
-  """Puts the column `system` before a prompt of messages.
+  """Puts the column `system` before a prompt, as a message.
 
-  A text prompt becomes a user's message where it is one; see `Shape`.
+  A text prompt becomes a user's message if the record's shape says that it is
+  one (`Shape.is_chat`) and there is a chat template. Otherwise it stays text.
+
+  Returns:
+    The prompt: text or messages.
+
+  Raises:
+    RecordError: a system text that is not text, has no messages to stand
+      before, or differs from the system message that is there.
   """
   system = record.columns.get("system")
   if system is not None and not isinstance(system, str):

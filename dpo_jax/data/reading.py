@@ -76,13 +76,13 @@ class Reading:
     self.role_names()
 
   def column_names(self) -> dict[str, str]:
-    """Returns our names of columns -> theirs."""
+    """Returns our names of columns -> the data's; "" for one to leave out."""
     return parse_pairs(
       self.columns, "data.columns", "prompt=question,system=sys"
     )
 
   def role_names(self) -> dict[str, str]:
-    """Returns their roles -> ours."""
+    """Returns roles in the data -> ours."""
     return parse_pairs(self.roles, "data.roles", "human=user,bot=assistant")
 
 
@@ -187,9 +187,14 @@ def _end_group(
   roles: Mapping[str, str],
   seen: Seen,
 ) -> Iterator[Shaped | Unusable | RecordError]:
-  """Shapes the records of a group into one, or its error; empties the group.
+  """Yields the one record, or the error, that a group becomes.
 
   Yields nothing for an empty group.
+
+  Args:
+    group: neighbouring records with the same prompt; is emptied.
+    roles: role in the data -> ours.
+    seen: is filled with notes.
   """
   if not group:
     return
@@ -209,10 +214,18 @@ def _end_group(
 def _rename(
   record: Record, columns: Mapping[str, str], where: str
 ) -> dict[str, Any]:
-  """Gives columns our names; leaves out those without a name, and null ones.
+  """Gives columns our names, and leaves out those that are to be left out.
 
-  Only a prompt, and columns of input that no shape need have, may be null: a
+  A null prompt and null columns of input are left out too. Other nulls stay: a
   label that is null must not turn feedback into a demonstration.
+
+  Args:
+    record: columns by the data's names.
+    columns: our names -> the data's; "" leaves a column out.
+    where: file and line, for errors.
+
+  Raises:
+    RecordError: a named column is missing, or two get the same name.
   """
   missing = set(filter(None, columns.values())) - record.keys()
   if missing:
@@ -306,12 +319,12 @@ def _rewrite(name: str, own: Record, where: str) -> dict[str, Any]:
 
 
 def _unread_inputs(unread: Record, *, is_whole: bool) -> dict[str, str]:
-  """Returns the text of columns that carry input.
+  """Returns the text of unread columns that carry input, by name.
 
   Args:
     unread: columns by name.
-    is_whole: whether the responses are messages: a question next to them is
-      the user's turn, which they hold.
+    is_whole: whether the responses are messages. Then `question` is left out,
+      because it is the user's turn, and the responses hold it.
   """
   return {
     name: value if isinstance(value, str) else json.dumps(value, default=repr)
@@ -321,7 +334,14 @@ def _unread_inputs(unread: Record, *, is_whole: bool) -> dict[str, str]:
 
 
 def near_names(names: Iterable[str]) -> str:
-  """Says which columns may be misspelt."""
+  """Returns a hint at the columns that may be misspelt, for an error.
+
+  Args:
+    names: names of columns.
+
+  Returns:
+    Text such as " ('chosn' may be meant for 'chosen')"; "" without any.
+  """
   wanted = set().union(*FORMATS.values())
   hints = [
     f"{name!r} may be meant for {near}"

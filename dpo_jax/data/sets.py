@@ -32,7 +32,12 @@ class HeldOut:
     return next(iter(self.eval.values()), None)
 
   def identity(self) -> dict[str, Any]:
-    """Returns the identity of the data, equal on all hosts and starts."""
+    """Returns the identity of the data, equal on all hosts and starts.
+
+    Returns:
+      Split, such as "eval", -> {"content": digest of the sources, "store":
+      digest of the store, "groups": their number}; "tokenizer" -> its `parts`.
+    """
     by_split = {
       config_lib.split_name(name): loader for name, loader in self.eval.items()
     }
@@ -61,12 +66,12 @@ class Data(HeldOut):
   checks: list[checks.Result]
 
   def description(self) -> dict[str, Any]:
-    """Returns what data.json holds: identity, reports and checks."""
+    """Returns what data.json holds: `identity()`, "reports" and "checks"."""
     results = [dataclasses.asdict(result) for result in self.checks]
     return {**self.identity(), "reports": self.reports(), "checks": results}
 
   def reports(self) -> dict[str, Mapping[str, Any]]:
-    """Returns the report of each source, see `groups.tokenize`."""
+    """Returns each source's report by its spelling; see `groups.tokenize`."""
     reports: dict[str, Mapping[str, Any]] = {}
     for loader in (self.train, *self.eval.values()):
       report = loader.store.report
@@ -74,5 +79,5 @@ class Data(HeldOut):
     return reports
 
   def identity(self) -> dict[str, Any]:
-    """Returns the identity of the data, equal on all hosts and starts."""
+    """Returns `HeldOut.identity`, with an entry "train" before it."""
     return {"train": _identity(self.train), **super().identity()}

@@ -105,7 +105,13 @@ def open_source(spec: str) -> Source:
 
 
 def pin(spec: str) -> str:
-  """Returns a source's spelling with its branch of the Hub as a commit."""
+  """Returns a source's spelling, for the Hub with commit, config and split.
+
+  Any other kind of source is returned as it is.
+
+  Args:
+    spec: see the module's docstring.
+  """
   kind, _, what = spec.partition(":")
   return f"hub:{hub.open_split(what).spec}" if kind == "hub" else spec
 
@@ -307,7 +313,7 @@ def _read_tfds(what: str) -> Iterator[Record]:
 
 
 def _plain(value: Any) -> Any:
-  """Converts TFDS's numpy values and bytes to Python's own."""
+  """Converts numpy values of TFDS to Python's own, and bytes to text."""
   if isinstance(value, bytes):
     return value.decode("utf-8")
   if isinstance(value, dict):

@@ -82,16 +82,26 @@ class Spellings:
     return value
 
   def is_hidden_in(self, text: str) -> bool:
-    """Returns whether a template's text has hidden tokens."""
+    """Returns whether rendered text holds a character that `hide` wrote."""
     return self._is_hidden.search(text) is not None
 
   def is_spelled_in(self, text: str, *, is_rendered: bool) -> bool:
-    """Returns whether text, or messages in rendered text, spell a token."""
+    """Returns whether a text spells a special token.
+
+    Args:
+      text: text.
+      is_rendered: whether a chat template wrote it. Then only tokens that
+        `hide` hid in messages count, not the template's own.
+    """
     pattern = self._is_hidden_token if is_rendered else self._token
     return pattern.search(text) is not None
 
   def mark(self, text: str) -> str:
-    """Writes marks for the template's tokens, and letters for hidden ones."""
+    """Marks the template's special tokens in rendered text.
+
+    Each becomes its private-use character in `marks`. Each spelling that `hide`
+    hid becomes letters again.
+    """
     marked = self._token.sub(lambda match: self.marks[match[0]], text)
     return marked.translate(self._letters)
 
@@ -103,7 +113,13 @@ def _longest_first(texts: Collection[str]) -> list[str]:
 def _any_of(
   texts: Sequence[str], endings: Sequence[str] = ()
 ) -> re.Pattern[str]:
-  """Returns a pattern of the longest of some texts, or of others at the end."""
+  """Returns a pattern of some texts anywhere, and of others at the end only.
+
+  Args:
+    texts: texts, longest first; the first that fits is matched. Without one,
+      the pattern matches nothing.
+    endings: texts that match only at the end of a string.
+  """
   if not texts:
     return re.compile("(?!)")
   # The look ahead spares most positions the list.

@@ -176,7 +176,7 @@ class Store:
     return [self.scored[start : start + length] for start, length in parts]
 
   def first_slots(self, num_slots: int) -> "Store":
-    """Returns a store with the first responses of each group."""
+    """Returns a store with the first `num_slots` responses of each group."""
     if num_slots >= self.num_slots:
       return self
     return dataclasses.replace(
@@ -281,7 +281,7 @@ def build_store(
 
 
 def _open_sound(folder: str, limits: Limits) -> Store | None:
-  """Opens a store; moves a damaged one aside and returns None."""
+  """Opens a store; None if absent, damaged (moved aside) or old (deleted)."""
   if not os.path.exists(folder):
     return None
   try:
@@ -354,13 +354,13 @@ def _check_bounds(store: Store, limits: Limits) -> None:
 
 
 def part_starts(lengths: np.ndarray) -> np.ndarray:
-  """Returns starts of parts, counted over all rows: [N, P] -> i64 [N, P]."""
+  """Returns starts of parts of some lengths, over all rows: i64 [N, P]."""
   ends = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape)
   return ends - lengths
 
 
 def _write(groups: Groups, cache_dir: str, folder: str) -> None:
-  """Writes to a temporary folder and renames it, so a store is complete."""
+  """Writes a temporary folder, then renames it `folder`, so it is complete."""
   lengths, scores = groups.lengths, groups.scores
   num_slots = max(len(score) for score in scores)
   padded_lengths = np.zeros((len(lengths), 1 + num_slots), np.int32)

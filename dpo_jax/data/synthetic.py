@@ -122,18 +122,22 @@ def _response(rng: random.Random) -> str:
 
 
 def review_demonstrations(num: int, seed: int) -> Iterator[dict]:
-  """Reviews without a judgement: {"prompt", "completion"}."""
+  """Yields `num` reviews without a label: {"prompt", "completion"}."""
   rng = random.Random(f"demonstrations {seed}")
   for _ in range(num):
     yield {"prompt": _prompt(rng), "completion": _response(rng)}
 
 
 def review_pairs(num: int, seed: int) -> Iterator[dict]:
-  """Yields two reviews to a prompt, labelled by Bradley-Terry on `sentiment`.
+  """Yields `num` pairs of reviews, labelled by Bradley-Terry on `sentiment`.
 
   P(first is chosen) = sigmoid(r_first - r_second): labels are as noisy as DPO's
   model of preferences assumes. The two reviews never score the same, because a
   loss learns nothing from such a pair.
+
+  Yields:
+    {"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}; the
+    scores are the sentiments, in [-4, 4].
   """
   rng = random.Random(f"pairs {seed}")
   for _ in range(num):

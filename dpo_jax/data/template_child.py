@@ -42,7 +42,7 @@ class Caps:
 
 
 def send(file: IO[bytes], message: bytes) -> None:
-  """Writes a message, with its length before it."""
+  """Writes the length of a message, 8 bytes big-endian, then the message."""
   rest = memoryview(LENGTH.pack(len(message)) + message)
   while rest:
     rest = rest[file.write(rest) :]
@@ -60,7 +60,15 @@ class _Generation(Extension):
 
 
 def _compile(source: str, date: datetime.date) -> jinja2.Template:
-  """Compiles a template; it may read its arguments and nothing else."""
+  """Compiles a chat template in jinja2's sandbox.
+
+  A template may use its variables, the filter `tojson`, and the functions
+  `raise_exception` and `strftime_now`.
+
+  Args:
+    source: text of the template.
+    date: day that `strftime_now` formats.
+  """
 
   def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
@@ -96,7 +104,12 @@ def _compile(source: str, date: datetime.date) -> jinja2.Template:
 
 
 def _limit(what: int, value: int) -> None:
-  """Lowers a limit, or says on stderr that this system has none."""
+  """Sets a soft limit of this process, or says on stderr why it cannot.
+
+  Args:
+    what: limit, such as `resource.RLIMIT_CPU`.
+    value: its value; the hard limit where that is lower.
+  """
   hard = resource.getrlimit(what)[1]
   value = value if hard == resource.RLIM_INFINITY else min(value, hard)
   try:
@@ -118,7 +131,10 @@ def _render(
 
 
 def _end_with_parent() -> None:
-  """Has Linux kill this process, in a render too, when its parent ends."""
+  """Asks Linux to kill this process when its parent ends, even in a render.
+
+  Does nothing on another system.
+  """
   if sys.platform == "linux":
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -131,9 +131,13 @@ class ChatTemplate:
   def _ask(
     self, requests: Sequence[Request], deadline: float
   ) -> Iterator[str | RecordError]:
-    """Yields replies to the first requests, at least one.
+    """Yields a text or error for the first requests, at least one.
 
     A fault may end the child before the last request.
+
+    Args:
+      requests: conversations.
+      deadline: value of `time.monotonic` at which TimeoutError is raised.
     """
     child, is_read = self._take(), False
     try:
@@ -198,7 +202,13 @@ class _Child:
     self._setting: Mapping[str, Any] | None = {**setting, "is_of_main": is_main}
 
   def send(self, batch: Any) -> None:
-    """Sends JSON. A child that has ended is noticed by `receive`."""
+    """Sends a list of requests as JSON; before the first, the setting.
+
+    A child that has ended is not noticed here, but by `receive`.
+
+    Raises:
+      RecordError: a value that JSON cannot hold.
+    """
     try:
       message = json.dumps(batch, default=_to_plain).encode()
     except (TypeError, ValueError) as error:
@@ -211,6 +221,9 @@ class _Child:
 
   def receive(self, deadline: float) -> Mapping[str, Any]:
     """Receives the next reply.
+
+    Args:
+      deadline: value of `time.monotonic`.
 
     Raises:
       TimeoutError: none came before the deadline.
@@ -233,7 +246,7 @@ class _Child:
     return b"".join(pieces)
 
   def explain_end(self, caps: Caps) -> str:
-    """Returns why the child ended."""
+    """Waits for the child to end, and says why it did, for an error."""
     code = self._process.wait()
     if code == -signal.SIGXCPU:
       return f"took longer than {caps.seconds} s"

@@ -9,14 +9,16 @@ from dpo_jax.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: epath.PathLike) -> None:
-  """Writes tokenizer.json and tokenizer_config.json.
+  """Writes tokenizer.json, tokenizer_config.json and any chat template.
+
+  The template is written to chat_template.jinja.
 
   Args:
-    tokenizer: any but that of an enumerable task.
-    folder: to write to.
+    tokenizer: `ByteTokenizer` or `HFTokenizer`.
+    folder: existing folder to write to.
 
   Raises:
-    ValueError: a tokenizer that transformers could not hold.
+    ValueError: another tokenizer, which transformers could not hold.
   """
   folder = epath.Path(folder)
   config = {
@@ -43,7 +45,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: epath.PathLike) -> None:
 
 
 def _bytes_json() -> str:
-  """Writes `ByteTokenizer` as a tokenizer.json: ids are the bytes."""
+  """Returns the text of a tokenizer.json that encodes like `ByteTokenizer`.
+
+  Ids 0 to 255 are the bytes, 256 is <bos>, 257 <eos>. With special tokens
+  added, a text starts with <bos>.
+  """
   letters = _letters_of_bytes()
   vocab = {letters[byte]: byte for byte in range(256)}
   model = hf_tokenizers.models.BPE(vocab=vocab, merges=[])
@@ -60,9 +66,10 @@ def _bytes_json() -> str:
 
 
 def _letters_of_bytes() -> list[str]:
-  """Returns the letter that stands for each byte, by GPT-2's table.
+  """Returns 256 characters: GPT-2's letter for each byte, by its value.
 
-  Printable bytes are themselves; the others come after them from 256 on.
+  A printable byte is its own letter. The other bytes take the characters from
+  256 on, in ascending order.
   """
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [byte for byte in range(256) if byte not in printable]

@@ -40,7 +40,11 @@ class JsonFile:
     return self.values.get(key)
 
   def token(self, key: str) -> str:
-    """Returns the text of a special token; "" without one."""
+    """Returns the text of a special token; "" without one.
+
+    Raises:
+      ValueError: a value that is neither text nor an object with `content`.
+    """
     value = self.get(key)
     text = value.get("content") if isinstance(value, dict) else value
     if value is None or isinstance(text, str):
@@ -48,7 +52,11 @@ class JsonFile:
     raise self._odd(key, "text, or an object with the text 'content'")
 
   def ids(self, key: str) -> list[int]:
-    """Returns the ids of a key that may have none, one or several."""
+    """Returns the ids of a key that holds none, one, or a list of them.
+
+    Raises:
+      ValueError: a value that is not an id below MAX_IDS.
+    """
     value = self.get(key)
     found = value if isinstance(value, list) else [value]
     if value is None:
@@ -85,7 +93,7 @@ class JsonFile:
 
 @contextlib.contextmanager
 def _naming(path: object) -> Iterator[None]:
-  """Names a file in the errors that its content causes."""
+  """Turns any error of its block into a ValueError: `path` is damaged."""
   try:
     yield
   except Exception as error:  # tokenizers raises no narrower class
@@ -112,7 +120,7 @@ class Encoder:
     self.plain.encode_special_tokens = True
 
   def name_special(self, named: Collection[str]) -> None:
-    """Makes those added tokens special that a config names, such as EOS."""
+    """Makes the added tokens special whose spelling `named` holds."""
     for token in self.plain.get_added_tokens_decoder().values():
       if token.content in named and not token.special:
         for tokenizer in (self.plain, self._with_specials):
@@ -140,10 +148,10 @@ class Encoder:
     return ids
 
   def _encode_hidden(self, text: str) -> list[int]:
-    """Encodes a text with special tokens, of which some are letters.
+    """Encodes rendered text in which messages spell special tokens.
 
-    The template's own tokens become marks, which are tokens of the same kind,
-    and all spellings in the text are letters.
+    The template's own tokens become their ids: they are written as marks first.
+    Spellings in messages are letters again.
     """
     tokenizer, own = self._marked
     text = self.spellings.mark(text)
@@ -152,7 +160,7 @@ class Encoder:
 
   @functools.cached_property
   def _marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-    """Returns a tokenizer that knows marks, and the ids of the marks."""
+    """Returns a tokenizer that knows marks, and mark's id -> special id."""
     tokenizer = _build(self._text)
     tokenizer.encode_special_tokens = True
     added = self.plain.get_added_tokens_decoder().values()
@@ -182,7 +190,13 @@ def _build(text: str) -> tokenizers.Tokenizer:
 def _same_kind(
   token: tokenizers.AddedToken, content: str, *, special: bool
 ) -> tokenizers.AddedToken:
-  """Makes a token that strips the spaces around it as another does."""
+  """Returns a token that matches and strips spaces as `token` does.
+
+  Args:
+    token: added token.
+    content: spelling of the result.
+    special: whether the result is special.
+  """
   return tokenizers.AddedToken(
     content,
     lstrip=token.lstrip,
@@ -194,7 +208,19 @@ def _same_kind(
 
 
 def read_tokenizer(root: epath.Path, config: JsonFile) -> str:
-  """Returns tokenizer.json, added tokens of other files included."""
+  """Returns the text of a tokenizer.json, with tokens that other files add.
+
+  Without tokenizer.json it is made of GPT-2's vocab.json and merges.txt.
+
+  Args:
+    root: folder of the tokenizer.
+    config: its tokenizer_config.json.
+
+  Raises:
+    FileNotFoundError: neither tokenizer.json nor the two files.
+    ValueError: a damaged file, an id of MAX_IDS or more, or an added token
+      whose id is not the next free one.
+  """
   path = root / "tokenizer.json"
   is_pair = not path.exists()
   if not is_pair:
@@ -235,7 +261,10 @@ def read_tokenizer(root: epath.Path, config: JsonFile) -> str:
 
 
 def _put_bos(tokenizer: tokenizers.Tokenizer, bos: str) -> None:
-  """Makes a BOS before every text one of a tokenizer's steps."""
+  """Makes a tokenizer put a BOS before every text.
+
+  Does nothing if the spelling `bos` is not in the vocabulary.
+  """
   bos_id = tokenizer.token_to_id(bos)
   if bos_id is not None:
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -302,12 +331,15 @@ def without_beginnings(text: str) -> str | None:
 def find_template(
   root: epath.Path, config: JsonFile, override: str
 ) -> str | None:
-  """Returns the chat template of a tokenizer's folder.
+  """Returns the chat template of a tokenizer's folder, or None.
 
   Args:
-    root: folder.
+    root: folder; chat_template.jinja precedes `config`.
     config: its tokenizer_config.json.
     override: path of a jinja file to use instead; "" for none.
+
+  Raises:
+    FileNotFoundError: `override` does not exist.
   """
   if override:
     return files.read_text(files.existing(override))

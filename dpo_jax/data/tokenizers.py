@@ -99,7 +99,7 @@ class Tokenizer(Protocol):
   def render_batch(
     self, requests: Sequence[Request], *, timeout_s: float = math.inf
   ) -> Iterator[str | RecordError]:
-    """Renders several; see `templates.ChatTemplate.render`."""
+    """Renders conversations; see `templates.ChatTemplate.render`."""
 
 
 class HFTokenizer:
@@ -197,11 +197,11 @@ class HFTokenizer:
 
   @property
   def special_tokens(self) -> dict[str, str]:
-    """Spelling of `bos_token`, `eos_token` and the like, where there is one."""
+    """Spellings of special tokens by key, such as `bos_token`."""
     return dict(self._special)
 
   def _fill_special(self, name: str, *configs: tokenizer_json.JsonFile) -> None:
-    """Adds a special token that only a model's config names, by its id."""
+    """Adds the token `name`, bos or eos, that only a model's config names."""
     if f"{name}_token" in self._special:
       return
     for config in configs:
@@ -224,7 +224,7 @@ class HFTokenizer:
   def _find_bos(
     self, folder: str, config: tokenizer_json.JsonFile
   ) -> int | None:
-    """Returns the BOS that the steps of tokenizer.json put before a text.
+    """Returns the id of the BOS that tokenizer.json puts before texts, or None.
 
     `add_bos_token` has no effect with a tokenizer.json, as in transformers 5.
     """
@@ -256,7 +256,7 @@ class HFTokenizer:
     return tuple(dict.fromkeys([self.eos_id, *known, *turn_end]))
 
   def _find_turn_end(self) -> list[int]:
-    """Returns the special token that the template puts after an answer."""
+    """Returns the id that ends an answer in the template, in a list, or []."""
     if not self.has_chat_template:
       return []
     asked = {"role": "user", "content": "a"}

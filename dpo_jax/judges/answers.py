@@ -59,12 +59,12 @@ class Answers:
     return self._answers[key]
 
   def add(self, key: str, answer: str, **fields: Any) -> None:
-    """Appends an answer.
+    """Appends an answer to the file, and keeps it.
 
     Args:
       key: digest of the question.
       answer: text of the judge.
-      **fields: numbers to keep with it.
+      **fields: numbers to keep with it in the file.
     """
     line = json.dumps({"key": key, "answer": answer, **fields}) + "\n"
     with self._lock:

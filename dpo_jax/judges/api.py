@@ -91,9 +91,13 @@ class ApiJudge(Comparer):
     firsts: Sequence[str],
     seconds: Sequence[str],
   ) -> list[float]:
-    """Compares responses: 1.0 for the first, 0.0, 0.5 for a tie, NaN.
+    """Compares responses; see `Comparer.compare`.
 
     Process 0 asks, and tells the others.
+
+    Returns:
+      For each prompt 1.0 if the first is better, 0.0 if the second is, 0.5 for
+      a tie, NaN where the answer is none of these.
 
     Raises:
       JudgeError: the server does not answer any more, or more than
@@ -134,7 +138,15 @@ class ApiJudge(Comparer):
     ]
 
   def _ask(self, todo: Mapping[str, str], faults: "_Faults") -> None:
-    """Asks questions, several at a time, and keeps the answers."""
+    """Asks questions, several at a time, and keeps the answers in the file.
+
+    Args:
+      todo: key -> text of each question.
+      faults: counts questions without an answer.
+
+    Raises:
+      JudgeError: the server does not answer any more, or too many faults.
+    """
     self._server.start()
     pool = futures.ThreadPoolExecutor(self._settings.num_parallel)
     try:
@@ -161,7 +173,12 @@ class ApiJudge(Comparer):
     return answer.text
 
   def _log_estimate(self, todo: Mapping[str, str], num_questions: int) -> None:
-    """Logs calls, tokens and cost before the first of them."""
+    """Logs an estimate of calls, tokens and cost before the first call.
+
+    Args:
+      todo: key -> text of the questions that have no answer in the file.
+      num_questions: number of all questions.
+    """
     tokens_in = sum(map(len, todo.values())) / _CHARS_PER_TOKEN
     tokens_out = len(todo) * self._server.max_tokens
     prices = self._settings.price_in, self._settings.price_out
@@ -184,7 +201,7 @@ class ApiJudge(Comparer):
     return _PLACEHOLDER.sub(lambda match: texts[match[1]], self._template)
 
   def _key(self, prompt: str, first: str, second: str) -> str:
-    """Returns a digest of all that decides the answer."""
+    """Returns a digest of model, max_tokens, template, extra body and texts."""
     settings = [self._model, self._settings.max_tokens, self._template]
     # Left out where it is empty: digests are those of older versions.
     extra = read_extra_body(self._settings.extra_body)
@@ -200,7 +217,11 @@ class _Faults:
     self._limit, self._path, self._count = limit, path, 0
 
   def look_at(self, question: str, answer: str | Unanswered) -> None:
-    """Counts an answer that is none of A, B and tie.
+    """Counts an answer that is none of A, B and tie, and logs the first five.
+
+    Args:
+      question: text, for the log.
+      answer: text of the judge, or why there is none.
 
     Raises:
       JudgeError: there are more of them than the limit.

@@ -90,7 +90,9 @@ def read_key(variable: str) -> str:
 
 
 def read_extra_body(text: str) -> dict[str, Any]:
-  """Reads `eval.api.extra_body`: fields of a request, None to leave one out.
+  """Reads `eval.api.extra_body`, further fields of a request, from JSON.
+
+  A field whose value is None is left out of the request. "" gives {}.
 
   Raises:
     ValueError: not an object of JSON.
@@ -144,7 +146,7 @@ class ChatServer:
 
   @property
   def max_tokens(self) -> int:
-    """Most tokens of an answer."""
+    """Maximum tokens of an answer, with those of `eval.api.extra_body`."""
     body = self._body("")
     limit: int = body.get("max_tokens", self._settings.max_tokens)
     return body.get("max_completion_tokens", limit)
@@ -154,9 +156,9 @@ class ChatServer:
     self._stopped.clear()
 
   def stop(self) -> None:
-    """Makes no further requests, and wakes the threads that wait for one.
+    """Stops the requests of other threads until `start`.
 
-    The threads ask a chat server; `start` lets them ask again.
+    Threads that wait to try again wake, and `complete` raises ServerError.
     """
     self._stopped.set()
 
@@ -196,7 +198,12 @@ class ChatServer:
     raise AssertionError("max_tries is at least 1")
 
   def _ask(self, text: str) -> Completion:
-    """Asks once."""
+    """Sends one request and returns its answer.
+
+    Raises:
+      _Fault: a fault that may pass, such as a timeout.
+      Unanswered, ServerError: see `complete`.
+    """
     headers = {"Content-Type": "application/json"}
     if self._key:
       headers["Authorization"] = f"Bearer {self._key}"
@@ -225,7 +232,7 @@ class ChatServer:
     return {name: value for name, value in body.items() if value is not None}
 
   def _read(self, response: Any) -> bytes:
-    """Reads a body without the key: servers repeat what they were sent."""
+    """Reads the body of a response, the API key in it replaced by "(key)"."""
     body: bytes = response.read()
     return body.replace(self._key.encode(), b"(key)") if self._key else body
 
@@ -233,7 +240,11 @@ class ChatServer:
     return text.replace(self._key, "(key)") if self._key else text
 
   def _explain(self, error: urllib.error.HTTPError) -> Exception:
-    """Returns the exception that a status of the server stands for."""
+    """Returns the exception that a status of the server stands for.
+
+    It is _Fault for 408, 429 and from 500 on; Unanswered for 400, 413 and 422;
+    otherwise ServerError. Its text has the body, without the key.
+    """
     try:
       body = self._read(error).decode(errors="replace")
     except (OSError, http.client.HTTPException):

@@ -64,6 +64,9 @@ def get_eval_judge(settings: Any) -> Judge | Comparer | None:
   Args:
     settings: `config.eval`.
 
+  Returns:
+    A Comparer for 'api:MODEL', otherwise see `get_judge`; None for ''.
+
   Raises:
     ValueError: see `get_judge` and `ApiJudge`, or a template that is not read.
     FileNotFoundError: no such file or run.

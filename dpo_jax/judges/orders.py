@@ -128,7 +128,11 @@ def compare_in_both_orders(
 
 
 def _probabilities(given: Sequence[float], count: int) -> np.ndarray:
-  """Checks answers: f64 [count] in [0, 1] or NaN."""
+  """Returns a judge's answers as f64 [count], in [0, 1] or NaN.
+
+  Raises:
+    ValueError: another number of answers, or one outside [0, 1].
+  """
   try:
     answers = np.asarray(given, np.float64)
   except (TypeError, ValueError):

@@ -47,7 +47,7 @@ class RewardModel:
 
   @functools.cached_property
   def _loaded(self) -> tuple[Any, Any, Placement, Any]:
-    """Tokenizer, parameters, mesh and the compiled step."""
+    """Tokenizer, parameters, placement, and step (params, batch) -> rewards."""
     tokenizer = self._run.open_tokenizer()
     policy = self._run.policy(ml_collections.ConfigDict(self._config["policy"]))
     mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1})

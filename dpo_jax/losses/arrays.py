@@ -180,7 +180,13 @@ def evaluate(name: str, arguments: Mapping[str, Any]) -> jax.Array:
 
 
 def _checked(row: Loss, knob: str, value: Any) -> Any:
-  """Returns a knob's value; a traced one has no value to check."""
+  """Checks the value of a knob and returns it, a 0-d array as a number.
+
+  A traced value is not checked.
+
+  Raises:
+    ValueError: wrong type, or out of the row's range.
+  """
   if isinstance(value, jax.core.Tracer):
     return value
   if jnp.ndim(value) == 0 and hasattr(value, "item"):
@@ -244,7 +250,16 @@ def _fields(
   known: Mapping[str, Argument],
   shape: tuple[int, ...],
 ) -> dict[str, jax.Array]:
-  """Fields of Sequences; those that the loss does not read are ones."""
+  """Returns the fields of Sequences that hold the given arrays.
+
+  Slots that are not given, and `logps`, `ref_logps`, `num_tokens` and `score`
+  where the loss does not read them, are ones.
+
+  Args:
+    arrays: arrays by name of the argument.
+    known: ARGUMENTS of the kind of group.
+    shape: (B, K).
+  """
   slots: dict[str, list[jax.Array]] = {}
   fields = {}
   for key, array in arrays.items():

@@ -20,15 +20,15 @@ def build_objective(config: Any) -> Objective | WeightedSum:
   Args:
     config: `name`, any knobs of that loss, and `reward` or `link` to replace
       the row's own; a dict or a ConfigDict. A value of None counts as not
-      set. Or a list of such, each with a `weight`.
+      set. Or a list of such, each with a `weight` above 0.
 
   Returns:
-    The objective, with every knob of its loss set.
+    The objective, with every knob of its loss set; a WeightedSum for a list.
 
   Raises:
     ValueError: unknown loss, reward or link; a combination that is not
       defined; a knob that does not exist, that this loss does not read, or
-      whose value is out of range.
+      whose value is out of range; a list that cannot be summed.
   """
   if not isinstance(config, Sequence):
     return _build_one(config)
@@ -65,7 +65,12 @@ def with_sampled_kl(objective: Objective, kl_weight: float) -> Objective:
 
 
 def _check_sum(terms: Sequence[Objective]) -> None:
-  """Raises ValueError unless these losses can be summed."""
+  """Checks that losses can be summed.
+
+  Raises:
+    ValueError: a loss is named twice; they read groups of several kinds, apart
+      from "first"; or "first" is combined with "single" or "samples".
+  """
   if len({term.name for term in terms}) != len(terms):
     raise ValueError("a list of losses must not name one of them twice")
   kinds = {term.group for term in terms}
@@ -168,10 +173,11 @@ def _recombine(loss: Loss, reward: str | None, link: str | None) -> Loss:
 
 
 def _limits(row: Loss) -> dict[str, Any]:
-  """Ranges and conditions of a reward and a link, from their own rows.
+  """Returns `ranges`, `conditions` and `defaults` of a row with other parts.
 
-  A knob that is read only under a condition keeps its default from there:
-  otherwise it could neither be set nor left out.
+  They are joined from the catalogue's rows with the same reward or link. A knob
+  that is read only under a condition keeps its default from there: otherwise it
+  could neither be set nor left out.
   """
   ranges: dict[str, Any] = {}
   conditions, defaults = [], dict(row.defaults)

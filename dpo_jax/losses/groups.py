@@ -19,7 +19,12 @@ Metrics = dict[str, jax.Array]
 def _chosen_metrics(
   values: Mapping[str, jax.Array], sequences: Sequences
 ) -> Metrics:
-  """Computes metrics of the first response alone."""
+  """Returns slot 0 of each value, named "NAME/chosen".
+
+  Args:
+    values: name -> f32 [B, K].
+    sequences: not read.
+  """
   del sequences
   return {f"{name}/chosen": value[:, 0] for name, value in values.items()}
 
@@ -27,7 +32,17 @@ def _chosen_metrics(
 def _label_metrics(
   values: Mapping[str, jax.Array], sequences: Sequences
 ) -> Metrics:
-  """Computes metrics: chosen are desirable responses, rejected the others."""
+  """Computes metrics of responses with a label.
+
+  Args:
+    values: name -> f32 [B, 1], "reward" among them.
+    sequences: its scores are the labels.
+
+  Returns:
+    "NAME/chosen", NaN for an undesirable response; "NAME/rejected", NaN for a
+    desirable one; "reward/accuracy", 1 where the reward has the sign of the
+    label, 0 where not, 0.5 at 0.
+  """
   is_good = is_desirable(sequences)
   metrics = {}
   for name, value in values.items():
@@ -44,10 +59,17 @@ def _label_metrics(
 def _order_metrics(
   values: Mapping[str, jax.Array], sequences: Sequences
 ) -> Metrics:
-  """Computes margin and accuracy of each group's rewards, and their parts.
+  """Computes metrics of each group from the order of its responses.
 
-  The chosen response is slot 0, the rejected one the mean of the other slots. A
-  tie counts 0.5 in the accuracy.
+  Args:
+    values: name -> f32 [B, K], "reward" among them.
+    sequences: slot 0 is the chosen response.
+
+  Returns:
+    "NAME/chosen", slot 0; "NAME/rejected", mean of the other slots;
+    "reward/margin", their difference; "reward/accuracy", share of pairs of
+    slots whose earlier one has the higher reward. A tie of rewards counts 0.5.
+    With more than two slots, pairs of equal score are left out.
   """
   others = sequences.valid.at[:, 0].set(False)
   count = jnp.maximum(others.sum(-1), 1)
@@ -73,7 +95,12 @@ def _order_metrics(
 def _sample_metrics(
   values: Mapping[str, jax.Array], sequences: Sequences
 ) -> Metrics:
-  """Means over a prompt's samples, none of which is chosen."""
+  """Returns means over a prompt's samples, named "NAME/mean".
+
+  Args:
+    values: name -> f32 [B, K].
+    sequences: its valid slots are counted.
+  """
   count = jnp.maximum(sequences.valid.sum(-1), 1)
   return {
     f"{name}/mean": jnp.where(sequences.valid, value, 0.0).sum(-1) / count
@@ -108,22 +135,29 @@ class Group:
   needs_desirable: bool = False
 
   def valid_groups(self, valid: Array) -> Array:
-    """Returns which groups the loss can read: bool [B, K] -> bool [B]."""
+    """Returns whether each group has `fewest` responses: bool [B, K] -> [B].
+
+    Slots after `num_slots` do not count.
+    """
     return valid[:, : self.num_slots].sum(-1) >= self.fewest
 
   def scored_tokens(
     self, num_tokens: jax.Array, is_counted: jax.Array
   ) -> jax.Array:
-    """Sums the tokens that a per-token mean divides by: [B, K] -> f32 [].
+    """Sums the tokens that a per-token mean divides by: f32 [].
 
     Of samples these are all tokens. Of any other group they are the first
     response's, the only one that a per-token term reads.
+
+    Args:
+      num_tokens: f32 [B, K], scored tokens of each response.
+      is_counted: bool [B, K], responses of valid groups.
     """
     slots = None if self.measures == "score" else 1
     return jnp.where(is_counted, num_tokens, 0.0)[:, :slots].sum()
 
   def fits(self, num_responses: int) -> bool:
-    """Returns whether groups of that size suit."""
+    """Returns whether `num_responses` is from `fewest` to `most`."""
     most = num_responses if self.most is None else self.most
     return self.fewest <= num_responses <= most
 

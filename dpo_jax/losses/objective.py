@@ -107,7 +107,7 @@ class Objective:
     return first_reasons(reasons)
 
   def scored_tokens(self, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
-    """Sums the tokens that a per-token mean divides by: [B, K] -> f32 []."""
+    """Sums the tokens of valid groups for a per-token mean: f32 []."""
     is_counted = valid & self.valid_groups(valid)[:, None]
     return self._group.scored_tokens(num_tokens, is_counted)
 
@@ -144,7 +144,14 @@ class Objective:
   def _evaluate(
     self, sequences: Sequences, loss_state: Any
   ) -> tuple[Sequences, jax.Array, jax.Array, Any]:
-    """Returns the sequences, blanked, their rewards, losses and next state."""
+    """Computes rewards and losses of every group.
+
+    Returns:
+      sequences: as given, 0 in slots without a response, with the batch's size.
+      rewards: f32 [B, K], 0 in those slots.
+      per_group: f32 [B] loss, 0 for a group that is not valid.
+      loss_state: for the next step.
+    """
     self.check_group_size(sequences.valid.shape[1])
     self._check_fields(sequences)
     is_valid = self.valid_groups(sequences.valid)
@@ -202,7 +209,10 @@ class Objective:
     return link.function(rewards, sequences, **knobs), loss_state
 
   def _counted(self, sequences: Sequences, is_valid: Array) -> Sequences:
-    """Fills in the size of the batch if these sequences are all of it."""
+    """Fills in `num_groups` and `total_tokens` if `num_groups` is None.
+
+    Then these sequences are the whole batch.
+    """
     if sequences.num_groups is not None:
       return sequences
     return dataclasses.replace(
@@ -338,7 +348,11 @@ class WeightedSum:
   def apply(
     self, sequences: Sequences, loss_state: Any
   ) -> tuple[jax.Array, Metrics, Any]:
-    """As `Objective.apply`."""
+    """Computes the weighted sum of the terms' losses; see `Objective.apply`.
+
+    A group counts only if all terms can read it. Metrics have "loss/NAME" of
+    each term too, without its weight; the state is a tuple of the terms'.
+    """
     is_valid = self.valid_groups(sequences.valid)
     # A group counts only if every term can read it.
     valid = sequences.valid & is_valid[:, None]

@@ -69,7 +69,7 @@ def summed_or_mean_log_ratio(
 def penalized_log_ratio(
   sequences: Sequences, *, beta: float, alpha: float
 ) -> jax.Array:
-  """Reward over beta, if the policy is optimal for a reward minus alpha |y|.
+  """log_ratio + (alpha / beta) |y|: reward of R-DPO over beta.
 
   The optimum of E[r - alpha |y|] - beta KL has r = beta log_ratio + alpha |y|
   + const. So the length has a plus sign: a longer chosen response needs a
@@ -81,8 +81,8 @@ def penalized_log_ratio(
 def desensitized_log_ratio(sequences: Sequences, *, alpha: float) -> jax.Array:
   """Log-ratio whose tokens beyond the pair's shorter length count alpha times.
 
-  From sums over the whole response and over its head, of the shorter length;
-  policy and reference alike.
+  It is alpha log_ratio + (1 - alpha) log_ratio of the head, the first tokens up
+  to that length.
   """
   head = sequences.head_logps - sequences.ref_head_logps
   return alpha * log_ratio(sequences) + (1.0 - alpha) * head
@@ -101,8 +101,9 @@ def f_divergence(
 ) -> jax.Array:
   """f'(u), u = pi / pi_ref: implicit reward under an f-divergence.
 
-  Additive constants are dropped. It is computed from r = log u, so that no r
-  overflows.
+  Additive constants are dropped: "reverse_kl" gives log u, "forward_kl" -1 / u,
+  "jensen_shannon" log(2 u / (1 + u)), "alpha" (1 - u^-alpha) / alpha. It is
+  computed from r = log u, so that no r overflows.
   """
   r = log_ratio(sequences)
   if divergence == "reverse_kl":

@@ -63,11 +63,14 @@ class ModelSource(abc.ABC):
 
   @abc.abstractmethod
   def own_tokenizer(self) -> dict[str, str]:
-    """Returns TOKENIZER_KEYS as the model has them; `tokenizer` "" if none."""
+    """Returns TOKENIZER_KEYS -> values, of the model's own tokenizer.
+
+    `tokenizer` is "" if the model has none.
+    """
 
   @abc.abstractmethod
   def _load(self, policy: Policy, mesh: Any, seed: int) -> Any:
-    """Loads the weights of a policy without adapters."""
+    """Loads the weights of a policy without adapters; see `load`."""
 
   def policy(
     self,
@@ -166,7 +169,15 @@ class ModelSource(abc.ABC):
     return settings
 
   def _check_tokenizer(self, given: str, own: str) -> None:
-    """Raises ValueError for ids that the model was not trained on."""
+    """Checks that a tokenizer gives ids that the model was trained on.
+
+    Args:
+      given: `data.tokenizer`; "" for the model's own.
+      own: spelling of the model's own tokenizer, or "".
+
+    Raises:
+      ValueError: the two differ, and at least one is bytes or letters.
+    """
     if not given or not own or given == own:
       return
     if is_plain(given) or is_plain(own):
@@ -179,7 +190,9 @@ class ModelSource(abc.ABC):
   def warn_of_other_ids(
     self, settings: Mapping[str, str], tokenizer: tokenizers.Tokenizer
   ) -> None:
-    """Warns where a tokenizer gives other ids than the model's own.
+    """Logs a warning where a tokenizer gives other ids than the model's own.
+
+    A tokenizer of bytes or letters is not compared.
 
     Args:
       settings: settings from `tokenizer_settings`.
@@ -206,12 +219,15 @@ class ModelSource(abc.ABC):
 
 
 def is_plain(tokenizer: str) -> bool:
-  """Returns whether ids are bytes or letters, not entries of a vocabulary."""
+  """Returns whether a tokenizer is "bytes" or "letters:N", without a file."""
   return tokenizer == "bytes" or tokenizer.startswith("letters:")
 
 
 def open_tokenizer(settings: Mapping[str, str]) -> tokenizers.Tokenizer:
-  """Opens the tokenizer that `ModelSource.tokenizer_settings` names."""
+  """Opens the tokenizer that `ModelSource.tokenizer_settings` names.
+
+  One of the Hub is downloaded.
+  """
   spec = settings["tokenizer"]
   kind, _, where = spec.partition(":")
   return tokenizers.load_tokenizer(
@@ -230,9 +246,15 @@ def with_dtypes(params: Any, policy: Policy) -> Any:
 
 
 def _fresh_adapters(policy: Policy, mesh: Any, seed: int) -> Any:
-  """Makes LoRA adapters of a policy from a seed, sharded on a mesh.
+  """Returns new LoRA adapters {"layers": ...}, sharded on a mesh.
 
-  They change nothing yet. The base's parameters are not made.
+  They change nothing yet, as their second matrix is 0. The base's parameters
+  are not made.
+
+  Args:
+    policy: the decoder, with adapters.
+    mesh: mesh for the parameters.
+    seed: seed of the first matrices.
   """
 
   def adapters(tree: Any) -> Any:

@@ -31,7 +31,7 @@ def export(
   name: str = "",
   base: str = "",
 ) -> None:
-  """Writes a run's best policy to a folder.
+  """Writes a run's best policy to a folder, with tokenizer and README.md.
 
   Args:
     workdir: run directory.
@@ -107,7 +107,10 @@ def _write_model(
   params: Any,
   dtype: str,
 ) -> None:
-  """Writes weights, config and tokenizer."""
+  """Writes weights, config.json, tokenizer and generation_config.json.
+
+  A value head is left out, with a warning: transformers has none.
+  """
   if policy.config.value_head:
     _LOG.warning("the value head is not exported: transformers has none")
     params = {k: x for k, x in params.items() if k != "value_head"}

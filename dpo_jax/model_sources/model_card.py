@@ -35,7 +35,7 @@ def model_card(
   hub_base: str,
   is_adapter: bool,
 ) -> str:
-  """Writes the README.md of an export.
+  """Returns the README.md of an export.
 
   Args:
     run: run that trained the policy.
@@ -76,7 +76,7 @@ def model_card(
 
 
 def without_folders(text: str) -> str:
-  """Replaces the folders of absolute paths by three dots."""
+  """Replaces the folders of absolute paths by three dots: ".../pairs.jsonl"."""
   return _ABSOLUTE.sub(lambda match: f".../{match[1]}", text)
 
 
@@ -122,7 +122,10 @@ def _snippet(
 
 
 def _metrics(run: TrainedRun) -> str:
-  """Returns a table: metrics of the best step, and of the last evaluation."""
+  """Returns a table of held-out metrics: a row each, by name.
+
+  Its columns are the evaluation at the best step and the last evaluation.
+  """
   data = run.config["data"]
   columns = {
     f"step {run.best_step}": read_evaluation(
@@ -152,7 +155,11 @@ def _format(name: str, metrics: Mapping[str, float]) -> str:
 
 
 def _data(workdir: Workdir) -> str:
-  """Returns tables of the splits and of the sources, with their digests."""
+  """Returns a table of name, groups and sha256 of all data of a run.
+
+  Its rows are the sources, the splits and the tokenizer's parts. It is empty if
+  the run has no data.json.
+  """
   known = read_json(workdir.data) if workdir.data.exists() else {}
   splits = [
     [name, entry["groups"], entry["content"]]

@@ -91,7 +91,12 @@ class TrainedRun(ModelSource):
 
   @classmethod
   def at(cls, workdir: epath.PathLike | Workdir) -> "TrainedRun":
-    """Opens the run of a workdir."""
+    """Opens the run of a workdir.
+
+    Raises:
+      FileNotFoundError: no run there.
+      ValueError: a workdir of another format.
+    """
     return cls(f"run:{workdir}", Workdir.of_run(workdir))
 
   @property

@@ -114,7 +114,10 @@ def push(
 def _explaining(
   folder: epath.PathLike, name: str, revision: str
 ) -> Iterator[None]:
-  """Says in an error of the Hub what there is, and how to push again."""
+  """Turns an error of the Hub in its block into an OSError.
+
+  It says that no file was changed there, and how to push the export again.
+  """
   from huggingface_hub import errors
 
   # The base class of the library's HTTP error is httpx's. Errors of a large

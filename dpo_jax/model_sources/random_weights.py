@@ -56,6 +56,9 @@ class RandomWeights(ModelSource):
 
 @functools.lru_cache(maxsize=1)
 def _jitted_init(policy: Policy, mesh: Any) -> Any:
-  """Returns jitted `policy.init`; a run calls it for policy and reference."""
+  """Returns jitted `policy.init`, sharded on a mesh; the last one is kept.
+
+  A run calls it for policy and reference.
+  """
   shardings = param_shardings(policy.abstract_params(), mesh)
   return jax.jit(policy.init, out_shardings=shardings)

@@ -256,7 +256,7 @@ class ModelConfig:
   def projection_shapes(
     self,
   ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Returns the input and output axes of a layer's projections, by name."""
+    """Returns name -> (input axes, output axes) of a layer's projections."""
     heads = (self.num_heads, self.head_dim)
     kv_heads = (self.num_kv_heads, self.head_dim)
     shapes = {

@@ -224,9 +224,12 @@ class Policy:
     *,
     groups_per_row: int = 1,
   ) -> jax.Array:
-    """Computes hidden states of packed rows: i32 [R, T] each -> [R, T, D].
+    """Computes hidden states after the final norm of packed rows: [R, T, D].
 
-    See `attention.make_rows` for groups_per_row.
+    Args:
+      params: from `init`, with or without adapters.
+      tokens, positions, segments, branches: i32 [R, T], see `types.Batch`.
+      groups_per_row: see `attention.make_rows`.
     """
     rows = attention.make_rows(
       positions,
@@ -239,7 +242,10 @@ class Policy:
     return self._bind(params)(tokens, positions, rows)[0]
 
   def init_cache(self, batch_size: int, length: int) -> Cache:
-    """Returns an empty cache for `length` positions."""
+    """Returns a cache without tokens, for `length` positions of each sequence.
+
+    It is keys and values: zeros [L, B, length, num_kv_heads, head_dim] each.
+    """
     c = self.config
     shape = (c.num_layers, batch_size, length, c.num_kv_heads, c.head_dim)
     zeros = jnp.zeros(shape, c.compute_dtype)
@@ -263,7 +269,7 @@ class Policy:
     return self._bind(params)(tokens, positions, None, cache)
 
   def readout(self, params: Params) -> Readout:
-    """Returns the output projection."""
+    """Returns the output projection of parameters, in the compute dtype."""
     config = self.config
     kernel = params["embedding"].T if config.tie_embeddings else params["head"]
     bias = params["head_bias"].astype(jnp.float32) if config.head_bias else None

@@ -93,7 +93,14 @@ class _State(NamedTuple):
 def _choose(
   logits: jax.Array, keys: jax.Array, index: Any, settings: Sampling
 ) -> jax.Array:
-  """Draws the token at an index of each response: i32 [B]."""
+  """Draws the token at an index of each response: i32 [B].
+
+  Args:
+    logits: f32 [B, V].
+    keys: [B] random keys, one for each response.
+    index: index in the response, folded into the keys.
+    settings: temperature and filters; at temperature 0 the most likely token.
+  """
   if settings.temperature == 0.0:
     return jnp.argmax(logits, -1).astype(jnp.int32)
   logits = filter_logits(
@@ -112,7 +119,17 @@ def _begin(
   lengths: jax.Array,
   keys: jax.Array,
 ) -> _State:
-  """Reads the prompts, i32 [B, P], and draws the first tokens."""
+  """Reads the prompts, and draws the first token of each response.
+
+  Args:
+    policy, settings, params: see `sample_batches`.
+    prompts: i32 [B, P], padded at the end.
+    lengths: i32 [B], tokens of each prompt.
+    keys: [B] random keys.
+
+  Returns:
+    State with the drawn tokens in `token`, and none in `responses` yet.
+  """
   batch_size, prompt_length = prompts.shape
   size = settings.max_response_tokens
   cache = policy.init_cache(batch_size, prompt_length + size)
@@ -335,7 +352,7 @@ def _make_batch(
   index: int,
   rows: jax.sharding.NamedSharding | None,
 ) -> Any:
-  """Pads prompts; returns them, their lengths and their random keys.
+  """Pads prompts, and derives a random key for each.
 
   Args:
     prompts: token ids.
@@ -344,6 +361,10 @@ def _make_batch(
     seed: see `sample_batches`.
     index: index of the first prompt.
     rows: sharding, or None.
+
+  Returns:
+    i32 [batch_size, length] padded by 0; i32 [batch_size] lengths; and
+    [batch_size] keys, from `seed` and the index of each prompt.
   """
   padded = np.zeros((batch_size, length), np.int32)
   lengths = np.ones(batch_size, np.int32)

@@ -60,7 +60,7 @@ def chunked_token_figures(
   ref_readout: Readout | None = None,
   is_scored: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-  """Computes all that losses read of the vocabulary, in one pass over it.
+  """Computes statistics of the scored tokens in one pass over the vocabulary.
 
   Args:
     hidden: [R, S, D] states that predict.
@@ -78,7 +78,7 @@ def chunked_token_figures(
       and gives zeros. None: all count.
 
   Returns:
-    Those statistics, f32 [R, S] each, nats.
+    Those statistics by name, f32 [R, S] each, nats.
   """
   num_rows, length, _ = hidden.shape
   if not chunk_size:
@@ -113,7 +113,8 @@ def chunked_token_figures(
 def _in_chunks(x: jax.Array, *, chunk_size: int) -> jax.Array:
   """Splits rows into chunks: [R, S, ...] -> [chunks, R, chunk_size, ...].
 
-  Every chunk has all rows, since the mesh shards rows.
+  Every chunk has all rows, since the mesh shards rows. The last one is padded
+  by zeros.
   """
   num_rows, length = x.shape[:2]
   num_chunks = -(-length // chunk_size)
@@ -284,7 +285,13 @@ def _hidden_states(
 
 
 def _sum_field(field: Field, values: jax.Array, batch: Batch) -> jax.Array:
-  """Computes a field of Sequences from its values at tokens: [R, G, K]."""
+  """Computes a field of Sequences from its values at tokens: f32 [R, G, K].
+
+  Args:
+    field: says which tokens are summed, and whether the result is a mean.
+    values: f32 [R, S].
+    batch: packed rows.
+  """
   if field.mask:
     values = jnp.where(batch.token_masks[field.mask], values, 0.0)
   total = sum_by_slot(values, batch.slots, batch.valid.shape[1:])
@@ -307,7 +314,17 @@ def _single_tokens(
   tokens: dict[str, jax.Array],
   needs: frozenset[str],
 ) -> list[tuple[str, jax.Array]]:
-  """Returns the fields of Sequences that are not summed: [R, S] each."""
+  """Returns (name, [R, S]) of the fields of Sequences that are not summed.
+
+  They are "token_logps" and "token_mask"; "ref_token_logps" with a reference;
+  and "token_values" if needed.
+
+  Args:
+    params: parameters with a value head, if "token_values" is needed.
+    predicting: [R, S, D] states that predict.
+    tokens: from `chunked_token_figures`.
+    needs: optional fields to compute.
+  """
   found = [
     ("token_logps", tokens["logps"]),
     ("token_mask", jnp.ones(tokens["logps"].shape, bool)),

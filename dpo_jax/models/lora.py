@@ -43,7 +43,7 @@ def is_trained(name: str, *, has_adapters: bool, frozen: str) -> bool:
 
 
 def without_adapters(params: Params) -> Params:
-  """Returns the base: all leaves except those of adapters."""
+  """Returns a copy of the tree without the leaves of adapters."""
   return {
     key: without_adapters(x) if isinstance(x, Mapping) else x
     for key, x in params.items()

@@ -101,7 +101,15 @@ def _rescale(running: _Running, maxima: _Running) -> _Running:
 
 
 def _update(chunk, running, ids, block, ref_block) -> _Running:
-  """Adds a block to a chunk's running values, f32 [R, S, P] each."""
+  """Adds a block to a chunk's running values, f32 [R, S, P] each.
+
+  Args:
+    chunk: hidden [R, S, D], targets i32 [R, S], and the reference's hidden or
+      None.
+    running: values so far, from `_initial`.
+    ids: i32 [P, size], token ids of the block.
+    block, ref_block: output projections of policy and reference.
+  """
   hidden, targets, ref_hidden = chunk
   is_target = ids == targets[..., None, None]
 
@@ -133,6 +141,12 @@ def _initial(targets, num_shards, has_reference, names) -> _Running:
 
   Every shard of the vocabulary has running values of its own, so that shards
   communicate once, not once a block.
+
+  Args:
+    targets: i32 [C, R, S].
+    num_shards: P.
+    has_reference: whether there are values named "ref_...".
+    names: see `token_statistics`; "alignment" and "kl" need further sums.
   """
   keys = ["max", "target", "sum"] + ["sum_squares"] * ("alignment" in names)
   if has_reference:
@@ -206,7 +220,16 @@ def _token_statistics_fwd(hidden, readout, targets, reference, is_used, names):
 
 
 def _logits_gradient(chunk, ref_chunk, ids, block, ref_block):
-  """Computes the gradient of a chunk's logits in a block, [R, S, P, size]."""
+  """Computes the gradient of a chunk's logits in a block, f32 [R, S, P, size].
+
+  Args:
+    chunk: hidden [R, S, D], targets i32 [R, S], log-sum-exps f32 [R, S], and
+      gradients of "logps" f32 [R, S].
+    ref_chunk: hidden and log-sum-exps of the reference, and gradients of "kl";
+      None without "kl".
+    ids: i32 [P, size], token ids of the block.
+    block, ref_block: output projections of policy and reference.
+  """
   hidden, targets, lse, logps_gradient = chunk
   logits = _logits(hidden, block)
   probs = jnp.exp(logits - lse[..., None, None])
@@ -224,9 +247,18 @@ def _logits_gradient(chunk, ref_chunk, ids, block, ref_block):
 
 
 def _zero_block_gradient(num_rows, depth, ids, has_bias):
-  """Returns a zero gradient of a block's columns for each shard of the rows.
+  """Returns a zero gradient of a block for each of N shards of the rows.
 
   The shards are summed once a block, not once a chunk.
+
+  Args:
+    num_rows: R.
+    depth: D.
+    ids: i32 [P, size], token ids of the block.
+    has_bias: whether the projection has a bias.
+
+  Returns:
+    Readout with a kernel [N, D, P, size] and a bias [N, P, size] or None.
   """
   num_shards = active_mesh.num_row_shards(num_rows)
   kernel = jnp.zeros((num_shards, depth, *ids.shape), jnp.float32)

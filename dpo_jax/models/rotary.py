@@ -59,7 +59,12 @@ def rotation(
 def scale_frequencies(
   frequencies: jax.Array, scaling: RopeScaling | None
 ) -> jax.Array:
-  """Scales frequencies: f32 [size / 2], radians per position."""
+  """Scales frequencies for a longer context; see `RopeScaling` for the kinds.
+
+  Args:
+    frequencies: f32 [size / 2], radians per position.
+    scaling: kind and factors; None changes nothing.
+  """
   if scaling is None:
     return frequencies
   slow = frequencies / scaling.factor

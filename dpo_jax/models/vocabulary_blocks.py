@@ -96,7 +96,10 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
 
 
 def by_row_shard(x: jax.Array, *axes: Any) -> jax.Array:
-  """Reshapes [R, S, ...] to [N, R / N, S, ...], for N shards of the rows."""
+  """Reshapes [R, S, ...] to [N, R / N, S, ...], for N shards of the rows.
+
+  Axis N is sharded as rows are, those after S over `axes`, see `constrain`.
+  """
   shards = x.reshape(active_mesh.num_row_shards(len(x)), -1, *x.shape[1:])
   return constrain(shards, ROW_AXES, None, None, *axes)
 
@@ -142,12 +145,15 @@ class VocabularyBlocks:
     )
 
   def read_block(self, viewed: Readout, start: Any, size: int) -> Readout:
-    """Reads a block, and gathers it over `fsdp`: kernel [D, P, size].
+    """Reads a block of the vocabulary, and gathers it over `fsdp`.
 
     Args:
       viewed: from `view`.
       start: i32 [], first column within each shard.
       size: columns of each shard.
+
+    Returns:
+      Readout with a kernel [D, P, size] and a bias [P, size], if there is one.
     """
 
     def slice_columns(x):
@@ -173,7 +179,13 @@ class VocabularyBlocks:
     return Readout(constrain(viewed.kernel, "fsdp", *tensor, None), viewed.bias)
 
   def write_block(self, viewed: Readout, block: Readout, start: Any) -> Readout:
-    """Returns `viewed` with a block written at column `start` of each shard."""
+    """Returns `viewed` with a block written over the columns from `start` on.
+
+    Args:
+      viewed: from `view` or `zeros`.
+      block: kernel [D, P, size], and a bias [P, size] or None.
+      start: i32 [], first column within each shard.
+    """
     return jax.tree.map(
       lambda total, x: jax.lax.dynamic_update_slice_in_dim(
         total, x.reshape(*total.shape[:-1], x.shape[-1]), start, total.ndim - 1

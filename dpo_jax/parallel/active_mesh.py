@@ -12,7 +12,10 @@ ROW_AXES = ("data", "fsdp")
 
 
 def free_axes() -> dict[str, int]:
-  """Returns the mesh axes that the partitioner divides work over, and sizes."""
+  """Returns the axes of the active mesh that JAX partitions over: name -> size.
+
+  Axes that are manual in a `shard_map` are left out; {} without a mesh.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   return {
     name: mesh.shape[name]
@@ -38,7 +41,9 @@ def num_row_shards(num_rows: int) -> int:
 
 
 def gathered(kernel: jax.Array, split: int | None) -> jax.Array:
-  """Gathers a kernel along its axis `split`, which `fsdp` splits, if any.
+  """Returns a kernel gathered over `fsdp`, which shards its axis `split`.
+
+  A kernel whose `split` is None is returned as it is.
 
   Explicit, because XLA:TPU otherwise overlaps the matmuls with the all-gather
   of their kernel in pieces on few chips. Every matmul then gathers the kernel

@@ -170,7 +170,10 @@ def arrange_slices(
 
 
 def on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
-  """Runs a function with `mesh` as the context that constraints refer to."""
+  """Returns a decorator that runs a function with `mesh` as JAX's context.
+
+  Sharding constraints in the function refer to that mesh.
+  """
 
   def wrap(function: Callable) -> Callable:
     @functools.wraps(function)

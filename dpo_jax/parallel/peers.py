@@ -82,7 +82,11 @@ class Peers:
     return self
 
   def _listen(self) -> None:
-    """Ends this process when the watcher says that another was lost."""
+    """Ends this process when the watcher says that another was lost.
+
+    The exit code is 1 if that one raised an error, otherwise EXIT_PREEMPTED.
+    If this process has raised an error too, it ends in `_leave`.
+    """
     assert self._process.stdout
     for line in self._process.stdout:
       loss = watcher.Loss(*json.loads(line)["loss"])
@@ -110,7 +114,7 @@ class Peers:
     atexit.register(self._leave)
 
   def _leave(self) -> None:
-    """Ends this process, once the others know of its error."""
+    """Ends this process with code 1, once the others know of its error."""
     self._decided.wait(2 * self._settings.peer_timeout_s)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -88,6 +88,9 @@ class Placement:
 
     Processes whose devices hold the same rows, because `tensor` or `context`
     crosses from one to the other, read the same share.
+
+    Raises:
+      ValueError: rows of two processes overlap in part.
     """
     blocks = self.mesh.devices.reshape(self.num_row_shards, -1)
     shards: dict[int, set[int]] = {}
@@ -105,8 +108,10 @@ class Placement:
     return shares.index(tuple(sorted(mine))), len(shares)
 
   def batch_shardings(self, batch: Batch) -> Batch:
-    """Shardings of a batch: rows over `data` and `fsdp`, the tokens of a row
-    over `context`."""
+    """Returns the sharding of each field of a batch, as a Batch.
+
+    Rows are split over `data` and `fsdp`, the tokens of a row over `context`.
+    """
 
     def place(path, _):
       context = "context" if path_name(path) in _TOKEN_FIELDS else None
@@ -120,7 +125,7 @@ class Placement:
     return NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
 
   def place_rows(self, batch: Batch) -> Batch:
-    """Makes global arrays on the mesh of this process's rows of a batch."""
+    """Turns this process's rows of a batch into global arrays on the mesh."""
     count = self.row_reader[1]
     return jax.tree.map(
       lambda x, sharding: jax.make_array_from_process_local_data(
@@ -131,7 +136,7 @@ class Placement:
     )
 
   def place_training_batch(self, batch: Batch) -> Batch:
-    """Makes the argument of the compiled step of this process's rows."""
+    """Turns this process's rows into an argument of the compiled step."""
     return self.place_rows(batch)
 
   def place_state(self, state: Any) -> Any:
@@ -164,7 +169,7 @@ class Placement:
     )
 
   def bind(self, step: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a compiled step run with the mesh in context."""
+    """Returns a compiled step that runs with the mesh in context."""
     return on_mesh(self.mesh)(step)
 
   def fetch(self, metrics: Any) -> Any:
@@ -172,5 +177,5 @@ class Placement:
     return jax.tree.map(lambda x: np.asarray(x).reshape(()), metrics)
 
   def gather_rows(self, arrays: Any) -> Any:
-    """Returns a batch, or a step's arrays of groups, of all hosts as numpy."""
+    """Gathers arrays that are split by rows from all hosts, as numpy."""
     return jax.tree.map(to_host, arrays)

@@ -64,7 +64,12 @@ def _uneven(
   specs: Mapping[str, tuple[PartitionSpec, tuple[int, ...]]],
   sizes: Mapping[str, int],
 ) -> list[str]:
-  """Dimensions of parameters that a mesh does not divide."""
+  """Returns a message for each dimension that a mesh does not divide.
+
+  Args:
+    specs: partition spec and shape of each parameter, by name.
+    sizes: devices on each axis of the mesh.
+  """
   return [
     f"{name} has a dimension of {length} on the mesh axis {axis!r} of"
     f" {sizes[axis]}: nearest that divides is {math.gcd(length, sizes[axis])}"
@@ -110,7 +115,12 @@ def state_shardings(state: Any, params: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
-  """Adds shardings to a tree of arrays or ShapeDtypeStructs."""
+  """Returns a tree of ShapeDtypeStructs with shardings.
+
+  Args:
+    abstract: arrays or ShapeDtypeStructs.
+    shardings: the same tree of shardings.
+  """
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     abstract,

@@ -127,7 +127,12 @@ class StopSignal:
 
   @contextlib.contextmanager
   def holding(self, is_held: bool) -> Iterator[None]:
-    """Chooses whether a signal is remembered, or raises Preempted."""
+    """Sets for a block whether a signal is remembered or raises Preempted.
+
+    Args:
+      is_held: True remembers it for `reached`. False raises, also for a signal
+        that was remembered before the block.
+    """
     before, self._is_held = self._is_held, is_held
     try:
       if self._is_set and not is_held:
@@ -148,9 +153,10 @@ _current: StopSignal | None = None
 
 
 def check() -> None:
-  """Raises Preempted if the run was told to stop.
+  """Raises Preempted if a run of several processes was told to stop.
 
-  For loops over batches that all processes run in the same order.
+  All processes must call it in the same order, as loops over batches do. With
+  one process it does nothing: its signal handler raises by itself.
   """
   if _current is not None and jax.process_count() > 1 and _current.reached():
     raise Preempted

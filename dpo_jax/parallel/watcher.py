@@ -88,7 +88,7 @@ class Channel:
       connection.close()
 
   def send(self, **message: Any) -> None:
-    """Sends an object. That the other side has ended is seen by `receive`."""
+    """Sends its arguments as one JSON object; an ended pipe is ignored."""
     with contextlib.suppress(OSError):
       os.write(self._writer, json.dumps(message).encode() + b"\n")
 
@@ -149,7 +149,7 @@ class Watcher:
     self._process.send(hosts=names)
 
   def _gather(self, port: int, waiting: "_Waiting") -> None:
-    """Accepts the others, and leaves the port to JAX when all have come."""
+    """Accepts all other watchers on `port`, and then leaves it to JAX."""
     is_dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dual else socket.AF_INET
     strangers: list[Channel] = []
@@ -283,7 +283,7 @@ class Watcher:
     return False
 
   def _look(self) -> None:
-    """Looks whether the watched process is stopped, or a watcher is silent."""
+    """Reports a stopped watched process, and watchers that are silent."""
     now, timeout = time.monotonic(), self._settings.peer_timeout_s
     if self._has_ended or not _is_stopped(self._pid):
       self._running_at = now
@@ -296,14 +296,14 @@ class Watcher:
         self._conclude(Loss(index, how))
 
   def _report(self, loss: Loss) -> None:
-    """Tells the hub, which decides."""
+    """Tells the hub of a loss; on the hub itself, concludes it."""
     if self._is_hub:
       self._conclude(loss)
     else:
       self._tell_peers(loss=loss)
 
   def _conclude(self, loss: Loss) -> None:
-    """Adds to the losses among which this watcher decides."""
+    """Adds a loss, unless its process has one, to those to decide among."""
     if not self._losses:
       self._decide_at = time.monotonic() + self._settings.peer_timeout_s
     if loss.index not in {known.index for known in self._losses}:
@@ -364,7 +364,7 @@ class _Waiting:
     self._began = self._told = time.monotonic()
 
   def tell(self, missing: Sequence[int]) -> None:
-    """Tells it every 20 s.
+    """Sends the watched process a line about those missing, every 20 s.
 
     Args:
       missing: indices of the processes that have not come.

@@ -35,7 +35,7 @@ class Link:
 
 
 def margin_links(*functions: Callable[..., Any]) -> dict[str, Link]:
-  """Returns rows of the link table for functions of the margin."""
+  """Returns rows of the link table for functions of the margin, by name."""
   return {f.__name__: Link(f, "margin") for f in functions}
 
 

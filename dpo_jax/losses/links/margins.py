@@ -34,7 +34,8 @@ def smoothed_logistic(
 ) -> jax.Array:
   """Logistic loss in expectation over labels that may be flipped.
 
-  Its gradient vanishes where s(beta D) = 1 - label_smoothing.
+  With e = label_smoothing it is -(1 - e) log s(beta D) - e log s(-beta D). Its
+  gradient vanishes where s(beta D) = 1 - e.
   """
   z = beta * margins
   return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(
@@ -47,7 +48,8 @@ def robust_logistic(
 ) -> jax.Array:
   """Logistic loss that flipped labels do not bias.
 
-  In expectation over the flips it equals the loss on clean labels.
+  With e = label_smoothing it is (e log s(-beta D) - (1 - e) log s(beta D)) /
+  (1 - 2 e). In expectation over the flips it equals the loss on clean labels.
   """
   z = beta * margins
   flipped = label_smoothing * jax.nn.log_sigmoid(-z)
@@ -56,17 +58,17 @@ def robust_logistic(
 
 
 def squared(margins: jax.Array, *, tau: float) -> jax.Array:
-  """Squared distance of the margin from a finite target, in nats^2."""
+  """Squared distance of the margin from 1 / (2 tau), in nats^2."""
   return jnp.square(margins - 0.5 / tau)
 
 
 def hinge(margins: jax.Array, *, beta: float) -> jax.Array:
-  """Hinge loss: no gradient once a pair is separated by 1 / beta."""
+  """Hinge loss max(0, 1 - beta D): no gradient once D is above 1 / beta."""
   return jax.nn.relu(1.0 - beta * margins)
 
 
 def shifted_hinge(margins: jax.Array, *, delta: float) -> jax.Array:
-  """Hinge loss: no gradient once a pair is separated by `delta` nats."""
+  """Hinge loss max(0, delta - D): no gradient once D is above `delta` nats."""
   return jax.nn.relu(delta - margins)
 
 
@@ -99,7 +101,11 @@ def linear(margins: jax.Array) -> jax.Array:
 def exact(
   margins: jax.Array, *, beta: float, label_smoothing: float
 ) -> jax.Array:
-  """KL divergence from the policy's preference to the smoothed label."""
+  """KL divergence from the policy's preference to the smoothed label.
+
+  With p = s(beta D) and e = label_smoothing it is p log(p / (1 - e)) +
+  (1 - p) log((1 - p) / e).
+  """
   z = beta * margins
   log_p, log_q = jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z)
   return jnp.exp(log_p) * (log_p - jnp.log1p(-label_smoothing)) + jnp.exp(
@@ -108,10 +114,10 @@ def exact(
 
 
 def discovered(margins: jax.Array, *, beta: float, tau: float) -> jax.Array:
-  """Mix of the logistic and the exponential loss, weighted by s(z / tau).
+  """Mix of the logistic and the exponential loss, weighted by w = s(z / tau).
 
-  The exponential part, s(z / tau) exp(-z) with z = beta D, is computed as
-  exp(-z + log s(z / tau)), which has no product of 0 and infinity.
+  With z = beta D it is -(1 - w) log s(z) + w exp(-z). The second term is
+  computed as exp(-z + log s(z / tau)), which has no product of 0 and infinity.
   """
   z = beta * margins
   logistic_part = -jax.nn.sigmoid(-z / tau) * jax.nn.log_sigmoid(z)

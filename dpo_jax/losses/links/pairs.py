@@ -32,8 +32,8 @@ def offset_logistic(
 ) -> jax.Array:
   """Logistic loss with a target margin that grows with the gap in score.
 
-  A pair whose chosen response does not score higher has no offset: its loss
-  is 0.
+  It is -log s(beta D - alpha log(gap)). A pair whose chosen response does not
+  score higher has no offset: its loss is 0.
   """
   gap = sequences.score[:, 0] - sequences.score[:, 1]
   is_ordered = gap > 0.0
@@ -49,7 +49,10 @@ def positive_logistic(
   beta: float,
   penalty_weight: float,
 ) -> jax.Array:
-  """Logistic loss with a penalty where the chosen response lost likelihood."""
+  """Logistic loss with a penalty where the chosen response lost likelihood.
+
+  It is -log s(beta (D - penalty_weight max(0, -r_w))).
+  """
   del sequences
   penalty = penalty_weight * jax.nn.relu(-rewards[:, 0])
   return -jax.nn.log_sigmoid(beta * (_margins(rewards) - penalty))
@@ -60,8 +63,9 @@ def token_level_logistic(
 ) -> jax.Array:
   """Logistic loss with an offset of the difference in sequential KL.
 
-  KL_y sums over the positions of y the exact KL(pi_ref || pi) over the
-  vocabulary. No gradient flows through KL_w.
+  It is -log s(beta (D - alpha (KL_l - KL_w))). KL_y sums over the positions of
+  y the exact KL(pi_ref || pi) over the vocabulary. No gradient flows through
+  KL_w.
   """
   kl = sequences.kl
   difference = kl[:, 1] - jax.lax.stop_gradient(kl[:, 0])
@@ -73,8 +77,9 @@ def weighted_policy_logistic(
 ) -> jax.Array:
   """Logistic loss that weights down pairs far from the policy's own samples.
 
-  A response's weight is exp of the mean over its tokens of log p(token) -
-  log sum_v p(v)^2. No gradient flows through the weights.
+  It is -w_w w_l log s(beta D). A response's weight is exp of the mean over its
+  tokens of log p(token) - log sum_v p(v)^2. No gradient flows through the
+  weights.
   """
   weight = jnp.exp(sequences.alignment.sum(-1))
   loss = -jax.nn.log_sigmoid(beta * _margins(rewards))
@@ -84,7 +89,10 @@ def weighted_policy_logistic(
 def noise_contrastive(
   rewards: jax.Array, sequences: Sequences, *, beta: float
 ) -> jax.Array:
-  """Noise-contrastive loss: each reward is classified against 0."""
+  """Noise-contrastive loss: each reward is classified against 0.
+
+  It is -log s(beta r_w) - log s(-beta r_w) / 2 - log s(-beta r_l) / 2.
+  """
   del sequences
   z = beta * rewards
   noise = 0.5 * jax.nn.log_sigmoid(-z).sum(-1)
@@ -103,7 +111,10 @@ def two_squares(
 def anchored_zero(
   rewards: jax.Array, sequences: Sequences, *, beta: float
 ) -> jax.Array:
-  """Raises the chosen reward above 0 and lowers the rejected one below it."""
+  """Raises the chosen reward above 0 and lowers the rejected one below it.
+
+  It is s(-beta r_w) + s(beta r_l).
+  """
   del sequences
   z = beta * rewards
   return jax.nn.sigmoid(-z[:, 0]) + jax.nn.sigmoid(z[:, 1])
@@ -112,7 +123,10 @@ def anchored_zero(
 def anchored_down(
   rewards: jax.Array, sequences: Sequences, *, beta: float
 ) -> jax.Array:
-  """Lowers both rewards, the rejected one further."""
+  """Lowers both rewards, the rejected one further.
+
+  It is s(beta r_w) + s(-beta D).
+  """
   del sequences
   return jax.nn.sigmoid(beta * rewards[:, 0]) + jax.nn.sigmoid(
     -beta * _margins(rewards)
@@ -128,8 +142,8 @@ def unlikely(
 ) -> jax.Array:
   """Likelihood of the chosen response, unlikelihood of the rejected one.
 
-  With `token_level` the second term is -sum log(1 - p) over its tokens,
-  otherwise the reward of the whole response.
+  It is -r_w + alpha u. With `token_level` u is -sum log(1 - p) over the tokens
+  of the rejected response, otherwise its reward r_l.
   """
   if token_level:
     return -rewards[:, 0] - alpha * sequences.complement_logps[:, 1]
@@ -141,8 +155,11 @@ def binary_pair(
 ) -> tuple[jax.Array, State]:
   """Classifies each reward against a running mean.
 
-  The mean is over the steps so far, this one included, of the batch's mean
-  beta (r_w + r_l) / 2.
+  It is -log s(beta r_w - mean) - log s(mean - beta r_l). The mean is over the
+  steps so far, this one included, of the batch's mean beta (r_w + r_l) / 2.
+
+  Returns:
+    Loss f32 [B], and the state with the new mean.
   """
   z = beta * rewards
   is_valid = sequences.valid.all(-1)
@@ -166,9 +183,12 @@ def dynamic_logistic(
 ) -> tuple[jax.Array, State]:
   """Logistic loss whose beta follows the batch's mean margin.
 
-  The mean is compared with its moving average over the earlier steps
-  (momentum 0.9). The paper does not define a negative factor; it is at least
-  0.001 here.
+  It is -log s(beta f D), f = 1 + alpha (mean - average). The mean is that of
+  beta D over the batch, the average its moving one over the earlier steps
+  (momentum 0.9). The paper does not define a negative f; it is at least 0.001.
+
+  Returns:
+    Loss f32 [B], and the state with the new average.
   """
   margins = _margins(rewards)
   is_valid = sequences.valid.all(-1)
@@ -192,7 +212,8 @@ def optimal_transport(
 ) -> jax.Array:
   """Smoothed logistic loss of the batch's sorted margins: their mean, [B].
 
-  The policy's margins must dominate the reference's as distributions.
+  The margins are sort(logps_w - logps_l) of the policy minus the same of the
+  reference: the policy's must dominate as a distribution. Rewards are not read.
   """
   del rewards
   policy = sequences.logps[:, 0] - sequences.logps[:, 1]
@@ -211,7 +232,8 @@ def unpaired_optimal_transport(
 ) -> jax.Array:
   """Smoothed logistic loss of the batch's sorted rewards: their mean, [B].
 
-  The chosen rewards must dominate the rejected ones as distributions.
+  The margins are sort(r_w) - sort(r_l): the chosen rewards must dominate the
+  rejected ones as distributions.
   """
   return _sorted_loss(
     rewards[:, 0],
@@ -233,6 +255,11 @@ def _sorted_loss(
 
   The mean over groups of one value is that value, so a loss of the whole
   batch needs no reduction of its own.
+
+  Args:
+    x, y: f32 [B], each sorted by itself.
+    is_valid: bool [B], entries that count.
+    beta, label_smoothing: see `margins.smoothed_logistic`.
   """
   # Invalid entries sort to the end of both arrays, where they are cut off.
   largest = jnp.finfo(jnp.float32).max

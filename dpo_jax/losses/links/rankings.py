@@ -13,11 +13,13 @@ from dpo_jax.types import Sequences
 def plackett_luce(
   rewards: jax.Array, sequences: Sequences, *, beta: float
 ) -> jax.Array:
-  """Negative log-likelihood of the order under Plackett-Luce.
+  """Negative log-likelihood of the order under Plackett-Luce: f32 [B].
 
-  Responses with the same score have no order: each competes with those ranked
-  below both. So a tie of two has no gradient, K = 2 is the logistic loss, and
-  slots without a response change nothing.
+  It sums over responses -log of exp(z) over the sum of exp(z) of the response
+  and of those ranked below it, z = beta * reward. Responses with the same score
+  have no order: each competes with those ranked below both. So a tie of two has
+  no gradient, K = 2 is the logistic loss, and slots without a response change
+  nothing.
   """
   return _ranking_loss(beta * rewards, sequences)
 

@@ -7,12 +7,15 @@ State = dict[str, jax.Array]
 
 
 def init_mean() -> State:
-  """Returns the state of one running mean before its first step."""
+  """Returns the state {"mean": 0, "count": 0} of a running mean."""
   return {"mean": jnp.float32(0.0), "count": jnp.float32(0.0)}
 
 
 def init_class_means() -> State:
-  """Returns the state of a running mean for each label, before any step."""
+  """Returns zeros: the state of a running mean for each of two labels.
+
+  Its keys are "desirable", "undesirable" and each with "_count" added.
+  """
   # One array each: a step donates its state, and no buffer can be given twice.
   names = (
     "desirable",

@@ -19,11 +19,11 @@ def clipped_policy_gradient(
   value_clip: float,
   value_weight: float,
 ) -> jax.Array:
-  """Computes the clipped surrogate and the value error of each group.
+  """Computes PPO's loss: clipped surrogate + value_weight * value error.
 
-  Both are summed over the tokens of its responses. The batch brings advantages
-  and returns (`policy_gradient.gae`). `rewards` are not read: the advantages
-  contain a response's score.
+  The two are summed over the tokens of a group's responses. The batch brings
+  advantages and returns (`policy_gradient.gae`). `rewards` are not read: the
+  advantages contain a response's score.
 
   Returns:
     f32 [B].

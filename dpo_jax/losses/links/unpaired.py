@@ -13,7 +13,7 @@ from dpo_jax.types import Sequences
 
 
 def is_desirable(sequences: Sequences) -> jax.Array:
-  """Returns the labels of single responses: bool [B]."""
+  """Returns whether the response in slot 0 scores above 0.5: bool [B]."""
   return sequences.score[:, 0] > 0.5
 
 
@@ -26,7 +26,10 @@ def negative(rewards: jax.Array, sequences: Sequences) -> jax.Array:
 def anchored_unpaired(
   rewards: jax.Array, sequences: Sequences, *, beta: float
 ) -> jax.Array:
-  """Raises a desirable reward above 0 and lowers an undesirable one below."""
+  """Raises a desirable reward above 0 and lowers an undesirable one below.
+
+  With the sigmoid s it is s(-beta r) if desirable, otherwise s(beta r).
+  """
   sign = jnp.where(is_desirable(sequences), -1.0, 1.0)
   return jax.nn.sigmoid(sign * beta * rewards[:, 0])
 
@@ -39,10 +42,12 @@ def kahneman_tversky(
   desirable_weight: float,
   undesirable_weight: float,
 ) -> jax.Array:
-  """Prospect-theoretic value of a reward, relative to the batch's KL.
+  """Prospect-theoretic loss of a reward, relative to the batch's KL.
 
-  The reference point is the mean scaled log-ratio of the batch's mismatched
-  prompts and responses, at least 0. No gradient flows through it.
+  With z = beta r and the sigmoid s it is desirable_weight s(point - z) or
+  undesirable_weight s(z - point). The reference point is the mean scaled
+  log-ratio of the batch's mismatched prompts and responses, at least 0. No
+  gradient flows through it.
   """
   z = beta * rewards[:, 0]
   mismatched = beta * (
@@ -61,11 +66,15 @@ def kahneman_tversky(
 def binary(
   rewards: jax.Array, sequences: Sequences, state: State, *, beta: float
 ) -> tuple[jax.Array, State]:
-  """Classifies a reward as desirable or not, against a running threshold.
+  """Logistic loss of beta times a reward against a running threshold.
 
-  The threshold is halfway between the mean rewards of the two labels, each
-  over the steps so far that had one. Until a label was seen, it is the mean of
+  A desirable reward should be above it, any other below. The threshold is
+  halfway between the mean rewards of the two labels, each over the steps so far
+  that had one, this step included. Until a label was seen, it is the mean of
   the other.
+
+  Returns:
+    Loss f32 [B], and the state with this step's means.
   """
   z = beta * rewards[:, 0]
   is_good = is_desirable(sequences)

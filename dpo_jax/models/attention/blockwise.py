@@ -218,7 +218,7 @@ def _num_key_blocks(work: Work) -> jax.Array:
 
 
 def _key_block(ranges: tuple[jax.Array, ...], step: jax.Array) -> jax.Array:
-  """Returns the number of the step-th key block of two ranges."""
+  """Returns the number of the key block at a step through the two ranges."""
   first_prompt, in_prompt, first_own, _ = ranges
   return jnp.where(
     step < in_prompt, first_prompt + step, first_own + step - in_prompt

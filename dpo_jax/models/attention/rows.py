@@ -121,7 +121,7 @@ def make_rows(
 
 
 def _choose_backend(length: int, size: int, head_dim: int) -> str:
-  """Returns what "auto" is for rows of `length` in blocks of `size`."""
+  """Returns what "auto" is for rows of `length` tokens in blocks of `size`."""
   platform = active_mesh.platform()
   if platform == "tpu":
     return "splash"
@@ -222,7 +222,13 @@ def _on_each_device(
   """Runs a kernel on the rows, heads and queries of each device.
 
   Explicit, because the partitioner does not support loops whose length depends
-  on the data. Each device sees all keys.
+  on the data. Each device sees all keys of its rows and heads.
+
+  Args:
+    kernel: function as `attend_blocks`, with its settings bound.
+    queries, keys, values, window: see `attend_rows`.
+    labels: labels or blocks of rows, as the kernel takes them.
+    context_shard: queries of a row on a device, see `_context_shard`; 0: all.
   """
   sizes = active_mesh.free_axes()
   if math.prod(sizes.values()) == 1:

@@ -44,14 +44,25 @@ _MASKED = float(kernel_lib.DEFAULT_MASK_VALUE)
 
 
 def _is_inside(packed: jax.Array, indices: jax.Array) -> jax.Array:
-  """Returns whether a key is in the interval that a query's integer holds."""
+  """Returns whether a key is in the interval that a query's integer holds.
+
+  Args:
+    packed: i32, first << 16 | end of the interval; the end is not included.
+    indices: i32, index of the key in its row.
+  """
   return (indices >= packed >> 16) & (indices < packed & 0xFFFF)
 
 
 def _mask_infos(
   interval: jax.Array, size: int, num_key_blocks: int
 ) -> tuple[Any, Any]:
-  """Returns the kernel's tables for the passes by queries and by keys."""
+  """Returns the kernel's tables for the passes by queries and by keys.
+
+  Args:
+    interval: i32 [T, 2], first and end of what each query of a row sees.
+    size: tokens of a block.
+    num_key_blocks: blocks of keys in the row.
+  """
   blocks = interval.reshape(-1, size, 2)
   is_empty = blocks[..., 0] >= blocks[..., 1]
   first = jnp.where(is_empty, _MAX_LENGTH, blocks[..., 0]).min(1)

@@ -140,10 +140,15 @@ def attend_triton(
 ) -> jax.Array:
   """Computes `attention.attend_rows` for the rows and heads of one device.
 
-  Queries may be a slice of each row: the tokens from index `first_query` on, as
-  many as `is_divisible` accepts. Keys, values and labels cover whole rows.
-  `kernels` replaces the tiles of TILES. JAX interprets the kernels where the
-  device is not a GPU.
+  JAX interprets the kernels where the device is not a GPU.
+
+  Args:
+    queries: [R, Tq, H, head_dim], of all tokens of a row or of a slice of as
+      many as `is_divisible` accepts.
+    keys, values, window, scale, soft_cap: see `attention.attend_rows`.
+    labels: labels of whole rows.
+    first_query: index in the row of the first query.
+    kernels: tiles; None for those of TILES.
 
   Raises:
     ValueError: heads of more than MAX_HEAD_DIM channels.

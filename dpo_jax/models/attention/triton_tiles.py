@@ -93,11 +93,13 @@ class Settings:
 
 
 def choose_kernels(width: int, dtype: Any) -> Kernels:
-  """Returns the tiles for this machine's GPU.
+  """Returns the tiles of the three kernels for the GPU that is compiled for.
+
+  Without a GPU they are those of a large one.
 
   Args:
-    width: channels of a head, a power of two.
-    dtype: dtype of queries, keys and values.
+    width: channels of a head, a power of two up to 256.
+    dtype: dtype of queries, keys and values, of 2 or 4 bytes.
   """
   key = max(width, 64), jnp.dtype(dtype).itemsize
   capability = compat.compute_capability()

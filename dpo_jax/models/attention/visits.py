@@ -34,7 +34,7 @@ def spans(
   first_query: jax.Array | int,
   num_queries: int,
 ) -> jax.Array:
-  """Returns what queries of rows see, in the layout of a kernel.
+  """Returns the two intervals of its row that each query sees, for a kernel.
 
   Args:
     labels: labels of rows, i32 [R, T] each.
@@ -130,9 +130,10 @@ def _edges(first: jax.Array, end: jax.Array, size: int) -> list[jax.Array]:
 
 
 def _ordered(edges: list[jax.Array]) -> list[jax.Array]:
-  """Orders the edges: nothing is seen whole where its end is before its start.
+  """Makes four edges ascend: first, first whole, end of the whole, end.
 
-  The range of all blocks is kept, and empty if it ends before it starts.
+  Nothing is seen whole where that range ends before it starts. The range of all
+  blocks is kept, and empty if it ends before it starts.
   """
   first, whole, whole_end, end = edges
   first = jnp.minimum(first, end)
@@ -141,7 +142,12 @@ def _ordered(edges: list[jax.Array]) -> list[jax.Array]:
 
 
 def _visits(parts: list[list[jax.Array]]) -> Visits:
-  """Makes visits of ordered edges, four for each part of a row."""
+  """Makes visits of ordered edges.
+
+  Args:
+    parts: for each part of a row, such as the prompt, four edges i32 [R, N] as
+      `_edges` returns them.
+  """
 
   def ranges(pairs):
     return jnp.stack([jnp.stack([a, b - a], -1) for a, b in pairs], 2)

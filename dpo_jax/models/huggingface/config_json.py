@@ -113,7 +113,13 @@ def read_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _read_sizes(
   raw: Mapping[str, Any], family: Family, where: str
 ) -> dict[str, Any]:
-  """Reads the fields with a key of their own, and fills in default sizes."""
+  """Reads the fields with a key of their own, and fills in default sizes.
+
+  The result also has the fields that the family fixes.
+
+  Raises:
+    ValueError: the file `where` lacks a needed key.
+  """
   fields = dict(family.defaults) | dict(family.fixed)
   fields |= {
     ours: raw[key]
@@ -162,7 +168,11 @@ def _report_unread(
   faults: list[str],
   where: str,
 ) -> None:
-  """Logs keys that are ignored, and raises if any key is not supported."""
+  """Logs keys that are ignored, and raises if any key is not supported.
+
+  Raises:
+    ValueError: `faults`, and keys that change the model and are not read.
+  """
   facts = unread_keys.Facts(
     max_positions=fields["max_positions"],
     head_dim=fields["head_dim"],
@@ -323,7 +333,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_round_trip(config: ModelConfig, raw: Mapping[str, Any]) -> None:
-  """Raises if `raw` does not read back as `config`."""
+  """Raises ValueError if `raw` does not read back as `config`.
+
+  Fields that config.json does not describe, such as dtypes, are left out.
+  """
   again = ModelConfig(**read_config(raw, "this model"))
   again = dataclasses.replace(
     again, **{name: getattr(config, name) for name in _NOT_IN_CONFIG_JSON}

@@ -77,7 +77,17 @@ def save_adapter(
 def _join(
   tensor: Tensor, adapted: list[bool], layers: Any, layer: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Computes A [r, in] and B [out, r] of one module of a layer, float32."""
+  """Computes A [r, in] and B [out, r] of one module of a layer, float32.
+
+  Args:
+    tensor: tensor of the module's kernel.
+    adapted: whether each of the tensor's parts has an adapter.
+    layers: the policy's stacked layers, by name of the projection.
+    layer: index of the layer.
+
+  Returns:
+    A stacked and B block-diagonal; r is the rank times the adapted parts.
+  """
   lows, columns = [], []
   num_adapted = sum(adapted)
   for part, is_adapted in zip(tensor.parts, adapted, strict=True):

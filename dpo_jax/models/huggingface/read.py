@@ -80,7 +80,11 @@ def load_config(folder: str, **overrides: Any) -> ModelConfig:
 
 
 def _has_own_head(root: epath.Path, config: ModelConfig) -> bool:
-  """Returns whether a checkpoint's output projection is not its embedding."""
+  """Returns whether a checkpoint has a head that differs from its embedding.
+
+  It compares all values. A folder without weights, or without one of the two,
+  has none.
+  """
   untied = dataclasses.replace(config, tie_embeddings=False)
   by_key = {t.parts[0].key: t.name for t in tensor_map(untied)}
   with contextlib.ExitStack() as stack:
@@ -105,7 +109,7 @@ def _has_own_head(root: epath.Path, config: ModelConfig) -> bool:
 
 
 def download(spec: str) -> str:
-  """Fetches a model from the Hub: safetensors and json, never code.
+  """Fetches a model from the Hub: weights, json and templates, never code.
 
   Args:
     spec: "ORG/NAME@REVISION".
@@ -192,7 +196,14 @@ def _put_layer(stacked: jax.Array, layer: jax.Array, index: Any) -> jax.Array:
 def _stack_on_devices(
   abstract: Any, sharding: Any, names: list[str], read: Any
 ) -> jax.Array:
-  """Stacks layers on their devices, so that the host holds one at a time."""
+  """Stacks layers on their devices, so that the host holds one at a time.
+
+  Args:
+    abstract: shape and dtype of the stacked parameter, layers first.
+    sharding: its sharding.
+    names: name of each layer's tensor.
+    read: function (name, index) -> numpy slice of a layer's tensor.
+  """
   devices: dict[Any, list[Any]] = {}
   for device, index in sharding.addressable_devices_indices_map(
     abstract.shape
@@ -242,7 +253,16 @@ class _Stored:
 def _open_files(
   root: epath.Path, stack: contextlib.ExitStack
 ) -> dict[str, _Stored]:
-  """Opens all files; returns their tensors by name."""
+  """Opens all files of weights in a folder; returns their tensors by name.
+
+  Args:
+    root: folder.
+    stack: closes the files.
+
+  Raises:
+    ValueError: a damaged file, or a tensor that two files hold.
+    FileNotFoundError: no files, or one that the index names is missing.
+  """
   where: dict[str, _Stored] = {}
   for path in _weight_files(root):
     local = files.local(path)

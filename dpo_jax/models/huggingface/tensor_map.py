@@ -86,12 +86,12 @@ class Tensor:
     return (outputs, inputs) if self.is_transposed else (inputs, outputs)
 
   def with_inputs(self, inputs: tuple[int, ...]) -> "Tensor":
-    """Returns the tensor of a kernel with other input axes."""
+    """Returns the tensor with other input axes for the kernels of all parts."""
     parts = tuple(dataclasses.replace(p, inputs=inputs) for p in self.parts)
     return dataclasses.replace(self, parts=parts)
 
   def names(self, num_layers: int) -> list[str]:
-    """Returns its names in the checkpoint."""
+    """Returns the names in the checkpoint, one for each layer if stacked."""
     if not self.is_stacked:
       return [self.name]
     return [self.name.format(i) for i in range(num_layers)]
@@ -137,7 +137,12 @@ class Tensor:
   def _output_rows(
     self, which: int, index: Index
   ) -> tuple[tuple[int, ...], slice]:
-    """Returns the shape of the outputs to read, and their rows in the file."""
+    """Returns the shape of the outputs to read, and their rows in the file.
+
+    Args:
+      which: index into `parts`.
+      index: slices of the part's output axes; the first one alone is applied.
+    """
     part = self.parts[which]
     rows, lead = _flat_range(part.outputs, index[0])
     if self.by_head:
@@ -149,7 +154,11 @@ class Tensor:
     return (lead, *part.outputs[1:]), rows
 
   def write(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Makes the tensor of one layer from our parameters, by key."""
+    """Makes the tensor of one layer, as the checkpoint has it.
+
+    Args:
+      params: our parameters of that layer by `Part.key`, without a layer axis.
+    """
     if self.is_plain:
       return params[self.parts[0].key]
     flat = []
@@ -170,7 +179,15 @@ class Tensor:
 
 
 def _flat_range(shape: Sequence[int], leading: slice) -> tuple[slice, int]:
-  """Returns a slice of the first axis as one of the flattened axes."""
+  """Returns a slice of the first axis as one of the flattened axes.
+
+  Args:
+    shape: axes that are flattened.
+    leading: slice of the first of them, of step 1.
+
+  Returns:
+    The slice of the flattened axis, and the length of `leading`.
+  """
   start, stop, _ = leading.indices(shape[0])
   inner = math.prod(shape[1:])
   return slice(start * inner, stop * inner), stop - start
@@ -277,13 +294,16 @@ _CONV_FAMILIES = ("gpt2",)
 
 
 def projection_names(config: ModelConfig) -> dict[str, str]:
-  """Returns the module of a layer that holds each of our projections."""
+  """Returns projection -> name of the module of a layer that holds it.
+
+  Several projections may be in one module. Names have no layer's prefix.
+  """
   names = _NAMES.get(config.family, _LLAMA).projections
   return {name: names[name] for name in config.projection_shapes()}
 
 
 def layer_prefix(config: ModelConfig) -> str:
-  """Returns the prefix of a layer's names; "{}" stands for the layer."""
+  """Returns what names of a layer's tensors start with; "{}" is the layer."""
   return _NAMES.get(config.family, _LLAMA).layer
 
 
@@ -362,9 +382,10 @@ def _projections(config: ModelConfig, names: _Names) -> list[Tensor]:
 
 
 def _permutation(config: ModelConfig, projection: str) -> tuple[int, ...]:
-  """Returns the permutation for GPT-J, which rotates neighbouring channels.
+  """Returns the `Part.permutation` of a projection; () for none.
 
-  We rotate channels that are half a head apart.
+  GPT-J rotates neighbouring channels of queries and keys. We rotate channels
+  that are half a head apart.
   """
   if config.family != "gptj" or projection not in ("query", "key"):
     return ()

@@ -69,7 +69,7 @@ def _is_on(value: Any, facts: Facts) -> bool:
 
 
 def _sees_all(value: Any, facts: Facts) -> bool:
-  """Returns whether a window is already read, or hides nothing."""
+  """Returns whether a window is off, already read or max_positions long."""
   if value is False or value == facts.window:
     return True
   return _is_number(value) and value >= facts.max_positions
