@@ -56,7 +56,11 @@ class Report:
 
 
 def describe(plan: Plan, request: Request) -> str:
-  """Writes all tables."""
+  """Returns the text of a plan: all its tables.
+
+  They are memory and work; then collectives and time, or for a step that does
+  not fit, remedies.
+  """
   where = request.topology
   hbm = where.hbm_per_device
   config, batch = plan.subject.config, plan.subject.batch

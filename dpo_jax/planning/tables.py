@@ -77,7 +77,10 @@ def collective_table(plan: Plan, networks: tuple[str, str]) -> str:
 
 
 def expected_seconds(plan: Plan, request: Request) -> float:
-  """Seconds of a step at the stated MFU or the roofline; NaN if a bound is."""
+  """Seconds of a step at the stated MFU, but at least its largest lower bound.
+
+  NaN if a bound is not known.
+  """
   peak = request.topology.num_chips * request.topology.chip.flops
   seconds = (
     plan.work.model_flops / (peak * request.mfu),
