@@ -85,10 +85,11 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def device_memory() -> float:
-  """Reads the bytes of memory of a device that is compiled for.
+  """Returns the bytes of memory of a device that is compiled for.
 
-  By its kind; an unknown one of this machine is asked for what JAX may take of
-  it. `memory_stats` is the same in both versions, and None on some devices.
+  Looked up by the kind of the device. For an unknown kind, the bytes that JAX
+  may take of a device of this machine; 0 if it does not say. `memory_stats` is
+  the same in both versions, and None on some devices.
   """
   chip = chips.find_chip(device_kind())
   if chip is not None:
