@@ -313,7 +313,12 @@ class Console:
     self._say(split_label(split), text)
 
   def _best(self, split: str, now: int) -> str:
-    """Returns the step of a split that is best by `checkpoint.best_metric`."""
+    """Describes the best step of a split so far, by `checkpoint.best_metric`.
+
+    Returns:
+      Text to append to a line; "" if the metric is of another split, or fewer
+      than two steps have it.
+    """
     metric = self._config.checkpoint.best_metric
     set_name = split.partition("/")[2]
     name = metric.removeprefix(config_lib.metric_prefix(set_name))

@@ -182,7 +182,11 @@ def sum_over_parts(
 
 
 def split_floats(tree: Any) -> tuple[list[jax.Array], Any]:
-  """Splits a tree into the leaves that have gradients, and the others."""
+  """Splits a tree into its floating-point leaves, and the rest.
+
+  Returns:
+    The leaves, which have gradients; and the rest, for `join_floats`.
+  """
   leaves, structure = jax.tree.flatten(tree)
   is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
   floats = [x for x, f in zip(leaves, is_float, strict=True) if f]

@@ -191,6 +191,9 @@ def mixture_shares(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
   Args:
     entries: `config.data.sources`.
+
+  Returns:
+    Text to append to a line, by source.
   """
   weights = collections.Counter()
   for entry in entries:
