@@ -24,7 +24,7 @@ _FLOAT32_PAIRS_AT_ONCE = 4
 def make_cells(
   folder: str, attention: str, profile: str, shape: str = "1b"
 ) -> list[Cell]:
-  """Returns the cells, in order of worth.
+  """Writes TRL's work, and returns the cells in order of worth.
 
   Args:
     folder: existing folder for TRL's work.
