@@ -27,14 +27,14 @@ class Trainer(Protocol):
   """A trainer that a contender's process serves."""
 
   def start(self) -> dict[str, Any]:
-    """Compiles and takes the first step."""
+    """Compiles, takes the first step, and answers as `run` does."""
 
   def run(self, num_steps: int) -> dict[str, Any]:
-    """Takes steps; see `Stopwatch` for the answer."""
+    """Takes steps, and answers with `Stopwatch.stop` and metrics."""
 
 
 def serve(trainer: Trainer) -> None:
-  """Answers commands until stdin ends."""
+  """Answers each command of stdin with a line of JSON, until stdin ends."""
   for line in sys.stdin:
     command, *arguments = line.split()
     if command == "start":

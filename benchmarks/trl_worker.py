@@ -93,7 +93,11 @@ class Trainer:
       return auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
   def _reference(self) -> transformers.PreTrainedModel | None:
-    """Returns a reference model; None lets the trainer load it from files."""
+    """Returns a reference model; None if the trainer is to load it from files.
+
+    A frozen one is loaded. Otherwise random weights have no files, and the
+    model is a small one whose log-probs are not used.
+    """
     if self.options.reference == "frozen":
       return self._load()
     if not self.options.random_weights:

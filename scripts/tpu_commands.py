@@ -215,7 +215,7 @@ def check_committed(options: argparse.Namespace) -> None:
   """Prints the files that workers do not get.
 
   Raises:
-    SystemExit: there are such files, without --allow_dirty.
+    SystemExit: there are such files, and no --allow_dirty or --dry_run.
   """
   files = uncommitted()
   if not files:

@@ -104,11 +104,11 @@ def describe(plan: Plan, request: Request) -> str:
 
 
 def report(request: Request, sizes: Mapping[str, int] | None = None) -> Report:
-  """Compiles a plan and reads it.
+  """Compiles the step of a request, and returns its tables and main results.
 
   Args:
     request: request for a plan.
-    sizes: sizes of the mesh; None: the config's.
+    sizes: sizes of the mesh by axis; None: the config's.
 
   Raises:
     ValueError: a mistake that would stop the run.

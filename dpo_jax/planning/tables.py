@@ -90,7 +90,10 @@ def expected_seconds(plan: Plan, request: Request) -> float:
 
 
 def slowest(plan: Plan) -> str:
-  """Returns the name of the largest lower bound of a step, if all are known."""
+  """Returns the name of the largest lower bound of the seconds of a step.
+
+  `hlo.UNREADABLE` if one of the bounds is not known.
+  """
   if any(map(math.isnan, plan.bounds.values())):
     return hlo.UNREADABLE
   return max(plan.bounds, key=plan.bounds.get)

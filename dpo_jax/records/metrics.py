@@ -209,7 +209,7 @@ def read_metrics(
 
 
 def read_samples(workdir: epath.PathLike | Workdir) -> list[dict[str, Any]]:
-  """Reads the lines of samples.jsonl.
+  """Reads samples.jsonl: "step", "prompt", "response" and any "reward".
 
   Raises:
     ValueError: a damaged line; names file and line.

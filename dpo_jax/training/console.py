@@ -247,7 +247,7 @@ class Console:
 
   @contextlib.contextmanager
   def pause(self) -> Iterator[None]:
-    """Leaves time out of the rates: evaluation and saving."""
+    """Leaves the time inside the context out of the rates."""
     self._clock.pause()
     yield
     self._clock.resume()
@@ -256,7 +256,7 @@ class Console:
   def count(
     self, metrics: Mapping[str, Any], counts: Mapping[str, float]
   ) -> None:
-    """Counts a step, and shows its loss next to the bar."""
+    """Counts num_groups and num_tokens; shows loss and accuracy at the bar."""
     self._clock.count(counts)
     shown = {"loss": format_number(float(metrics["loss"]), 4)}
     if "reward/accuracy" in metrics:

@@ -150,7 +150,10 @@ class BatchLoss:
 
 
 def sum_and_count(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Sums a metric over the groups that have it; NaN marks those without."""
+  """Returns the sum of a metric, and the number of groups that have it.
+
+  Both are f32 []. NaN marks the groups that do not have it.
+  """
   is_counted = ~jnp.isnan(values)
   return (
     jnp.where(is_counted, values, 0.0).sum(),

@@ -55,7 +55,7 @@ def format_rows(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def join(items: Iterable[str], separator: str = ", ") -> str:
-  """Joins items that `format_rows` is not to break."""
+  """Joins items so that `format_rows` breaks lines between them only."""
   return separator.join(item.replace(" ", _KEPT) for item in items)
 
 

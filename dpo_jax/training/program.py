@@ -174,7 +174,10 @@ class Program:
 
   @functools.cached_property
   def measure(self) -> Callable[..., Any]:
-    """`measure.make_measure` of all objectives."""
+    """Jitted (sequences, loss_state) -> losses, metrics and which groups count.
+
+    It measures `objective` and `eval_objectives`, see `measure.make_measure`.
+    """
     return measure.make_measure(self.objective, self.eval_objectives)
 
   def _on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
