@@ -77,7 +77,11 @@ def tflops(shape: Shape, seconds: float, factor: float, scores: int) -> float:
 
 
 def jax_arrays(shape: Shape, rows: int = 1) -> list[Any]:
-  """Returns queries, keys, values and a gradient, bf16 [rows, T, H, d]."""
+  """Returns random queries, keys, values and a gradient of the output.
+
+  bf16 [rows, T, heads, head_dim] each, T = shape.tokens / rows. Keys and values
+  have num_kv_heads heads.
+  """
   import jax
   import jax.numpy as jnp
 
@@ -112,7 +116,11 @@ def measure_jax(
 
 
 def measure_triton(shape: Shape) -> tuple[float, float, int]:
-  """Measures this package's kernel: seconds of passes, and scores."""
+  """Measures this package's kernel.
+
+  Returns:
+    Seconds of the forward pass, seconds of both passes, and visible scores.
+  """
   import jax.numpy as jnp
 
   from dpo_jax.models import attention
@@ -137,7 +145,11 @@ def measure_triton(shape: Shape) -> tuple[float, float, int]:
 
 
 def measure_cudnn(shape: Shape) -> tuple[float, float, int]:
-  """Measures cuDNN's causal attention: seconds of passes, and scores."""
+  """Measures cuDNN's causal attention on rows of one group.
+
+  Returns:
+    Seconds of the forward pass, seconds of both passes, and visible scores.
+  """
   import jax
 
   def attend(queries, keys, values):
@@ -151,9 +163,12 @@ def measure_cudnn(shape: Shape) -> tuple[float, float, int]:
 
 
 def measure_flex(shape: Shape) -> tuple[float, float, int]:
-  """Measures FlexAttention with the same mask: seconds of passes, and scores.
+  """Measures FlexAttention with the same mask.
 
   Dong et al. 2024, arXiv:2412.05496.
+
+  Returns:
+    Seconds of the forward pass, seconds of both passes, and visible scores.
   """
   import torch
   from torch.nn.attention.flex_attention import (

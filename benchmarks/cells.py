@@ -117,7 +117,14 @@ def run(
 def ratio(
   row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> float | None:
-  """Returns how many times as fast the first row of the same work is."""
+  """Returns how many times as fast the first row of a row's workload is.
+
+  The ratio is that of `pairs_per_second`; None where one of them has none.
+
+  Args:
+    row: row of a cell.
+    rows: earlier rows.
+  """
   same = (r for r in rows if r["workload"] == row["workload"])
   first = next(same, {})
   if "pairs_per_second" not in (row.keys() & first.keys()):
@@ -128,7 +135,14 @@ def ratio(
 def _measure(
   cell: Cell, options: argparse.Namespace, limit_s: float
 ) -> dict[str, Any]:
-  """Runs a cell for at most `limit_s`, and returns its row."""
+  """Runs a cell for at most `limit_s` seconds, and returns its row.
+
+  Returns:
+    Of a trainer, the row of `interleave.summarize`, with
+    `executed_gflops_per_second`, and `spread`, the quartiles' distance over the
+    median. Of another cell, "name" and its first answer. Of one that failed or
+    was stopped, "name" and "error".
+  """
   with tempfile.TemporaryFile("w+") as log:
     contender = interleave.Contender(
       cell.name, cell.command, env=cell.env, stderr=log
@@ -169,10 +183,13 @@ def _reason(log: IO[str]) -> str:
 
 
 def matmul_rates(options: argparse.Namespace) -> list[dict[str, Any]]:
-  """Returns rows of the bfloat16 matmul of each library, the fastest first.
+  """Returns the rates of the bfloat16 matmul of JAX and torch, fastest first.
 
   Measures them unless `--matmul_tflops` gives them; a library that fails is
   printed and left out.
+
+  Returns:
+    Rows with "matmul_tflops" and "version", and if measured "device".
   """
   if options.matmul_tflops:
     parts = (part.split(":") for part in options.matmul_tflops.split(","))
@@ -203,7 +220,10 @@ def _matmul_cell(library: str) -> Cell:
 def add_shares(
   row: dict[str, Any], matmuls: Sequence[Mapping[str, Any]]
 ) -> None:
-  """Adds FLOPs as shares of the fastest matmul to a trainer's row.
+  """Adds shares of the fastest matmul to a trainer's row, in place.
+
+  They are `useful_of_matmul` and `executed_of_matmul`, fractions. A row without
+  FLOPs stays as it is.
 
   Args:
     row: row of a cell.
@@ -285,10 +305,13 @@ def run_table(
 
   Args:
     name: name of the JSON file.
-    cells: in order of worth.
+    cells: in order of worth; those that `--only` leaves are run.
     options: parsed options of `add_options`.
     title: title of the table.
     notes: remarks below it.
+
+  Returns:
+    The rows, see `run`.
   """
   began = time.monotonic()
   matmuls = matmul_rates(options)

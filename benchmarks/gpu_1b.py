@@ -28,7 +28,7 @@ TURNS = {"num_turns": 3, "steps_a_turn": 3}
 def make_cells(
   folder: str, attention: str, profile: str, shape: str = "1b"
 ) -> list[Cell]:
-  """Returns the cells, in order of worth.
+  """Writes TRL's work, and returns the cells in order of worth.
 
   Args:
     folder: existing folder for TRL's work.

@@ -36,7 +36,13 @@ TRL_LIKE_OURS = ("--weights_dtype=float32", "--autocast", "--liger")
 
 
 def work_options(shape: str, workload: str, batch_size: int) -> list[str]:
-  """Returns options of `benchmarks.ours` that describe the work."""
+  """Returns options of `benchmarks.ours` that describe the work.
+
+  Args:
+    shape: key of `workload.SHAPES`.
+    workload: key of WORKLOADS.
+    batch_size: pairs a step.
+  """
   sizes = [f"--shape={shape}", f"--batch_size={batch_size}"]
   return [*sizes, *WORKLOADS[workload]]
 

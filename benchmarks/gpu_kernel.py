@@ -86,14 +86,23 @@ _FACTORS = {"forward": 4, "dq": 6, "dkv": 8}
 
 
 def make_arrays(shape: Shape, dtype: Any) -> list[jax.Array]:
-  """Returns queries, keys, values and a gradient, random."""
+  """Returns the arrays of `attention_worker.jax_arrays` in another dtype."""
   return [x.astype(dtype) for x in attention_worker.jax_arrays(shape)]
 
 
 def run_backend(
   case: Case, backend: str, arrays: Sequence[jax.Array]
 ) -> list[np.ndarray]:
-  """Computes output and gradients of a backend, f32."""
+  """Computes attention and its gradients by a backend.
+
+  Args:
+    case: shape, window and soft cap.
+    backend: name of a backend of `attention.make_rows`.
+    arrays: queries, keys, values and the gradient of the output.
+
+  Returns:
+    Output, and gradients of queries, keys and values: f32, numpy.
+  """
   labels = [jnp.asarray(x)[None] for x in case.shape.labels()]
   window = None if case.window is None else jnp.int32(case.window)
 
@@ -129,7 +138,8 @@ def check(case: Case) -> bool:
   """Compares the kernels with dense in float32, and prints the errors.
 
   Returns:
-    Whether they agree; a kernel that does not compile does not.
+    Whether all errors are below the tolerance of the case's dtype. A kernel
+    that does not compile does not agree.
   """
   arrays = make_arrays(case.shape, case.dtype)
   try:
@@ -185,7 +195,7 @@ class Bench:
     )
 
   def time(self, name: str, tiles: Tiles) -> Timing:
-    """Times one of the kernels alone."""
+    """Times a kernel, "forward", "dq" or "dkv", alone and with these sizes."""
     kernels = dataclasses.replace(self.default, **{name: tiles})
     attend = self.attend(kernels)
     *inputs, dout = self.arrays

@@ -27,14 +27,14 @@ class Trainer(Protocol):
   """A trainer that a contender's process serves."""
 
   def start(self) -> dict[str, Any]:
-    """Compiles and takes the first step."""
+    """Compiles, takes the first step, and answers as `run` does."""
 
   def run(self, num_steps: int) -> dict[str, Any]:
-    """Takes steps; see `Stopwatch` for the answer."""
+    """Takes steps, and answers with `Stopwatch.stop` and metrics."""
 
 
 def serve(trainer: Trainer) -> None:
-  """Answers commands until stdin ends."""
+  """Answers each command of stdin with a line of JSON, until stdin ends."""
   for line in sys.stdin:
     command, *arguments = line.split()
     if command == "start":
@@ -75,7 +75,13 @@ class Stopwatch:
     self._began, self._cpu_began = time.monotonic(), time.process_time()
 
   def stop(self, **metrics: Any) -> dict[str, Any]:
-    """Returns the turn's answer: time, work, memory, and other metrics."""
+    """Returns the turn's answer: its time, work and memory.
+
+    Returns:
+      "seconds" and "cpu_seconds"; "steps" and "pairs"; "tokens", "useful_flops"
+      and "shared_flops", sums over the steps; "peak_rss_mb"; and the entries of
+      `metrics`.
+    """
     seconds = time.monotonic() - self._began
     cpu_seconds = time.process_time() - self._cpu_began
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -126,7 +132,11 @@ class Contender:
     self.turns: list[dict[str, Any]] = []
 
   def ask(self, command: str) -> dict[str, Any]:
-    """Sends a command and waits for the answer."""
+    """Sends a command, "start" or "run N", and waits for the answer.
+
+    Raises:
+      RuntimeError: the process ended without one.
+    """
     with contextlib.suppress(BrokenPipeError):  # it ended: raised below
       self._process.stdin.write(command + "\n")
       self._process.stdin.flush()
@@ -216,7 +226,10 @@ def check_same_work(contenders: Sequence[Contender]) -> None:
 
 
 def times_as_fast(mine: Contender, peer: Contender) -> float:
-  """Returns the median ratio of tokens a second, turn by turn."""
+  """Returns how many times as many tokens a second `mine` has as `peer`.
+
+  It is the median of the ratios of single turns.
+  """
   ratios = [
     (a["tokens"] / a["seconds"]) / (b["tokens"] / b["seconds"])
     for a, b in zip(mine.turns, peer.turns, strict=True)
@@ -225,7 +238,17 @@ def times_as_fast(mine: Contender, peer: Contender) -> float:
 
 
 def summarize(contender: Contender) -> dict[str, Any]:
-  """Returns medians over turns, and quartiles of tokens a second."""
+  """Summarises the turns of a contender as a row of a table.
+
+  Returns:
+    "name"; medians over turns: "pairs_per_second", "tokens_per_second",
+    "useful_gflops_per_second", "shared_gflops_per_second",
+    "tokens_per_cpu_second" and "useful_gflops_per_cpu_second", on a CPU also
+    "fraction_of_matmul_peak" and "cpu_fraction_of_matmul_peak"; two
+    "tokens_per_second_quartiles"; of the last turn "peak_rss_mb" and any
+    "peak_device_gib"; over all turns "padding" and "host_wait_fraction"; of the
+    first step "first_step_s", "first_loss" and "first_grad_norm".
+  """
   turns = contender.turns
   rates = np.array([t["tokens"] / t["seconds"] for t in turns])
   low, middle, high = np.percentile(rates, [25, 50, 75])

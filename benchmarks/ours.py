@@ -118,7 +118,12 @@ class Trainer:
     )()
 
   def start(self) -> dict[str, Any]:
-    """Scores the reference, compiles, and takes the first step."""
+    """Scores the reference, compiles, and takes the first step.
+
+    Returns:
+      The answer of `run`, with "first_step_s" and "reference_s"; with --memory
+      also "step_temp_mb" and "step_arguments_mb".
+    """
     options = self.options
     began = time.monotonic()
     if options.reference == "cached":
@@ -171,7 +176,14 @@ class Trainer:
     return placed, packing.padding_fraction(batch), batch.tokens.shape
 
   def run(self, num_steps: int) -> dict[str, Any]:
-    """Takes steps, and returns their metrics and time."""
+    """Takes steps, and returns their time, work and metrics.
+
+    Returns:
+      The answer of `Stopwatch.stop`, with "loss" and "grad_norm" of the last
+      step, "host_wait_s", mean "padding" and "shapes"; on a CPU also
+      "matmul_flops_per_second" and "matmul_flops_per_cpu_second", on another
+      device "peak_device_gib".
+    """
     start, self.next = self.next, self.next + num_steps
     trace: contextlib.AbstractContextManager = contextlib.nullcontext()
     if self.options.profile and start == 1:
@@ -220,7 +232,7 @@ class Trainer:
 
 
 def _device_memory() -> dict[str, float]:
-  """Returns the most memory of the first device so far; {} on a CPU."""
+  """Returns "peak_device_gib", the most of the first device; {} on a CPU."""
   stats = jax.devices()[0].memory_stats()
   if not stats:
     return {}

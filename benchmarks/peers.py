@@ -35,14 +35,30 @@ _INTEL = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
 
 
 def export(trainer: ours.Trainer, folder: str, num_steps: int) -> None:
-  """Writes weights, tokens and the order of batches for another library."""
+  """Writes weights, tokens and the order of batches for another library.
+
+  The files are model.safetensors and those of `export_data`.
+
+  Args:
+    trainer: trainer whose weights and data are written.
+    folder: existing folder.
+    num_steps: steps whose batches are written.
+  """
   params = jax.device_get(trainer.params)
   llama.write_weights(folder, trainer.data.config, params)
   export_data(trainer.data, folder, num_steps)
 
 
 def export_data(data: ours.Data, folder: str, num_steps: int) -> None:
-  """Writes what `export` does, except for the weights."""
+  """Writes config.json, work.json and tokens.npy: the data without weights.
+
+  `interleave.read_work` reads the last two.
+
+  Args:
+    data: data of a contender.
+    folder: existing folder.
+    num_steps: steps whose batches are written.
+  """
   llama.write_config(folder, data.config)
   steps = range(num_steps)
   work = data.work(steps) | {

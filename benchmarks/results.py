@@ -26,7 +26,12 @@ of tokens a second from the tables below it. No GPU or TPU was measured.
 
 
 def machine() -> dict[str, Any]:
-  """Returns the processor, its load, and versions of packages."""
+  """Returns facts of this machine, for the JSON of a table.
+
+  Returns:
+    "processor", "cores", "load" (three averages), "python", and versions of
+    packages by name.
+  """
   packages = ("jax", "jaxlib", "flax", "optax", "numpy")
   processor = platform.processor()
   cpuinfo = pathlib.Path("/proc/cpuinfo")
@@ -97,7 +102,7 @@ def render() -> str:
 
 
 def _summary(tables: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Lists how many times as fast as each peer dpo_jax is."""
+  """Returns the lines of the first table: speed of dpo_jax over each peer."""
   rows = []
   for content in tables:
     lengths = " + ".join(re.findall(r"of (\d+)", content["title"]))
@@ -138,7 +143,7 @@ _WHOLE = dict(break_long_words=False, break_on_hyphens=False)
 def _tables(
   key: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> list[list[str]]:
-  """Lays rows out in tables of at most _WIDTH columns.
+  """Lays rows out in tables of at most _WIDTH characters.
 
   Few rows with many columns are transposed; other tables are split by columns.
 
@@ -146,6 +151,9 @@ def _tables(
     key: column that names the rows.
     columns: other columns.
     rows: cells by column.
+
+  Returns:
+    The lines of each table.
   """
   names = _without_common_parts([str(row[key]) for row in rows])
   transposed = _table(

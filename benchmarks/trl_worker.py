@@ -40,7 +40,11 @@ class Trainer:
     self.next = 0
 
   def start(self) -> dict[str, Any]:
-    """Builds the trainer, scores the reference, and takes the first step."""
+    """Builds the trainer, scores the reference, and takes the first step.
+
+    Returns:
+      The answer of `run`, with "first_step_s" and "reference_s".
+    """
     began = time.monotonic()
     self.trainer = self._build_trainer()
     if self.options.reference == "cached":
@@ -61,7 +65,7 @@ class Trainer:
     return first
 
   def _prepare_model(self) -> None:
-    """Does what Trainer.train does before its first step, and is not run."""
+    """Prepares the model as TRL's `train` would, which is not called."""
     options = self.options
     trainer = self.trainer
     if options.liger:
@@ -89,7 +93,11 @@ class Trainer:
       return auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
   def _reference(self) -> transformers.PreTrainedModel | None:
-    """Returns a reference model; None lets the trainer load it from files."""
+    """Returns a reference model; None if the trainer is to load it from files.
+
+    A frozen one is loaded. Otherwise random weights have no files, and the
+    model is a small one whose log-probs are not used.
+    """
     if self.options.reference == "frozen":
       return self._load()
     if not self.options.random_weights:
@@ -146,7 +154,12 @@ class Trainer:
     self.trainer.precompute_ref_logps = True
 
   def run(self, num_steps: int) -> dict[str, Any]:
-    """Takes steps, and returns their metrics and time."""
+    """Takes steps, and returns their time, work and metrics.
+
+    Returns:
+      The answer of `Stopwatch.stop`, with "loss" and "grad_norm" of the last
+      step, mean "padding" and "versions"; on a GPU also "peak_device_gib".
+    """
     work, size = self.work, self.pairs_at_once
     losses, padding = [], []
     steps = range(self.next, self.next + num_steps)

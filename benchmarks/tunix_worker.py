@@ -71,7 +71,11 @@ class Trainer:
     )
 
   def start(self) -> dict[str, Any]:
-    """Loads policy and reference, compiles, and takes the first step."""
+    """Loads policy and reference, compiles, and takes the first step.
+
+    Returns:
+      The answer of `run`, with "first_step_s".
+    """
     work = self.work
     is_frozen = self.options.reference == "frozen"
     self.trainer = dpo_trainer.DPOTrainer(
@@ -112,7 +116,12 @@ class Trainer:
     return dpo_trainer.TrainingInput(**fields), 1.0 - real / slots
 
   def run(self, num_steps: int) -> dict[str, Any]:
-    """Takes steps, and returns their metrics and time."""
+    """Takes steps, and returns their time, work and metrics.
+
+    Returns:
+      The answer of `Stopwatch.stop`, with "loss" and "grad_norm" of the last
+      step, mean "padding" and "versions".
+    """
     padding = []
     steps = range(self.next, self.next + num_steps)
     watch = interleave.Stopwatch(self.work, steps)

@@ -82,13 +82,17 @@ def run(
   *,
   takes_arguments: bool = False,
 ) -> None:
-  """Parses the flags and runs a command.
+  """Parses the flags, runs a command, and ends the process after a mistake.
 
   Args:
     main: the command; flags are parsed when it is called.
     define: defines flags that read the command line at once, as those of a
       config without a file do.
     takes_arguments: whether `main` is given the arguments without a flag.
+
+  Raises:
+    SystemExit: 1 after a mistake of the user, whose message is on stderr; 130
+      after Ctrl-C. With --debug the mistake itself is raised.
   """
   if "debug" not in flags.FLAGS:
     define_flags()

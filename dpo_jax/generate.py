@@ -62,7 +62,12 @@ def main() -> None:
 
 
 def _sources(given: Any) -> list[tuple[str, str]]:
-  """Returns the policies to ask: each with the flag that names it."""
+  """Returns the policies to ask: the flag that names each, and its spelling.
+
+  Raises:
+    ValueError: none or several of --workdir, --init and --compare; or not two
+      policies to compare.
+  """
   named = [name for name in ("workdir", "init", "compare") if given[name].value]
   if len(named) != 1:
     raise ValueError(
@@ -87,7 +92,11 @@ def _ask(
   settings: Sampling,
   write_line: Callable[[str], None],
 ) -> None:
-  """Chats, answers prompts of a file in batches, or others as tokens come."""
+  """Chats, answers prompts of a file in batches, or others as tokens come.
+
+  Each answer is also written as a JSON line by `write_line`, and for prompts of
+  a file without --out printed as one.
+  """
   given = flags.FLAGS
   seed = given.seed
   if given.chat:
@@ -113,7 +122,7 @@ def _compare(
   settings: list[Sampling],
   write_line: Callable[[str], None],
 ) -> None:
-  """Shows the answers of two policies in columns."""
+  """Prints two policies' answers in columns, and writes them as JSON lines."""
   seed = flags.FLAGS.seed
   compared = answers.compare(policies, prompts, settings, seed=seed)
   answers.show_side_by_side(make_console(), policies, compared)

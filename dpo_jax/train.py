@@ -232,7 +232,7 @@ class _Loop:
     raise Preempted(done)
 
   def _check_finite(self, done: int, state: TrainState) -> None:
-    """Stops a run before it saves a state that it could not resume from."""
+    """Raises NonFiniteError rather than save a state that is not finite."""
     for name, tree in (
       ("a parameter", state.params),
       ("a moment of the optimizer", state.opt_state),
@@ -265,7 +265,11 @@ class _Loop:
       start = stop
 
   def _begin_batches(self, step: int) -> int:
-    """Returns the first step whose batch depends on parameters to come."""
+    """Prepares the batches from a step on, sampled if `online.kind` says so.
+
+    Returns:
+      The step after the last of these batches.
+    """
     params = self._placement.gather_state(self._state).policy_params
     with self._stop.holding(False):
       stop, metrics = self._loader.begin(
@@ -276,7 +280,10 @@ class _Loop:
     return min(stop, self._config.total_steps)
 
   def _make_batch(self, step: int) -> tuple[Any, dict[str, float]]:
-    """Returns a placed batch, and the host's counts of it."""
+    """Returns a placed batch, and the counts of it over all hosts.
+
+    The counts are "num_tokens", "num_groups" and "padding_fraction".
+    """
     loader = self._loader
     batch = loader.batch(step)
     # Over all hosts, counted by each of them.

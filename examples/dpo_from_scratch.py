@@ -44,7 +44,7 @@ def reward(tokens):
 
 
 def preference_pairs(num):
-  """Draws pairs of reviews; the Bradley-Terry model says which is chosen."""
+  """Draws chosen and rejected reviews by Bradley-Terry: [2, num, LENGTH]."""
   prompts = rng.integers(0, len(NOUNS), (num, PROMPT))
   a, b = random_reviews(prompts), random_reviews(prompts)
   a_wins = rng.random(num) < 1 / (1 + np.exp(reward(b) - reward(a)))

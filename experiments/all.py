@@ -134,8 +134,9 @@ def estimate(
   A run that several experiments share is counted once.
 
   Returns:
-    A row for each experiment, and the messages of those that refuse the
-    settings, by name.
+    A row for each experiment: "experiment", "runs", "to do", "minutes" and
+    "dollars", the last three without finished runs. And the messages of those
+    that refuse the settings, by name.
   """
   rows: list[Row] = []
   refusals: dict[str, str] = {}
@@ -173,6 +174,10 @@ def run_all(
 
   Returns:
     Messages of the experiments that failed, by name.
+
+  Raises:
+    Preempted: SIGTERM arrived, and the run has saved.
+    sweep.Locked: another worker holds a run.
   """
   failures = {}
   for number, experiment in enumerate(chosen, 1):
@@ -200,7 +205,9 @@ def run_all(
 def write_page(
   chosen: Sequence[Experiment], whole: Settings, failures: dict[str, str]
 ) -> str:
-  """Writes WORKDIR/all.md: a sentence, a table and a figure of each.
+  """Writes WORKDIR/all.md: a sentence, table and figure of each experiment.
+
+  Failed experiments, and unfinished runs, are named.
 
   Returns:
     Its path.

@@ -46,16 +46,18 @@ def _with_curves(rows: list[Row]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> list[Row]:
-  """Returns the win rate of each task, chooser and temperature by N."""
+  """Returns the win rate of each task, chooser and temperature by N.
+
+  Returns:
+    "task", "chosen_by", "temperature", and for each N "N 1" and so on; see
+    `figures.pivot`.
+  """
   by = ("task", "chosen_by", "temperature")
   return figures.pivot(figures.measured(rows), by, "count", "N {}".format)
 
 
 def plot(rows: list[Row], path: str) -> list[str]:
-  """Plots the win rate against N, a panel for each task.
-
-  Writes PATH.png, PATH.pdf and the rows as PATH.csv, and returns these paths.
-  """
+  """Plots the win rate against N, a panel for each task."""
   figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
   for axis, task in zip(axes, TASKS, strict=True):
     mine = [row for row in _with_curves(rows) if row["task"] == task]

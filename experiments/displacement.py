@@ -41,7 +41,10 @@ METRICS = (
 
 
 def read_pairs(task: Task, path: str) -> tuple[np.ndarray, np.ndarray]:
-  """Reads pairs: i64 [n] prompts, i64 [n, 2] chosen and rejected responses."""
+  """Reads the indices of pairs: i64 [n] prompts, i64 [n, 2] completions.
+
+  The chosen completion is the first of two.
+  """
   with open(path, encoding="utf-8") as file:
     rows = [json.loads(line) for line in file]
   prompts = [task.space.prompts.index(row["prompt"]) for row in rows]
@@ -56,12 +59,13 @@ def shifts(task: Task, logps: np.ndarray, *, path: str) -> Row:
   Args:
     task: reference and rewards.
     logps: f64 [P, N], log-probs of all completions.
-    path: pairs.
+    path: JSONL file of the pairs.
 
   Returns:
-    `chosen` and `rejected`, mean log-ratios, nats; `fall`, that of the chosen
-    responses for each nat of margin; `share_fallen` of the chosen responses;
-    and `optimum_chosen`, the chosen mean of pi* at BETA.
+    `chosen` and `rejected`, mean log-ratios, nats; `fall`, minus `chosen`
+    divided by the margin, `chosen` minus `rejected`; `share_fallen`, the share
+    of chosen responses below the reference; and `optimum_chosen`, the mean
+    log-ratio of chosen responses of pi* at BETA.
   """
   prompts, pairs = read_pairs(task, path)
   where = prompts[:, None], pairs
@@ -80,7 +84,13 @@ def shifts(task: Task, logps: np.ndarray, *, path: str) -> Row:
 def add_run(
   builder: Builder, method: str, num_equal: int, num: int, seed: int
 ) -> str:
-  """Adds a loss on `num` pairs that share that many letters."""
+  """Adds a run of LOSSES[method] on `num` pairs with `num_equal` equal letters.
+
+  The run that writes the pairs is added too, unless it exists.
+
+  Returns:
+    The run's name.
+  """
   data = builder.add_data(
     f"pairs_{num_equal}_equal_s{seed}",
     functools.partial(
@@ -134,7 +144,11 @@ def means(rows: list[Row]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> list[Row]:
-  """Returns the movement of log-probs, and what it bought."""
+  """Returns the movement of log-probs, and what it bought.
+
+  Returns:
+    "loss", "equal letters", "fall" and its spread "+-", and the other METRICS.
+  """
   out = []
   for row in means(rows):
     line = {"loss": row["method"], "equal letters": row["equal"]}

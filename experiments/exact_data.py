@@ -8,14 +8,14 @@ from experiments.exact_task import Task
 def write_similar_pairs(
   task: Task, path: str, num: int, *, num_equal: int, seed: int
 ) -> None:
-  """Writes Bradley-Terry pairs that agree at so many positions.
+  """Writes Bradley-Terry pairs that agree at exactly `num_equal` positions.
 
   The reference draws one completion, and then the other among those that share
   that many letters with it, in proportion to their probabilities.
 
   Args:
     task: completions of one length.
-    path: JSONL file.
+    path: JSONL file, see `Task.write_chosen`.
     num: number of pairs.
     num_equal: positions at which the two have the same letter.
     seed: seed of the draws.

@@ -32,7 +32,7 @@ def measure(
     extra: further metrics.
 
   Returns:
-    One row.
+    One row: `Task.metrics`, and those of `extra`.
   """
   task = Task.read(reference, space)
   logps = exact_task.all_logps(*trained.load(folder), space)
@@ -43,7 +43,11 @@ def measure(
 def measure_steps(
   folder: str, *, reference: str, space: Space, beta: float
 ) -> list[Row]:
-  """Measures every checkpoint of a run: a row for each, with its `step`."""
+  """Measures every checkpoint of a run by enumeration.
+
+  Returns:
+    A row for each checkpoint: `step` and `Task.metrics`; see `measure`.
+  """
   task = Task.read(reference, space)
   return [
     {"step": step}
@@ -53,7 +57,15 @@ def measure_steps(
 
 
 def measure_reward_model(folder: str, *, reference: str) -> list[Row]:
-  """Measures a reward model's accuracy on pairs, and the best possible."""
+  """Measures how often a reward model agrees with labels of reference pairs.
+
+  Args:
+    folder: folder of the reward model's run.
+    reference: folder of the reference, which has the task.
+
+  Returns:
+    One row: `accuracy`, and `bayes_accuracy`, that of the true reward.
+  """
   texts = [exact_task.to_text(ids) for ids in exact_task.completions()]
   judge = judges.get_judge(f"reward:{folder}")
   scores = [

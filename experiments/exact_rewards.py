@@ -30,7 +30,13 @@ def raw_rewards(seed: int, space: Space = FIXED) -> np.ndarray:
 def without_length(
   rewards: np.ndarray, ref_logps: np.ndarray, num_tokens: np.ndarray
 ) -> np.ndarray:
-  """Makes the reference's mean reward 0 at every length: f64 [P, N]."""
+  """Subtracts the reference's mean reward at each length: f64 [P, N].
+
+  Args:
+    rewards: f64 [P, N].
+    ref_logps: f64 [P, N], log-probs under the reference.
+    num_tokens: i64 [N], length of each response.
+  """
   out = rewards.copy()
   for length in np.unique(num_tokens):
     those = num_tokens == length

@@ -28,7 +28,7 @@ METRICS = ("reward", "kl", "share", "regret", "total_variation", "accuracy")
 
 
 def make_labels(method: str, seed: int, **others: Any) -> Row:
-  """Returns the labels of a run, with defaults for those not given."""
+  """Returns labels of a run: method, seed, beta, knob, label, flips, others."""
   rest = {"beta": None, "knob": "", "label": "bradley_terry", "flips": 0.0}
   return {"method": method, "seed": seed, **rest, **others}
 
@@ -93,7 +93,7 @@ class Builder:
     self._add_reference()
 
   def use_every_pair_once(self) -> None:
-    """Draws as many pairs as the steps take, so that each is seen once.
+    """Sets the number of pairs to what the steps take, so each is seen once.
 
     On-policy methods see as many labels.
     """
@@ -324,7 +324,7 @@ class Builder:
   def add_on_policy_dpo(
     self, seed: int, beta: float, *, rounds: int, **others: Any
   ) -> str:
-    """Adds DPO on the policy's own samples, with as many labels as offline."""
+    """Adds DPO on pairs that are sampled from the policy `rounds` times."""
     online = dict(
       kind="pairs",
       every_steps=-(-self.steps // rounds),

@@ -98,7 +98,7 @@ class Task:
   def make(
     cls, ref_logps: np.ndarray, seed: int, space: Space = FIXED
   ) -> "Task":
-    """Makes a task whose rewards are scaled under the reference."""
+    """Makes a task of `raw_rewards` of a seed, scaled under the reference."""
     rewards = raw_rewards(seed, space)
     if space.has_end:
       rewards = without_length(rewards, ref_logps, space.num_tokens)
@@ -261,8 +261,9 @@ class Task:
     """Writes labelled pairs of completions that the reference draws.
 
     Args:
-      path: JSONL file.
-      num: number of pairs; a pair of equal completions is drawn again.
+      path: JSONL file, see `write_chosen`.
+      num: number of pairs, the first of 2 num whose completions differ; fewer
+        where fewer differ.
       label: "bradley_terry", or "argmax" for the larger reward.
       flips: fraction of labels that are flipped.
       seed: seed of the draws.
@@ -291,10 +292,15 @@ class Task:
     rng: np.random.Generator,
     is_drawn: np.ndarray | bool = True,
   ) -> np.ndarray:
-    """Draws completions of the reference for each prompt: i64 [n, num].
+    """Draws indices of completions of the reference: i64 [n, num].
 
-    An empty one is never drawn: files of data may not hold it. With
-    `is_drawn`, bool [N], others are not drawn either.
+    An empty one is never drawn: files of data may not hold it.
+
+    Args:
+      prompts: i64 [n], indices.
+      num: completions of each prompt.
+      rng: source of the draws.
+      is_drawn: bool [N], whether a completion may be drawn.
     """
     probs = np.exp(self.ref_logps) * is_drawn
     if self.space.has_end:
@@ -315,7 +321,14 @@ class Task:
     label: str,
     rng: np.random.Generator,
   ) -> np.ndarray:
-    """Draws whether the first of each pair is the chosen one: bool [n]."""
+    """Returns whether the first of each pair is the chosen one: bool [n].
+
+    Args:
+      prompts: i64 [n], indices.
+      drawn: i64 [n, 2], indices of completions.
+      label: "bradley_terry" for a draw; any other for the larger reward.
+      rng: source of the draws.
+    """
     rewards = self.rewards[prompts[:, None], drawn]
     gap = rewards[:, 0] - rewards[:, 1]
     if label == "bradley_terry":
@@ -325,7 +338,13 @@ class Task:
   def write_chosen(
     self, path: str, prompts: np.ndarray, pairs: np.ndarray
   ) -> None:
-    """Writes pairs, the index of the chosen completion first: i64 [n, 2]."""
+    """Writes {"prompt", "chosen", "rejected"} on each line of a JSONL file.
+
+    Args:
+      path: JSONL file.
+      prompts: i64 [n], indices.
+      pairs: i64 [n, 2], indices of completions, the chosen one first.
+    """
     texts = self.space.texts
     write_lines(
       path,

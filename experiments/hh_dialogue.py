@@ -65,7 +65,12 @@ def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def table(rows: list[Row]) -> list[Row]:
-  """Returns the win rate of each method at each temperature, then by step."""
+  """Returns the win rate of each method at each temperature, then by step.
+
+  Returns:
+    "method", such as "DPO, step 15", and for each temperature "T 0.7" and so
+    on; see `figures.pivot`.
+  """
   last, over_steps = _split(rows)
   by_step = [row | {"method": f"DPO, step {row['step']}"} for row in over_steps]
   return figures.pivot(

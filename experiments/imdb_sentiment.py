@@ -43,7 +43,12 @@ collect = sweep.collect
 
 
 def table(rows: list[Row]) -> list[Row]:
-  """Returns one row for each checkpoint, means over seeds."""
+  """Returns one row for each checkpoint, means over seeds.
+
+  Returns:
+    "method", "knob", "step", "seeds", _METRICS, and the spreads of `reward` and
+    `kl`.
+  """
   rows = [row for row in rows if "reward" in row]
   columns = ("method", "knob", "step")
   means = sweep.mean_and_spread(rows, columns, _METRICS)

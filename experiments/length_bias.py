@@ -64,7 +64,13 @@ def lengths(task: Task, logps: np.ndarray) -> Row:
 
 
 def add_run(builder: Builder, method: str, num: int, seed: int) -> str:
-  """Adds a loss on `num` pairs, with biased labels except for the control."""
+  """Adds a run of LOSSES[method] on `num` pairs, and one that writes them.
+
+  The labels have the bias, except for the control, _UNBIASED.
+
+  Returns:
+    The run's name.
+  """
   bias = 0.0 if method == _UNBIASED else BIAS
 
   def write(task: Task, path: str) -> None:
@@ -105,13 +111,19 @@ collect = exact_sweep.collect
 
 
 def means(rows: list[Row]) -> list[Row]:
-  """Averages seeds, by loss."""
+  """Averages METRICS over seeds, by loss; see `sweep.mean_and_spread`.
+
+  Methods that are not in LOSSES are left out.
+  """
   rows = [row for row in rows if row["method"] in LOSSES]
   return sweep.mean_and_spread(rows, ("method",), METRICS)
 
 
 def table(rows: list[Row]) -> list[Row]:
-  """Returns length, reward and slope of each loss, means over seeds."""
+  """Returns a row for each loss: "loss" and METRICS, means over seeds.
+
+  "+-tokens", "+-slope" and "+-reward" are spreads.
+  """
   out = []
   for row in means(rows):
     line: Row = {"loss": row["method"]}

@@ -80,7 +80,11 @@ collect = exact_sweep.collect
 
 
 def best(rows: list[Row]) -> list[Row]:
-  """Returns the best trial of every loss, best loss first."""
+  """Returns the best trial of every loss, best loss first.
+
+  They are rows of the runs, with `J`, reward - BETA kl, by which trials are
+  compared, and `trials`, the number of trials of the loss.
+  """
   found: dict[str, Row] = {}
   trials: dict[str, int] = {}
   for row in rows:

@@ -112,7 +112,14 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
 
 
 def curve(name: str, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns a loss and its derivative at each margin, f32 like `margins`."""
+  """Computes a loss and its derivative at margins: f32 [n] each.
+
+  Responses are as _INTRODUCTION says: 10 tokens, -10 nats under the reference.
+
+  Args:
+    name: name of a loss with its default knobs, not one of samples.
+    margins: f32 [n], D, nats.
+  """
   objective = build_objective({"name": name})
   width = {"first": 1, "single": 1, "pair": 2, "ranking": 2}[objective.group]
   ref_logps = jnp.full((1, width), -10.0)
@@ -146,7 +153,7 @@ def curve(name: str, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot(path: pathlib.Path) -> None:
-  """Draws one small panel for each loss."""
+  """Writes a PNG file with a small panel for each loss: see `curve`."""
   # Losses of rewarded samples have no margin.
   names = [name for name, row in CATALOGUE.items() if row.group != "samples"]
   columns = 8

@@ -48,7 +48,13 @@ def loss_config(workdir: str, name: str, steps: int) -> Any:
 
 
 def collect(workdir: str, name: str) -> dict[str, Any]:
-  """Returns a loss's row of the table."""
+  """Returns a loss's row of the table, from the metrics of its run.
+
+  Returns:
+    "loss", its name; "finite", "yes" if all losses and gradient norms are
+    finite; "first" and "last", training losses; "accuracy", "margin", "KL" and
+    "reward" of the last evaluation; "groups/s", the median. All are text.
+  """
   train_rows = read_metrics(f"{workdir}/{name}", "train")
   last = read_metrics(f"{workdir}/{name}", "eval")[-1]
   values = [v for row in train_rows for v in (row["loss"], row["grad_norm"])]
@@ -74,7 +80,7 @@ def _format(value: float | None) -> str:
 def run(
   workdir: str, names: Sequence[str], *, steps: int, sft_steps: int
 ) -> list[dict[str, Any]]:
-  """Trains the SFT policy and every loss from it.
+  """Trains the SFT policy, and every loss from it; finished runs are skipped.
 
   Args:
     workdir: folder of all runs.
@@ -83,7 +89,7 @@ def run(
     sft_steps: training steps of the SFT policy.
 
   Returns:
-    One row for each loss.
+    One row for each loss, see `collect`.
   """
   train(sft_config(sft_steps), os.path.join(workdir, _START))
   rows = []

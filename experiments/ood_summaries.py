@@ -50,7 +50,11 @@ def _with_bars(rows: list[Row]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> list[Row]:
-  """Returns the win rate of each method on each domain by temperature."""
+  """Returns the win rate of each method on each domain by temperature.
+
+  Returns:
+    "domain", "method", "T 0" and "T 0.25"; see `figures.pivot`.
+  """
   by = ("domain", "method")
   rows = figures.measured(rows)
   return figures.pivot(rows, by, "temperature", "T {:g}".format)

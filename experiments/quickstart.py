@@ -35,7 +35,7 @@ _RULE = "Samples at the 25, 50 and 75 % points of the gain in reward:"
 
 
 def run(workdir: str, *, seed: int) -> None:
-  """Trains both stages, and skips a finished one."""
+  """Trains WORKDIR/sft, then WORKDIR/dpo from it; skips a finished one."""
   for stage in ("sft", "dpo"):
     config = reviews.get_config(stage)
     config.seed = seed
@@ -45,7 +45,12 @@ def run(workdir: str, *, seed: int) -> None:
 
 
 def collect(workdir: str) -> list[dict[str, Any]]:
-  """Returns rows of the table: the policy before and after DPO."""
+  """Returns rows of the table: the policy before and after DPO.
+
+  Returns:
+    "policy" ("SFT" or "DPO"), "reward" (mean true reward of samples), "win rate
+    vs SFT", "95 % interval" (text), "KL to SFT (nats)", "pair accuracy".
+  """
   evals = read_metrics(f"{workdir}/dpo", "eval")
   rows = []
   for name, row in (("SFT", evals[0]), ("DPO", evals[-1])):
@@ -66,10 +71,13 @@ def collect(workdir: str) -> list[dict[str, Any]]:
 
 
 def pick_samples(workdir: str) -> list[dict[str, Any]]:
-  """Returns the samples at the quartiles of the gain in reward.
+  """Returns the samples at the quartiles of the gain in reward from SFT to DPO.
 
   A quarter of the prompts gained less than the first, half of them less than
   the second, and a quarter gained more than the third.
+
+  Returns:
+    "prompt", "sft" and "dpo", the responses, and "sft_reward", "dpo_reward".
   """
   with open(f"{workdir}/dpo/samples.jsonl", encoding="utf-8") as file:
     rows = [json.loads(line) for line in file]
@@ -152,7 +160,7 @@ def _draw_curves(
 
 
 def plot(workdir: str, path: str) -> None:
-  """Draws curves of both stages, rewards of samples, and some samples."""
+  """Writes a PNG file: curves of both stages, sample rewards, and samples."""
   figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
   figure.suptitle(
     f"{summarise(workdir)}\nLines: training, mean of {_WINDOW} logged batches."

@@ -103,7 +103,12 @@ def objectives_for(
 def replay(
   objective: Objective | WeightedSum, sequences: Sequences
 ) -> dict[str, Any]:
-  """Returns a loss's value, gradient weight and accuracy on log-probs."""
+  """Computes a loss on saved log-probs.
+
+  Returns:
+    "loss" and "gradient weight", means over the groups, see `measure`; and
+    "accuracy" and "95 % interval", "" for a loss without them.
+  """
   per_group, metrics, _ = objective.apply(sequences, objective.init())
   count = objective.valid_groups(sequences.valid).sum()
   measured = measure(objective, sequences)
@@ -135,7 +140,9 @@ def calibration(margins: np.ndarray, num_bins: int = 5) -> list[dict[str, Any]]:
     num_bins: bins of equal width between 0.5 and 1.
 
   Returns:
-    Rows of the table; empty bins are left out.
+    A row for each bin: "predicted", its range as text, "pairs", "mean
+    prediction" and "right", the share of pairs with z > 0, ties a half. Empty
+    bins are left out.
   """
   confidence = 1.0 / (1.0 + np.exp(-np.abs(margins)))
   is_right = 0.5 * (np.sign(margins) + 1.0)
@@ -167,7 +174,13 @@ def pair_margins(records: Records, beta: float) -> np.ndarray:
 def plot(
   by_step: dict[int, Records], beta: float, path: epath.PathLike
 ) -> None:
-  """Plots log-ratios by step, gradient weights, margins and accuracy."""
+  """Writes a PNG file: log-ratios by step, gradient weights, margins, accuracy.
+
+  Args:
+    by_step: records of pairs by step.
+    beta: beta of the margins.
+    path: PNG file.
+  """
   figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
   steps = sorted(by_step)
   for slot, name in ((0, "chosen"), (1, "rejected")):

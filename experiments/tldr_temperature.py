@@ -42,7 +42,11 @@ collect = functools.partial(sweep.collect, name="tldr_temperature")
 
 
 def table(rows: list[Row]) -> list[Row]:
-  """Returns the win rate of each method at each temperature."""
+  """Returns the win rate of each method at each temperature.
+
+  Returns:
+    "method", and for each temperature "T 0.25" and so on; see `figures.pivot`.
+  """
   rows = figures.measured(rows)
   return figures.pivot(rows, ("method",), "temperature", "T {:g}".format)
 

@@ -174,7 +174,10 @@ def reward_metrics(rewards: np.ndarray) -> dict[str, float]:
 def write_samples(
   path: str, samples: Samples, num: int, labels: Mapping[str, Any]
 ) -> None:
-  """Appends the first `num` samples as JSON lines that begin with labels."""
+  """Appends the first `num` samples to a file, as JSON lines.
+
+  Each has the labels, "prompt", "response" and, if it was judged, "reward".
+  """
   rows = [
     {**labels, "prompt": prompt, "response": text}
     for prompt, text in zip(samples.prompt_texts, samples.texts, strict=True)

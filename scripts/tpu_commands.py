@@ -85,7 +85,11 @@ Commands = list[list[str]]
 
 
 def accelerator_type(topology: Topology) -> str:
-  """Returns gcloud's name of a topology: v5litepod-16, v5p-128."""
+  """Returns gcloud's name of a topology: v5litepod-16, v5p-128.
+
+  Raises:
+    SystemExit: a kind of TPU or GPU that this script cannot rent.
+  """
   if topology.kind not in _IMAGES:
     raise SystemExit(
       f"{topology.kind} is rented through Google Kubernetes Engine only, which"
@@ -113,7 +117,7 @@ def gcloud(options: argparse.Namespace, *arguments: str) -> list[str]:
 
 
 def create(options: argparse.Namespace) -> Commands:
-  """Requests the machines; the request is queued until they are free."""
+  """Returns the command that requests the machines; the request is queued."""
   topology = parse_topology(options.topology)
   command = gcloud(
     options,
@@ -140,7 +144,13 @@ def create(options: argparse.Namespace) -> Commands:
 def on_workers(
   options: argparse.Namespace, text: str, worker: str = "all"
 ) -> Commands:
-  """Runs a script on the workers of every slice."""
+  """Returns commands that run a script on the workers of every slice.
+
+  Args:
+    options: parsed options of the launcher.
+    text: script for bash.
+    worker: index of the worker in its slice, or "all".
+  """
   return [
     gcloud(
       options,
@@ -158,7 +168,14 @@ def on_workers(
 def to_workers(
   options: argparse.Namespace, source: str, target: str, *flags: str
 ) -> Commands:
-  """Copies a file of this machine to the workers of every slice."""
+  """Returns commands that copy a local file to the workers of every slice.
+
+  Args:
+    options: parsed options of the launcher.
+    source: path on this machine.
+    target: path on the workers.
+    *flags: further flags of `gcloud compute tpus tpu-vm scp`.
+  """
   return [
     gcloud(
       options,
@@ -198,7 +215,7 @@ def check_committed(options: argparse.Namespace) -> None:
   """Prints the files that workers do not get.
 
   Raises:
-    SystemExit: there are such files, without --allow_dirty.
+    SystemExit: there are such files, and no --allow_dirty or --dry_run.
   """
   files = uncommitted()
   if not files:
@@ -216,7 +233,10 @@ def check_committed(options: argparse.Namespace) -> None:
 
 
 def install(options: argparse.Namespace) -> Commands:
-  """Copies the last commit to all workers and gives them their own Python."""
+  """Returns commands that copy the last commit to all workers and install it.
+
+  The workers get a Python of their own.
+  """
   pack = ["git", "-C", str(ROOT), "archive", "--format=tar.gz", "-o", _ARCHIVE]
   return [
     [*pack, "HEAD"],
@@ -226,10 +246,13 @@ def install(options: argparse.Namespace) -> Commands:
 
 
 def ship(options: argparse.Namespace) -> Commands:
-  """Copies models and data to all workers, below ~/dpo_jax.
+  """Returns commands that copy --file to all workers, below ~/dpo_jax.
 
   A local path is uploaded from here to each worker, and keeps its path below
   the checkout. A gs:// path is downloaded by each worker, to ~/dpo_jax/local.
+
+  Raises:
+    SystemExit: a file that cannot be shipped, two with the same path, or none.
   """
   commands: Commands = []
   for file, target in zip(options.file, _targets(options), strict=True):
@@ -313,9 +336,12 @@ def workdir(options: argparse.Namespace) -> str:
 
 
 def train(options: argparse.Namespace) -> Commands:
-  """Starts the run on all workers, detached.
+  """Returns commands that start the run on all workers, detached.
 
   The supervisor starts it again after exit code 75, a preemption.
+
+  Raises:
+    SystemExit: see `workdir`.
   """
   run = shlex.join(["python", "-m", "dpo_jax.train", *options.flags])
   supervisor = _SUPERVISOR.format(run=run, preempted=EXIT_PREEMPTED)
@@ -326,39 +352,45 @@ def train(options: argparse.Namespace) -> Commands:
 
 
 def describe(options: argparse.Namespace) -> Commands:
-  """Asks for the state of the request."""
+  """Returns the command that asks for the state of the request, as JSON."""
   found = gcloud(options, "queued-resources", "describe", options.name)
   return [[*found, "--format=json"]]
 
 
 def report(options: argparse.Namespace) -> Commands:
-  """Asks every worker for the state of its run."""
+  """Returns commands that ask every worker for the state of its run."""
   return on_workers(options, _REPORT)
 
 
 def last_metrics(workdir: str) -> list[str]:
-  """Reads the end of a run's metrics, at least one whole line."""
+  """Returns the command that prints the end of a run's metrics.jsonl.
+
+  Its last 8,000 bytes hold at least one whole line.
+  """
   file = f"{workdir}/metrics.jsonl"
   return ["gcloud", "storage", "cat", "--range=-8000", file]
 
 
 def logs(options: argparse.Namespace) -> Commands:
-  """Reads the end of the first worker's log; with --follow keeps reading."""
+  """Returns the command that prints the end of the first worker's log.
+
+  With --follow it does not end, and prints what is added.
+  """
   how = "-c 10000 -F" if options.follow else "-c 200000"
   return on_workers(options, f"tail {how} ~/run.log", worker="0")[:1]
 
 
 def stop(options: argparse.Namespace) -> Commands:
-  """Sends SIGTERM: the run saves, and the machines stay."""
+  """Returns commands that send SIGTERM: the run saves, the machines stay."""
   return on_workers(options, _STOP)
 
 
 def kill(options: argparse.Namespace) -> Commands:
-  """Kills a run on all workers, so that all can start again."""
+  """Returns commands that kill a run on all workers, for another start."""
   return on_workers(options, _KILL)
 
 
 def delete(options: argparse.Namespace) -> Commands:
-  """Deletes the machines and the request, which ends all charges."""
+  """Returns the command that deletes machines and request, to end charges."""
   remove = gcloud(options, "queued-resources", "delete", options.name)
   return [[*remove, "--force", "--quiet"]]

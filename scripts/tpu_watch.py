@@ -15,7 +15,7 @@ _MOST_RESTARTS = 5
 
 
 def start(options: argparse.Namespace) -> tpu_commands.Commands:
-  """Copies code, models and data to the machines, and starts the run."""
+  """Returns commands that copy code, models and data, and start the run."""
   stages = (tpu_commands.install, tpu_commands.ship, tpu_commands.train)
   return [command for stage in stages for command in stage(options)]
 
@@ -129,7 +129,11 @@ class Watch:
     return code
 
   def _tend(self) -> int | None:
-    """Starts the run if no worker has one, and acts on its state."""
+    """Starts the run if no worker has one, and acts on its state.
+
+    Returns:
+      The exit code of the watch, or None to look again.
+    """
     states = [w.state for w in tpu_state.read_workers(self._options)]
     if not states:
       return None
@@ -166,7 +170,14 @@ class Watch:
     return self._try(commands, "start the run")
 
   def _end(self, code: int) -> int:
-    """Ends the watch of a run that will not continue by itself."""
+    """Ends the watch of a run that will not continue by itself.
+
+    Prints its log. Deletes the machines only with --delete, and not after a
+    preemption.
+
+    Returns:
+      `code`, the exit code of the run.
+    """
     tpu_state.show_logs(self._options)
     tpu_state.say(f"the run has ended with exit code {code}")
     options = self._options

@@ -41,7 +41,10 @@ def first_sentence(path: pathlib.Path) -> str:
 
 
 def line(name: str, depth: int, description: str) -> str:
-  """Returns one entry, wrapped under its own description."""
+  """Returns the text of one entry: its name, indented, and its description.
+
+  The description has a column of its own, in which it is wrapped.
+  """
   start = f"{'  ' * depth}{name}"
   # A long name keeps one space to its description.
   text = f"{start:<{_COLUMN - 1}} {description}".rstrip()

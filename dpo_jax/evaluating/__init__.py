@@ -1,1 +1,1 @@
-"""Evaluations of a finished or a running run, which write nothing of it."""
+"""Evaluations of a finished or a running run; they change none of its files."""

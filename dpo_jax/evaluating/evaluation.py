@@ -40,14 +40,17 @@ def evaluate(
     given: values of config keys, such as {"eval.num_samples": 64}.
     step: "best", as `checkpoint.best_metric` says, "latest" or a number.
     against: responses that the policy's samples are compared with: samples of
-      the "reference", or the "chosen" responses of the held-out groups.
+      the "reference", or the "chosen" responses of the first held-out set.
     name: name of the file; "" for one made of step and settings.
     overwrite: whether the file may exist.
+
+  Returns:
+    The results that were written.
 
   Raises:
     FileNotFoundError: no run, or one without a checkpoint yet.
     ValueError: keys that an evaluation does not take or nothing reads, a step
-      that does not exist, or a file that does.
+      that does not exist, a file that does, or nothing to measure.
   """
   if against not in AGAINST:
     raise ValueError(f"against={against!r} must be one of {', '.join(AGAINST)}")
@@ -117,10 +120,11 @@ class _Collector(Evaluator):
     self.samples: list[dict[str, Any]] = []
 
   def take_chosen(self) -> None:
-    """Takes the chosen responses as those that samples are compared with.
+    """Prepares to compare samples with chosen responses.
 
-    They take the place of the reference's samples, and are those of the first
-    held-out set. A judge that gives rewards gives theirs now.
+    They are those of the first held-out set, one for each prompt, and take the
+    place of the reference's samples. A judge that gives rewards is asked for
+    theirs now.
 
     Raises:
       ValueError: a prompt without a chosen response.

@@ -28,16 +28,20 @@ def open_run(
 ) -> tuple[EvalRun, Program]:
   """Builds all that an evaluation of a run reads, without parameters.
 
+  It logs a warning where the held-out records have changed since the run began.
+
   Args:
     recorded: config of the run.
     config: config of the evaluation.
     workdir: run directory.
 
   Returns:
-    The run to evaluate, and the program that it was trained with.
+    The run to evaluate, with the program of the evaluation's losses; and the
+    program with the loss, reference and online settings of the run.
 
   Raises:
-    ValueError: a config, data or a mesh that does not fit the run.
+    ValueError: a config, data or a mesh that does not fit the run, or no
+      held-out data.
     FileNotFoundError: data or a model that does not exist.
   """
   config, source = setup.resolve_spellings(config, workdir)
@@ -80,7 +84,10 @@ def _check_value_head(config: Any, trained: Program) -> None:
 
 
 def _warn_of_other_data(run: EvalRun) -> None:
-  """Warns where a held-out set is not the one that the run measured."""
+  """Warns of each held-out set whose records have changed since the run began.
+
+  A set that the evaluation reads from another source is not compared.
+  """
   path = run.workdir.data
   before = read_json(path) if path.exists() else {}
   same_source = config_lib.eval_sets(
@@ -101,16 +108,17 @@ def load_state(
 ) -> tuple[int, TrainState]:
   """Loads the state of a checkpoint onto the mesh.
 
-  A running run may delete a step while it is read; then the next is chosen.
+  A running run may delete a step while it is read; then a step is chosen again.
 
   Args:
     run: run to evaluate.
     trained: program that it was trained with.
     recorded: config of the run.
-    wanted: "best", "latest" or a number.
+    wanted: "best", "latest" or a number, as text.
 
   Returns:
-    The step, and its state without the optimizer's.
+    The step; and its state without an optimizer state, with all that the
+    evaluated loss reads, see `_fit`.
 
   Raises:
     FileNotFoundError: a run without a checkpoint.
@@ -170,7 +178,11 @@ def _choose_step(
 
 
 def _fit(run: EvalRun, trained: Program, state: TrainState) -> TrainState:
-  """Gives a state what another loss than the run's reads."""
+  """Adds to a state what the evaluated loss reads and the trained one did not.
+
+  A loss that differs from the trained one starts with its initial loss state. A
+  live reference that the checkpoint does not hold is loaded from its source.
+  """
   program = run.program
   if program.objective != trained.objective:
     state = state.replace(loss_state=program.objective.init())

@@ -39,7 +39,7 @@ class Results:
   samples: list[dict[str, Any]]
 
   def write(self) -> None:
-    """Writes the file whole or not at all."""
+    """Writes `path`, a JSON object a line, whole or not at all."""
     text = "".join(json.dumps(row) + "\n" for row in self._rows())
     write_atomically(self.path, text)
 
@@ -52,7 +52,10 @@ class Results:
       yield {"kind": "sample", **row}
 
   def table(self) -> str:
-    """Formats the metrics: a row for each, a column for each split."""
+    """Formats the metrics as text: a row for each, a column for each split.
+
+    NaN where a split does not have the metric.
+    """
     names = dict.fromkeys(n for found in self.metrics.values() for n in found)
     return format_table(
       [
@@ -74,14 +77,14 @@ def result_path(
   *,
   overwrite: bool,
 ) -> epath.Path:
-  """Returns the file of an evaluation.
+  """Returns the path of an evaluation's file, WORKDIR/evaluations/NAME.jsonl.
 
   Args:
     workdir: run directory.
     name: name of the file; "" for the step and a digest of the settings, so
       that the same evaluation has the same name.
     step: step that is evaluated.
-    settings: all that tells this evaluation from others.
+    settings: all that tells this evaluation from others; values by key.
     overwrite: whether the file may exist.
 
   Raises:
@@ -112,6 +115,11 @@ def sample_rows(
     drawn: samples of the policy.
     others: responses that they were compared with, or None.
     wins: results of the comparison, or None.
+
+  Returns:
+    "prompt" and "response", texts; "reward", where the judge gives rewards;
+    "other" and "other_reward", where there are others; "wins", where there are
+    results: 1 if the response is better, 0.5 for a tie, None without an answer.
   """
   rows: list[dict[str, Any]] = []
   for i, (prompt, text) in enumerate(

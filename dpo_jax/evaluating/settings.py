@@ -44,7 +44,9 @@ _IN_CHECKPOINT = ("frozen", "adapter_off", "ema")
 
 
 def recorded_config(workdir: Workdir) -> ml_collections.ConfigDict:
-  """Returns the config that a workdir holds, with the keys that it lacks.
+  """Returns the config in WORKDIR/config.json, with defaults for missing keys.
+
+  `epochs` is None if the config has total_steps, which follow from it.
 
   Raises:
     ValueError: a damaged config.json.
@@ -99,15 +101,16 @@ def evaluation_config(
 def check_samples_are_drawn(
   config: ml_collections.ConfigDict, given: Mapping[str, Any], against: str
 ) -> None:
-  """Checks that there are samples for what compares or judges them.
+  """Checks that samples are drawn if a given judge or `against` reads them.
 
   Args:
     config: config of the evaluation.
     given: values by key.
-    against: responses that samples are compared with.
+    against: responses that samples are compared with, see `AGAINST`.
 
   Raises:
-    ValueError: a judge or other responses, and no samples.
+    ValueError: eval.num_samples is 0, and eval.judge is given, or `against` is
+      not "reference".
   """
   unread = []
   if against != "reference":
@@ -122,14 +125,22 @@ def check_samples_are_drawn(
 
 
 def changes_loss(given: Mapping[str, Any]) -> bool:
-  """Returns whether another loss than the run's is measured."""
+  """Returns whether a given key starts with "loss."."""
   return any(key.startswith("loss.") for key in given)
 
 
 def _prepare_loss(
   config: ml_collections.ConfigDict, given: Mapping[str, Any]
 ) -> None:
-  """Makes room for the knobs of another loss, and for its reference."""
+  """Changes a config in place so that it takes the given keys of a loss.
+
+  A given loss.name resets `loss` to that loss's defaults, and `eval.losses` to
+  () unless it is given. `online` gets its defaults, and a reference that no
+  checkpoint holds becomes "auto".
+
+  Raises:
+    ValueError: the run was trained with a sum of losses, and no name is given.
+  """
   if "loss.name" in given:
     config.loss = loss_config(given["loss.name"])
     if "eval.losses" not in given:

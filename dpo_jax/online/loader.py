@@ -1,12 +1,10 @@
 """Batches sampled from the policy: PPO, RLOO, on-policy DPO.
 
 The loop asks for batch(step), as it does of any loader. Every
-`online.every_steps` steps it passes `begin` the policy's parameters: responses
-are sampled and judged then, and all batches until the next time are made from
-them. So a batch is a function of (seed, step, parameters at the last
-sampling). The samples are kept in WORKDIR/online/STEP.npz, with `online.replay`
-those of all samplings so far. So a run that stops between two samplings resumes
-with the same batches.
+`online.every_steps` steps it passes `begin` the policy's parameters, and
+responses for all batches until the next time are sampled and judged. They are
+kept in WORKDIR/online/STEP.npz, with `online.replay` those of all samplings so
+far, so a run that stops in between resumes with the same batches.
 """
 
 from collections.abc import Sequence
@@ -136,17 +134,16 @@ class OnPolicyLoader:
   def begin(
     self, step: int, params: Any, *, oldest: int
   ) -> tuple[int, dict[str, float]]:
-    """Makes the batches from `step` on known.
+    """Samples, or reads from its file, what the batches from `step` on hold.
 
     Args:
       step: next step to be trained.
       params: parameters of the policy at that step, on the mesh.
-      oldest: earliest checkpoint there is; samples from long before it are
-        deleted.
+      oldest: earliest checkpoint; older samples are deleted, but for the last.
 
     Returns:
-      The step at which `begin` is due again, and metrics of the samples:
-      empty where they were sampled before.
+      The step at which `begin` is due again; and metrics of the samples, see
+      `_sample`, empty where they were sampled before.
 
     Raises:
       ValueError: a judge that gives no number, or a lost snapshot.
@@ -199,7 +196,7 @@ class OnPolicyLoader:
     return batch.replace(on_policy=fields)
 
   def _snapshot_at(self, step: int) -> Snapshot:
-    """Returns the latest snapshot, or reads that of a step."""
+    """Returns the snapshot of a step, from memory or from its file."""
     if self._snapshot is not None and self._snapshot.step == step:
       return self._snapshot
     return Snapshot.read(self._path(step))
@@ -213,7 +210,7 @@ class OnPolicyLoader:
         path.unlink()
 
   def _seed(self, step: int, purpose: int) -> int:
-    """Derives a seed: order of the batches 0, samples 1, labels 2."""
+    """Derives a seed; purpose is 0 for batch order, 1 samples, 2 labels."""
     state = np.random.SeedSequence((self._config.seed, step, purpose))
     return int(state.generate_state(1)[0] >> 1)
 
@@ -261,7 +258,10 @@ class OnPolicyLoader:
   def _sample(
     self, step: int, params: Any
   ) -> tuple[Snapshot, dict[str, float]]:
-    """Samples, judges, and measures what the loss learns from."""
+    """Samples, judges and measures the responses of a step.
+
+    Metrics: reward, reward_deviation, tokens, kl; ties (pairs) or kl_weight.
+    """
     settings = self._settings
     prompts = self._prompts.order(step // settings.every_steps)
     responses, rewards = rollouts.sample_responses(
@@ -322,7 +322,7 @@ class OnPolicyLoader:
     """Labels samples as pairs, and adds groups of the data to them.
 
     Returns:
-      Prompts, responses and scores of all groups, and which pairs are ties.
+      Prompts, responses and scores of all groups; which sampled ones are ties.
     """
     settings = self._settings
     responses, score, is_tied = rollouts.label_pairs(
@@ -378,7 +378,7 @@ class OnPolicyLoader:
     return fields
 
   def _kl_weight(self, step: int) -> float:
-    """Returns the KL weight that the previous sampling left."""
+    """Returns the KL weight of a step's sampling; 0 for pairs."""
     if self._settings.kind != "rollouts":
       return 0.0
     if step == 0 or not self._settings.kl_target:

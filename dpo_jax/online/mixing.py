@@ -97,10 +97,12 @@ def sample_weights(
 ) -> np.ndarray:
   """Returns `Sequences.sample_weight` of all groups: f32 [n, K].
 
+  0.5 / share for both responses of a sampled pair, 0 for all others.
+
   Args:
     responses: i32 [n, K, M], sampled pairs, then groups of the data.
     num_sampled: number of sampled pairs.
-    share: their part of a batch.
+    share: fraction of a batch's groups that are sampled.
   """
   weights = np.zeros(responses.shape[:2], np.float32)
   weights[:num_sampled, :2] = 0.5 / share
@@ -108,13 +110,21 @@ def sample_weights(
 
 
 def larger(lengths: np.ndarray, others: np.ndarray) -> np.ndarray:
-  """Returns the larger of two lengths; a missing slot has 0: i32 [n, K]."""
+  """Returns the larger of two arrays of lengths, slot by slot.
+
+  Args:
+    lengths: i32 [n, K1].
+    others: i32 [n, K2].
+
+  Returns:
+    i32 [n, max(K1, K2)]; a slot that one array lacks has length 0 there.
+  """
   width = max(lengths.shape[1], others.shape[1])
   return np.maximum(*(_widen(x, (width,), 0) for x in (lengths, others)))
 
 
 def _stack(parts: Sequence[np.ndarray], *, blank: int) -> np.ndarray:
-  """Concatenates arrays of [n, ...] whose other axes may differ."""
+  """Concatenates arrays [n, ...], padded with `blank` to the largest shape."""
   shape = tuple(np.max([part.shape[1:] for part in parts], 0))
   return np.concatenate([_widen(part, shape, blank) for part in parts])
 
@@ -122,7 +132,7 @@ def _stack(parts: Sequence[np.ndarray], *, blank: int) -> np.ndarray:
 def _widen(
   values: np.ndarray, shape: tuple[int, ...], blank: int
 ) -> np.ndarray:
-  """Pads all axes but the first up to a shape."""
+  """Pads all axes but the first with `blank`, up to the sizes in `shape`."""
   missing = zip(shape, values.shape[1:], strict=True)
   widths = [(0, 0), *((0, most - now) for most, now in missing)]
   return np.pad(values, widths, constant_values=blank)

@@ -18,8 +18,9 @@ def open_loaders(
     label: name of the reference's scoring for `progress.track`.
 
   Returns:
-    The training loader, and held-out loaders by name; those that read their
-    responses have the reference's log-probs.
+    The training loader, sampled from the policy unless `online.kind` is "none";
+    and held-out loaders by name. Loaders of the data have the reference's
+    log-probs, if the reference is cached.
 
   Raises:
     ValueError: see `cached_reference.attach` and `OnPolicyLoader`.

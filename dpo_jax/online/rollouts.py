@@ -151,15 +151,17 @@ def label_pairs(
 def make_measure(
   program: Program, max_tokens: int
 ) -> Callable[[Any, Any, Loader], dict[str, np.ndarray]]:
-  """Builds (params, ref_params, loader) -> fields of Sequences.
+  """Builds (params, ref_params, loader) -> fields of Sequences, by name.
 
   Args:
     program: program of the run; its loss decides which fields are read.
     max_tokens: M, longest response.
 
   Returns:
-    A function that gives f32 [n, K] or [n, K, M] each for the groups of a
-    loader, 0 where no batch has a group.
+    A function that computes the fields for the n groups of a loader: logps and
+    ref_logps, f32 [n, K]. If the loss reads advantages, also values, f32
+    [n, K]; token_logps, ref_token_logps and token_values, f32 [n, K, M]; and
+    token_mask, bool [n, K, M]. All are 0 for a group that no batch has.
   """
   needs = frozenset()
   if "advantages" in program.objective.needs:
@@ -218,7 +220,9 @@ def advantage_fields(
   discount: float,
   gae_lambda: float,
 ) -> dict[str, np.ndarray]:
-  """Computes GAE and returns, whitened over all tokens of a sampling.
+  """Computes PPO's advantages and returns by GAE.
+
+  The advantages are whitened over all tokens of a sampling; returns are not.
 
   Args:
     rewards: f64 [n, K].
@@ -230,7 +234,8 @@ def advantage_fields(
     gae_lambda: lambda of GAE.
 
   Returns:
-    On-policy fields of Batch, f32 [n, K, M] each.
+    "old_token_logps", "old_token_values", "advantages" and "returns", fields of
+    `Batch.on_policy`: f32 [n, K, M] each.
   """
   shape = measured["token_logps"].shape
   flat = {
@@ -269,7 +274,7 @@ def _advantages(
   discount: float,
   gae_lambda: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """Advantages, whitened over all tokens, and returns: f32 [B, M] each."""
+  """Computes whitened advantages, and returns as they are: f32 [B, M] each."""
   shaped = policy_gradient.shape_rewards(
     scores, logps, ref_logps, mask, kl_coef=kl_weight, estimator="k1"
   )

@@ -143,7 +143,7 @@ def build(request: Request, sizes: Mapping[str, int] | None = None) -> Subject:
 
 
 def _first_batch(loader: Loader) -> Batch:
-  """Returns the shapes of a batch: the rows of all processes."""
+  """Returns shapes and dtypes of batch 0, with the rows of all processes."""
   loader = dataclasses.replace(loader, process_index=0, process_count=1)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loader.batch(0)
@@ -151,7 +151,11 @@ def _first_batch(loader: Loader) -> Batch:
 
 
 def _stand_in(config: Any, program: Program, request: Request) -> Batch:
-  """Returns the shapes of a batch whose rows are full."""
+  """Returns shapes and dtypes of a batch whose rows are full.
+
+  Raises:
+    ValueError: `rows` that the devices and accumulation steps do not divide.
+  """
   multiple = program.placement.num_row_shards * config.accumulation_steps
   rows = request.rows or -(-config.batch_size // multiple) * multiple
   if rows % multiple:
@@ -238,7 +242,10 @@ def make_plan(subject: Subject, request: Request) -> Plan:
 def _measure(
   compiled: Any, devices: list[Any]
 ) -> tuple[float, list[hlo.Collective] | None, str]:
-  """Reads peak bytes and collectives; None and the reason if unreadable."""
+  """Reads (peak bytes of a device, collectives, "").
+
+  If the text is unreadable, collectives is None and the text is the reason.
+  """
   peak = float(compat.program_memory(compiled).peak)
   try:
     return peak, read_collectives(compiled.as_text(), devices), ""
@@ -310,7 +317,12 @@ def shard_bytes(tree: Any) -> float:
 
 
 def known_memory(subject: Subject) -> dict[str, float]:
-  """Computes the bytes of a device that follow from shapes and shardings."""
+  """Computes the bytes of a device that follow from shapes and shardings.
+
+  Returns:
+    Bytes by kind: "parameters", "optimizer state", "reference", "batch",
+    "gradients" and "logps", the logits of a vocabulary block.
+  """
   program, batch = subject.program, subject.batch
   state, _ = program.abstract_state()
   sizes = program.placement.mesh.shape

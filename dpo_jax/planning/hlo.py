@@ -197,7 +197,7 @@ def _megascale(instruction: _Instruction, trips: float) -> Collective:
 
 
 def _search(pattern: str, text: str) -> re.Match[str]:
-  """Raises ValueError where the pattern is not found."""
+  """Returns the first match of a pattern; raises ValueError without one."""
   found = re.search(pattern, text)
   if not found:
     raise ValueError(f"no {pattern!r}")
@@ -240,7 +240,10 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 def _multiplicities(
   computations: dict[str, list[_Instruction]], entry: str
 ) -> dict[str, float]:
-  """Counts how often a step runs each computation, callers before callees."""
+  """Returns how often a step runs each computation, by name.
+
+  Of several call paths to one, the most frequent counts.
+  """
   times = {entry: 1}
   waiting = [entry]
   while waiting:
@@ -319,7 +322,7 @@ def _ids(spelled: str) -> np.ndarray:
 
 
 def _mesh_groups(axes: str, order: str | None, chosen: str) -> np.ndarray:
-  """Groups along axes of a mesh.
+  """Returns the groups along axes of a mesh: ids, [groups, n].
 
   Args:
     axes: `'a'=2,'b'=4`.
@@ -357,7 +360,7 @@ def _crosses(groups: np.ndarray, slice_of: Callable[[int], int]) -> bool:
 
 
 def _received_bytes(instruction: _Instruction, kind: str, n: int) -> float:
-  """Computes the bytes that a device receives in a collective."""
+  """Computes the bytes that each of a group's n devices receives."""
   size = shape_bytes(instruction.shape)
   is_start = instruction.opcode.endswith("-start")
   if kind == "all-gather":

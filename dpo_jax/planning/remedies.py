@@ -21,7 +21,13 @@ _FREED_BY_REMAT = {
 
 
 def remedies(plan: Plan) -> list[dict[str, Any]]:
-  """Lists changes of the config, with the bytes that each frees on a device."""
+  """Lists changes of the config that free memory on a device.
+
+  Returns:
+    A row for each change: "what to change", such as mesh.data=1, and "frees
+    about, GiB", a number or `hlo.UNREADABLE`. Changes that free nothing are
+    left out.
+  """
   program, memory = plan.subject.program, plan.memory
   config, model = plan.subject.config, program.policy.config
   sizes = program.placement.mesh.shape

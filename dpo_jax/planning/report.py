@@ -56,7 +56,11 @@ class Report:
 
 
 def describe(plan: Plan, request: Request) -> str:
-  """Writes all tables."""
+  """Returns the text of a plan: all its tables.
+
+  They are memory and work; then collectives and time, or for a step that does
+  not fit, remedies.
+  """
   where = request.topology
   hbm = where.hbm_per_device
   config, batch = plan.subject.config, plan.subject.batch
@@ -100,11 +104,11 @@ def describe(plan: Plan, request: Request) -> str:
 
 
 def report(request: Request, sizes: Mapping[str, int] | None = None) -> Report:
-  """Compiles a plan and reads it.
+  """Compiles the step of a request, and returns its tables and main results.
 
   Args:
     request: request for a plan.
-    sizes: sizes of the mesh; None: the config's.
+    sizes: sizes of the mesh by axis; None: the config's.
 
   Raises:
     ValueError: a mistake that would stop the run.

@@ -116,7 +116,18 @@ def hbm_bytes(
   row_tokens: int,
   scored_tokens: int,
 ) -> float:
-  """Computes the HBM bytes that a device moves, by BYTES_FORMULA."""
+  """Computes the HBM bytes that a device moves in a step, by BYTES_FORMULA.
+
+  Args:
+    work: work of the step, over all devices.
+    config: ModelConfig.
+    sizes: sizes of the mesh by axis.
+    state_bytes: bytes of parameters and optimizer state on a device.
+    gradient_bytes: bytes of gradients on a device.
+    num_rows: R, rows of the step over all devices.
+    row_tokens: T, tokens of a row.
+    scored_tokens: S, scored tokens of a row.
+  """
   width = jnp.dtype(config.compute_dtype).itemsize
   rows = num_rows / math.prod(sizes[axis] for axis in ROW_AXES)
   touched = 3 if sizes["fsdp"] > 1 else 1
@@ -143,11 +154,12 @@ def collective_bytes(
   num_rows: int,
   row_tokens: int,
 ) -> float:
-  """Estimates the bytes that a device receives, without compiling.
+  """Estimates the bytes that a device receives in a step, without compiling.
 
-  All-gathers of weights over fsdp and reduce-scatters of their float32
-  gradients, the all-reduce of gradients over data, and four all-reduces of
-  activations a layer over tensor, six where the layer is recomputed.
+  The sum of: all-gathers of weights over fsdp and reduce-scatters of their
+  float32 gradients; the all-reduce of gradients over data; two all-reduces of
+  activations over tensor for each pass through a layer; and keys and values
+  over context. See `hbm_bytes` for the arguments.
   """
 
   def share(axis):

@@ -19,7 +19,17 @@ _NOT_COMPILED = Report("", False, math.nan, math.nan, math.nan, "")
 
 
 def candidates(request: Request, limit: int) -> Iterator[dict[str, int]]:
-  """Meshes worth compiling, the most promising by formula first."""
+  """Yields the meshes worth compiling: sizes by axis, the most promising first.
+
+  Meshes that have room by `known_memory` come first, then those that receive
+  fewer bytes by `collective_bytes`. Left out are meshes that do not divide the
+  model or the batch, that split tensors over more than 8 devices, or that split
+  rows of fewer than 8,192 tokens.
+
+  Args:
+    request: request for a plan.
+    limit: most meshes to yield.
+  """
   devices = len(request.topology.devices())
   ranked = []
   for sizes in mesh.factorisations(devices):
@@ -57,12 +67,18 @@ def sweep(
   limit: int,
   get_report: Callable[..., Report] = report,
 ) -> list[dict[str, Any]]:
-  """Compiles the likely meshes; a line for each, the best first.
+  """Compiles the likely meshes; a row for each, the best first.
 
   Args:
     request: request for a plan.
     limit: meshes to compile.
-    get_report: (request, sizes) -> Report; its RuntimeError becomes a line.
+    get_report: (request, sizes) -> Report; its RuntimeError is printed to
+      stderr, and the mesh counts as not compiled.
+
+  Returns:
+    "mesh", "fits" ("yes", "no" or "not compiled"), "peak, GiB",
+    "received, GiB", "step, s" (seconds at the stated MFU) and "bound". A number
+    that is not known is NaN or `hlo.UNREADABLE`.
 
   Raises:
     ValueError: no mesh divides the model and the batch.

@@ -77,7 +77,10 @@ def collective_table(plan: Plan, networks: tuple[str, str]) -> str:
 
 
 def expected_seconds(plan: Plan, request: Request) -> float:
-  """Seconds of a step at the stated MFU or the roofline; NaN if a bound is."""
+  """Seconds of a step at the stated MFU, but at least its largest lower bound.
+
+  NaN if a bound is not known.
+  """
   peak = request.topology.num_chips * request.topology.chip.flops
   seconds = (
     plan.work.model_flops / (peak * request.mfu),
@@ -87,7 +90,10 @@ def expected_seconds(plan: Plan, request: Request) -> float:
 
 
 def slowest(plan: Plan) -> str:
-  """Returns the name of the largest lower bound of a step, if all are known."""
+  """Returns the name of the largest lower bound of the seconds of a step.
+
+  `hlo.UNREADABLE` if one of the bounds is not known.
+  """
   if any(map(math.isnan, plan.bounds.values())):
     return hlo.UNREADABLE
   return max(plan.bounds, key=plan.bounds.get)

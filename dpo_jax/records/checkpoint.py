@@ -98,7 +98,7 @@ class Checkpoints:
     return -value if self._best_is_lower else value
 
   def _is_usable(self, step: int) -> bool:
-    """Returns whether a reader can use a step."""
+    """Returns whether a step can be read; a reader verifies each step once."""
     if not self._is_reader:
       return True
     if step not in self._faults:
@@ -112,13 +112,13 @@ class Checkpoints:
 
   @property
   def steps(self) -> list[int]:
-    """Committed steps, ascending."""
+    """Committed steps, ascending; of a reader, those that are not damaged."""
     found = sorted(c.step for c in self._checkpointer.checkpoints)
     return [step for step in found if self._is_usable(step)]
 
   @property
   def best_step(self) -> int | None:
-    """Step with the best metric; the latest if none was measured."""
+    """Step with the best metric; the latest if none was measured; or None."""
 
     def rank(checkpoint: Any) -> tuple[bool, float, int]:
       is_measured = bool(checkpoint.metrics)
@@ -189,7 +189,7 @@ class Checkpoints:
   def restore(
     self, abstract_state: TrainState, *, step: int | None = None
   ) -> TrainState | None:
-    """Reads a step onto the shardings of the target.
+    """Reads a step onto the shardings of `abstract_state`.
 
     Args:
       abstract_state: ShapeDtypeStructs with shardings.
@@ -215,14 +215,14 @@ class Checkpoints:
   def restore_without_optimizer(
     self, abstract_state: TrainState, *, step: int
   ) -> TrainState:
-    """Reads what an evaluation needs of a step.
+    """Reads what an evaluation needs of a step: all but the optimizer's state.
 
     Args:
       abstract_state: ShapeDtypeStructs with shardings.
       step: step to read.
 
     Returns:
-      The state; its optimizer's state is ().
+      The state; its `opt_state` and `spikes` are ().
 
     Raises:
       ValueError: a checkpoint of another model.

@@ -132,7 +132,9 @@ class MetricsWriter:
         sink.write(step, split, numbers)
 
   def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the samples of a step; later lines are from before a resume.
+    """Writes the samples of a step in place of its own and of later lines.
+
+    Later lines are from before the run resumed. Sinks get no step again.
 
     Args:
       step: steps taken.
@@ -150,13 +152,13 @@ class MetricsWriter:
         sink.write_samples(step, rows)
 
   def write_resumed(self, step: int) -> None:
-    """Records where a run resumes: what it wrote after that step is void."""
+    """Records where a run resumes: lines above it of later steps are void."""
     if self._file is not None and self._is_old:
       line = {"step": step, "split": _RESUMED}
       self._file.append(json.dumps(line) + "\n")
 
   def close(self) -> None:
-    """Closes the files, and the sinks after the plots of the workdir."""
+    """Closes the files, and the sinks, which get the workdir's plots before."""
     if self._file is None:
       return
     self._file.close()
@@ -168,7 +170,7 @@ class MetricsWriter:
 
 
 def _recorded_steps(workdir: Workdir) -> set[tuple[str, int]]:
-  """Returns the splits and steps that the files of a workdir hold."""
+  """Returns the (split, step) pairs in metrics.jsonl and samples.jsonl."""
   found = set()
   if workdir.metrics.exists():
     rows = _read_rows(workdir.metrics, ("step", "split"))
@@ -207,7 +209,7 @@ def read_metrics(
 
 
 def read_samples(workdir: epath.PathLike | Workdir) -> list[dict[str, Any]]:
-  """Reads the lines of samples.jsonl.
+  """Reads samples.jsonl: "step", "prompt", "response" and any "reward".
 
   Raises:
     ValueError: a damaged line; names file and line.
@@ -218,7 +220,13 @@ def read_samples(workdir: epath.PathLike | Workdir) -> list[dict[str, Any]]:
 def _read_rows(
   path: epath.Path, keys: Collection[str]
 ) -> Iterator[dict[str, Any]]:
-  """Yields the lines of a JSONL file, which all must have some keys."""
+  """Yields the rows of a JSONL file, each of which must have `keys`.
+
+  A last line that was not written completely is left out.
+
+  Raises:
+    ValueError: a damaged line; names file and line.
+  """
   *lines, rest = path.read_text().split("\n")
   if rest.endswith("}"):  # otherwise it was not written completely
     lines.append(rest)
@@ -301,7 +309,7 @@ class Clock:
       yield batch
 
   def leave_out(self, seconds: float) -> None:
-    """Subtracts time spent compiling."""
+    """Leaves seconds, spent compiling, out of the next rates."""
     self._seconds -= seconds
 
   def pause(self) -> None:
@@ -311,9 +319,11 @@ class Clock:
     self._since = time.monotonic()
 
   def rates(self) -> dict[str, float]:
-    """Returns groups and tokens a second since the last call, and resets.
+    """Returns the rates since the last call, and starts again.
 
-    With the share of that time that steps waited for data.
+    Returns:
+      "groups_per_second", "tokens_per_second", and "host_wait_fraction", the
+      share of the time that steps waited for data.
     """
     self.pause()
     seconds = max(self._seconds, 1e-9)

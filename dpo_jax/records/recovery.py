@@ -38,7 +38,10 @@ def mark_saved(workdir: Workdir, step: int) -> None:
 def recover(
   workdir: Workdir, *, step: int | None = None, may_restart: bool = False
 ) -> None:
-  """Leaves the steps that a run may resume from, the latest being right.
+  """Leaves only steps that a run may resume from, the right one as the latest.
+
+  Damaged steps, and those after `step`, are moved to quarantine/, which keeps
+  the latest two.
 
   Args:
     workdir: run directory.
@@ -94,7 +97,14 @@ def _adopt_last(workdir: Workdir, step: int) -> None:
 
 
 def _go_back(workdir: Workdir, step: int, steps: list[int]) -> None:
-  """Makes `step` the latest, and forgets what was recorded after it."""
+  """Makes `step` the latest, and removes what was recorded after it.
+
+  Later checkpoints are moved aside. Later lines of metrics.jsonl and
+  samples.jsonl, and later files of eval_logps/, are deleted.
+
+  Raises:
+    ValueError: `step` is not one of `steps`.
+  """
   if step not in steps:
     raise ValueError(
       f"resume.step={step}: {workdir.checkpoints} has the steps"

@@ -61,12 +61,15 @@ def check_same_config(
 ) -> dict[str, list[str]]:
   """Compares a config with the one that a workdir holds, if any.
 
+  Keys that do not decide a result, `total_steps` and `epochs` are ignored.
+
   Args:
     config: resolved.
     workdir: run directory.
 
   Returns:
-    The differences that `resume.allow` accepts, by kind.
+    The differences that `resume.allow` accepts: lines by kind, "config",
+    "data" or "tokenizer".
 
   Raises:
     ValueError: other differences; shows them.
@@ -121,7 +124,8 @@ def check_same(
     build_schedule: (`config.optimizer`, steps) -> rate by step.
 
   Returns:
-    The differences that `resume.allow` accepts, by kind; `record` writes them.
+    The differences that `resume.allow` accepts: lines by kind, "config",
+    "data", "tokenizer", "total_steps" or "format"; `record` writes them.
 
   Raises:
     ValueError: another config, data, tokenizer or template, or another number
@@ -141,10 +145,17 @@ def check_same(
 def _accept(
   kind: str, changed: list[str], config: Any, what: str, remedy: str
 ) -> dict[str, list[str]]:
-  """Returns differences under their kind if they are allowed.
+  """Returns {kind: changed} if `resume.allow` has the kind; {} if all is equal.
+
+  Args:
+    kind: kind of the differences, see `config.DIFFERENCES`.
+    changed: a line for each difference.
+    config: resolved.
+    what: beginning of an error's message.
+    remedy: advice at the end of it.
 
   Raises:
-    ValueError: they are not.
+    ValueError: they are not allowed.
   """
   if not changed:
     return {}
@@ -172,7 +183,11 @@ def _compare_schedules(
   workdir: Workdir,
   build_schedule: Callable[[Any, int], Callable[[int], Any]],
 ) -> dict[str, list[str]]:
-  """Compares the lengths of a decaying schedule, which bends with them."""
+  """Compares total_steps, which decides the rates of a schedule that decays.
+
+  Returns:
+    As `_accept`, of kind "total_steps"; {} for a constant schedule.
+  """
   if config["optimizer"]["schedule"] == "constant":
     return {}
   if not workdir.config.exists():
@@ -207,7 +222,10 @@ def record(
   *,
   step: int | None = None,
 ) -> None:
-  """Records a run in its workdir, at each start.
+  """Records a run in its workdir, at each start: config.json and data.json.
+
+  data.json gets the description if it has none, or if other data are accepted;
+  its history gets the differences and the step.
 
   Args:
     config: resolved.
@@ -277,13 +295,15 @@ def go_back_to(
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns what config.json holds: all but the settings of one start."""
+  """Returns a config as config.json holds it, with `resume` at its defaults."""
   settings = config.to_dict() | {"resume": default_config().resume.to_dict()}
   return json.loads(json.dumps(settings, default=_plain))
 
 
 def with_defaults(recorded: Mapping[str, Any]) -> dict[str, Any]:
-  """Adds the keys that the version lacked which recorded a config.
+  """Adds defaults for the keys that a recorded config lacks.
+
+  An older version may have recorded it, which did not have these keys.
 
   Args:
     recorded: leaves of the config, as JSON, by path.
@@ -306,7 +326,12 @@ def _plain(value: Any) -> Any:
 def _compare_data(
   config: Any, identity: Mapping[str, Any], workdir: Workdir
 ) -> dict[str, list[str]]:
-  """Compares data, tokenizer and template with what a run began with."""
+  """Compares data, tokenizer and template with what a run began with.
+
+  Returns:
+    As `_accept`, of kinds "data" and "tokenizer", or "format" where only the
+    tokenized store differs.
+  """
   before = _read_data(workdir)
   if not _is_described(before):
     return {}

@@ -112,7 +112,7 @@ class Workdir:
 
   @property
   def old_reference_digest(self) -> epath.Path:
-    """Digest of the parameters alone, as older runs recorded it."""
+    """Path of the digest of the parameters alone, as older runs recorded it."""
     return self.path / "reference.txt"
 
   @property
@@ -224,7 +224,7 @@ class Workdir:
     return read_json(self.config)
 
   def write_config(self, config: Mapping[str, Any]) -> None:
-    """Records the resolved config, the format of the folder and its name."""
+    """Writes config.json, and workdir.json with format and name of the run."""
     known = self._read_format()
     if known["format"] != FORMAT or "run" not in known:
       name = known.get("run") or uuid.uuid4().hex
@@ -232,7 +232,10 @@ class Workdir:
     write_json(self.config, config, sort_keys=True)
 
   def record_version(self, version: str) -> None:
-    """Appends a version of the code to git.txt, unless it is the last."""
+    """Appends a version of the code to git.txt, unless it is the last.
+
+    Warns if it differs from the last.
+    """
     before = self.read_lines(self.git)
     if before and before[-1] != version:
       _LOG.warning(
@@ -254,11 +257,11 @@ class Workdir:
     return path.read_text().splitlines() if path.exists() else []
 
   def read_digest(self, path: epath.Path) -> str:
-    """Reads one of the digests; "" where none was recorded."""
+    """Reads a file that holds a digest alone; "" where there is none."""
     return path.read_text().strip() if path.exists() else ""
 
   def write_finished(self, total_steps: int) -> None:
-    """Marks the run as finished; the last file to be written."""
+    """Writes finished.json: "total_steps", and "finished_at", a time in UTC."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     mark = {"total_steps": total_steps, "finished_at": now}
     write_json(self.finished, mark)

@@ -171,7 +171,10 @@ def _copy(source: epath.Path, target: str, num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[str]:
-  """Gives a local path to write to; its file is then copied to `path`."""
+  """Gives a local path to write to; the file is then copied to a remote `path`.
+
+  A local `path` is given itself.
+  """
   path = epath.Path(path)
   if not is_remote(path):
     yield str(path)
@@ -184,11 +187,14 @@ def writing(path: epath.PathLike) -> Iterator[str]:
 
 @contextlib.contextmanager
 def naming(path: epath.PathLike, num_bytes: int) -> Iterator[None]:
-  """Names the file and the bytes in an error of writing, as of a full disk.
+  """Adds the file and the bytes to an OSError of writing, such as a full disk.
 
   Args:
     path: file that is written.
     num_bytes: bytes that are written.
+
+  Raises:
+    OSError: the error of the block, of the same type.
   """
   try:
     yield

@@ -33,7 +33,10 @@ def attach(
   unscored: Loader | None = None,
   label: str = "",
 ) -> list[Loader]:
-  """Gives loaders the reference's log-probs, computing them where needed.
+  """Gives loaders the reference's log-probs; computes and caches missing ones.
+
+  Process 0 writes the caches, and their digests to WORKDIR/reference.json. At
+  step 0 a policy that should start as its reference is compared with it.
 
   Args:
     run: run whose reference is read.
@@ -44,7 +47,7 @@ def attach(
     label: name of the work for `progress.track`; "" shows nothing.
 
   Returns:
-    The loaders, with `ref_logps` where the run's reference is cached.
+    The loaders, with `ref_logps` if the run's reference is cached.
 
   Raises:
     ValueError: a reference, or log-probs, that have changed since the run
@@ -164,7 +167,7 @@ class _Scorer:
       key: key of the cache.
 
     Returns:
-      On process 0, log-probs of all groups.
+      Parts, which on process 0 hold the log-probs of all groups.
 
     Raises:
       NonFiniteError: a log-prob that is not finite.

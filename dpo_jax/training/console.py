@@ -247,7 +247,7 @@ class Console:
 
   @contextlib.contextmanager
   def pause(self) -> Iterator[None]:
-    """Leaves time out of the rates: evaluation and saving."""
+    """Leaves the time inside the context out of the rates."""
     self._clock.pause()
     yield
     self._clock.resume()
@@ -256,7 +256,7 @@ class Console:
   def count(
     self, metrics: Mapping[str, Any], counts: Mapping[str, float]
   ) -> None:
-    """Counts a step, and shows its loss next to the bar."""
+    """Counts num_groups and num_tokens; shows loss and accuracy at the bar."""
     self._clock.count(counts)
     shown = {"loss": format_number(float(metrics["loss"]), 4)}
     if "reward/accuracy" in metrics:
@@ -313,7 +313,12 @@ class Console:
     self._say(split_label(split), text)
 
   def _best(self, split: str, now: int) -> str:
-    """Returns the step of a split that is best by `checkpoint.best_metric`."""
+    """Describes the best step of a split so far, by `checkpoint.best_metric`.
+
+    Returns:
+      Text to append to a line; "" if the metric is of another split, or fewer
+      than two steps have it.
+    """
     metric = self._config.checkpoint.best_metric
     set_name = split.partition("/")[2]
     name = metric.removeprefix(config_lib.metric_prefix(set_name))

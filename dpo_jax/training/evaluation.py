@@ -47,10 +47,11 @@ def evaluate(
     label: name of the work for `progress.track`; "" shows nothing.
 
   Returns:
-    The metrics: `loss`, the objective's own, `displacement`'s, and the bounds
-    of the accuracy's 95 % interval (`reward/accuracy_low`,
-    `reward/accuracy_high`) where it has one. And the fields of Sequences of
-    every group, for `eval_logps.write_records`.
+    The metrics: `loss`, the objective's own, those of `measure.measure` for
+    each of `eval.losses`, `displacement`'s, `num_groups` (groups that the loss
+    can read), and where there is an accuracy the bounds of its 95 % interval,
+    `reward/accuracy_low` and `reward/accuracy_high`. Then the records:
+    `example_ids`, and the fields of Sequences by name, a row for each group.
   """
   read = functools.partial(program.eval_step, params, ref_params)
   ids, sequences = score_all(read, loader, program.placement, label=label)
@@ -85,6 +86,9 @@ def _means(
     per_group: f64 [N], losses.
     num_tokens: f32 [N, K].
     count: groups that the loss can read.
+
+  Returns:
+    The means of the columns, and all that `evaluate` adds to them.
   """
   metrics = {
     # NaN where no group has the metric.

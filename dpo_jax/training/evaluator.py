@@ -47,7 +47,10 @@ class Evaluator:
     self._others: Samples | None = None
 
   def sample_reference(self, state: TrainState) -> None:
-    """Samples from the reference, to compare the policy's samples with."""
+    """Samples from the reference, to compare the policy's samples with.
+
+    Does nothing without held-out sets, or if `eval.num_samples` is 0.
+    """
     if self._run.data.eval and self._run.config.eval.num_samples:
       params = initial_state.reference_params(self._run, state)
       self._others = self._sample(params)
@@ -60,12 +63,16 @@ class Evaluator:
     with_samples: bool,
     skip: Collection[str] = (),
   ) -> dict[str, float]:
-    """Measures the held-out sets, and samples where that is due.
+    """Measures the held-out sets and, if asked, samples; records the metrics.
+
+    `record` receives each set's metrics; those of the samples are the first
+    set's. With `eval.save_logps`, process 0 writes the log-probs too.
 
     Args:
       step: optimizer steps taken.
       state: state on the mesh.
-      with_samples: whether to sample too.
+      with_samples: whether to sample too; ignored without other responses to
+        compare with, see `sample_reference`.
       skip: names of held-out sets to leave out.
 
     Returns:
@@ -101,7 +108,11 @@ class Evaluator:
     return is_edge or (every > 0 and step % every == 0)
 
   def make_up(self, step: int, state: TrainState) -> dict[str, float]:
-    """Measures the sets of a checkpoint that SIGTERM left no time for."""
+    """Evaluates the held-out sets that have no metrics of this step yet.
+
+    SIGTERM left no time for them. Samples are drawn too, if they are due and
+    the first set has no metrics yet.
+    """
     done = {
       name
       for name in self._loaders
@@ -113,7 +124,12 @@ class Evaluator:
     return self.evaluate(step, state, with_samples=with_samples, skip=done)
 
   def _measure_samples(self, step: int, state: TrainState) -> dict[str, float]:
-    """Samples from the policy, and compares with the other responses."""
+    """Samples from the policy, compares with the other responses, and records.
+
+    Returns:
+      `samples.sample_metrics`; and `samples.sampled_kl`, if samples are drawn
+      at temperature 1 without top_k and top_p.
+    """
     drawn = self._sample(state.policy_params)
     wins = self._compare(step, drawn)
     metrics = samples.sample_metrics(drawn, wins)
@@ -187,7 +203,7 @@ class Evaluator:
 
 
 def _rows(drawn: Samples) -> list[dict[str, Any]]:
-  """Returns samples as the rows of samples.jsonl."""
+  """Returns rows of samples.jsonl: "prompt", "response" and any "reward"."""
   rows: list[dict[str, Any]] = [
     {"prompt": prompt, "response": text}
     for prompt, text in zip(drawn.prompt_texts, drawn.texts, strict=True)

@@ -69,7 +69,10 @@ def read_sequences(
 def count_batch(
   objective: Objective | WeightedSum, batch: Batch
 ) -> dict[str, jax.Array]:
-  """Counts the groups and tokens that the objective divides by: f32 [] each."""
+  """Counts what the objective divides by: "num_groups" and "total_tokens".
+
+  Both are f32 []. Groups that the loss cannot read do not count.
+  """
   valid = flatten_groups(batch.valid)
   num_tokens = flatten_groups(logps_lib.num_tokens(batch))
   return {

@@ -150,7 +150,10 @@ class BatchLoss:
 
 
 def sum_and_count(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Sums a metric over the groups that have it; NaN marks those without."""
+  """Returns the sum of a metric, and the number of groups that have it.
+
+  Both are f32 []. NaN marks the groups that do not have it.
+  """
   is_counted = ~jnp.isnan(values)
   return (
     jnp.where(is_counted, values, 0.0).sum(),
@@ -182,7 +185,11 @@ def sum_over_parts(
 
 
 def split_floats(tree: Any) -> tuple[list[jax.Array], Any]:
-  """Splits a tree into the leaves that have gradients, and the others."""
+  """Splits a tree into its floating-point leaves, and the rest.
+
+  Returns:
+    The leaves, which have gradients; and the rest, for `join_floats`.
+  """
   leaves, structure = jax.tree.flatten(tree)
   is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
   floats = [x for x, f in zip(leaves, is_float, strict=True) if f]

@@ -55,7 +55,7 @@ def format_rows(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def join(items: Iterable[str], separator: str = ", ") -> str:
-  """Joins items that `format_rows` is not to break."""
+  """Joins items so that `format_rows` breaks lines between them only."""
   return separator.join(item.replace(" ", _KEPT) for item in items)
 
 
@@ -191,6 +191,9 @@ def mixture_shares(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
   Args:
     entries: `config.data.sources`.
+
+  Returns:
+    Text to append to a line, by source.
   """
   weights = collections.Counter()
   for entry in entries:

@@ -30,6 +30,9 @@ def load_params(run: EvalRun, init: str) -> Any:
 def load_state(run: Run, checkpoints: Checkpoints) -> TrainState:
   """Returns the state of the latest checkpoint, or a fresh one.
 
+  For a fresh state with frozen parameters, it writes their digest to
+  WORKDIR/frozen.txt.
+
   Raises:
     ValueError: frozen parameters that have changed since the run began.
   """

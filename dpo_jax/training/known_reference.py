@@ -68,7 +68,12 @@ def _read_logps(
   known: Mapping[str, str],
   label: str,
 ) -> np.ndarray:
-  """Returns the log-probs of a store from its cache, or computes them."""
+  """Returns the log-probs of a store, f32 [N, K]: from its cache, or computed.
+
+  Raises:
+    ValueError: other log-probs than the run began with, or a damaged cache.
+    FileNotFoundError: no cache, and no parameters to compute them with.
+  """
   folder = cache_folder(run)
   cache = logps_cache.load_cache(folder, key, loader.store.score.shape)
   if cache is not None:
@@ -126,8 +131,11 @@ def both_gone(run: EvalRun, key: str) -> FileNotFoundError:
 def read_reference(run: EvalRun, state: TrainState) -> tuple[Any, str]:
   """Returns the reference's parameters, and their digest.
 
-  A resumed run whose reference was moved has the digest alone, which names its
-  caches. It needs the parameters only if one is gone.
+  A resumed run whose reference was moved gets None and the recorded digest,
+  which names its caches. It needs the parameters only if a cache is gone.
+
+  Raises:
+    FileNotFoundError: the reference is gone, at step 0 or without a record.
   """
   try:
     params = initial_state.reference_params(run, state)
@@ -144,7 +152,8 @@ def known_caches(run: EvalRun, digest: str) -> Mapping[str, str]:
   """Returns the digests of the caches that a run began with, by key.
 
   The target of `reference.init` may have changed since: a run that was
-  trained further, a folder that was written again.
+  trained further, a folder that was written again. If `resume.allow` takes
+  that, the change is added to the history of the run, and no cache is known.
 
   Args:
     run: run that resumes.
@@ -178,7 +187,10 @@ def known_caches(run: EvalRun, digest: str) -> Mapping[str, str]:
 
 
 def _read_digests(workdir: Workdir) -> Mapping[str, Any]:
-  """Reads the digests of a run's reference; "weights" is "" without any."""
+  """Reads reference.json: digests of "weights", and by cache key of "logps".
+
+  "weights" is "" if nothing was recorded.
+  """
   if workdir.reference_digests.exists():
     return read_json(workdir.reference_digests)
   # Older runs recorded that of the weights alone.

@@ -51,7 +51,7 @@ def scale_by_muon() -> optax.GradientTransformation:
 
 
 def _matrix_axes(params: Any) -> Any:
-  """Returns the input and output axes of every matrix."""
+  """Returns the input and output axes of every matrix, for optax's Muon."""
 
   def axes(path, leaf):
     projection, name = _MATRIX.match(path_name(path)).groups()

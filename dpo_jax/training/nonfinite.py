@@ -66,11 +66,17 @@ def check(
 ) -> dict[str, np.ndarray]:
   """Fetches the metrics of a step, and checks that they are finite.
 
+  A step that is not finite is written to the workdir, see `explain`. A step
+  that was skipped is logged.
+
   Args:
     run: run.
     loader: made the batch.
     step: step that was taken.
     advice: gives the end of an error's message.
+
+  Returns:
+    The metrics by name, numpy.
 
   Raises:
     NonFiniteError: they are not finite, or a log-ratio is above its limit.

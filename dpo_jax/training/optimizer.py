@@ -20,6 +20,9 @@ def build_schedule(config: Any, total_steps: int) -> optax.Schedule:
   Returns:
     Step -> learning rate. Step 0 of a warm-up of n steps has 1/n of the peak,
     because a step at rate 0 would be wasted.
+
+  Raises:
+    ValueError: an unknown schedule.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
   if config.schedule == "constant":
@@ -47,6 +50,9 @@ def build_optimizer(
 
   Returns:
     The chain. Norm scales and biases have no weight decay.
+
+  Raises:
+    ValueError: an unknown optimizer.
   """
   decay = {"weight_decay": config.weight_decay, "mask": _is_decayed}
   adamw = optax.adamw(

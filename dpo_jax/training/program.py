@@ -174,7 +174,10 @@ class Program:
 
   @functools.cached_property
   def measure(self) -> Callable[..., Any]:
-    """`measure.make_measure` of all objectives."""
+    """Jitted (sequences, loss_state) -> losses, metrics and which groups count.
+
+    It measures `objective` and `eval_objectives`, see `measure.make_measure`.
+    """
     return measure.make_measure(self.objective, self.eval_objectives)
 
   def _on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,7 +223,10 @@ def build_program(config: Any, policy: Policy, placement: Placement) -> Program:
 
 
 def _loss_kl_weight(settings: Any) -> float:
-  """Returns the weight of the KL in the loss; of rollouts it is a reward's."""
+  """Returns the weight of the KL in the loss: `online.kl_weight` of pairs.
+
+  0 for other kinds; of rollouts it is part of the reward.
+  """
   return settings.kl_weight or 0.0 if settings.kind == "pairs" else 0.0
 
 
@@ -236,7 +242,11 @@ def needs_value_head(objective: Objective | WeightedSum) -> bool:
 
 
 def _check_frozen(config: Any, policy: Policy) -> None:
-  """Checks that frozen parameters, their dtype and the reference agree."""
+  """Raises ValueError unless the reference and dtypes allow what is frozen.
+
+  `policy.param_dtype` must be float32 if all parameters are trained. A live
+  reference must share the frozen parameters of the policy.
+  """
   _, frozen = trainable.split_params(
     policy.abstract_params(), policy.config.frozen
   )
@@ -261,7 +271,11 @@ def _check_frozen(config: Any, policy: Policy) -> None:
 def _eval_objectives(
   config: Any, objective: Objective | WeightedSum
 ) -> tuple[Objective, ...]:
-  """Builds the losses of `eval.losses`, each of which the run can measure."""
+  """Builds the losses of `eval.losses`.
+
+  Raises:
+    ValueError: a loss that reads fields or groups that the run does not have.
+  """
   others = tuple(build_objective({"name": n}) for n in config.eval.losses)
   # Other fields come with every forward pass.
   absent = fields_of("values", "mismatched", "tokens", "on_policy")

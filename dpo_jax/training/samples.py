@@ -247,9 +247,11 @@ def sample_metrics(
     wins: their results against others, from `wins_over`.
 
   Returns:
-    `sample/tokens`; with rewards `sample/reward` and its standard error; with
-    results `sample/win_rate` and its 95 % interval. A judge that compares adds
-    `sample/order_bias` and `sample/left_out`, see `judges.Wins`.
+    `sample/tokens`, the mean length; with rewards `sample/reward`, their mean,
+    and `sample/reward_error`, its standard error; with results
+    `sample/win_rate` and its 95 % interval, `sample/win_rate_low` and `_high`.
+    A judge that compares adds `sample/order_bias` and `sample/left_out`, see
+    `judges.Wins`.
   """
   metrics = {
     "sample/tokens": float(np.mean([len(r) for r in samples.responses]))

@@ -127,7 +127,10 @@ def resolve_spellings(
 def _open_source(
   spelled: Mapping[str, str], key: str, workdir: Workdir
 ) -> model_sources.ModelSource:
-  """Opens a model source, which a resumed run may do without.
+  """Opens the model source of a key; a run that began with it may do without.
+
+  Returns:
+    The source; a MovedSource, with a warning, where a resumed run's is gone.
 
   Raises:
     FileNotFoundError: it does not exist, and the run has not begun with it.

@@ -44,7 +44,7 @@ def check_in_its_layout(
   placement: Placement,
   path: epath.PathLike,
 ) -> None:
-  """Scores some groups again, in the layout of the cache.
+  """Scores the first and the last batch of a cache again, in its layout.
 
   Args:
     step: `reference.make_logps_step`.
@@ -81,13 +81,13 @@ def check_in_float32(
   placement: Placement,
   chunk_size: int,
 ) -> None:
-  """Scores some groups by policy and reference, computing in float32.
+  """Compares policy and reference on about 64 groups, computing in float32.
 
   Args:
     policy: the decoder, without adapters.
     params: parameters of the policy.
     ref_params: parameters of `reference.init`.
-    loader: groups.
+    loader: groups, of which the first batches are scored.
     placement: mesh.
     chunk_size: see `logps.chunked_token_figures`.
 

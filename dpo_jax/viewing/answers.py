@@ -77,6 +77,10 @@ def to_json(answer: Answer, **columns: Any) -> str:
   Args:
     answer: answer of a policy.
     **columns: further columns, such as the name of the policy.
+
+  Returns:
+    An object of "prompt", "response", "is_complete", "num_tokens" (of the
+    response) and the columns; without a line end.
   """
   row = {
     "prompt": answer.prompt,
@@ -95,7 +99,7 @@ def show_streams(
   seed: int,
   write: Callable[[str], Any],
 ) -> Iterator[Answer]:
-  """Answers prompts one by one, writes the text as it comes, and yields it.
+  """Answers prompts one by one, writing the text as it comes; yields answers.
 
   Args:
     policy: policy to ask.

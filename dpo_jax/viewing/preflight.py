@@ -48,7 +48,12 @@ class Report:
 
 
 def make_report(run: Run) -> Report:
-  """Makes the report of a run that is built and not started."""
+  """Makes the report of a run that is built and not started.
+
+  Its facts are "steps", "batch_size", "tokens_per_step", "steps_per_epoch",
+  "length_accuracy", "checks", "reports", and "tokens" by split and kind, see
+  `_summarize`.
+  """
   results = run.data.checks
   loaders = {"train": run.data.train, **header.held_out(run.data)}
   lengths = {split: _lengths(loader) for split, loader in loaders.items()}
@@ -87,13 +92,22 @@ def make_report(run: Run) -> Report:
 
 
 def _summarize(lengths: np.ndarray) -> dict[str, float]:
-  """Returns the number of some lengths, and their percentiles."""
+  """Summarises lengths as their number, "groups", and percentiles.
+
+  The percentiles are "p5", "median", "p95" and "longest", see _PERCENTS.
+  """
   values = np.percentile(lengths, list(_PERCENTS.values())).tolist()
   return {"groups": len(lengths), **dict(zip(_PERCENTS, values, strict=True))}
 
 
 def _length_rows(tokens: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """Returns the rows of the table of lengths."""
+  """Returns the rows of the table of lengths, one for each split and kind.
+
+  "tokens of" has the split and the kind, other columns those of `_summarize`.
+
+  Args:
+    tokens: summaries from `_summarize`, by split and kind.
+  """
   return [
     {"tokens of": f"{split} {name}"}
     | {column: round(value) for column, value in summary.items()}
@@ -103,7 +117,11 @@ def _length_rows(tokens: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _lengths(loader: Loader) -> dict[str, np.ndarray]:
-  """Returns the lengths of the prompts, and of the responses by slot."""
+  """Returns lengths in tokens by kind: i32 [n] each.
+
+  The kinds are "prompts", and for each slot of responses "response K", or of
+  pairs "chosen" and "rejected". Slots without a response are left out.
+  """
   lengths = np.asarray(loader.store.lengths[loader.indices])
   names = [f"response {k}" for k in range(lengths.shape[1] - 1)]
   if len(names) == 2:
@@ -116,7 +134,7 @@ def _lengths(loader: Loader) -> dict[str, np.ndarray]:
 
 
 def _length_accuracy(train: Loader) -> float | None:
-  """Returns the accuracy of choosing the longer response; None of no pairs."""
+  """Returns the accuracy of choosing the longer response; None if not pairs."""
   lengths = train.store.lengths[train.indices, 1:]
   if lengths.shape[1] != 2:
     return None

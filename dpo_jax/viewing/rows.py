@@ -92,7 +92,10 @@ def read_groups(batch: Batch) -> Iterator[Group]:
 
 
 def _read_parts(batch: Batch, row: int) -> Iterator[tuple[int | None, Part]]:
-  """Yields the parts of a row, a response with the group it belongs to."""
+  """Yields the parts of a row: (group of a response, or None, and the part).
+
+  A part without a group is the prompt of the responses after it.
+  """
   labels = list(zip(batch.segments[row], batch.branches[row], strict=True))
   slots = {
     int(batch.last_tokens[row, g, k]): (int(g), int(k))

@@ -104,7 +104,12 @@ def _read(name: str, path: str) -> RunRecord:
 
 
 def config_differences(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
-  """Returns a row for each key, or other fact, that is not the same in all."""
+  """Returns a row for each config key, or other fact, that differs.
+
+  Returns:
+    "key"; and by each run's name the value as text, its middle cut out if it is
+    long, "-" where the run does not have the key.
+  """
   rows = []
   for fields in ("config", "facts"):
     values = [getattr(run, fields) for run in runs]
@@ -119,11 +124,12 @@ def config_differences(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
 
 
 def last_metrics(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-  """Returns a table of the runs' last evaluations.
+  """Returns a table of the last value that each run has of each metric.
 
   Returns:
-    For each held-out split a row for its step and for each metric: "metric" has
-    the split and the name, and each run's name has the value as text, or "-".
+    For each split but "train" a row for its step and for each metric: "metric"
+    has the split and the name, and each run's name has the value as text, or
+    "-".
   """
   splits = dict.fromkeys(
     split for run in runs for split in run.splits if split != "train"
@@ -154,15 +160,15 @@ def _last_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def plot(runs: Sequence[RunRecord], metrics: Sequence[str]) -> Figure:
-  """Plots metrics of the runs over their steps.
+  """Plots metrics of the runs over their steps, below each other.
 
   Args:
     runs: two or more.
     metrics: metrics to plot, of held-out sets where they have them; none for
-      those that are usually looked at.
+      those of `_PLOTTED` that the runs have.
 
   Raises:
-    ValueError: a metric that no run has.
+    ValueError: a metric that no run has, or no metrics at all.
   """
   known = dict.fromkeys(
     metric

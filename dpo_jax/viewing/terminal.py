@@ -12,7 +12,7 @@ _PICTURES[0x7F] = 0x2421
 
 
 def visible(text: str) -> str:
-  """Replaces control characters of a text, other than line breaks and tabs."""
+  """Replaces control characters, except line breaks and tabs, by pictures."""
   return text.translate(_PICTURES)
 
 

@@ -11,7 +11,13 @@ _SHOWN = 5  # samples of each measurement that are written
 
 
 def measure_steps(folder: str, *, plan: Plan) -> list[Row]:
-  """Measures reward and KL of every checkpoint, from new samples of it."""
+  """Measures reward and KL of every checkpoint, from new samples of it.
+
+  The first samples of each are written to FOLDER/gold_samples.jsonl.
+
+  Returns:
+    A row for each checkpoint: `step` and `Bench.metrics`.
+  """
   bench, rows = plan.load_bench(), []
   samples_path = f"{folder}/gold_samples.jsonl"
   open(samples_path, "w", encoding="utf-8").close()
@@ -23,7 +29,13 @@ def measure_steps(folder: str, *, plan: Plan) -> list[Row]:
 
 
 def measure_reference(folder: str, *, plan: Plan) -> list[Row]:
-  """Measures the reference's reward; its KL is 0."""
+  """Measures the reference's reward on new samples; its KL is 0.
+
+  Some are appended to FOLDER/gold_samples.jsonl.
+
+  Returns:
+    One row: `step`, 0, `trained.reward_metrics` and `kl`.
+  """
   bench = plan.load_bench()
   samples = bench.sample(bench.ref_policy, bench.ref_params, seed=11)
   trained.write_samples(
@@ -35,7 +47,11 @@ def measure_reference(folder: str, *, plan: Plan) -> list[Row]:
 def measure_best_of(folder: str, *, plan: Plan, num: int) -> list[Row]:
   """Measures the gold reward of the labeller's best of `num` samples.
 
-  The KL is log N - (N - 1) / N, which is exact where no two rewards tie.
+  The KL is log N - (N - 1) / N, which is exact where no two rewards tie. Some
+  of the best are appended to FOLDER/gold_samples.jsonl.
+
+  Returns:
+    One row: `step`, 0, `trained.reward_metrics` and `kl`.
   """
   bench = plan.load_bench()
   drawn = bench.sample(bench.ref_policy, bench.ref_params, seed=13, count=num)

@@ -66,7 +66,10 @@ def make_prompts(
 
 
 def write_pairs(folder: str, *, plan: Plan) -> None:
-  """Writes held-out prompts, and the ordered pairs of all other prompts.
+  """Samples the reference, and writes held-out prompts and ordered pairs.
+
+  FOLDER/eval_prompts.json has token ids of the held-out prompts. The pairs of
+  all other prompts are in FOLDER/pairs.jsonl, see `order_pairs`.
 
   Raises:
     ValueError: the labeller gives all completions the same reward.
@@ -113,6 +116,10 @@ def order_pairs(
     samples: samples with rewards.
     group: indices of the prompt's samples.
     stop_ids: ids that end a response.
+
+  Yields:
+    {"prompt", "chosen", "rejected", "truncated"}: texts, and whether the chosen
+    and the rejected response were cut off.
   """
   for one, other in itertools.combinations(group, 2):
     best, worst = sorted((one, other), key=lambda i: -samples.rewards[i])

@@ -73,7 +73,8 @@ def _read_halves(plan: Plan) -> list[tuple[list[str], np.ndarray]]:
 def fit_classifiers(folder: str, *, plan: Plan) -> None:
   """Fits the labeller on one half of the reviews, the gold judge on the other.
 
-  Were they one classifier, over-optimisation could not show.
+  Writes FOLDER/labeller.npz and FOLDER/gold.npz. Were they one classifier,
+  over-optimisation could not show.
   """
   for name, (texts, labels) in zip(
     ("labeller", "gold"), _read_halves(plan), strict=True
@@ -82,7 +83,11 @@ def fit_classifiers(folder: str, *, plan: Plan) -> None:
 
 
 def measure_classifiers(folder: str, *, plan: Plan) -> list[Row]:
-  """Measures each classifier's accuracy on the half that it has not seen."""
+  """Measures each classifier's accuracy on the half that it has not seen.
+
+  Returns:
+    One row: `labeller_accuracy` and `gold_accuracy`.
+  """
   out = {}
   for name, (texts, labels) in zip(
     ("labeller", "gold"), _read_halves(plan)[::-1], strict=True
@@ -94,7 +99,11 @@ def measure_classifiers(folder: str, *, plan: Plan) -> list[Row]:
 
 
 def write_demonstrations(folder: str, *, plan: Plan) -> None:
-  """Writes what the reference is tuned on: reviews, cut after five words."""
+  """Writes the texts that the reference is tuned on to FOLDER/texts.jsonl.
+
+  They are {"prompt", "completion"}: reviews cut after five words, those of
+  eight words or fewer left out; or without reviews the synthetic ones.
+  """
   with open(f"{folder}/texts.jsonl", "w", encoding="utf-8") as file:
     if plan.settings.reviews:
       reviews = read_reviews(plan.settings.reviews, plan.size["reviews"])

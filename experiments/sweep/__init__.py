@@ -6,7 +6,12 @@ An experiment is a module with three functions:
   collect(workdir) -> Collected    rows of finished runs, and what is missing
   plot(rows, path) -> list[str]    a pure function of the rows; files written
 
-and `main` gives it a command line:
+`runs` executes nothing. The `path` of `plot` has no extension: PATH.png,
+PATH.pdf and PATH.csv, the rows, are written, and these paths are returned. Many
+modules also have `table(rows)`, which returns the rows of the printed table:
+text or numbers by column. Tables and plots show means over seeds.
+
+`main` gives the module a command line:
 
   python -m experiments.NAME --workdir=W --scale=tiny|paper [--dry_run]
       [--only=ID,...] [--shard=i/n] [--plot]

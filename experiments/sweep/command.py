@@ -74,14 +74,14 @@ def define_judge_flags() -> None:
 
 
 def read_judge_flags() -> dict[str, Any]:
-  """Returns the keys of the config that the command line sets."""
+  """Returns the values of the config that the command line sets, by key."""
   return config_flags.get_override_values(flags.FLAGS["config"])
 
 
 def run_command(
   experiment: Any, table: Table | None, name: str, settings: Settings
 ) -> int:
-  """Runs and reports a sweep.
+  """Runs and reports a sweep; with --dry_run only prints what it costs.
 
   Args:
     experiment: has `runs`, `collect` and `plot`.

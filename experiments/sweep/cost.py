@@ -27,8 +27,11 @@ def estimate(runs: Sequence[Run], scale: str) -> list[Row]:
     scale: "tiny" or "paper", which decides the hardware.
 
   Returns:
-    One row for each run: FLOPs and hours; where a run asks a judge on a
-    server, questions and dollars too.
+    One row for each run: "run", "after", "FLOPs" (text) and "hours"; where a
+    run asks a judge on a server, "questions" and "dollars" too.
+
+  Raises:
+    ValueError: a run that has epochs instead of total_steps.
   """
   _, speed, seconds = _SPEEDS[scale]
   rows = []

@@ -78,7 +78,11 @@ def execute(
 
 
 def _execute_one(run: Run, folder: pathlib.Path) -> None:
-  """Executes a run, and writes its rows to result.json."""
+  """Executes a run under its lock, unless result.json is there.
+
+  Writes spec.json at the start, and at the end result.json: "rows", and
+  "last_seconds", the seconds that this call took.
+  """
   with _lock(folder):
     # Another worker may have finished it since the caller looked.
     if (folder / "result.json").exists():
@@ -99,7 +103,7 @@ def _execute_one(run: Run, folder: pathlib.Path) -> None:
 
 
 def _with_defaults(spec: Mapping[str, Any]) -> dict[str, Any]:
-  """Adds keys of the config that are newer than a spec."""
+  """Adds to a spec the defaults of config keys that are newer than it."""
   prefix = "config."
   config = {
     key.removeprefix(prefix): value
@@ -165,7 +169,11 @@ def _lock(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _wait_for(names: Sequence[str], root: pathlib.Path, waiting: str) -> None:
-  """Waits until other workers have finished runs that `waiting` needs."""
+  """Waits until other workers have finished runs that `waiting` needs.
+
+  Raises:
+    RuntimeError: one of them failed.
+  """
   is_announced = False
   for name in names:
     while not (root / name / "result.json").exists():

@@ -125,7 +125,10 @@ class Grid:
     return collect(workdir)
 
   def table(self, rows: list[Row]) -> list[Row]:
-    """Returns the means over seeds, the best last, as the config says it."""
+    """Returns means over seeds, sorted by the first metric, the best last.
+
+    `checkpoint.best_is_lower` says which value is better.
+    """
     labels, metrics = split_columns(rows)
     by = [name for name in labels if name != "seed"]
     means = mean_and_spread(rows, by, metrics)
@@ -143,7 +146,7 @@ class Grid:
     """Plots each metric against the first key that has numbers.
 
     Lines are the values of the other keys. Seeds are averaged, and their spread
-    is a bar.
+    is a bar. Without metrics nothing is written, and [] is returned.
     """
     labels, metrics = split_columns(rows)
     if not metrics:

@@ -93,8 +93,8 @@ def pivot(
     header: value -> name of its column.
 
   Returns:
-    Win rates as "mean +- spread" over seeds, the rate alone of one seed, and
-    "-" where none was measured.
+    The columns of `by`, then win rates as text: "mean +- spread" over seeds,
+    the rate alone of one seed, and "-" where none was measured.
   """
   means = sweep.mean_and_spread(rows, (*by, column), _METRICS)
   headers = {mean[column]: header(mean[column]) for mean in means}

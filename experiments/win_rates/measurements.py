@@ -91,8 +91,9 @@ class Bench:
       **labels: columns that the row begins with.
 
     Returns:
-      `labels`, `win_rate` and its 95 % interval; the true reward at the tiny
-      scale; `order_bias` and `left_out` of a judge on a server.
+      `labels`; `reward`, the mean true reward, at the tiny scale; and
+      `Wins.metrics`: `win_rate`, its 95 % interval `win_rate_low` and
+      `win_rate_high`, `order_bias` and `left_out`.
 
     Raises:
       ValueError: the judge gives no finite number, or no probability.
@@ -146,12 +147,16 @@ def temperatures(
   """Measures a policy's win rate at each temperature.
 
   Args:
-    folder: folder of this measurement.
+    folder: folder of this measurement, for samples.jsonl.
     plan: plan of the task.
-    policy: run of the policy.
+    policy: folder of the policy's run.
     values: temperatures.
     domain: domain of the prompts; "" is that of the task.
     all_steps: whether every checkpoint is measured, or the last alone.
+
+  Returns:
+    A row for each checkpoint and temperature: `domain`, `step`, `temperature`
+    and those of `Bench.win_rate`.
   """
   bench = Bench.load(plan, domain or plan.task, policy)
   path = f"{folder}/samples.jsonl"
@@ -178,13 +183,17 @@ def best_of(
   """Measures the win rate of the best of N samples at each temperature.
 
   Args:
-    folder: folder of this measurement.
+    folder: folder of this measurement, for samples.jsonl.
     plan: plan of the task.
-    policy: run of the policy that is sampled.
-    reward_model: run of the reward model that chooses.
+    policy: folder of the run of the policy that is sampled.
+    reward_model: folder of the run of the reward model that chooses.
     values: temperatures; not 0, at which all samples are one.
     counts: numbers of samples N; fewer samples are the first of the most.
     by_truth: whether the truth chooses in rows of their own.
+
+  Returns:
+    A row for each temperature, chooser and N: `temperature`, `count` (N),
+    `chosen_by` ("reward model" or "truth") and those of `Bench.win_rate`.
   """
   bench = Bench.load(plan, plan.task, policy)
   choosers = {"reward model": judges.get_judge(f"reward:{reward_model}")}

@@ -106,7 +106,7 @@ class Plan:
 
   @property
   def num_params(self) -> int:
-    """Parameters of the policy, for the estimate; tiny: preset and words."""
+    """Parameters of the policy, for the estimate of the cost."""
     return 92_000 if self.is_tiny else _PAPER_PARAMS[self.task]
 
   @property

@@ -159,7 +159,19 @@ class Builder:
     domain: str = "",
     all_steps: bool = False,
   ) -> None:
-    """Adds the win rates of a policy at temperatures."""
+    """Adds a run that measures a policy's win rate at temperatures.
+
+    The policy and all that it needs are added too, unless they exist.
+
+    Args:
+      experiment: prefix of the run's name.
+      task: "posts" or "questions".
+      method: one of METHODS, which trained the policy.
+      seed: seed of the policy.
+      values: temperatures.
+      domain: domain of the prompts; "" is that of the task.
+      all_steps: whether every checkpoint is measured, or the last alone.
+    """
     plan = self.plan(task)
     num_steps = 1
     if all_steps:
@@ -189,7 +201,18 @@ class Builder:
     *,
     by_truth: bool = False,
   ) -> None:
-    """Adds the win rates of the best of N samples of the reference."""
+    """Adds a run that measures the best of N samples of the reference.
+
+    The reward model that chooses, and all it needs, are added too.
+
+    Args:
+      experiment: prefix of the run's name.
+      task: "posts" or "questions".
+      seed: seed of the policies.
+      values: temperatures, not 0.
+      counts: numbers of samples N.
+      by_truth: whether the truth chooses in rows of their own.
+    """
     plan = self.plan(task)
     reward_model = self.add_policy(task, "reward_model", seed)
     num = plan.size["prompts"] * len(values)
@@ -216,7 +239,18 @@ def _no_rows(folder: str) -> list[Row]:
 def write_data(
   folder: str, *, domain: str, demonstrations: int, pairs: int, seeds: int
 ) -> None:
-  """Writes a domain's tokenizer, demonstrations, pairs and held-out prompts."""
+  """Writes a domain's data as files in a folder.
+
+  They are tokenizer/, demonstrations.jsonl, pairs_sSEED.jsonl for each seed,
+  and eval.jsonl, 1,000 held-out demonstrations.
+
+  Args:
+    folder: folder to write.
+    domain: key of TASKS.
+    demonstrations: number of demonstrations.
+    pairs: number of pairs for each seed.
+    seeds: number of files of pairs.
+  """
   task = TASKS[domain]
   write_tokenizer(f"{folder}/tokenizer")
   write_records(
@@ -229,6 +263,8 @@ def write_data(
 
 def write_articles(folder: str, *, num: int, source: str = _NEWS) -> None:
   """Writes articles as posts to summarise, and their highlights.
+
+  FOLDER/eval.jsonl has {"prompt", "completion"} on each line.
 
   Args:
     folder: folder of the run.

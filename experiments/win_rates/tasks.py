@@ -36,7 +36,7 @@ class Task:
     return judges.per_text(self.reward)
 
   def demonstrations(self, num: int, seed: int) -> Iterator[dict[str, str]]:
-    """Yields {"prompt", "completion"}."""
+    """Yields `num` prompts with a response: {"prompt", "completion"}."""
     rng = random.Random(f"demonstrations {seed}")
     for _ in range(num):
       prompt = self.draw_prompt(rng)
