@@ -34,14 +34,11 @@ def make_labels(method: str, seed: int, **others: Any) -> Row:
 
 
 def collect(workdir: str, best_of: Sequence[int] = ()) -> sweep.Collected:
-  """Collects trained runs, and adds rows that need no training.
+  """Collects rows of the trained runs, and of the exact frontier.
 
   Args:
     workdir: folder of the sweep.
     best_of: numbers of samples N for which Best-of-N gets a row.
-
-  Returns:
-    Rows of the runs, of Best-of-N and of the exact frontier.
   """
   found = sweep.collect(workdir)
   folder = os.path.join(workdir, "reference")
@@ -93,10 +90,7 @@ class Builder:
     self._add_reference()
 
   def use_every_pair_once(self) -> None:
-    """Sets the number of pairs to what the steps take, so each is seen once.
-
-    On-policy methods see as many labels.
-    """
+    """Sets the number of pairs to what the steps take, so each is seen once."""
     self.size = self.size | {"pairs": self.steps * self.batch_size}
 
   @property
@@ -246,7 +240,6 @@ class Builder:
     config.update_from_flattened_dict(changes)
     return config
 
-  # Over 60 lines: an argument for each thing that an experiment varies.
   def add(
     self,
     method: str,

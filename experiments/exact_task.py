@@ -281,7 +281,12 @@ class Task:
     )
 
   def _begins_with(self, beginnings: int) -> np.ndarray:
-    """Returns whether each completion begins with one of the first letters."""
+    """Returns which completions begin with one of the first letters: bool [N].
+
+    Args:
+      beginnings: number of letters that count, from "a" on. The empty
+        completion counts too.
+    """
     first = np.array([text[:1] for text in self.space.texts])
     return first < chr(ord("a") + beginnings)
 

@@ -233,7 +233,11 @@ def _condition(row: Loss, what: str) -> str:
 
 
 def describe_knob(row: Loss, knob: str) -> str:
-  """Returns the meaning and range of a knob in a row."""
+  """Describes a knob of a loss in one phrase, without a full stop.
+
+  The phrase has its meaning, its choices or range (an int has none), and the
+  settings with which it is read.
+  """
   meaning = row.ranges.get(knob, KNOBS[knob])
   text = meaning.doc
   if meaning.choices:

@@ -50,7 +50,7 @@ ROOMS: dict[str, list[str]] = {
     "arrays",
     "functions",
   ],
-  "config": ["values", "keys", "resolve"],
+  "config": ["values", "keys", "online", "resolve"],
   "command_line": [],
   "parallel": [
     "active_mesh",
@@ -294,6 +294,29 @@ def test_imports_point_one_way(parts):
     elif len(parts) > 1:
       assert len(target) > 1, f"{parts} imports its own room"
       assert rank(target) < rank(parts), (parts, target)
+
+
+SOURCES = [
+  path
+  for folder in ("dpo_jax", "configs", "experiments", "benchmarks", "scripts")
+  for path in sorted((ROOT.parent / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_modules_and_functions_are_short_or_say_why_not(path):
+  """400 lines and, without its docstring, 60; a longer one gives a reason."""
+  text = path.read_text()
+  lines, tree = text.split("\n"), ast.parse(text)
+  if len(lines) > 401:
+    assert "400" in (ast.get_docstring(tree) or ""), f"{path}: {len(lines)}"
+  for node in ast.walk(tree):
+    if isinstance(node, ast.FunctionDef):
+      length = node.end_lineno - node.lineno + 1
+      if ast.get_docstring(node):
+        length -= node.body[0].end_lineno - node.body[0].lineno + 1
+      if length > 60:
+        assert "Over 60 lines" in lines[node.lineno - 2], (path, node.name)
 
 
 def test_only_compat_reads_private_names_of_libraries():

@@ -75,7 +75,6 @@ class Plan:
     return shape, rows
 
 
-# Over 60 lines for its 8 arguments; the body is checks and two calls.
 def make_plan(
   store: Store,
   indices: np.ndarray,

@@ -95,11 +95,7 @@ class Store:
   def join(cls, stores: Sequence["Store"]) -> "Store":
     """Concatenates stores, without reading their tokens.
 
-    Args:
-      stores: S stores; groups with fewer slots get empty ones.
-
-    Returns:
-      A store of all groups. Its report has theirs under "sources".
+    Groups with fewer slots get empty ones. The report has theirs in "sources".
     """
     num_slots = max(store.num_slots for store in stores)
     ends = np.cumsum([len(store.tokens) for store in stores])
@@ -281,7 +277,11 @@ def build_store(
 
 
 def _open_sound(folder: str, limits: Limits) -> Store | None:
-  """Opens a store; None if absent, damaged (moved aside) or old (deleted)."""
+  """Opens and checks a token store; None if it must be made again.
+
+  An older version is deleted. A damaged store, or one with a length above
+  `limits.max_tokens`, is renamed to FOLDER.damaged.
+  """
   if not os.path.exists(folder):
     return None
   try:

@@ -172,6 +172,16 @@ class ChatTemplate:
     return {"fault": fault, "ends": True}
 
 
+def parse_date(date: str) -> datetime.date:
+  """Reads `data.template_date`, YYYY-MM-DD; another text is a ValueError."""
+  try:
+    return datetime.date.fromisoformat(date)
+  except ValueError as error:
+    raise ValueError(
+      f"data.template_date={date!r} must be a day as YYYY-MM-DD"
+    ) from error
+
+
 def _error(reply: Mapping[str, Any], request: Request) -> RecordError:
   roles = [message.get("role") for message in request.messages]
   told = f": {reply['told']}" if "told" in reply else ""

@@ -5,7 +5,6 @@ straddles their border.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-import datetime
 import functools
 import hashlib
 import json
@@ -20,7 +19,7 @@ from dpo_jax.data.alphabets import ByteTokenizer, LetterTokenizer
 from dpo_jax.data.dialogues import Request
 from dpo_jax.data.messages import Message, RecordError
 from dpo_jax.data.spellings import Spellings
-from dpo_jax.data.templates import ChatTemplate
+from dpo_jax.data.templates import ChatTemplate, parse_date
 
 _LOG = logging.getLogger(__name__)
 
@@ -110,7 +109,6 @@ class HFTokenizer:
   generation_config.json for the ids of BOS and EOS.
   """
 
-  # Over 60 lines: every attribute depends on those before it.
   def __init__(
     self,
     folder: str,
@@ -170,7 +168,7 @@ class HFTokenizer:
     )
     self.has_chat_template = self.chat_template is not None
     self._template = ChatTemplate(
-      self.chat_template or "", self._special, date=_parse_date(template_date)
+      self.chat_template or "", self._special, date=parse_date(template_date)
     )
     vocabulary = [text, self._special, self.bos_id]
     decisive: list[Any] = [*vocabulary, self.chat_template]
@@ -338,15 +336,6 @@ def _in_parts(message: Message) -> Message:
 def _digest(value: Any) -> str:
   text = json.dumps(value, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _parse_date(date: str) -> datetime.date:
-  try:
-    return datetime.date.fromisoformat(date)
-  except ValueError as error:
-    raise ValueError(
-      f"data.template_date={date!r} must be a day as YYYY-MM-DD"
-    ) from error
 
 
 def has_tokenizer(folder: epath.PathLike) -> bool:

@@ -63,10 +63,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
 
 
 def settle_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
-  """Returns the size of every axis, with -1 and absent axes filled in.
+  """Fills in the size of every axis of a mesh.
+
+  Args:
+    sizes: devices on each axis. One may be -1, the devices that the others
+      leave; an absent axis has 1.
+    num_devices: product that the sizes must have.
+
+  Returns:
+    Size of each axis of AXES.
 
   Raises:
-    ValueError: see `make_mesh`.
+    ValueError: an unknown axis, a size below 1, several -1, or sizes whose
+      product is not `num_devices`.
   """
   unknown = sorted(set(sizes) - set(AXES))
   if unknown:

@@ -48,7 +48,10 @@ class Peers:
     self._decided = threading.Event()
 
   def send(self, **message: Any) -> None:
-    """Sends a message to the watcher."""
+    """Sends the arguments to the watcher as one JSON object.
+
+    Within the context only. Does nothing if the watcher has ended.
+    """
     self._channel.send(**message)
 
   def __enter__(self) -> "Peers":

@@ -317,11 +317,13 @@ def shard_bytes(tree: Any) -> float:
 
 
 def known_memory(subject: Subject) -> dict[str, float]:
-  """Computes the bytes of a device that follow from shapes and shardings.
+  """Computes the memory of a device that follows from shapes and shardings.
 
   Returns:
-    Bytes by kind: "parameters", "optimizer state", "reference", "batch",
-    "gradients" and "logps", the logits of a vocabulary block.
+    Bytes by kind: "parameters" of the policy, "optimizer state", "reference" (0
+    if it holds none), "batch", "gradients" of the trained parameters, and
+    "logps", the logits of a vocabulary block of a microbatch and their
+    gradient, in float32.
   """
   program, batch = subject.program, subject.batch
   state, _ = program.abstract_state()

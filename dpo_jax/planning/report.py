@@ -132,10 +132,14 @@ def report(request: Request, sizes: Mapping[str, int] | None = None) -> Report:
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-  """Calls function(*arguments) in another process, which libtpu may abort.
+  """Calls a function in a new process and returns its result.
+
+  The caller survives if libtpu ends that process. Function, arguments and
+  result must be picklable.
 
   Raises:
-    RuntimeError: the process ended without an answer.
+    RuntimeError: the process ended without an answer. An error that the
+      function raises reaches the caller.
   """
   context = multiprocessing.get_context("spawn")
   with futures.ProcessPoolExecutor(1, mp_context=context) as pool:

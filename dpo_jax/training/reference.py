@@ -23,16 +23,18 @@ from dpo_jax.parallel.placement import Placement
 def make_update(config: Any) -> Callable[[Any, Any, jax.Array], Any] | None:
   """Builds the update of a reference that follows the policy: TR-DPO.
 
-  Gorbatovski et al. 2024 (arXiv:2404.09656): soft for alpha < 1, hard for
-  alpha = 1. optax.incremental_update would mix in the parameters' own dtype;
-  this mixes in float32.
+  Every `config.every_steps` steps each parameter of the reference becomes
+  alpha * policy + (1 - alpha) * reference; at other steps it stays. The sum is
+  in float32: optax.incremental_update would take the parameters' own dtype.
+
+  Gorbatovski et al. 2024, arXiv:2404.09656.
 
   Args:
     config: `config.reference`, resolved.
 
   Returns:
-    (ref_params, params, steps taken) -> ref_params; None for a reference that
-    does not change.
+    (ref_params, params, step) -> ref_params, to be called after every step
+    with the number of steps so far. None unless `config.kind` is "ema".
   """
   if config.kind != "ema":
     return None

@@ -74,7 +74,11 @@ def define_judge_flags() -> None:
 
 
 def read_judge_flags() -> dict[str, Any]:
-  """Returns the values of the config that the command line sets, by key."""
+  """Returns the values that `--config.KEY=` flags set, by key.
+
+  Keys are without "config.", as in {"eval.judge": "api:MODEL"}. The flags of
+  `define_judge_flags` must be parsed.
+  """
   return config_flags.get_override_values(flags.FLAGS["config"])
 
 

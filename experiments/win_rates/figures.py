@@ -84,17 +84,17 @@ def pivot(
   column: str,
   header: Callable[[Any], str],
 ) -> list[Row]:
-  """Returns a row for each group, and a column for each value of `column`.
+  """Makes a table of win rates: a row for each group, a column for each value.
 
   Args:
-    rows: rows of all seeds.
+    rows: rows of all seeds with a `win_rate`, see `measured`.
     by: columns that define a group.
     column: column whose values become columns, ascending.
     header: value -> name of its column.
 
   Returns:
-    The columns of `by`, then win rates as text: "mean +- spread" over seeds,
-    the rate alone of one seed, and "-" where none was measured.
+    The columns of `by`, then win rates as text: "mean +- spread" of several
+    seeds, the rate alone of one, and "-" where there is no row.
   """
   means = sweep.mean_and_spread(rows, (*by, column), _METRICS)
   headers = {mean[column]: header(mean[column]) for mean in means}

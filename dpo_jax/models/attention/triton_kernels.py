@@ -55,13 +55,7 @@ def _scores(
 
 
 def _is_seen(spans: list[jax.Array], keys: jax.Array) -> jax.Array:
-  """Returns whether a query sees a key, by their indices in the row: bool.
-
-  Args:
-    spans: first and end of the query's own interval, then first and end of the
-      part of its prompt that it sees. Ends are not included.
-    keys: indices of keys, of a shape that broadcasts with that of the spans.
-  """
+  """Returns whether queries see keys; spans: own first, end; prompt's too."""
   first, end, prompt_first, prompt_end = spans
   in_own = (keys >= first) & (keys < end)
   return in_own | ((keys >= prompt_first) & (keys < prompt_end))
