@@ -262,8 +262,7 @@ class Task:
 
     Args:
       path: JSONL file, see `write_chosen`.
-      num: number of pairs, the first of 2 num whose completions differ; fewer
-        where fewer differ.
+      num: number of pairs, the first of 2 num whose completions differ.
       label: "bradley_terry", or "argmax" for the larger reward.
       flips: fraction of labels that are flipped.
       seed: seed of the draws.
@@ -281,11 +280,9 @@ class Task:
     )
 
   def _begins_with(self, beginnings: int) -> np.ndarray:
-    """Returns which completions begin with one of the first letters: bool [N].
+    """Returns which completions begin with one of so many letters: bool [N].
 
-    Args:
-      beginnings: number of letters that count, from "a" on. The empty
-        completion counts too.
+    Letters count from "a" on; the empty completion is among them.
     """
     first = np.array([text[:1] for text in self.space.texts])
     return first < chr(ord("a") + beginnings)

@@ -15,6 +15,7 @@ from dpo_jax.losses import (
   KNOBS,
   build_objective,
   mean_over_groups,
+  rewards,
 )
 from dpo_jax.types import Sequences
 from tests.losses import oracles
@@ -456,6 +457,18 @@ def test_alphapo_tends_to_simpo():
   for alpha, tolerance in ((0.0, 1e-6), (1e-3, 5e-3)):
     ours = losses_of(build("alphapo", alpha=alpha), sequences)
     np.testing.assert_allclose(ours, wanted, rtol=tolerance)
+
+
+def test_the_reward_of_alphapo_is_its_formula():
+  """0 where every token is certain; a margin would not show a constant."""
+  sequences = make_sequences(2)
+  logps = jnp.array([[0.0, -3.0]] * len(sequences.logps))
+  sequences = sequences.replace(
+    logps=logps, num_tokens=jnp.full(logps.shape, 2.0)
+  )
+  found = rewards.power_mean_prob(sequences, alpha=0.25)
+  wanted = [0.0, (1.0 - math.exp(0.25 * 1.5)) / 0.25]
+  np.testing.assert_allclose(found, [wanted] * len(logps), rtol=1e-5)
 
 
 def test_robust_loss_over_flipped_labels_averages_to_the_clean_loss():

@@ -71,6 +71,7 @@ def losses_of(objective, sequences):
     ([], "at least one"),
     ([{"name": "dpo"}], "needs a weight above 0"),
     ([{"name": "dpo", "weight": -1}], "needs a weight above 0"),
+    ([{"name": "dpo", "weight": 0}], "needs a weight above 0"),
     ([{"name": "dpo", "weight": 1}] * 2, "one of them twice"),
     (
       [{"name": "dpo", "weight": 1}, {"name": "kto", "weight": 1}],
