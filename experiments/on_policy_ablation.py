@@ -5,10 +5,13 @@
 On the exact task. Every run has the same number of Bradley-Terry labels, 64,000
 at `tiny`. `before` is on-policy DPO as in `exact_frontier.py`; each change is
 made to it alone. The recipe makes several, and is measured at every beta.
-`known features` is the limit that so many labels set: the maximum likelihood of
-a reward whose features are known and whose weights are not, on pairs of the
-reference. `share` is of the frontier at the KL that a policy has reached.
-Hardware: two CPU cores.
+
+Three controls show what limits it. `known features` is the limit that so many
+labels set: the maximum likelihood of a reward whose features are known and
+whose weights are not, on pairs of the reference. At the largest beta the recipe
+is also run with four times the labels, and the same model is trained for as
+many steps on samples of the optimum itself. `share` is of the frontier at the
+KL that a policy has reached. Hardware: two CPU cores.
 """
 
 import functools
@@ -30,6 +33,8 @@ _ROUNDS = 4
 # Of the data only the prompts are read, and there are four.
 _PAIRS = 1000
 _LIMIT = "known features"
+_MORE_LABELS = "recipe, 4 times the labels"
+_OPTIMUM = "samples of the optimum"
 
 
 def changes(steps: int) -> dict[str, dict[str, Any]]:
@@ -72,7 +77,48 @@ def runs(settings: Settings) -> list[Run]:
       for beta in betas:
         run = builder.add_on_policy_dpo(seed, beta, rounds=_ROUNDS, knob=name)
         builder.runs[run].config.update_from_flattened_dict(keys)
+    _add_controls(builder, seed)
   return list(builder.runs.values())
+
+
+def _add_controls(builder: Builder, seed: int) -> None:
+  """Adds more labels, and a fit of the optimum, at the largest beta."""
+  beta, recipe = BETAS[-1], changes(builder.steps)["recipe"]
+  run = builder.add_on_policy_dpo(seed, beta, rounds=1, knob=_MORE_LABELS)
+  fresh = {"online.epochs": 1, "online.every_steps": builder.steps // 5}
+  builder.runs[run].config.update_from_flattened_dict(recipe | fresh)
+  num = recipe["total_steps"] * builder.batch_size
+
+  def write(task: Task, path: str) -> None:
+    rng = np.random.default_rng((seed, 6))
+    prompts = rng.integers(0, len(task.space.prompts), num)
+    best = Task(task.optimum(beta), task.rewards)
+    drawn = best.draw(prompts, 1, rng)[:, 0]
+    exact_task.write_lines(
+      path,
+      (
+        {"prompt": task.space.prompts[p], "completion": task.space.texts[i]}
+        for p, i in zip(prompts, drawn, strict=True)
+      ),
+    )
+
+  data = builder.add_data(
+    f"optimum_samples_s{seed}",
+    write,
+    exact_sweep.make_labels("samples", seed),
+    samples=num,
+    beta=beta,
+  )
+  kept = ("total_steps", "optimizer.name", "optimizer.learning_rate")
+  builder.add(
+    "SFT",
+    dict(name="sft"),
+    seed=seed,
+    beta=beta,
+    knob=_OPTIMUM,
+    data=data,
+    changes={key: recipe[key] for key in kept},
+  )
 
 
 def _add_limit(builder: Builder, num_labels: int, seed: int) -> None:
