@@ -1,1 +1,0 @@
-"""From text to batches: examples, tokens, packed rows."""

@@ -1,1 +1,0 @@
-"""Policy: Flax decoder, log-probs, sampling and checkpoints."""

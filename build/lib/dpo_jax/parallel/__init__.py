@@ -1,1 +1,0 @@
-"""Devices: the mesh, shardings, and steps compiled for them."""

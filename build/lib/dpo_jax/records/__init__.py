@@ -1,1 +1,0 @@
-"""The record of a run: its folder, checkpoints, metrics and traces."""

@@ -1,1 +1,0 @@
-"""Access to the system: JAX internals, files, caches, progress bars."""

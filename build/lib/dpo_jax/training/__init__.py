@@ -1,1 +1,0 @@
-"""Training: what is compiled, how a run is set up, started and measured."""

@@ -1,1 +1,0 @@
-"""Views for people: tokens in colour, answers, reports, runs side by side."""

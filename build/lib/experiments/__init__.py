@@ -1,1 +1,0 @@
-"""Experiments: python -m experiments.NAME."""

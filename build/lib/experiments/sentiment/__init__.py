@@ -1,1 +1,0 @@
-"""Parts of `experiments.imdb_sentiment`: data, runs and measurements."""

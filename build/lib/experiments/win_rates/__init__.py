@@ -1,1 +1,0 @@
-"""Win rates against reference responses: tasks, policies and measurements."""
