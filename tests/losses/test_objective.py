@@ -35,6 +35,7 @@ def losses_of(objective, sequences):
     ({"name": "cdpo", "label_smoothing": 0.5}, r"outside \[0, 0.5\)"),
     ({"name": "cdpo", "label_smoothing": -0.1}, r"outside \[0, 0.5\)"),
     ({"name": "exo", "label_smoothing": 0.0}, "infinite loss"),
+    ({"name": "kto", "desirable_weight": -0.1}, r"outside \[0, inf\)"),
     ({"name": "ipo", "length_normalize": 1}, "must be True or False"),
     ({"name": "f_dpo", "divergence": "tv"}, "must be one of reverse_kl"),
     ({"name": "f_dpo", "alpha": 0.3}, "only with divergence='alpha'"),
@@ -67,6 +68,8 @@ def losses_of(objective, sequences):
       "only with divergence='alpha'",
     ),
     ({"name": "nca", "reward": "logps"}, "no such zero"),
+    ({"name": "kto", "reward": "logps"}, "no such zero"),
+    ({"name": "apo_zero", "reward": "logps"}, "no such zero"),
     ({"name": "aot", "reward": "logps"}, "takes no other reward"),
     ([], "at least one"),
     ([{"name": "dpo"}], "needs a weight above 0"),
@@ -87,6 +90,11 @@ def losses_of(objective, sequences):
 def test_bad_configs_are_refused(config, message):
   with pytest.raises(ValueError, match=message):
     build_objective(config)
+
+
+def test_the_bound_of_a_closed_range_is_in_it():
+  """A weight of 0 leaves the desirable responses out."""
+  build_objective({"name": "kto", "desirable_weight": 0.0})
 
 
 def test_an_unread_knob_of_a_divergence_need_not_be_set_in_another_row():

@@ -283,6 +283,26 @@ def test_the_reference_follows_softly_or_hard():
   assert reference.make_update(resolve(kind="frozen")) is None
 
 
+def test_the_reference_is_moved_by_the_steps_that_are_taken():
+  """After the fourth step, from state.step 3, it is given 4."""
+  params = {"w": jnp.ones(2)}
+  optimizer = optax.sgd(0.5)
+  state = TrainState(
+    step=jnp.int32(3),
+    params=params,
+    opt_state=optimizer.init(params),
+    ref_params={"w": jnp.zeros(2)},
+  )
+
+  def update(ref_params, params, step):
+    return {"w": ref_params["w"] + params["w"] * step}
+
+  after = step_lib._apply_gradients(state, params, optimizer, update)
+  np.testing.assert_array_equal(after.params["w"], [0.5, 0.5])
+  np.testing.assert_array_equal(after.ref_params["w"], [2.0, 2.0])
+  assert after.step == 4
+
+
 @pytest.mark.parametrize(
   ("loss", "settings", "kind"),
   [
