@@ -471,6 +471,14 @@ def test_the_reward_of_alphapo_is_its_formula():
   np.testing.assert_allclose(found, [wanted] * len(logps), rtol=1e-5)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])
+def test_the_reward_of_a_policy_that_is_its_reference_is_0(divergence):
+  sequences = make_sequences(2)
+  sequences = sequences.replace(ref_logps=sequences.logps)
+  found = rewards.f_divergence(sequences, divergence=divergence, alpha=0.5)
+  np.testing.assert_allclose(found, 0.0, atol=1e-6)
+
+
 def test_robust_loss_over_flipped_labels_averages_to_the_clean_loss():
   e = 0.2
   sequences = make_sequences(2)

@@ -155,9 +155,12 @@ def test_reward_logps_makes_dpo_reference_free():
   assert not objective.needs_reference
   sequences = make_sequences(2).replace(ref_logps=None)
   margin = np.asarray(sequences.logps[:, 0] - sequences.logps[:, 1])
+  per_group, metrics, _ = objective.apply(sequences, objective.init())
   np.testing.assert_allclose(
-    losses_of(objective, sequences), np.logaddexp(0, -0.1 * margin), rtol=1e-5
+    per_group, np.logaddexp(0, -0.1 * margin), rtol=1e-5
   )
+  # Beta scales the metrics, as in the row itself.
+  np.testing.assert_allclose(metrics["reward/margin"], 0.1 * margin, rtol=1e-5)
 
 
 def test_a_list_of_losses_is_their_weighted_sum():
@@ -183,6 +186,7 @@ def test_a_list_of_losses_is_their_weighted_sum():
   for name, value in parts.items():
     np.testing.assert_allclose(metrics[f"loss/{name}"], value, rtol=1e-6)
   assert objective.is_coupled
+  assert objective.num_slots == 2
   assert float(state[1]["count"]) == 1.0
 
 
