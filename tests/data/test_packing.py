@@ -148,6 +148,15 @@ def test_every_group_has_one_row_and_no_row_overflows(
     assert num_scored[row].sum() <= 12
 
 
+def test_a_row_takes_as_many_groups_as_it_has_room_for():
+  """Four groups of a token, two to a row."""
+  ones = np.ones(4, np.int64)
+  rows = packing.assign_rows(
+    ones, ones, shape=RowShape(10, 10, 2, 2), layout="shared"
+  )
+  assert rows == [[0, 1], [2, 3]]
+
+
 def test_first_fit_decreasing_by_hand():
   num_tokens = np.array([4, 8, 3, 5, 7, 1])
   rows = packing.assign_rows(

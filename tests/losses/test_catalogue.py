@@ -471,7 +471,9 @@ def test_the_reward_of_alphapo_is_its_formula():
   np.testing.assert_allclose(found, [wanted] * len(logps), rtol=1e-5)
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize(
+  "divergence", ["reverse_kl", "jensen_shannon", "alpha"]
+)
 def test_the_reward_of_a_policy_that_is_its_reference_is_0(divergence):
   sequences = make_sequences(2)
   sequences = sequences.replace(ref_logps=sequences.logps)

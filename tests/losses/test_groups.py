@@ -58,3 +58,21 @@ def test_a_group_without_a_pair_has_no_accuracy():
     "ranking", rewards=[[1.0, 0.0]], score=[[1.0, 0.0]], valid=[[True, False]]
   )
   assert np.isnan(found["reward/accuracy"]).all()
+
+
+def test_a_response_with_a_label_is_right_if_its_reward_has_that_sign():
+  """A label of 1 wants a reward above 0, and a label of 0 one below."""
+  found = metrics_of(
+    "single",
+    rewards=[[2.0], [-1.0], [3.0], [-4.0], [0.0]],
+    score=[[1.0], [1.0], [0.0], [0.0], [0.0]],
+    valid=[[True]] * 5,
+  )
+  np.testing.assert_array_equal(found["reward/accuracy"], [1, 0, 0, 1, 0.5])
+  nan = np.nan
+  np.testing.assert_array_equal(
+    found["reward/chosen"], [2.0, -1.0, nan, nan, nan]
+  )
+  np.testing.assert_array_equal(
+    found["reward/rejected"], [nan, nan, 3.0, -4.0, 0.0]
+  )

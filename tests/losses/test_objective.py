@@ -70,6 +70,7 @@ def losses_of(objective, sequences):
     ({"name": "nca", "reward": "logps"}, "no such zero"),
     ({"name": "kto", "reward": "logps"}, "no such zero"),
     ({"name": "apo_zero", "reward": "logps"}, "no such zero"),
+    ({"name": "bco_pair", "reward": "logps"}, "no such zero"),
     ({"name": "aot", "reward": "logps"}, "takes no other reward"),
     ([], "at least one"),
     ([{"name": "dpo"}], "needs a weight above 0"),
