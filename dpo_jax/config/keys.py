@@ -273,7 +273,12 @@ def default_config() -> ml_collections.ConfigDict:
 def flatten(
   config: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-  """Yields path and value of every leaf, such as ('loss.beta', 0.1)."""
+  """Yields path and value of every leaf, such as ('loss.beta', 0.1).
+
+  Args:
+    config: config, or a part of one. Lists are leaves.
+    prefix: text to put before each path, such as 'loss.'.
+  """
   for key, value in config.items():
     if isinstance(value, Mapping | ml_collections.ConfigDict):
       yield from flatten(value, f"{prefix}{key}.")

@@ -33,7 +33,17 @@ _GAE = dict(discount=1.0, gae_lambda=0.95)  # arXiv:1707.06347, sec. 5
 def resolve_online(
   settings: dict[str, Any], objective: Objective | WeightedSum
 ) -> None:
-  """Fills in the knobs of on-policy batches; checks that they fit the loss."""
+  """Fills in the knobs of on-policy batches; checks that they fit the loss.
+
+  Args:
+    settings: all settings of a run; unset knobs of "online" that its kind
+      reads are set in place.
+    objective: loss of the run.
+
+  Raises:
+    ValueError: a kind that does not fit the loss, knobs that are set and not
+      read, or values that do not go together.
+  """
   online, group = settings["online"], objective.group
   kind = online["kind"]
   if (group == "samples") != (kind == "rollouts"):

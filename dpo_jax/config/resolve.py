@@ -105,6 +105,9 @@ def _freeze(settings: dict[str, Any]) -> ml_collections.FrozenConfigDict:
 def check_keys(config: ml_collections.ConfigDict) -> None:
   """Checks that a config has all keys of `default_config` and no others.
 
+  The keys within `loss` are not checked. `mesh` may lack axes, and `lora` may
+  be None.
+
   Raises:
     ValueError: names all missing and unknown keys at once, unknown ones with
       the nearest that exists.
@@ -265,7 +268,12 @@ def metric_prefix(name: str) -> str:
 def _resolve_reference(
   settings: dict[str, Any], objective: Objective | WeightedSum
 ) -> None:
-  """Sets `reference.kind` if it is "auto", and the knobs of the kind "ema"."""
+  """Sets `reference.kind` if it is "auto", and the knobs of the kind "ema".
+
+  Raises:
+    ValueError: a kind that the loss or the adapters rule out, or knobs of "ema"
+      that are set with another kind.
+  """
   reference = settings["reference"]
   has_adapters = settings["lora"]["rank"] > 0
   live = sorted(objective.needs & fields_of("live_reference"))

@@ -21,7 +21,8 @@ def find_addresses(store: Store, groups: Sequence[int]) -> list[str]:
 
   Returns:
     Addresses such as "pairs.jsonl:37"; "" where the store has no numbers of
-    records, as those of older versions, or the source has changed.
+    records, as those of older versions, or the source has changed or cannot be
+    read, of which a warning is logged.
   """
   found = [""] * len(groups)
   if store.records is None:

@@ -32,9 +32,10 @@ class Plan:
   Attributes:
     shapes: a few shapes, ascending; the largest holds any batch.
     layout: one of packing.LAYOUTS.
-    is_flat: whether all shapes have the same number of rows, the minimum for
-      the mesh, over which groups are dealt out. Otherwise rows have one length,
-      and a batch takes as many as it needs.
+    is_flat: whether all shapes have the same number of rows, over which groups
+      are dealt out: the minimum for the mesh, or one for each group if the
+      layout is "padded". Otherwise rows have one length, and a batch takes as
+      many as it needs.
   """
 
   shapes: tuple[BatchShape, ...]
@@ -92,9 +93,9 @@ def make_plan(
     store: groups.
     indices: groups that the run uses, i64 [M].
     batch_size: groups per step.
-    row_tokens: T; or 0 for one row for each device and accumulation step, which
-      holds any number of groups. Its few lengths are those that pad trial
-      batches least.
+    row_tokens: T; or 0 for `row_multiple` rows, and one for each group if the
+      layout is "padded". Their few lengths are those that pad trial batches
+      least.
     row_multiple: divisor of the number of rows of a batch: devices that shard
       rows, times accumulation steps.
     layout: one of packing.LAYOUTS.

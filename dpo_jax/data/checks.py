@@ -21,8 +21,8 @@ class Check:
   """Check of the table.
 
   Attributes:
-    measure: report of a source, or loaders of a training and a held-out set,
-      -> value.
+    measure: report of a source, the training loader, or a pair of that and the
+      loader of a held-out set -> value.
     limit: value above which it acts.
     message: the finding, with {value} as a number and {share} in per cent,
       and how to fix it.
@@ -169,7 +169,7 @@ def _length_bias(train: Loader) -> float:
 
 
 def length_accuracy(lengths: np.ndarray) -> float:
-  """Accuracy of always choosing the longer response.
+  """Returns the accuracy of always choosing the longer response.
 
   Args:
     lengths: [N, 2], tokens of chosen and rejected; a tie counts a half.
@@ -232,7 +232,8 @@ def run_checks(
 
   Returns:
     A result for each check of each source, of the training groups and of each
-    held-out set.
+    held-out set, those that are "off" too. Without a held-out set its checks
+    run once, for "eval".
   """
   results = [
     _run(name, check, report, report["source"], actions[name])

@@ -23,7 +23,10 @@ def exist(folder: str) -> bool:
 
 
 def write(folder: str) -> None:
-  """Writes size and CRC-32s of a folder's files to its checksums.json."""
+  """Writes size and CRC-32s of a folder's files to its checksums.json.
+
+  The folder holds files only, and no checksums.json yet.
+  """
   names = sorted(os.listdir(folder))
   content = {name: _describe(os.path.join(folder, name)) for name in names}
   with open(os.path.join(folder, _NAME), "w", encoding="utf-8") as file:

@@ -61,7 +61,19 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-  """Record of messages that its chat template has not rendered yet."""
+  """Record of messages that its chat template has not rendered yet.
+
+  Attributes:
+    prompt: messages, at least one.
+    responses: messages of each of K responses, best first.
+    score, truncated: see `Example`.
+    where: file and line, for errors.
+    extras: further variables of the template.
+    scored_turns: "last" or "all", see `examples.parse_records`.
+
+  Raises:
+    Unusable: a response whose scored turns have no content.
+  """
 
   prompt: list[Message]
   responses: list[list[Message]]
@@ -92,7 +104,7 @@ class Dialogue:
     )
 
   def _scored(self, turns: Sequence[Message]) -> list[int]:
-    """Indices of a response's turns that are scored by `scored_turns`."""
+    """Returns the indices of a response's turns that are scored."""
     if self.scored_turns == "last" or len(turns) == 1:
       return list(range(len(turns)))[-1:]
     return [i for i, turn in enumerate(turns) if is_answer(turn)]
@@ -100,7 +112,8 @@ class Dialogue:
   def _borders(self, turns: Sequence[Message]) -> list[tuple[int, bool]]:
     """Returns the prefixes that bound the scored turns.
 
-    Each is a number of turns, and whether the assistant's header follows.
+    Each is a number of turns, and whether the assistant's header follows. The
+    empty prefix and the whole response are not among them.
     """
     scored = self._scored(turns)
     starts = [(i, True) for i in scored if i]
@@ -123,8 +136,8 @@ class Dialogue:
       rendered: texts of `requests`; none is read after an error.
 
     Raises:
-      RecordError: the template fails, or renders a prefix differently if more
-        turns follow.
+      RecordError: the template fails, renders a prefix differently if more
+        turns follow, or writes text that is not Unicode.
     """
     whole_texts = []
     for text in rendered:

@@ -34,8 +34,9 @@ def encode(
   Args:
     examples: texts.
     tokenizer: encodes texts.
-    reads_tokens: whether a special token that is written out in the text, such
-      as '</s>', is encoded as that token and not as ordinary characters.
+    reads_tokens: whether a special token that is written out in plain text,
+      such as '</s>', is encoded as that token and not as ordinary characters.
+      In rendered text it is, unless it is hidden.
 
   Returns:
     For each example, ids of the prompt, and its responses.
@@ -87,16 +88,18 @@ def _join(
   has_tokens: bool,
   is_whole: bool,
 ) -> Response:
-  """Joins the pieces of a response, so that each has one end.
+  """Joins the pieces of a response, so that the last has one end.
 
   A chat template may have ended a turn already, and may have written a line
-  break after it, which a policy never samples.
+  break after it, which a policy never samples: after the last turn it is left
+  out, after an earlier one it is not scored.
 
   Args:
     parts: ids of the pieces, and whether they are scored.
-    tokenizer: its EOS ends a piece without an end.
+    tokenizer: its EOS ends a last piece without an end.
     has_tokens: whether the ids may hold special tokens.
-    is_whole: whether the last piece ends; otherwise its sampler cut it off.
+    is_whole: whether the last piece ends; otherwise its sampler cut it off, and
+      an end that a template wrote is left out.
   """
   ids, scored = [], b""
   for j, (piece, is_scored) in enumerate(parts):

@@ -49,7 +49,8 @@ def parse_record(
   Raises:
     RecordError: columns missing or of the wrong type, or a chat template
       that fails.
-    Unusable: no prompt that both responses share, or an empty answer.
+    Unusable: a record that teaches nothing, such as responses without a shared
+      prompt, or an answer of messages that is empty.
   """
   reading = reading or Reading()
   shaped = shape_records([(where, record)], reading, Seen())
@@ -96,7 +97,7 @@ def parse_records(
     hide: hides what messages spell, see `Spellings.hide`; None hides nothing.
 
   Yields:
-    Examples, responses best first, or the error of a record, when it occurs.
+    For each record, in order, its example, responses best first, or its error.
 
   Raises:
     TimeoutError: rendering took too long; names the record.
@@ -200,7 +201,8 @@ def _extract(
   """Returns prompt, responses and scores as the columns hold them.
 
   A pair has the chosen response first. Without scores in its columns it has
-  the scores 1 and 0; unpaired feedback has its label, a demonstration 1.
+  the scores 1 and 0; unpaired feedback has its label, a demonstration 1. The
+  response of a conversation is its last answer; later messages are left out.
 
   Raises:
     RecordError: a label, score or list of the wrong type.
@@ -256,8 +258,8 @@ def _pair_score(record: Mapping[str, Any], where: str) -> list[float]:
 def _margin(value: Any, where: str) -> float:
   """Reads the column `margin` as the score of the chosen response.
 
-  The rejected one scores 0. A margin of 0 becomes 1e-6, because equal scores
-  would be a tie, and the pair does have an order.
+  The rejected one scores 0. A margin below 1e-6 becomes 1e-6, because equal
+  scores would be a tie, and the pair does have an order.
 
   Raises:
     RecordError: a negative margin, or one that is not a finite number.

@@ -90,7 +90,11 @@ def _choose(record: Record, name: str, allowed: Mapping[Any, Any]) -> Any:
 
 
 def _list(value: Any, name: str) -> list[Any]:
-  """Reads a list, or JSON text of one."""
+  """Reads a list, or JSON text of one.
+
+  Raises:
+    RecordError: anything that is neither; names the column `name`.
+  """
   if isinstance(value, str):
     try:
       value = files.parse_json(value)
@@ -150,7 +154,10 @@ def _sharegpt(record: Record) -> Record:
 
 
 def _from_value(message: Any) -> Any:
-  """Converts a message with `from` and `value` to role and content."""
+  """Converts a message with `from` and `value` to role and content.
+
+  Anything without `from` is returned as it is.
+  """
   if not isinstance(message, Mapping) or "from" not in message:
     return message
   rest = {k: v for k, v in message.items() if k not in ("from", "value")}
@@ -188,7 +195,8 @@ def _helpsteer2(record: Record) -> Record:
 def _helpsteer3(record: Record) -> Record:
   """Returns a pair: below 0 the first response is better, above 0 the second.
 
-  The score of the better one is the absolute value of `overall_preference`.
+  The score of the better one is the absolute value of `overall_preference`; at
+  0 the two are tied, with scores of 0.
   """
   allowed = {i: i for i in range(-3, 4)}
   preference = _choose(record, "overall_preference", allowed)
@@ -270,6 +278,9 @@ def _summaries(record: Record) -> Record:
   """Returns a pair of summaries; prompts are written as in arXiv:2009.01325.
 
   The prompt is a post with subreddit and title, or an article.
+
+  Raises:
+    RecordError: neither of them, or another choice than 0 or 1.
   """
   info, summaries = record["info"], _list(record["summaries"], "summaries")
   winner = _choose(record, "choice", {0: 0, 1: 1})

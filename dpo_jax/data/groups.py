@@ -38,9 +38,12 @@ class Limits:
 
   Attributes:
     max_tokens: prompt and one response together, BOS and EOS included.
-    max_prompt_tokens: tokens that a prompt keeps, counted from its end, if
-      prompt and response do not fit together. A prompt that leaves its
-      responses room is not cut.
+    max_prompt_tokens: tokens that a prompt keeps at least, counted from its
+      end, if it and its longest response do not fit together; more if that
+      leaves room. A prompt that leaves its responses room is not cut.
+
+  Raises:
+    ValueError: max_prompt_tokens not above 0 and below max_tokens.
   """
 
   max_tokens: int
@@ -211,6 +214,8 @@ class _Collected:
   ) -> None:
     """Adds a group, and counts it if it is tied or spells special tokens.
 
+    The caller adds the number of its record to `records`.
+
     Args:
       example: texts and scores of the group.
       prompt: ids of the prompt.
@@ -303,7 +308,7 @@ def _fit(
 
   Raises:
     Unusable: an empty prompt or response, a response with no scored token
-      left, or equal responses.
+      left, or several responses that are all equal.
   """
   if not prompt:
     raise Unusable("empty_prompt")

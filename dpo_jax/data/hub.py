@@ -104,7 +104,7 @@ def open_split(what: str) -> Split:
   """Finds the files of a split; fetches none of them.
 
   Args:
-    what: ORG/NAME[/CONFIG]@REVISION[:SPLIT].
+    what: ORG/NAME[/CONFIG]@REVISION[:SPLIT]; SPLIT is `train` unless told.
 
   Returns:
     The split.
@@ -113,6 +113,7 @@ def open_split(what: str) -> Split:
     ValueError: another spelling; a config or split that is not there, or none
       named where there are several; files of a format that is not read.
     FileNotFoundError: no such data set or revision.
+    ConnectionError: the Hub does not answer.
   """
   match = _SPEC.fullmatch(what)
   if not match:
@@ -377,7 +378,8 @@ def guess_splits(paths: Iterable[str]) -> Splits:
     paths: files; Parquet is preferred to JSON.
 
   Returns:
-    Split -> files; all are of `train` where no name tells a split.
+    Split -> files; all are of `train` where no name tells a split. Where some
+    do, other files are left out. {} without a file that can be read.
   """
   readable = list(filter(_READABLE.search, _data_files(paths)))
   parquet = [path for path in readable if path.endswith(".parquet")]

@@ -35,6 +35,9 @@ class Loader:
     process_count: number of hosts; each fills its own block of rows.
     token_masks: names of the token masks to fill, see Batch.
     mixture: shares of several sources in training batches; None for one.
+
+  Raises:
+    ValueError: no groups to load.
   """
 
   store: Store
@@ -107,10 +110,10 @@ class Loader:
   def eval_order(self, index: int) -> np.ndarray:
     """Returns the groups of an evaluation batch: i64, store indices.
 
-    If rows hold many groups, every batch gets groups of all lengths: batches
-    have about the same number of tokens, so they share a shape. Otherwise a
-    batch gets groups of similar length, which minimises padding. Some batches
-    may hold fewer groups.
+    If groups are dealt to a fixed number of rows, every batch gets groups of
+    all lengths: batches have about the same number of tokens, so they share a
+    shape. Otherwise, also if `data.row_tokens` is set, a batch gets groups of
+    similar length. Some batches may hold fewer groups.
     """
     if self._is_dealt:
       return self._by_length[index :: self.num_eval_batches()]

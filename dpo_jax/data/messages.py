@@ -41,11 +41,13 @@ def read_messages(
       chat template knows it.
 
   Returns:
-    Messages with a role of ROLES, and content that is text or null.
+    Messages with a role of ROLES, or one that `roles` gives. Content is text,
+    or null, absent or an object where the data have it so.
 
   Raises:
     RecordError: a message without a role, of an unknown role, with neither
-      content nor another key, or with a content part that is not text.
+      content nor another key, with a content part that is not text, or with
+      `tool_calls` in text that is not a JSON list.
   """
   return [_read_message(message, where, roles or {}) for message in messages]
 
@@ -142,7 +144,8 @@ def read_extras(record: Mapping[str, Any], where: str) -> dict[str, Any]:
   """Reads the variables of a chat template that a record sets.
 
   TRL's columns `tools`, a list, and `chat_template_kwargs`, an object, are
-  read. Each may be JSON text. Keys that are null are dropped.
+  read. Each may be JSON text, whose nulls are kept; otherwise keys that are
+  null are dropped.
 
   Returns:
     The keys of `chat_template_kwargs`, and "tools" where there are any.

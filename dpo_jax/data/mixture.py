@@ -46,6 +46,9 @@ class Mixture:
   Attributes:
     indices: for each source, i64 [N_s], its groups.
     weights: for each source, its share; need not sum to 1.
+
+  Raises:
+    ValueError: a weight whose share is less than one in 10,000 groups.
   """
 
   indices: tuple[np.ndarray, ...]

@@ -100,8 +100,8 @@ def deal_rows(
 ) -> list[list[int]]:
   """Deals groups to rows of about equal length.
 
-  Each group, longest first, goes to the shortest row. The fullest row is at
-  most 4/3 of the optimum (Graham 1969).
+  Each group, longest first, goes to the shortest row that is not full. If no
+  row fills up, the fullest is at most 4/3 of the optimum (Graham 1969).
 
   Args:
     num_tokens: i64 [B], see `group_tokens`.
@@ -306,7 +306,7 @@ def _lay_out(
 
 
 def _fill_tokens(batch: Batch, parts: _Parts, example_ids: np.ndarray) -> None:
-  """Writes all fields of a batch that have a value for each token."""
+  """Writes all fields of a batch by token, and by scored token."""
   ids = np.concatenate(parts.ids)
   part = np.repeat(np.arange(len(parts.lengths)), parts.lengths)
   row, within = parts.row[part], _index_in_run(part)

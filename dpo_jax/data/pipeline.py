@@ -169,7 +169,8 @@ class Pipeline:
   def _limit(self, held_out: HeldOutGroups) -> HeldOutGroups:
     """Returns held-out sets without groups that the loss cannot use.
 
-    Each keeps its first `eval.max_groups`, if that is above 0.
+    Sets that the loss cannot be measured on stay whole. Each keeps its first
+    `eval.max_groups`, if that is above 0.
 
     Raises:
       ValueError: a set with a name has no group left.
@@ -267,8 +268,8 @@ class Pipeline:
   def _open(self, spec: str) -> tuple[store.Store, np.ndarray]:
     """Opens a source as the loss reads it.
 
-    Pairs are split if `data.split_pairs` asks for it; responses that the loss
-    does not read are left out.
+    Pairs are split if `data.split_pairs` and the loss ask for it; responses
+    that the loss does not read are left out.
 
     Returns:
       Store of N groups, and bool [N], whether the loss learns from each.
@@ -356,7 +357,7 @@ class Pipeline:
   ) -> np.ndarray:
     """Returns whether the loss learns from each group: bool [N].
 
-    The number of the others is logged, by reason.
+    The number of the others is logged, by reason, if responses are read.
 
     Args:
       reasons: reason -> bool [N], groups that cannot be used.

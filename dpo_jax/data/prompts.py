@@ -29,18 +29,23 @@ def settle_prompt(
 ) -> tuple[Any, list[Any]]:
   """Separates a prompt from responses that may repeat it.
 
-  Text of at least 10 characters is repeated if all responses start with it. A
-  text prompt before responses of messages becomes a user's message; before
-  whole conversations it is replaced by the messages that they share.
+  A prompt that all responses start with is taken off them; text must have at
+  least 10 characters. A text prompt before responses of messages becomes a
+  user's message; before whole conversations it is replaced by the messages that
+  they share.
 
   Args:
     prompt, responses: as the columns hold them.
     where: file and line, for errors.
     scored_turns: one of SCORED_TURNS.
-    counts: `prompts_repeated` is increased.
+    counts: `prompts_repeated` is increased if the prompt was taken off.
 
   Returns:
     Text and texts; or messages, and responses that `as_turns` takes.
+
+  Raises:
+    RecordError: a prompt, or a response to text, of another type.
+    Unusable: conversations that share no prompt, or another than the text.
   """
   if not isinstance(prompt, str) and not is_messages(prompt):
     raise RecordError(
@@ -95,7 +100,8 @@ def _split_conversations(
   Args:
     conversations: messages of each.
     scored_turns: "last" splits before the last message. "all" splits at the
-      first message that differs, where it is an answer in all of them.
+      first message that differs, where it is an answer in all of them, and
+      otherwise as "last" does.
 
   Returns:
     Messages of the prompt, and those of each response.
@@ -129,14 +135,14 @@ def split_transcripts(
   """Splits the columns chosen and rejected after the prompt that they share.
 
   Messages are split as `scored_turns` says, see `parse_records`; text after its
-  last "Assistant:" turn.
+  last "Assistant:", with which the prompt ends.
 
   Returns:
     Prompt, and the chosen and the rejected response: text or messages.
 
   Raises:
     RecordError: text without turns, or columns of other types.
-    Unusable: the prompts differ or are empty.
+    Unusable: the prompts differ, or messages lack a prompt or a response.
   """
   both = [record.columns["chosen"], record.columns["rejected"]]
   if all(is_messages(one) for one in both):
@@ -207,8 +213,9 @@ def check_inputs(record: Shaped, prompt: Any) -> None:
 def with_system(prompt: Any, record: Shaped, has_template: bool) -> Any:
   """Puts the column `system` before a prompt, as a message.
 
-  A text prompt becomes a user's message if the record's shape says that it is
-  one (`Shape.is_chat`) and there is a chat template. Otherwise it stays text.
+  A text prompt becomes a user's message if `Shaped.is_chat` says that it is
+  one, it was not split off transcripts, and there is a chat template. Otherwise
+  it stays text.
 
   Returns:
     The prompt: text or messages.

@@ -76,7 +76,10 @@ class Reading:
     self.role_names()
 
   def column_names(self) -> dict[str, str]:
-    """Returns our names of columns -> the data's; "" for one to leave out."""
+    """Returns our names of columns -> the data's.
+
+    The data's name of a column to leave out -> "".
+    """
     return parse_pairs(
       self.columns, "data.columns", "prompt=question,system=sys"
     )
@@ -110,7 +113,7 @@ class Shaped:
     number: number of the record in its source, from 0; of several, the first.
     kind: one of FORMATS.
     columns: those of the format; their messages are clean.
-    is_chat: see `Shape`.
+    is_chat: see `Shape`; a column `system` sets it too.
     inputs: columns that carry input and are not read, as text, which the
       prompt must hold.
     hint: nearest names for columns that may be misspelt, or "".

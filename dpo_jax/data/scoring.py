@@ -63,7 +63,8 @@ def score_all(
   """Collects a step's output for every group, in the order of their indices.
 
   Args:
-    step, loader, placement, label, batches: see `score_batches`.
+    step, loader, placement, label, batches: see `score_batches`; at least one
+      batch.
 
   Returns:
     ids: i64 [n], the groups' indices in the store, ascending.

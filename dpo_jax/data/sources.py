@@ -76,11 +76,12 @@ def open_source(spec: str) -> Source:
     spec: see the module's docstring.
 
   Returns:
-    The source.
+    The source; of the Hub pinned to a commit.
 
   Raises:
-    ValueError: an unknown kind or task.
+    ValueError: an unknown kind, task, TFDS data set, config or split.
     FileNotFoundError: no such file, or data set of the Hub.
+    ConnectionError: the Hub does not answer.
   """
   kind, _, what = spec.partition(":")
   if kind not in KINDS or not what:

@@ -26,7 +26,12 @@ _TOP = 0x10FFFD
 
 
 class Spellings:
-  """The special tokens of a tokenizer, and characters that stand for them."""
+  """The special tokens of a tokenizer, and characters that stand for them.
+
+  Attributes:
+    tokens: spellings of the special tokens, longest first.
+    marks: token -> character that `mark` writes for it.
+  """
 
   def __init__(self, tokens: Sequence[str]):
     """Assigns two characters to each token, and one to each beginning.

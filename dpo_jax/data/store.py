@@ -93,7 +93,7 @@ class Store:
 
   @classmethod
   def join(cls, stores: Sequence["Store"]) -> "Store":
-    """Concatenates stores, without reading their tokens.
+    """Concatenates stores of `build_store`, without reading their tokens.
 
     Groups with fewer slots get empty ones. The report has theirs in "sources".
     """
@@ -250,9 +250,9 @@ def build_store(
     The store, its arrays mapped from disk.
 
   Raises:
-    RecordError: a broken record, with its file and line.
+    RecordError: more broken records than `reading` allows.
     TimeoutError: a chat template that takes too long; names the record.
-    ValueError: no usable group; the message has the counts of records.
+    ValueError: no usable group, or a `cache_dir` that is not local.
   """
   if files.is_remote(cache_dir):
     raise ValueError(

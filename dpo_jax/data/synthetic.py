@@ -69,9 +69,9 @@ _TOKEN = re.compile(rf"(?:{'|'.join(reversed(_PHRASES))})\b|[A-Za-z]+")
 def sentiment(text: str) -> float:
   """Ground-truth reward of a response: its sentiment, in [-4, 4].
 
-  Adjectives add their weight, times that of an intensifier right before
-  them, and with their sign turned after "not"; verdicts add theirs. Words
-  outside the lexicon add nothing.
+  Adjectives and verdicts add their weight, times that of each intensifier right
+  before them, and with their sign turned after "not". Other words add nothing.
+  The case of letters counts.
   """
   total, factor = 0.0, 1.0
   for token in _TOKEN.findall(text):

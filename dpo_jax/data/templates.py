@@ -86,6 +86,7 @@ class ChatTemplate:
 
     Raises:
       TimeoutError: they took longer than `timeout_s`.
+      RecordError: a message holds what JSON cannot.
     """
     deadline = time.monotonic() + timeout_s
     done = 0

@@ -80,7 +80,7 @@ class JsonFile:
       }
 
   def chat_template(self) -> str | None:
-    """Returns the chat template; of several the one named `default`."""
+    """Returns the chat template, of several `default`; None without one."""
     template = self.get("chat_template")
     if isinstance(template, list):
       with _naming(self.path):
@@ -120,7 +120,10 @@ class Encoder:
     self.plain.encode_special_tokens = True
 
   def name_special(self, named: Collection[str]) -> None:
-    """Makes the added tokens special whose spelling `named` holds."""
+    """Makes the added tokens special whose spelling `named` holds.
+
+    It must be called before `spellings` is read, which is computed once.
+    """
     for token in self.plain.get_added_tokens_decoder().values():
       if token.content in named and not token.special:
         for tokenizer in (self.plain, self._with_specials):
@@ -190,7 +193,7 @@ def _build(text: str) -> tokenizers.Tokenizer:
 def _same_kind(
   token: tokenizers.AddedToken, content: str, *, special: bool
 ) -> tokenizers.AddedToken:
-  """Returns a token that matches and strips spaces as `token` does.
+  """Returns a token that strips spaces as `token` does, never normalized.
 
   Args:
     token: added token.

@@ -93,7 +93,7 @@ class Tokenizer(Protocol):
     header: bool,
     extras: Mapping[str, Any] | None = None,
   ) -> str:
-    """Renders messages with the chat template; see `Request`."""
+    """Renders messages, see `Request`; a RecordError says why it cannot."""
 
   def render_batch(
     self, requests: Sequence[Request], *, timeout_s: float = math.inf
@@ -339,7 +339,7 @@ def _digest(value: Any) -> str:
 
 
 def has_tokenizer(folder: epath.PathLike) -> bool:
-  """Returns whether `HFTokenizer` can read a folder."""
+  """Returns whether a folder has files that `HFTokenizer` reads, unchecked."""
   root = epath.Path(folder)
   pair = (root / "vocab.json").exists() and (root / "merges.txt").exists()
   return pair or (root / "tokenizer.json").exists()

@@ -61,7 +61,10 @@ _VALUES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
 class ApiJudge(Comparer):
-  """Compares responses by a model on a server, at temperature 0."""
+  """Compares responses by a model on a server, at temperature 0.
+
+  `eval.api.extra_body` may set another temperature.
+  """
 
   def __init__(
     self, model: str, settings: Any, server: ChatServer | None = None
@@ -97,11 +100,11 @@ class ApiJudge(Comparer):
 
     Returns:
       For each prompt 1.0 if the first is better, 0.0 if the second is, 0.5 for
-      a tie, NaN where the answer is none of these.
+      a tie, NaN where there is no answer or it is none of these.
 
     Raises:
       JudgeError: the server does not answer any more, or more than
-        `eval.api.max_left_out` of the answers are none of A, B and tie.
+        `eval.api.max_left_out` of the questions get none of A, B and tie.
     """
     questions = [
       (self._key(*shown), self._fill(*shown))

@@ -152,13 +152,14 @@ class ChatServer:
     return body.get("max_completion_tokens", limit)
 
   def start(self) -> None:
-    """Allows questions, also after `stop`."""
+    """Allows repeated tries again after `stop`."""
     self._stopped.clear()
 
   def stop(self) -> None:
-    """Stops the requests of other threads until `start`.
+    """Stops `complete` from trying again, in all threads, until `start`.
 
-    Threads that wait to try again wake, and `complete` raises ServerError.
+    Threads that wait to try again wake, unless `sleep` was given, and raise
+    ServerError. A request that is under way, and a first try, still run.
     """
     self._stopped.set()
 
@@ -170,8 +171,9 @@ class ChatServer:
 
     Raises:
       Unanswered: the server refuses this question, or cuts its answer.
-      ServerError: it refuses every question, or does not answer after
-        `eval.api.max_tries`.
+      ServerError: it refuses every question, gives no answer in
+        `eval.api.max_tries`, asks to wait over 10 minutes, or `stop` was
+        called.
     """
     tries = self._settings.max_tries
     for number in range(1, tries + 1):

@@ -100,13 +100,13 @@ def fit_classifier(
     labels: whether each is positive.
     num_buckets: buckets of the hashed n-grams.
     num_steps: full-batch steps.
-    penalty: weight of the squared weights.
+    penalty: of the ridge, penalty / 2 times the sum of squared weights.
 
   Returns:
     The classifier.
 
   Raises:
-    ValueError: no texts, or one class only.
+    ValueError: no texts, one class only, or not a label for each text.
   """
   targets = np.asarray(labels, np.float32)
   if len(texts) != len(targets) or len(set(targets.tolist())) != 2:

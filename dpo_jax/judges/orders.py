@@ -72,6 +72,7 @@ class Wins:
       `win_rate` and the bounds of its 95 % interval, `win_rate_low` and
       `win_rate_high`; `order_bias`: win rate of a response shown first minus
       that of one shown second; `left_out`: pairs without two answers.
+      The rates are NaN if all pairs are left out.
     """
     wins = self.of_pairs
     is_counted = ~np.isnan(wins)
@@ -111,8 +112,12 @@ def compare_in_both_orders(
     responses: texts, one for each prompt.
     others: texts to compare them with, one for each prompt.
 
+  Returns:
+    Results of `responses`, NaN where the judge has no answer.
+
   Raises:
-    ValueError: the judge's answer is not a probability for each pair.
+    ValueError: the judge's answer is not a probability, or NaN, for each pair.
+    JudgeError: the judge does not answer any more.
   """
   pairs = list(zip(prompts, responses, others, strict=True))
   differ = [i for i, (_, ours, theirs) in enumerate(pairs) if ours != theirs]

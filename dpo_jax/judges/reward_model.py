@@ -17,7 +17,11 @@ from dpo_jax.parallel.placement import Placement
 
 
 class RewardModel:
-  """The value head of a trained run, as a judge."""
+  """The value head of a trained run, as a judge.
+
+  It returns f32 [n] for n > 0 prompts and responses. They are encoded as plain
+  text, without a chat template, and cut to the run's `data.max_tokens`.
+  """
 
   _ROWS = 64
 

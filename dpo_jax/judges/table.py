@@ -14,6 +14,7 @@ def read_table(path: str) -> Judge:
     A judge that raises ValueError for a response that the table lacks.
 
   Raises:
+    FileNotFoundError: no such file.
     ValueError: a line that is not such an object.
   """
   table: dict[tuple[str, str], float] = {}
