@@ -33,9 +33,9 @@ class Plan:
     shapes: a few shapes, ascending; the largest holds any batch.
     layout: one of packing.LAYOUTS.
     is_flat: whether all shapes have the same number of rows, over which groups
-      are dealt out: the minimum for the mesh, or one for each group if the
-      layout is "padded". Otherwise rows have one length, and a batch takes as
-      many as it needs.
+      are dealt out: the minimum for the mesh, or at least one for each group
+      in the layout "padded". Otherwise rows have one length, and a batch takes
+      as many as it needs.
   """
 
   shapes: tuple[BatchShape, ...]
@@ -93,8 +93,8 @@ def make_plan(
     store: groups.
     indices: groups that the run uses, i64 [M].
     batch_size: groups per step.
-    row_tokens: T; or 0 for `row_multiple` rows, and one for each group if the
-      layout is "padded". Their few lengths are those that pad trial batches
+    row_tokens: T; or 0 for `row_multiple` rows, or at least one for each group
+      in the layout "padded". Their few lengths are those that pad trial batches
       least.
     row_multiple: divisor of the number of rows of a batch: devices that shard
       rows, times accumulation steps.

@@ -112,6 +112,9 @@ def pin(spec: str) -> str:
 
   Args:
     spec: see the module's docstring.
+
+  Raises:
+    ValueError, FileNotFoundError, ConnectionError: see `hub.open_split`.
   """
   kind, _, what = spec.partition(":")
   return f"hub:{hub.open_split(what).spec}" if kind == "hub" else spec

@@ -70,7 +70,11 @@ class JsonFile:
     return ValueError(f"{self.path}: {key}={shown} must be {allowed}")
 
   def added_tokens(self) -> dict[int, tokenizers.AddedToken]:
-    """Returns the tokens of the key `added_tokens_decoder`, by id."""
+    """Returns the tokens of the key `added_tokens_decoder`, by id.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
     with _naming(self.path):
       return {
         int(i): tokenizers.AddedToken(

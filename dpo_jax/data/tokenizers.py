@@ -93,7 +93,7 @@ class Tokenizer(Protocol):
     header: bool,
     extras: Mapping[str, Any] | None = None,
   ) -> str:
-    """Renders messages, see `Request`; a RecordError says why it cannot."""
+    """Renders messages, see `Request`, or raises RecordError."""
 
   def render_batch(
     self, requests: Sequence[Request], *, timeout_s: float = math.inf
@@ -107,6 +107,7 @@ class HFTokenizer:
   Other files of the folder are read as `transformers` reads them:
   tokenizer_config.json, special_tokens_map.json, and a model's config.json and
   generation_config.json for the ids of BOS and EOS.
+  `json` is the text of tokenizer.json, `chat_template` the template's or None.
   """
 
   def __init__(

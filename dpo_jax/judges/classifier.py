@@ -100,7 +100,7 @@ def fit_classifier(
     labels: whether each is positive.
     num_buckets: buckets of the hashed n-grams.
     num_steps: full-batch steps.
-    penalty: of the ridge, penalty / 2 times the sum of squared weights.
+    penalty: factor of half the sum of the squared weights.
 
   Returns:
     The classifier.

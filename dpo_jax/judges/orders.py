@@ -72,7 +72,7 @@ class Wins:
       `win_rate` and the bounds of its 95 % interval, `win_rate_low` and
       `win_rate_high`; `order_bias`: win rate of a response shown first minus
       that of one shown second; `left_out`: pairs without two answers.
-      The rates are NaN if all pairs are left out.
+      If all are, `win_rate` and `order_bias` are NaN, and the bounds 0 and 1.
     """
     wins = self.of_pairs
     is_counted = ~np.isnan(wins)
