@@ -125,7 +125,7 @@ class ModelSource(abc.ABC):
       value head that the source lacks, have no effect yet.
 
     Raises:
-      FileNotFoundError: a run without a checkpoint.
+      FileNotFoundError: a run without a checkpoint, or weights that are gone.
       ValueError: weights of another shape, or adapters whose base has changed.
     """
     if policy.config.lora is not None:

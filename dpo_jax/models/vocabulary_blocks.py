@@ -108,8 +108,8 @@ class VocabularyBlocks:
   """Blocks of the vocabulary, each with columns from every device's shard.
 
   The kernel [D, V] is viewed as [D, P, V / P], for P devices on the mesh axis
-  `tensor`. A block is `size` columns of all P shards; the last block may be
-  narrower.
+  `tensor`; P = 1 if they do not divide V. A block is `size` columns of all P
+  shards; the last block may be narrower.
   """
 
   def __init__(self, readout: Readout, targets: jax.Array):
@@ -136,7 +136,10 @@ class VocabularyBlocks:
     self.size = min(self.size, self.shard_width)
 
   def view(self, readout: Readout) -> Readout:
-    """Views the kernel as [D, P, V / P] and the bias as [P, V / P]."""
+    """Views the kernel as [D, P, V / P] and the bias as [P, V / P].
+
+    Without `has_shard_axis` it returns the readout as it is.
+    """
     if not self.has_shard_axis:
       return readout
     return jax.tree.map(
