@@ -87,7 +87,8 @@ class ModelSource(abc.ABC):
       vocab_size: ids that the tokenizer may give. Random weights get an
         embedding that large, rounded up to a multiple of 128 (of 8, up to 64);
         the others have their own.
-      value_head: whether the loss reads values.
+      value_head: whether the loss reads values. The value head of a run that
+        is the source stays in any case.
       adapters: `config.lora`; rank 0, or None, for none.
 
     Raises:
