@@ -35,7 +35,7 @@ def export(
 
   Adapters alone have no tokenizer. Their base, with one, is written to a folder
   base in `out` unless the run started from a Hugging Face model or `base` is
-  given. A value head is left out, with a warning.
+  given. A value head is left out; that of a model, with a warning.
 
   Args:
     workdir: run directory.
