@@ -42,8 +42,10 @@ def all_finite(tree: Any) -> jax.Array:
 def params_digest(params: Params) -> str:
   """Computes a digest of parameters that is independent of their sharding.
 
-  Checksums are computed on the devices, in integers modulo 2^32, whose sum does
-  not round and does not depend on the order. Only they are sent to the host.
+  It is a SHA-256 in hexadecimal of paths, shapes, dtypes and values. Checksums
+  of the values are computed on the devices, in integers modulo 2^32, whose sum
+  does not round and does not depend on the order. Only they are sent to the
+  host.
   """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):

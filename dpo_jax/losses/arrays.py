@@ -142,9 +142,11 @@ def evaluate(name: str, arguments: Mapping[str, Any]) -> jax.Array:
 
   Args:
     name: loss that neither couples the batch nor has a state.
-    arguments: arrays of `ARGUMENTS`, knobs, and `valid` (bool [B, K], which
-      slots hold a response; None: all), by name. None stands for an array not
-      given. A name that no loss of this kind of group reads is ignored.
+    arguments: arrays of `ARGUMENTS`, a value of every knob of the loss (there
+      are no defaults), and `valid` (bool [B, K], which slots hold a response;
+      None: all), by name. Every array that the loss may read has a name here;
+      None stands for one not given. A name that no loss of this kind of group
+      reads is ignored.
 
   Returns:
     f32 [B], 0 for a group with too few responses; the caller takes the mean.

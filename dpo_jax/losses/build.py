@@ -27,8 +27,9 @@ def build_objective(config: Any) -> Objective | WeightedSum:
 
   Raises:
     ValueError: unknown loss, reward or link; a combination that is not
-      defined; a knob that does not exist, that this loss does not read, or
-      whose value is out of range; a list that cannot be summed.
+      defined; a knob that does not exist, that this loss does not read, that
+      has no default and is not set, or whose value is out of range; a list
+      that cannot be summed.
   """
   if not isinstance(config, Sequence):
     return _build_one(config)
@@ -49,7 +50,9 @@ def build_objective(config: Any) -> Objective | WeightedSum:
 
 
 def with_sampled_kl(objective: Objective, kl_weight: float) -> Objective:
-  """Adds `regularizers.sampled_kl` to a loss.
+  """Returns a loss with `regularizers.sampled_kl` added.
+
+  Its `to_dict` has "kl_weight", which `build_objective` does not take.
 
   Args:
     objective: loss of on-policy batches that compares with a reference.

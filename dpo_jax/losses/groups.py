@@ -66,10 +66,11 @@ def _order_metrics(
     sequences: slot 0 is the chosen response.
 
   Returns:
-    "NAME/chosen", slot 0; "NAME/rejected", mean of the other slots;
+    "NAME/chosen", slot 0; "NAME/rejected", mean of the other responses;
     "reward/margin", their difference; "reward/accuracy", share of pairs of
-    slots whose earlier one has the higher reward. A tie of rewards counts 0.5.
-    With more than two slots, pairs of equal score are left out.
+    responses whose earlier one has the higher reward, NaN without a pair. A tie
+    of rewards counts 0.5. With more than two slots, pairs of equal score are
+    left out.
   """
   others = sequences.valid.at[:, 0].set(False)
   count = jnp.maximum(others.sum(-1), 1)
@@ -135,9 +136,9 @@ class Group:
   needs_desirable: bool = False
 
   def valid_groups(self, valid: Array) -> Array:
-    """Returns whether each group has `fewest` responses: bool [B, K] -> [B].
+    """Returns which groups have enough responses: bool [B, K] -> bool [B].
 
-    Slots after `num_slots` do not count.
+    Enough is at least `fewest`. Slots after `num_slots` do not count.
     """
     return valid[:, : self.num_slots].sum(-1) >= self.fewest
 

@@ -46,7 +46,7 @@ class Knob:
       value: value set there.
 
     Raises:
-      ValueError: wrong type, or out of range.
+      ValueError: wrong type, none of `choices`, NaN, or out of range.
     """
     about = f": {self.doc}" if self.doc else ""
     wanted = int | float if self.type is float else self.type

@@ -13,7 +13,8 @@ def safe_exp(
   """exp(x), continued by its tangent above x = `straight_above`.
 
   exp of a log-ratio overflows float32 at 89. The tangent keeps value and
-  gradient finite, and the gradient has the right sign.
+  gradient finite (by default up to x = 6,000), and the gradient has the right
+  sign.
 
   Args:
     x: f32 [...].

@@ -107,7 +107,11 @@ class Objective:
     return first_reasons(reasons)
 
   def scored_tokens(self, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
-    """Sums the tokens of valid groups for a per-token mean: f32 []."""
+    """Sums the tokens that a per-token mean divides by: f32 [].
+
+    Only valid groups count, and only the first response of each, but for
+    samples; see `Group.scored_tokens`.
+    """
     is_counted = valid & self.valid_groups(valid)[:, None]
     return self._group.scored_tokens(num_tokens, is_counted)
 
@@ -126,7 +130,8 @@ class Objective:
 
     Returns:
       per_group: f32 [B] loss, 0 for a group that is not valid.
-      metrics: name -> f32 [B], nats; NaN where a group has no value.
+      metrics: name -> f32 [B], see `groups`, without a gradient; NaN where a
+        group has no value.
       loss_state: for the next step.
 
     Raises:
@@ -138,7 +143,7 @@ class Objective:
     return per_group, self._metrics(sequences, rewards), loss_state
 
   def losses(self, sequences: Sequences) -> jax.Array:
-    """Computes the losses alone, of a loss without state: f32 [B]."""
+    """Computes the losses alone, of a loss without state; see `apply`."""
     return self._evaluate(sequences, ())[2]
 
   def _evaluate(
@@ -279,8 +284,8 @@ class WeightedSum:
   """Weighted sum of several losses on the same sequences.
 
   Wang et al. 2024, MPO (arXiv:2411.10442). It has the interface of
-  `Objective`. A metric that several terms have is the first one's; each
-  term's own loss is a metric too.
+  `Objective` but for `losses`, `loss` and `knobs`. A metric that several terms
+  have is the first one's; each term's own loss is a metric too.
 
   Attributes:
     terms: (weight, objective) each.

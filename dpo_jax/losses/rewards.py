@@ -121,7 +121,7 @@ def forward_kl(sequences: Sequences) -> jax.Array:
 
 
 def chi_squared(sequences: Sequences) -> jax.Array:
-  """u + log u: implicit reward under mixed chi-squared regularisation.
+  """u + log u, u = pi / pi_ref: reward of mixed chi-squared regularisation.
 
   The constant -1 that would anchor it cancels in every margin.
   """
@@ -163,7 +163,7 @@ def power_mean_prob(sequences: Sequences, *, alpha: float) -> jax.Array:
 
 
 def log_odds(sequences: Sequences) -> jax.Array:
-  """log p / (1 - p), p = exp of the mean log-prob of a token."""
+  """log(p / (1 - p)), p = exp of a token's mean log-prob; at most 13.8."""
   log_p = mean_logps(sequences)
   return log_p - log1mexp(log_p)
 

@@ -87,7 +87,8 @@ class ModelSource(abc.ABC):
       vocab_size: ids that the tokenizer may give. Random weights get an
         embedding that large, rounded up to a multiple of 128 (of 8, up to 64);
         the others have their own.
-      value_head: whether the loss reads values.
+      value_head: whether the loss reads values. The value head of a run that
+        is the source stays in any case.
       adapters: `config.lora`; rank 0, or None, for none.
 
     Raises:
@@ -125,7 +126,7 @@ class ModelSource(abc.ABC):
       value head that the source lacks, have no effect yet.
 
     Raises:
-      FileNotFoundError: a run without a checkpoint.
+      FileNotFoundError: a run without a checkpoint, or weights that are gone.
       ValueError: weights of another shape, or adapters whose base has changed.
     """
     if policy.config.lora is not None:

@@ -33,6 +33,10 @@ def export(
 ) -> None:
   """Writes a run's best policy to a folder, with tokenizer and README.md.
 
+  Adapters alone have no tokenizer. Their base, with one, is written to a folder
+  base in `out` unless the run started from a Hugging Face model or `base` is
+  given. A value head is left out; that of a model, with a warning.
+
   Args:
     workdir: run directory.
     out: folder to write; it must not hold a model already.
@@ -46,8 +50,8 @@ def export(
   Raises:
     FileNotFoundError: no run, or one without a checkpoint.
     ValueError: a folder that holds a model, an unknown dtype, `only_adapter`
-      of a run that has none, or an upload of adapters whose base is not on the
-      Hub.
+      of a run that has none, `base` without `only_adapter` or not ORG/NAME, or
+      an upload of adapters whose base is not on the Hub.
   """
   run, out = TrainedRun.at(workdir), epath.Path(out)
   model = run.trained_model

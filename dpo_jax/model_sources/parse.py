@@ -44,10 +44,12 @@ def parse(init: str, key: str = "policy.init") -> "ModelSource":
     key: config key, for errors.
 
   Returns:
-    The source. A branch or tag of the Hub is resolved to its commit.
+    The source. A model of the Hub is downloaded, and its branch or tag resolved
+    to a commit.
 
   Raises:
-    ValueError: an unknown spelling, or a workdir of another format.
+    ValueError: an unknown spelling, a model of the Hub without a revision, or a
+      workdir of another format.
     FileNotFoundError: a folder, or a run, that does not exist.
   """
   kind, _, where = init.partition(":")
@@ -105,7 +107,7 @@ class TrainedRun(ModelSource):
 
   @functools.cached_property
   def config(self) -> dict[str, Any]:
-    """The run's resolved config."""
+    """The run's resolved config; a damaged one raises ValueError."""
     config = self.workdir.read_config()
     for key in ("policy", "data"):
       if not isinstance(config.get(key), dict):
@@ -117,7 +119,11 @@ class TrainedRun(ModelSource):
 
   @functools.cached_property
   def trained_model(self) -> ModelConfig:
-    """The shape of what the run trained, adapters included."""
+    """The shape of what the run trained, adapters included.
+
+    Raises:
+      ValueError: a damaged model.json or config.json.
+    """
     path = self.workdir.model
     fields = read_json(path)
     try:
@@ -203,9 +209,11 @@ class TrainedRun(ModelSource):
       mesh: mesh for the parameters.
 
     Returns:
-      Nested dict of arrays, from the same source as the run's.
+      Nested dict of arrays, from the same source as the run's; None if the run
+      trained all parameters.
 
     Raises:
+      FileNotFoundError: the source is gone.
       ValueError: the source has changed since.
     """
     whole = self.start.load(policy, mesh, seed=self.config["seed"])
@@ -239,6 +247,8 @@ class TrainedRun(ModelSource):
 
 def check_frozen(frozen: Any, workdir: Workdir, init: str) -> None:
   """Checks that the frozen parameters of a run are those it began with.
+
+  A run that recorded no digest of them passes.
 
   Args:
     frozen: frozen parameters, as they are now.

@@ -240,7 +240,12 @@ class ModelConfig:
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-    """Makes a config from `dataclasses.asdict`, or from its JSON."""
+    """Makes a config from its `dataclasses.asdict`, also if read from JSON.
+
+    Raises:
+      TypeError: unknown fields, or needed ones that are missing.
+      ValueError: values that do not fit.
+    """
     fields = dict(fields)
     for name, kind in (("rope_scaling", RopeScaling), ("lora", Lora)):
       if isinstance(fields.get(name), Mapping):

@@ -74,7 +74,8 @@ class Decoder(nnx.Module):
       cache: keys and values of earlier tokens, or None.
 
     Returns:
-      [B, T, D] in the compute dtype, and the cache extended by these tokens.
+      [B, T, D] in the compute dtype, and the cache extended by these tokens, or
+      None without one.
     """
     config = self.config
     dtype = jnp.dtype(config.compute_dtype)
@@ -259,8 +260,8 @@ class Policy:
     Args:
       params: from `init`.
       tokens: i32 [B, T].
-      positions: i32 [B, T], position of each token in its sequence; a token
-        attends to the cache up to its own position.
+      positions: i32 [B, T], position of each token in its sequence, below the
+        cache's length; a token is stored there, and attends up to there.
       cache: from `init_cache` or an earlier call.
 
     Returns:

@@ -20,7 +20,8 @@ def filter_logits(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
   """Sets the logits that top-k and nucleus sampling exclude to -inf.
 
   Nucleus sampling: Holtzman et al. 2019 (arXiv:1904.09751). The most likely
-  token is always kept, and so is the token that crosses the threshold.
+  token is always kept, and so is the token that crosses the threshold. Top-k
+  comes first. Tokens as likely as the last one kept are kept too.
 
   Args:
     logits: f32 [B, V].
@@ -241,10 +242,11 @@ def sample_batches(
     label: name of the work for `progress.track`; "" shows nothing.
 
   Yields:
-    Token ids of the responses of a batch.
+    Token ids of the responses of a batch, as `sample` returns them.
 
   Raises:
-    ValueError: an empty prompt, or prompts that leave the model no positions.
+    ValueError: at the first batch: an empty prompt, or prompts that leave the
+      model no positions.
   """
   if not prompts:
     return

@@ -70,12 +70,12 @@ def chunked_token_figures(
       vocabulary, see `online_softmax`; 0 chooses it by the device.
     figures: names of the statistics: "logps", log p(target); "ref_logps", the
       reference's; "alignment", log p(target) - log sum_v p(v)^2, without a
-      gradient; "complement_logps", log(1 - p(target)); "kl",
+      gradient; "complement_logps", log(1 - p(target)), at least -13.8; "kl",
       KL(pi_ref || pi) over the vocabulary.
     ref_hidden: as hidden, of the reference, for "ref_logps" and "kl".
     ref_readout: projection of the reference.
-    is_scored: bool [R, S], positions that count. A chunk without one is skipped
-      and gives zeros. None: all count.
+    is_scored: bool [R, S], positions that count; the values of others have no
+      meaning, as chunks without one are skipped. None: all count.
 
   Returns:
     Those statistics by name, f32 [R, S] each, nats.
@@ -226,12 +226,15 @@ def response_figures(
     batch: packed rows.
     chunk_size: see `chunked_token_figures`.
     needs: optional fields of Sequences to compute. `logps` is always computed,
-      and `ref_logps` if there are ref_params.
+      and `ref_logps` if there are ref_params; without them no field of the
+      reference is. Those of single tokens are only with `token_logps`. Fields
+      that need more than a forward pass, such as `advantages`, are left out.
     max_tokens: M, for the fields of single tokens.
 
   Returns:
-    Fields of Sequences, f32 [R, G, K] each; 0 where a slot has no response.
-    Those of single tokens are [R, G, K, M].
+    Fields of Sequences, f32 [R, G, K] each; 0 where a slot has no response,
+    except in `values`. Those of single tokens are [R, G, K, M], `token_mask`
+    bool.
   """
   hidden, predicting = _hidden_states(policy, params, batch)
   # Sorted, so that all hosts trace the same program.

@@ -43,10 +43,20 @@ PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
-  """Returns the shardings of a policy; see `sharding.param_shardings`."""
+  """Returns the NamedShardings of a policy's parameters, in the same tree.
+
+  Raises:
+    ValueError: see `sharding.param_shardings`.
+  """
   return sharding.param_shardings(abstract_params, mesh, PARTITION_RULES)
 
 
 def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
-  """Returns the shardings of a state; see `sharding.state_shardings`."""
+  """Returns the NamedShardings of a TrainState, in the same tree.
+
+  Args:
+    state: arrays or ShapeDtypeStructs.
+    params: the policy's parameters, which the state mirrors.
+    mesh: see `sharding.state_shardings`.
+  """
   return sharding.state_shardings(state, params, mesh, PARTITION_RULES)

@@ -22,7 +22,8 @@ def split_params(params: Params, frozen: str) -> tuple[Params, Params | None]:
     all are trained.
 
   Raises:
-    ValueError: an expression that matches no parameter, or all of them.
+    ValueError: an invalid expression, one that matches no parameter, or one
+      that leaves none to train.
   """
   has_adapters = lora.has_adapters(params)
   try:

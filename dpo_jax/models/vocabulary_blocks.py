@@ -39,12 +39,21 @@ class TileSizes:
   logits: int
 
   def chunk(self, num_rows: int, length: int) -> int:
-    """Returns the positions of a row in a chunk, for rows of `length`."""
+    """Returns the positions of each row in a chunk.
+
+    Args:
+      num_rows: rows on a device, all of which a chunk has.
+      length: positions of a row, at least 1.
+    """
     most = -(-self.positions // num_rows)
     return -(-length // -(-length // most))  # chunks of equal size
 
   def columns(self, num_positions: int) -> int:
-    """Returns the width of a block for chunks of `num_positions` positions."""
+    """Returns a block's width, a multiple of MIN_COLUMNS and at least that.
+
+    Args:
+      num_positions: positions of a chunk, in all rows of a device.
+    """
     size = self.logits // max(num_positions, 1)
     return max(size // MIN_COLUMNS, 1) * MIN_COLUMNS
 
@@ -108,8 +117,8 @@ class VocabularyBlocks:
   """Blocks of the vocabulary, each with columns from every device's shard.
 
   The kernel [D, V] is viewed as [D, P, V / P], for P devices on the mesh axis
-  `tensor`. A block is `size` columns of all P shards; the last block may be
-  narrower.
+  `tensor`; P = 1 if they do not divide V. A block is `size` columns of all P
+  shards; the last block may be narrower.
   """
 
   def __init__(self, readout: Readout, targets: jax.Array):
@@ -136,7 +145,10 @@ class VocabularyBlocks:
     self.size = min(self.size, self.shard_width)
 
   def view(self, readout: Readout) -> Readout:
-    """Views the kernel as [D, P, V / P] and the bias as [P, V / P]."""
+    """Views the kernel as [D, P, V / P] and the bias as [P, V / P].
+
+    Without `has_shard_axis` it returns the readout as it is.
+    """
     if not self.has_shard_axis:
       return readout
     return jax.tree.map(
@@ -171,7 +183,7 @@ class VocabularyBlocks:
     )
 
   def zeros(self, readout: Readout) -> Readout:
-    """Returns float32 zeros in the shapes of `view`, sharded as the kernel."""
+    """Returns float32 zeros in the shapes of `view`, the kernel's sharded."""
     viewed = jax.tree.map(
       lambda x: jnp.zeros(x.shape, jnp.float32), self.view(readout)
     )

@@ -78,7 +78,14 @@ class Loss:
     return frozenset(f for f in fields if self.is_read(f, knobs))
 
   def is_read(self, what: str, knobs: Mapping[str, Any]) -> bool:
-    """Returns whether a knob or a field is read, given the other knobs."""
+    """Returns whether the conditions on a knob or a field hold.
+
+    True for one without conditions, even if this loss never reads it.
+
+    Args:
+      what: name of the knob or of the field of Sequences.
+      knobs: values of this loss's knobs.
+    """
     return all(
       knobs[knob] == value
       for name, knob, value in self.conditions

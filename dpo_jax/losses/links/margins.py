@@ -104,7 +104,7 @@ def exact(
   """KL divergence from the policy's preference to the smoothed label.
 
   With p = s(beta D) and e = label_smoothing it is p log(p / (1 - e)) +
-  (1 - p) log((1 - p) / e).
+  (1 - p) log((1 - p) / e), which is infinite at e = 0.
   """
   z = beta * margins
   log_p, log_q = jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z)
@@ -125,7 +125,7 @@ def discovered(margins: jax.Array, *, beta: float, tau: float) -> jax.Array:
 
 
 def exponential(margins: jax.Array, *, beta: float) -> jax.Array:
-  """Exponential loss, linear below z = beta D = -80 (`numerics.safe_exp`)."""
+  """Exponential loss exp(-z), z = beta D, linear below z = -80."""
   return safe_exp(-beta * margins)
 
 

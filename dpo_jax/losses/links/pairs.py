@@ -22,7 +22,7 @@ _SMALLEST_FACTOR = 1e-3
 def shifted_reward_logistic(
   rewards: jax.Array, sequences: Sequences, *, beta: float, shift: float
 ) -> jax.Array:
-  """Logistic loss of r_w - shift * r_l."""
+  """Logistic loss -log s(beta (r_w - shift * r_l)), s the sigmoid."""
   del sequences
   return -jax.nn.log_sigmoid(beta * (rewards[:, 0] - shift * rewards[:, 1]))
 
@@ -102,7 +102,7 @@ def noise_contrastive(
 def two_squares(
   rewards: jax.Array, sequences: Sequences, *, beta: float
 ) -> jax.Array:
-  """Squared distances of r_w from 1 / (2 beta) and of r_l from its negative."""
+  """Computes (r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2, in nats^2."""
   del sequences
   target = 0.5 / beta
   return jnp.square(rewards[:, 0] - target) + jnp.square(rewards[:, 1] + target)
@@ -156,7 +156,8 @@ def binary_pair(
   """Classifies each reward against a running mean.
 
   It is -log s(beta r_w - mean) - log s(mean - beta r_l). The mean is over the
-  steps so far, this one included, of the batch's mean beta (r_w + r_l) / 2.
+  steps so far, this one included, of the batch's mean beta (r_w + r_l) / 2 over
+  valid pairs; a step without one does not count. No gradient flows through it.
 
   Returns:
     Loss f32 [B], and the state with the new mean.
@@ -185,7 +186,8 @@ def dynamic_logistic(
 
   It is -log s(beta f D), f = 1 + alpha (mean - average). The mean is that of
   beta D over the batch, the average its moving one over the earlier steps
-  (momentum 0.9). The paper does not define a negative f; it is at least 0.001.
+  (momentum 0.9, from 0). No gradient flows through f. The paper does not define
+  a negative f; it is at least 0.001.
 
   Returns:
     Loss f32 [B], and the state with the new average.

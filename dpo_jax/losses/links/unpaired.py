@@ -71,7 +71,7 @@ def binary(
   A desirable reward should be above it, any other below. The threshold is
   halfway between the mean rewards of the two labels, each over the steps so far
   that had one, this step included. Until a label was seen, it is the mean of
-  the other.
+  the other. No gradient flows through it.
 
   Returns:
     Loss f32 [B], and the state with this step's means.

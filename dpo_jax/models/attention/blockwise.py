@@ -228,7 +228,7 @@ def _key_block(ranges: tuple[jax.Array, ...], step: jax.Array) -> jax.Array:
 def _block_mask(
   query_labels: Any, key_labels: Any, window: jax.Array | None
 ) -> jax.Array:
-  """Computes `attention.shared_prompt_mask` of a block: bool [size, size]."""
+  """Computes the mask of a block, bool [size, size]; padding sees nothing."""
   positions, segments, branches = (x[:, None] for x in query_labels)
   key_positions, key_segments, key_branches = (x[None] for x in key_labels)
   mask = (segments == key_segments) & (segments > 0)

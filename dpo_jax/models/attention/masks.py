@@ -150,7 +150,7 @@ def shared_prompt_mask(segments: jax.Array, branches: jax.Array) -> jax.Array:
 def in_window(
   query_positions: jax.Array, key_positions: jax.Array, window: jax.Array
 ) -> jax.Array:
-  """Returns whether a key is within a query's window.
+  """Returns whether a key is within a query's window, or after the query.
 
   Args:
     query_positions: i32 [B, T].

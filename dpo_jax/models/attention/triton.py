@@ -148,7 +148,7 @@ def attend_triton(
     keys, values, window, scale, soft_cap: see `attention.attend_rows`.
     labels: labels of whole rows.
     first_query: index in the row of the first query.
-    kernels: tiles; None for those of TILES.
+    kernels: tiles; None for those of `choose_kernels`.
 
   Raises:
     ValueError: heads of more than MAX_HEAD_DIM channels.

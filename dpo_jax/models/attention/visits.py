@@ -55,7 +55,7 @@ def visits_of_queries(found: jax.Array, queries: int, keys: int) -> Visits:
   """Computes the key blocks that each query block visits.
 
   Args:
-    found: from `spans`.
+    found: from `spans`, of whole blocks of queries.
     queries: queries of a block.
     keys: keys of a block.
   """

@@ -51,11 +51,13 @@ def load_config(folder: str, **overrides: Any) -> ModelConfig:
       dtypes.
 
   Returns:
-    Shape of the model.
+    Shape of the model. It is untied, with a warning, where the weights have an
+    output projection that differs from the embedding.
 
   Raises:
     FileNotFoundError: a folder without config.json.
-    ValueError: a key whose value this decoder does not support.
+    ValueError: a key whose value this decoder does not support, or a damaged
+      file of weights.
   """
   path = epath.Path(folder) / "config.json"
   if not path.exists():
@@ -115,7 +117,8 @@ def download(spec: str) -> str:
     spec: "ORG/NAME@REVISION".
 
   Returns:
-    The local folder. A token is read only from the environment.
+    The local folder. The login, if any, is that of huggingface_hub, and so are
+    errors of the Hub.
 
   Raises:
     ValueError: a spec without a revision.
@@ -148,9 +151,10 @@ def load_params(folder: str, policy: Policy, shardings: Params) -> Params:
     shardings: tree of Shardings, like the parameters.
 
   Returns:
-    The parameters in `policy.config.param_dtype`.
+    The parameters in the dtypes of `policy.abstract_params`.
 
   Raises:
+    FileNotFoundError: no files of weights, or one of the index is missing.
     ValueError: damaged files; missing, unexpected or misshapen tensors, or
       tensors of integers, all listed at once; or a tensor with a non-finite
       value.

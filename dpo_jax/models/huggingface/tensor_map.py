@@ -310,7 +310,8 @@ def layer_prefix(config: ModelConfig) -> str:
 def tensor_map(config: ModelConfig) -> list[Tensor]:
   """Lists a checkpoint's tensors, and which of our parameters each holds.
 
-  In the order of a forward pass. No tensor holds an adapter or a value head.
+  Embeddings come first, then the layers' norms and projections, the last norm
+  and the head. No tensor holds an adapter or a value head.
   """
   c, names = config, _NAMES.get(config.family, _LLAMA)
   embedding = Part("embedding", (), (c.vocab_size, c.d_model))

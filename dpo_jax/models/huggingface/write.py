@@ -31,6 +31,8 @@ def save_params(
 ) -> None:
   """Writes config.json and safetensors; large models in several files.
 
+  A value head is left out, because transformers has none.
+
   Args:
     folder: folder to write to.
     policy: the decoder, without adapters; merge them first.
