@@ -131,6 +131,8 @@ class Checkpoints:
   def save(self, step: int, state: TrainState, metrics: dict | None) -> None:
     """Starts a save; the state may be donated once this returns.
 
+    Waits for the save before it, and raises what that has failed with.
+
     Args:
       step: optimizer steps taken.
       state: state on the mesh.
@@ -181,7 +183,7 @@ class Checkpoints:
       self.wait()
 
   def wait(self) -> None:
-    """Waits until the last save is committed and has its manifest."""
+    """Waits for the last save and its manifest; raises what it failed with."""
     if self._saving is not None:
       self._saving.result()
       self._saving = None
@@ -196,7 +198,8 @@ class Checkpoints:
       step: step to read; None: the latest.
 
     Returns:
-      The state, or None if there is no checkpoint.
+      The state, or None if there is no checkpoint. Frozen parameters, which
+      no checkpoint holds, are still those of `abstract_state`.
 
     Raises:
       ValueError: a checkpoint of another model or optimizer.
@@ -222,7 +225,8 @@ class Checkpoints:
       step: step to read.
 
     Returns:
-      The state; its `opt_state` and `spikes` are ().
+      The state; its `opt_state` and `spikes` are (), and its frozen parameters
+      still those of `abstract_state`.
 
     Raises:
       ValueError: a checkpoint of another model.
@@ -241,10 +245,10 @@ class Checkpoints:
     return bare.replace(params=loaded["params"], **loaded["rest"])
 
   def restore_params(self, abstract_params: Any, *, step: int) -> Any:
-    """Reads the policy of a step alone.
+    """Reads the trained parameters of a step alone.
 
     Args:
-      abstract_params: ShapeDtypeStructs with shardings.
+      abstract_params: their ShapeDtypeStructs, with shardings.
       step: step to read.
 
     Returns:
