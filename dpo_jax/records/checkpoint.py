@@ -118,7 +118,11 @@ class Checkpoints:
 
   @property
   def best_step(self) -> int | None:
-    """Step with the best metric; the latest if none was measured; or None."""
+    """Step with the best metric, the later of two equals; None without steps.
+
+    Steps without the metric, or all if it is "", are equals that come after the
+    others; and steps that were saved without any metrics come last.
+    """
 
     def rank(checkpoint: Any) -> tuple[bool, float, int]:
       is_measured = bool(checkpoint.metrics)
