@@ -51,6 +51,7 @@ def evaluate(
     FileNotFoundError: no run, or one without a checkpoint yet.
     ValueError: keys that an evaluation does not take or nothing reads, a step
       that does not exist, a file that does, or nothing to measure.
+    JudgeError: the judge does not answer.
   """
   if against not in AGAINST:
     raise ValueError(f"against={against!r} must be one of {', '.join(AGAINST)}")

@@ -86,7 +86,7 @@ def _check_value_head(config: Any, trained: Program) -> None:
 def _warn_of_other_data(run: EvalRun) -> None:
   """Warns of each held-out set whose records have changed since the run began.
 
-  A set that the evaluation reads from another source is not compared.
+  None is compared if the evaluation has another set, or another source of one.
   """
   path = run.workdir.data
   before = read_json(path) if path.exists() else {}

@@ -181,7 +181,7 @@ class OnPolicyLoader:
     return self._source.process_count
 
   def num_tokens(self, step: int) -> int:
-    """Counts the tokens of a step's rows, over all processes."""
+    """Counts the tokens of a step, over all processes, padding left out."""
     return self._loader.num_tokens(step - self._snapshot.step)
 
   def batch(self, step: int) -> Batch:

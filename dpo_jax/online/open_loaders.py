@@ -23,7 +23,8 @@ def open_loaders(
     log-probs, if the reference is cached.
 
   Raises:
-    ValueError: see `cached_reference.attach` and `OnPolicyLoader`.
+    ValueError: see `cached_reference.attach`, which has other errors too, and
+      `OnPolicyLoader`.
   """
   loaders = {n: x for n, x in run.data.eval.items() if n in run.data.measured}
   if run.config.online.kind == "none":

@@ -89,10 +89,10 @@ def sample_responses(
 
 
 def are_cut(responses: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-  """Returns which responses ended at the limit of tokens.
+  """Returns which responses were cut: they do not end with a stop token.
 
-  A tokenizer whose EOS is not in its vocabulary writes texts of one length,
-  and none of them is cut.
+  An empty one counts as cut. A tokenizer whose EOS is not in its vocabulary
+  writes texts of one length, and none of them is cut.
 
   Args:
     responses: i32 [n, K, M], -1 after the end.
@@ -122,13 +122,13 @@ def label_pairs(
     responses: i32 [n, K, M], -1 after the end.
     rewards: f64 [n, K].
     label: "argmax", best against worst; or "bradley_terry", a draw between
-      two by the difference of their rewards.
+      the first two by the difference of their rewards.
     flips: share of the pairs whose order is reversed.
     rng: source of the draws.
 
   Returns:
     i32 [n, 2, M] pairs, all -1 for a tie; f32 [n, 2] rewards; bool [n], which
-    groups are ties: equal responses or equal rewards.
+    groups are ties: equal responses, or with "argmax" equal rewards.
   """
   rows = np.arange(len(rewards))
   if label == "argmax":

@@ -30,8 +30,9 @@ class HostsDifferError(ValueError):
 
 
 def is_tpu_pod() -> bool:
-  """Returns whether this machine is one host of a TPU slice of several.
+  """Returns whether this machine may be one host of a TPU slice of several.
 
+  True too on a Cloud TPU VM by itself, where the environment names no hosts.
   Reads the environment and the devices only. JAX itself asks Google's metadata
   server, which would hang on other machines.
   """
@@ -56,9 +57,11 @@ def joined(
   start_timeout_s: float,
   peer_timeout_s: float,
 ) -> Iterator[None]:
-  """Joins the processes of a run; does nothing on a machine by itself.
+  """Joins the processes of a run.
 
-  Within the context this process ends if another is lost: see `peers`.
+  Without the first three it does nothing on a machine by itself, or where
+  `jax.distributed` is initialized already. Within the context this process ends
+  if another is lost: see `peers`.
 
   Args:
     coordinator_address: HOST:PORT of process 0; None on a TPU pod.

@@ -28,6 +28,8 @@ class OtherHostError(RuntimeError):
 def tell_saved(step: int) -> None:
   """Tells the other hosts the last checkpoint, for the message about a loss.
 
+  Only process 0's word counts. Does nothing in a run of one process.
+
   Args:
     step: step of the last whole checkpoint; 0 for none.
   """

@@ -118,7 +118,11 @@ class Checkpoints:
 
   @property
   def best_step(self) -> int | None:
-    """Step with the best metric; the latest if none was measured; or None."""
+    """Step with the best metric, the later of two equals; None without steps.
+
+    Steps without the metric, or all if it is "", are equals that come after the
+    others; and steps that were saved without any metrics come last.
+    """
 
     def rank(checkpoint: Any) -> tuple[bool, float, int]:
       is_measured = bool(checkpoint.metrics)
@@ -130,6 +134,8 @@ class Checkpoints:
 
   def save(self, step: int, state: TrainState, metrics: dict | None) -> None:
     """Starts a save; the state may be donated once this returns.
+
+    Waits for the save before it, and raises what that has failed with.
 
     Args:
       step: optimizer steps taken.
@@ -181,7 +187,7 @@ class Checkpoints:
       self.wait()
 
   def wait(self) -> None:
-    """Waits until the last save is committed and has its manifest."""
+    """Waits for the last save and its manifest; raises what it failed with."""
     if self._saving is not None:
       self._saving.result()
       self._saving = None
@@ -196,7 +202,8 @@ class Checkpoints:
       step: step to read; None: the latest.
 
     Returns:
-      The state, or None if there is no checkpoint.
+      The state, or None if there is no checkpoint. Frozen parameters, which
+      no checkpoint holds, are still those of `abstract_state`.
 
     Raises:
       ValueError: a checkpoint of another model or optimizer.
@@ -222,7 +229,8 @@ class Checkpoints:
       step: step to read.
 
     Returns:
-      The state; its `opt_state` and `spikes` are ().
+      The state; its `opt_state` and `spikes` are (), and its frozen parameters
+      still those of `abstract_state`.
 
     Raises:
       ValueError: a checkpoint of another model.
@@ -241,10 +249,10 @@ class Checkpoints:
     return bare.replace(params=loaded["params"], **loaded["rest"])
 
   def restore_params(self, abstract_params: Any, *, step: int) -> Any:
-    """Reads the policy of a step alone.
+    """Reads the trained parameters of a step alone.
 
     Args:
-      abstract_params: ShapeDtypeStructs with shardings.
+      abstract_params: their ShapeDtypeStructs, with shardings.
       step: step to read.
 
     Returns:

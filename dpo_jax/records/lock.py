@@ -101,7 +101,7 @@ class Holder:
     return f"process {self.pid} on {self.host}, since {self.since}"
 
   def is_here(self) -> bool:
-    """Returns whether this machine, since its boot, can look up the pid."""
+    """Returns whether its pid is of this machine, boot and pid namespace."""
     return bool(self.machine) and self.machine == _machine()
 
   def is_gone(self) -> bool:

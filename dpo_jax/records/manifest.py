@@ -40,7 +40,8 @@ def verify(folder: epath.PathLike, part: str = "", run_id: str = "") -> str:
   Args:
     folder: folder of the step.
     part: "params" or "rest" to verify that one alone; "" for both.
-    run_id: `Workdir.run_id`; "" takes a step of any run.
+    run_id: `Workdir.run_id`; "" takes a step of any run. A step without run.txt
+      is taken in any case.
   """
   others = {"params", "rest"} - {part} if part else set()
   folder = epath.Path(folder)

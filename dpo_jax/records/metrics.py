@@ -152,7 +152,10 @@ class MetricsWriter:
         sink.write_samples(step, rows)
 
   def write_resumed(self, step: int) -> None:
-    """Records where a run resumes: lines above it of later steps are void."""
+    """Records where a run resumes: lines above it of later steps are void.
+
+    Writes nothing if this writer has begun metrics.jsonl.
+    """
     if self._file is not None and self._is_old:
       line = {"step": step, "split": _RESUMED}
       self._file.append(json.dumps(line) + "\n")
@@ -195,7 +198,12 @@ def read_metrics(
   A run that resumes at a step says so in a line, and trains the steps after it
   again: lines of these steps that stand above it do not count.
 
+  Returns:
+    A dict for each step, ascending: "step", "split" and the metrics by name,
+    None for one that is not finite.
+
   Raises:
+    FileNotFoundError: no metrics.jsonl.
     ValueError: a damaged line; names file and line.
   """
   path = Workdir.at(workdir).metrics
@@ -212,6 +220,7 @@ def read_samples(workdir: epath.PathLike | Workdir) -> list[dict[str, Any]]:
   """Reads samples.jsonl: "step", "prompt", "response" and any "reward".
 
   Raises:
+    FileNotFoundError: no samples.jsonl.
     ValueError: a damaged line; names file and line.
   """
   return list(_read_rows(Workdir.at(workdir).samples, ("prompt", "response")))
@@ -270,6 +279,10 @@ def read_evaluation(
   Returns:
     Metrics named as `checkpoint.best_metric` names them; NaN where a set has
     none. Empty without an evaluation.
+
+  Raises:
+    FileNotFoundError: no metrics.jsonl.
+    ValueError: a damaged line of it.
   """
   found = {}
   for name in eval_sets({"eval_sources": "", "eval_source": "", **data}):
@@ -337,7 +350,7 @@ class Clock:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-  """Formats rows with the same keys as an aligned table."""
+  """Formats rows with the same keys as an aligned table; "" without rows."""
   if not rows:
     return ""
   names = list(rows[0])

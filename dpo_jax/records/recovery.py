@@ -41,7 +41,8 @@ def recover(
   """Leaves only steps that a run may resume from, the right one as the latest.
 
   Damaged steps, and those after `step`, are moved to quarantine/, which keeps
-  the latest two.
+  the latest two. Metrics, samples and log-probs of later steps than `step` are
+  deleted.
 
   Args:
     workdir: run directory.
@@ -50,7 +51,8 @@ def recover(
       left.
 
   Raises:
-    ValueError: no such step to go back to, or no step left of several.
+    ValueError: no such step to go back to, or a step was saved and none is
+      left.
   """
   saves = _read_saves(workdir)
   if "begun" in saves and saves["begun"] != saves.get("saved"):

@@ -276,9 +276,11 @@ def go_back_to(
   accepted: Mapping[str, list[str]],
   workdir: Workdir,
 ) -> int | None:
-  """Returns `resume.step`, or None where the last start went back to it.
+  """Returns `resume.step`; None if it is not set, or the run went back to it.
 
-  A job that is started again with the same command would never pass the step.
+  That is so if the history ends with that step, and no difference is accepted
+  now. A job that is started again with the same command would otherwise never
+  pass the step.
 
   Args:
     config: resolved.

@@ -51,7 +51,10 @@ def _verify(path: str) -> None:
 
 
 def _downloaded_digest(path: str) -> str:
-  """Returns the digest that was downloaded with a file; "" without one."""
+  """Returns the digest that was downloaded with a file; "" without one.
+
+  A file that was changed more than a second after its download has none.
+  """
   blobs, name = os.path.split(os.path.realpath(path))
   if os.path.basename(blobs) == "blobs" and re.fullmatch(_DIGEST, name):
     return name

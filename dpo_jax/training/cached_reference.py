@@ -52,6 +52,8 @@ def attach(
   Raises:
     ValueError: a reference, or log-probs, that have changed since the run
       began; or a damaged cache.
+    FileNotFoundError: neither the reference nor its log-probs are there, or
+      the hosts do not share the folder of caches.
     StartError: a fresh policy that differs from its reference.
     NonFiniteError: a log-prob that is not finite.
   """
@@ -116,6 +118,9 @@ class _Scorer:
 
     Raises:
       ValueError: other log-probs than the run began with; or a damaged cache.
+      FileNotFoundError: no cache, and no parameters to compute it with; or a
+        folder of caches that the hosts do not share.
+      NonFiniteError: a computed log-prob that is not finite.
     """
     path = logps_cache.cache_path(self.folder, key)
     shape = whole.store.score.shape
@@ -215,7 +220,11 @@ def _check_start(
   cache: Cached,
   path: epath.Path,
 ) -> None:
-  """Checks that a fresh policy gives the log-probs of a cache."""
+  """Raises StartError unless a fresh policy starts as its reference.
+
+  In the cache's own layout it must give the cached log-probs; in another it is
+  compared with the reference in float32.
+  """
   start.check_adapters(state.policy_params)
   if cache.layout == json.loads(json.dumps(_layout(run, whole))):
     start.check_in_its_layout(

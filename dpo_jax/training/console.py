@@ -62,8 +62,8 @@ def format_number(value: float, digits: int | None = 3) -> str:
 
   Args:
     value: may be NaN.
-    digits: digits after the point; a value below them is written as a power of
-      ten. None: three significant digits.
+    digits: digits after the point, none from 1000 on; a value below them is
+      written as a power of ten. None: three significant digits.
   """
   if digits is None:
     return f"{value:.3g}"
@@ -152,8 +152,8 @@ def format_history(
 
   Args:
     split: "eval" or "eval/NAME".
-    by_step: metrics by name, by step.
-    best: step of the best checkpoint.
+    by_step: metrics by name, by step; at least one step.
+    best: step of the best checkpoint; without metrics, or None, it is left out.
   """
   steps = sorted(by_step)
   names = {steps[0]: f"step {steps[0]:,}"}
@@ -198,10 +198,10 @@ class Console:
     return work if self._config.log.progress else ""
 
   def begin(self, done: int) -> None:
-    """Shows the progress of the run, and its header.
+    """Shows the progress of a resumed run, and the header of one that trains.
 
     Args:
-      done: steps that the workdir holds.
+      done: steps that the workdir holds, 0 for a fresh run.
     """
     if not self._run.is_writer:
       return

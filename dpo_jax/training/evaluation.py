@@ -48,10 +48,11 @@ def evaluate(
 
   Returns:
     The metrics: `loss`, the objective's own, those of `measure.measure` for
-    each of `eval.losses`, `displacement`'s, `num_groups` (groups that the loss
-    can read), and where there is an accuracy the bounds of its 95 % interval,
-    `reward/accuracy_low` and `reward/accuracy_high`. Then the records:
-    `example_ids`, and the fields of Sequences by name, a row for each group.
+    each of `eval.losses`, `num_groups` (groups that the loss can read), with a
+    margin `displacement`'s, and with an accuracy the bounds of its 95 %
+    interval, `reward/accuracy_low` and `reward/accuracy_high`. NaN marks a
+    metric that no group has. Then the records: `example_ids`, and the fields of
+    Sequences by name, a row for each group.
   """
   read = functools.partial(program.eval_step, params, ref_params)
   ids, sequences = score_all(read, loader, program.placement, label=label)
@@ -142,7 +143,7 @@ def check_metric(
   objective: Objective | WeightedSum,
   others: tuple[Objective, ...],
 ) -> None:
-  """Raises ValueError unless `checkpoint.best_metric` will be measured."""
+  """Raises ValueError if `checkpoint.best_metric` is set and not measured."""
   wanted = config.checkpoint.best_metric
   prefixes = [
     config_lib.metric_prefix(n) for n in config_lib.eval_sets(config.data)
@@ -172,8 +173,8 @@ def displacement(
     `pull/0.0` to `pull/1.0`: fraction of groups whose weight in DPO's gradient,
     sigmoid(-beta D), rounds to that value. A policy that equals its reference
     has all groups in `pull/0.5`. And `length_margin_correlation`: correlation
-    of chosen minus rejected length with the margin, 0 where either is
-    constant.
+    of the chosen minus the mean rejected length with the margin, 0 where either
+    is constant (margins: to 1e-4) or fewer than two groups have a margin.
   """
   is_counted = ~np.isnan(margins)
   margins = margins[is_counted]

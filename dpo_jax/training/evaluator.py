@@ -102,7 +102,11 @@ class Evaluator:
     return metrics
 
   def samples_due(self, step: int) -> bool:
-    """Returns whether the evaluation after so many steps samples too."""
+    """Returns whether the evaluation after so many steps samples too.
+
+    It does at step 0, at the last, and every `eval.samples_every_steps`, if
+    that is not 0.
+    """
     every = self._run.config.eval.samples_every_steps
     is_edge = step in (0, self._run.config.total_steps)
     return is_edge or (every > 0 and step % every == 0)
@@ -111,7 +115,7 @@ class Evaluator:
     """Evaluates the held-out sets that have no metrics of this step yet.
 
     SIGTERM left no time for them. Samples are drawn too, if they are due and
-    the first set has no metrics yet.
+    the first set has no metrics yet. Returns what `evaluate` does.
     """
     done = {
       name
@@ -147,7 +151,7 @@ class Evaluator:
     return metrics
 
   def _compare(self, step: int, drawn: Samples) -> Wins | None:
-    """Compares samples with the others; None where the judge does not answer.
+    """Compares samples with the others; None without a judge, or its answer.
 
     A server that fails must not stop a run, whose state is not saved yet.
 

@@ -124,6 +124,9 @@ class BatchLoss:
       state: state before the step.
       parts: microbatches, [num_parts, R / num_parts, ...].
       counts: `forward.count_batch` of the global batch.
+
+    Returns:
+      The loss and its gradients; and the sequences, [num_parts, ...].
     """
     sequences = jax.lax.map(lambda p: self.read(state.params, state, p), parts)
     num_parts = jax.tree.leaves(parts)[0].shape[0]

@@ -37,7 +37,8 @@ def format_rows(rows: Sequence[tuple[str, str]]) -> list[str]:
   """Formats labels and texts as lines of two aligned columns.
 
   Args:
-    rows: a label and its text; a long text continues on the next lines.
+    rows: a label and its text; a long text continues on the next lines, and an
+      empty one gives no line.
   """
   lines = []
   for label, text in rows:

@@ -88,7 +88,8 @@ def check_first_loss(run: Run, state: TrainState, batch: Batch) -> None:
   """Checks on the first batch that the policy starts as its reference.
 
   Args:
-    run: run; one that does not start as its reference is not checked.
+    run: run; one that reads no reference, or does not start as it, is not
+      checked.
     state: first state, on the mesh.
     batch: first training batch, this process's rows.
 

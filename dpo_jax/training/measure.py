@@ -38,7 +38,9 @@ def make_measure(
 
 
 def measure(objective: Objective, sequences: Sequences) -> Metrics:
-  """Measures a loss on sequences: f32 [B] each.
+  """Measures a loss on sequences: f32 [B] each, NaN for groups it cannot read.
+
+  A loss with a state is measured in its first one.
 
   Returns:
     `NAME/loss`; `NAME/margin` of a loss with one; and `NAME/gradient_weight`,

@@ -40,7 +40,9 @@ def scale_by_muon() -> optax.GradientTransformation:
   adapter factors is a matrix of its own. Five Newton-Schulz steps give singular
   values of about 1, between 0.7 and 1.2.
 
-  Unlike the sources, optax corrects the momentum for its start at zero.
+  Each leaf must be one that `label_params` calls 'muon'. Updates keep the sign
+  of the gradients. Unlike the sources, optax corrects the momentum for its
+  start at zero.
   """
   return optax.chain(
     contrib.scale_by_muon(

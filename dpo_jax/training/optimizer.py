@@ -22,7 +22,8 @@ def build_schedule(config: Any, total_steps: int) -> optax.Schedule:
     because a step at rate 0 would be wasted.
 
   Raises:
-    ValueError: an unknown schedule.
+    ValueError: an unknown schedule, or a cosine that has no steps left after
+      the warm-up.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
   if config.schedule == "constant":

@@ -78,7 +78,7 @@ class Program:
 
   @property
   def needs(self) -> frozenset[str]:
-    """Optional fields of Sequences that training or evaluation reads."""
+    """Optional fields of Sequences that `objective` or an evaluation reads."""
     others = (other.needs for other in self.eval_objectives)
     return self.objective.needs.union(*others)
 

@@ -58,7 +58,7 @@ def make_update(config: Any) -> Callable[[Any, Any, jax.Array], Any] | None:
 def cache_key(
   weights_digest: str, config: ModelConfig, store_digest: str
 ) -> str:
-  """Computes the digest of all that decides cached log-probs.
+  """Computes the digest of all that decides cached log-probs: 32 hex digits.
 
   Settings that change only how they are computed (remat, attention, mesh,
   layout) are left out; dtypes are included.

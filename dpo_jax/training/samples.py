@@ -224,6 +224,9 @@ def wins_over(
 
   Returns:
     The results, ties a half; None without others or a judge.
+
+  Raises:
+    JudgeError: a judge that compares does not answer.
   """
   if others is None:
     return None

@@ -144,6 +144,9 @@ def rounding_bound(
     num_tokens: [B, K] scored tokens.
     logps: f32 [B, K].
     dtype: dtype of the matmuls.
+
+  Returns:
+    [B, K]: 16 eps(dtype) sqrt(num_tokens) + 16 eps(float32) |logps|.
   """
   allowed = 16 * float(jnp.finfo(dtype).eps)
   allowed = allowed * np.sqrt(np.maximum(num_tokens, 1.0))
@@ -162,8 +165,9 @@ def check_first_batch(
     is_live: whether the reference ran in the same program as the policy.
 
   Raises:
-    StartError: the log-ratios are larger than rounding explains. For cached
-      log-probs in bfloat16, which another program computed, there is no bound.
+    StartError: a log-ratio is not finite, or larger than rounding explains. For
+      cached log-probs in bfloat16, which another program computed, there is no
+      bound.
   """
   log_ratios = np.where(
     sequences.valid, sequences.logps - sequences.ref_logps, 0.0
