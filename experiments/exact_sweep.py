@@ -34,7 +34,7 @@ def make_labels(method: str, seed: int, **others: Any) -> Row:
 
 
 def collect(workdir: str, best_of: Sequence[int] = ()) -> sweep.Collected:
-  """Collects rows of the trained runs, and of the exact frontier.
+  """Collects rows of finished runs and, once there is a task, its frontier.
 
   Args:
     workdir: folder of the sweep.

@@ -123,7 +123,7 @@ def summarise(workdir: str) -> str:
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-  """Returns the means of `_WINDOW` neighbours, of fewer at the ends."""
+  """Returns means of `_WINDOW` neighbours; there must be as many values."""
   kernel = np.ones(_WINDOW)
   sums = np.convolve(values, kernel, "same")
   return sums / np.convolve(np.ones(len(values)), kernel, "same")
