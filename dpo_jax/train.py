@@ -77,7 +77,9 @@ def train(
     NonFiniteError: a loss or gradient that is not finite, or a log-ratio that
       is too large; the last good checkpoint is kept.
     Preempted: SIGTERM or Ctrl-C came; the run has saved, and resumes when it
-      is started again.
+      is started again. It is a SystemExit.
+    RuntimeError: a judge does not answer, `online.max_kl` is passed, or another
+      host has failed.
   """
   workdir = Workdir.at(workdir)
   workdir.check_format()
@@ -322,7 +324,7 @@ class _Loop:
     """Checks the pending step's metrics, and records them if a log is due.
 
     Raises:
-      NonFiniteError: a metric is not finite; the step is dumped.
+      NonFiniteError: see `nonfinite.check`.
     """
     if self._pending is None:
       return
