@@ -38,7 +38,7 @@ _CHI_PO = dict(name="chi_po", beta=BETA, clip=2.0)
 def runs(settings: Settings) -> list[Run]:
   """Returns every method on data of good and of poor coverage.
 
-  On-policy DPO reads only prompts, which both have, and is run as "good".
+  On-policy DPO reads only prompts, which both have, and is run once.
   """
   steps = _STEPS[settings.scale]
   builder = Builder(settings, steps=steps, batch_size=_BATCH)

@@ -109,7 +109,11 @@ def write_best_and_worst(
 
 
 def _add_judge(builder: Builder, agreement: float) -> str:
-  """Adds a run that writes a judge's table, unless it exists; names it."""
+  """Adds a run that writes a judge's table, unless it exists.
+
+  Returns:
+    The run's name.
+  """
   name = f"judge_{agreement:g}"
 
   def work(folder: str) -> None:

@@ -102,7 +102,7 @@ def pick_samples(workdir: str) -> list[dict[str, Any]]:
 
 
 def format_samples(samples: list[dict[str, Any]]) -> str:
-  """Formats a prompt, then both responses with their rewards."""
+  """Formats a heading, and each prompt with both responses and rewards."""
   blocks = [
     f"{s['prompt']} ...\n"
     f"  SFT {s['sft_reward']:+.2f} {s['sft'].strip()!r}\n"
