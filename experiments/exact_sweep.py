@@ -370,7 +370,7 @@ def mean_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> list[Row]:
-  """Returns BY and mean METRICS of each group, with spreads such as +-reward."""
+  """Returns BY and mean METRICS by group, with spreads such as "+-reward"."""
   shown = [row for row in rows if row["method"] not in ("frontier", "pairs")]
   out = []
   for row in mean_rows(shown):
