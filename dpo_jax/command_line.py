@@ -82,7 +82,7 @@ def run(
   *,
   takes_arguments: bool = False,
 ) -> None:
-  """Parses the flags, runs a command, and ends the process after a mistake.
+  """Parses the flags, runs a command, and ends the process.
 
   Args:
     main: the command; flags are parsed when it is called.
@@ -91,8 +91,9 @@ def run(
     takes_arguments: whether `main` is given the arguments without a flag.
 
   Raises:
-    SystemExit: 1 after a mistake of the user, whose message is on stderr; 130
-      after Ctrl-C. With --debug the mistake itself is raised.
+    SystemExit: always: 0 after success; 1 after a mistake of the user, whose
+      message is on stderr; 130 after Ctrl-C. With --debug the mistake itself is
+      raised.
   """
   if "debug" not in flags.FLAGS:
     define_flags()

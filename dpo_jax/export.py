@@ -25,10 +25,10 @@ _OF_PUSH = ("public", "revision", "commit_message")
 
 
 def check_flags(given: flags.FlagValues) -> None:
-  """Checks that what is given is read.
+  """Checks that no flag of an upload is given without `--push_to`.
 
   Raises:
-    ValueError: flags of an upload without `--push_to`.
+    ValueError: one is given.
   """
   unread = [f"--{name}" for name in _OF_PUSH if given[name].present]
   if unread and not given.push_to:

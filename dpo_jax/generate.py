@@ -92,10 +92,10 @@ def _ask(
   settings: Sampling,
   write_line: Callable[[str], None],
 ) -> None:
-  """Chats, answers prompts of a file in batches, or others as tokens come.
+  """Chats, or answers prompts: in batches with --prompts, or as tokens come.
 
-  Each answer is also written as a JSON line by `write_line`, and for prompts of
-  a file without --out printed as one.
+  Each answer is also written as a JSON line by `write_line`, and with
+  --prompts and without --out it is printed as one.
   """
   given = flags.FLAGS
   seed = given.seed

@@ -44,7 +44,8 @@ def effective_count(values: np.ndarray, groups: Sequence[object]) -> float:
     groups: group of each value.
 
   Returns:
-    A number between the number of groups, where all their values agree, and n.
+    A number between the number of groups and n; the number of groups for one
+    group, or where all values are equal.
   """
   count = len(values)
   names = {name: i for i, name in enumerate(dict.fromkeys(groups))}

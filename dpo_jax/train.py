@@ -77,7 +77,9 @@ def train(
     NonFiniteError: a loss or gradient that is not finite, or a log-ratio that
       is too large; the last good checkpoint is kept.
     Preempted: SIGTERM or Ctrl-C came; the run has saved, and resumes when it
-      is started again.
+      is started again. It is a SystemExit.
+    RuntimeError: a judge does not answer, `online.max_kl` is passed, or another
+      host has failed.
   """
   workdir = Workdir.at(workdir)
   workdir.check_format()
@@ -156,7 +158,11 @@ class _Loop:
     return metrics
 
   def _train(self, start: int) -> dict[str, float]:
-    """Takes the steps from `start` on; returns the last evaluation."""
+    """Takes the steps from `start` on; a signal saves, and raises Preempted.
+
+    Returns:
+      Metrics of the last evaluation; {} without one.
+    """
     config = self._config
     compiled = self._run.program.train_step(
       max_traces=len(self._loader.plan.shapes)
@@ -191,12 +197,21 @@ class _Loop:
     return metrics
 
   def _is_due(self, done: int, *settings: Any) -> bool:
-    """Returns whether an evaluation or a save is due after so many steps."""
+    """Returns whether the run, or an interval of `settings`, ends at a step.
+
+    Args:
+      done: steps that are done.
+      *settings: parts of the config with `every_steps`; 0 there is never due.
+    """
     is_last = done == self._config.total_steps
     return is_last or any(_is_multiple(done, s.every_steps) for s in settings)
 
   def _between_steps(self, done: int) -> dict[str, float]:
-    """Evaluates and saves as is due; returns the evaluation's metrics."""
+    """Evaluates and saves as is due.
+
+    Returns:
+      The evaluation's metrics; {} where none was due.
+    """
     metrics = {}
     with self._console.pause():
       state = self._placement.gather_state(self._state)
@@ -218,7 +233,7 @@ class _Loop:
     self._checkpoints.save(done, state, metrics or None)
 
   def _save_and_stop(self, done: int) -> NoReturn:
-    """Saves the state after so many steps, unless it is there.
+    """Saves the state, unless no step is done or its checkpoint is there.
 
     Raises:
       Preempted: always.
@@ -257,7 +272,7 @@ class _Loop:
   def _batches(
     self, start: int
   ) -> Generator[tuple[Any, dict[str, float]], None, None]:
-    """Yields the batches from a step on, prefetched while they are known."""
+    """Yields what `_make_batch` returns for each step left, made ahead."""
     while start < self._config.total_steps:
       self._look_at_pending()  # before a policy that is not finite samples
       stop = self._begin_batches(start)
@@ -266,6 +281,8 @@ class _Loop:
 
   def _begin_batches(self, step: int) -> int:
     """Prepares the batches from a step on, sampled if `online.kind` says so.
+
+    Metrics of the sampling are recorded.
 
     Returns:
       The step after the last of these batches.
@@ -304,7 +321,11 @@ class _Loop:
     self._console.show(step, split, metrics)
 
   def _look_at_pending(self) -> None:
-    """Fetches a step's metrics, stops if they are not finite, and logs them."""
+    """Checks the pending step's metrics, and records them if a log is due.
+
+    Raises:
+      NonFiniteError: see `nonfinite.check`.
+    """
     if self._pending is None:
       return
     (step, counts), self._pending = self._pending, None

@@ -131,12 +131,12 @@ def estimate(
 ) -> tuple[list[Row], dict[str, str]]:
   """Estimates each experiment: runs, those still to do, and minutes of these.
 
-  A run that several experiments share is counted once.
+  A run that several experiments share is to do in the first of them alone.
 
   Returns:
-    A row for each experiment: "experiment", "runs", "to do", "minutes" and
-    "dollars", the last three without finished runs. And the messages of those
-    that refuse the settings, by name.
+    A row for each experiment that can run: "experiment", "runs", "to do",
+    "minutes" and "dollars", the last three without finished runs. And the
+    messages of those that refuse the settings, by name.
   """
   rows: list[Row] = []
   refusals: dict[str, str] = {}
@@ -176,7 +176,7 @@ def run_all(
     Messages of the experiments that failed, by name.
 
   Raises:
-    Preempted: SIGTERM arrived, and the run has saved.
+    Preempted: SIGTERM or Ctrl-C came, and the run has saved.
     sweep.Locked: another worker holds a run.
   """
   failures = {}

@@ -38,7 +38,7 @@ _CHI_PO = dict(name="chi_po", beta=BETA, clip=2.0)
 def runs(settings: Settings) -> list[Run]:
   """Returns every method on data of good and of poor coverage.
 
-  On-policy DPO reads only prompts, which both have.
+  On-policy DPO reads only prompts, which both have, and is run once.
   """
   steps = _STEPS[settings.scale]
   builder = Builder(settings, steps=steps, batch_size=_BATCH)
@@ -113,7 +113,8 @@ def three_answers() -> list[Row]:
   gives answer 3 and has the same ratio of 1 to 2. Rewards are 1, 0 and -1.
 
   Returns:
-    A row for each loss: its value for the two policies, nats.
+    A row for each loss, and for the KL: "loss", its name; "answers_1" and
+    "answers_3", its value for the policy that mostly gives that answer, nats.
   """
   ref = np.log(np.array([0.45, 0.45, 0.1], np.float32))
   rewards = np.array([1.0, 0.0, -1.0])

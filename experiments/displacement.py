@@ -62,10 +62,10 @@ def shifts(task: Task, logps: np.ndarray, *, path: str) -> Row:
     path: JSONL file of the pairs.
 
   Returns:
-    `chosen` and `rejected`, mean log-ratios, nats; `fall`, minus `chosen`
-    divided by the margin, `chosen` minus `rejected`; `share_fallen`, the share
-    of chosen responses below the reference; and `optimum_chosen`, the mean
-    log-ratio of chosen responses of pi* at BETA.
+    `chosen` and `rejected`, mean log-ratios, nats; `fall`, -chosen / (chosen -
+    rejected), the fall for a nat of margin; `share_fallen`, the share of chosen
+    responses below the reference; and `optimum_chosen`, the mean log-ratio of
+    chosen responses of pi* at BETA.
   """
   prompts, pairs = read_pairs(task, path)
   where = prompts[:, None], pairs

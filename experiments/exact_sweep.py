@@ -34,7 +34,7 @@ def make_labels(method: str, seed: int, **others: Any) -> Row:
 
 
 def collect(workdir: str, best_of: Sequence[int] = ()) -> sweep.Collected:
-  """Collects rows of the trained runs, and of the exact frontier.
+  """Collects rows of finished runs and, once there is a task, its frontier.
 
   Args:
     workdir: folder of the sweep.
@@ -317,7 +317,7 @@ class Builder:
   def add_on_policy_dpo(
     self, seed: int, beta: float, *, rounds: int, **others: Any
   ) -> str:
-    """Adds DPO on pairs that are sampled from the policy `rounds` times."""
+    """Adds DPO on pairs sampled from the policy `rounds` times; see `add`."""
     online = dict(
       kind="pairs",
       every_steps=-(-self.steps // rounds),
@@ -370,7 +370,7 @@ def mean_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> list[Row]:
-  """Returns means over seeds, with the spread of reward, share and regret."""
+  """Returns BY and mean METRICS by group, with spreads such as "+-reward"."""
   shown = [row for row in rows if row["method"] not in ("frontier", "pairs")]
   out = []
   for row in mean_rows(shown):

@@ -199,8 +199,8 @@ class Task:
 
     Returns:
       `reward`; `kl`, nats; and `share`, the reward divided by the frontier's
-      at that KL. With a beta also `total_variation` from pi*, and `regret`,
-      J(pi*) - J(pi).
+      at that KL, 1 at a KL of 0. With a beta also `total_variation` from pi*,
+      and `regret`, J(pi*) - J(pi).
 
     Raises:
       ValueError: the probabilities do not sum to 1, or the regret differs from

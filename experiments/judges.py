@@ -109,7 +109,11 @@ def write_best_and_worst(
 
 
 def _add_judge(builder: Builder, agreement: float) -> str:
-  """Adds a run that writes a judge's table, unless it exists."""
+  """Adds a run that writes a judge's table, unless it exists.
+
+  Returns:
+    The run's name.
+  """
   name = f"judge_{agreement:g}"
 
   def work(folder: str) -> None:
@@ -209,7 +213,12 @@ collect = exact_sweep.collect
 
 
 def means(rows: list[Row]) -> list[Row]:
-  """Averages seeds, by objective, K and judge."""
+  """Averages seeds, by objective, K and judge; other rows are left out.
+
+  Returns:
+    Rows of `sweep.mean_and_spread`, with `K`; `judge`, its agreement; and
+    `line`, the objective and K as text.
+  """
   rows = [row for row in rows if "judged" in row]
   found = sweep.mean_and_spread(rows, ("method", "knob"), METRICS)
   for row in found:
@@ -220,7 +229,12 @@ def means(rows: list[Row]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> list[Row]:
-  """Returns true and judged reward of each, means over seeds."""
+  """Returns the metrics of each objective, K and judge, means over seeds.
+
+  Returns:
+    "objective", "K", "judge" and METRICS, with the spreads "+-reward" and
+    "+-share".
+  """
   out = []
   for row in means(rows):
     line: Row = {"objective": row["method"]}

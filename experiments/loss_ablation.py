@@ -100,7 +100,11 @@ def best(rows: list[Row]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> list[Row]:
-  """Returns the best trial of every loss, as rows of the printed table."""
+  """Returns the best trial of every loss, as rows of the printed table.
+
+  Returns:
+    "method", "knob", "trials", "J", "reward", "kl" and "share".
+  """
   columns = ("method", "knob", "trials", "J", "reward", "kl", "share")
   return [{name: row[name] for name in columns} for row in best(rows)]
 

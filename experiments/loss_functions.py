@@ -83,7 +83,7 @@ from dpo_jax.losses.arrays import evaluate
 
 
 def is_function(row: Loss) -> bool:
-  """Returns whether a loss needs only arrays of one group at a time."""
+  """Returns whether the loss of a group depends on no other group or step."""
   return not row.is_coupled and row.link_row.init is None
 
 
@@ -235,8 +235,8 @@ def _condition(row: Loss, what: str) -> str:
 def describe_knob(row: Loss, knob: str) -> str:
   """Describes a knob of a loss in one phrase, without a full stop.
 
-  The phrase has its meaning, its choices or range (an int has none), and the
-  settings with which it is read.
+  The phrase has its meaning, its choices or range (a float alone has one), and
+  the settings with which it is read.
   """
   meaning = row.ranges.get(knob, KNOBS[knob])
   text = meaning.doc

@@ -52,8 +52,9 @@ def collect(workdir: str, name: str) -> dict[str, Any]:
 
   Returns:
     "loss", its name; "finite", "yes" if all losses and gradient norms are
-    finite; "first" and "last", training losses; "accuracy", "margin", "KL" and
-    "reward" of the last evaluation; "groups/s", the median. All are text.
+    finite, and "NO"; "first" and "last", training losses; "accuracy", "margin",
+    "KL" and "reward" of the last evaluation; "groups/s", the median. All are
+    text, "-" where there is no number.
   """
   train_rows = read_metrics(f"{workdir}/{name}", "train")
   last = read_metrics(f"{workdir}/{name}", "eval")[-1]

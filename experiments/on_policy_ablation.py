@@ -66,7 +66,10 @@ def changes(steps: int) -> dict[str, dict[str, Any]]:
 
 
 def runs(settings: Settings) -> list[Run]:
-  """Returns the limit, each change at one beta, and the recipe at all."""
+  """Returns the limit, each change, and the controls.
+
+  `before` and the recipe are run at all BETAS, other changes at BETA alone.
+  """
   builder = Builder(settings)
   num_labels = builder.steps * builder.batch_size
   builder.size = builder.size | {"pairs": _PAIRS}
@@ -82,7 +85,10 @@ def runs(settings: Settings) -> list[Run]:
 
 
 def _add_controls(builder: Builder, seed: int) -> None:
-  """Adds more labels, and a fit of the optimum, at the largest beta."""
+  """Adds two controls at the largest beta.
+
+  They are the recipe with four times the labels, and SFT on samples of pi*.
+  """
   beta, recipe = BETAS[-1], changes(builder.steps)["recipe"]
   run = builder.add_on_policy_dpo(seed, beta, rounds=1, knob=_MORE_LABELS)
   fresh = {"online.epochs": 1, "online.every_steps": builder.steps // 5}
@@ -138,7 +144,11 @@ def _add_limit(builder: Builder, num_labels: int, seed: int) -> None:
 def _measure_limit(
   reference: str, num_labels: int, seed: int, folder: str
 ) -> list[Row]:
-  """Fits the reward of each prompt, and measures the optima that it gives."""
+  """Fits the reward of each prompt, and measures the optima that it gives.
+
+  Returns:
+    A row for each of BETAS: `beta` and `Task.metrics`.
+  """
   del folder
   task, rng = Task.read(reference), np.random.default_rng((seed, 4))
   fitted = np.empty_like(task.rewards)
@@ -197,7 +207,7 @@ collect = exact_sweep.collect
 
 
 def plot(rows: list[Row], path: str) -> list[str]:
-  """Plots the share of the frontier by change, and by beta."""
+  """Plots the share of the frontier by change, and reward against KL."""
   figure, axes = plt.subplots(
     1, 2, figsize=(10.5, 4), layout="constrained", sharex=False
   )

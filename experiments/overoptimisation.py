@@ -42,7 +42,13 @@ def _loss(method: str, beta: float) -> dict[str, Any]:
 def add_run(
   builder: Builder, method: str, beta: float, num: int, seed: int
 ) -> str:
-  """Adds a run on `num` pairs, measured at evenly spaced checkpoints."""
+  """Adds a run on `num` pairs, measured at evenly spaced checkpoints.
+
+  The run that writes the pairs is added too, unless it exists.
+
+  Returns:
+    The run's name.
+  """
 
   def write(task: Task, path: str) -> None:
     task.write_pairs(path, num, label="bradley_terry", flips=FLIPS, seed=seed)
@@ -115,7 +121,12 @@ def curves(rows: list[Row]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> list[Row]:
-  """Returns where the mean true reward of each curve is largest."""
+  """Returns where the mean true reward of each curve is largest, and its end.
+
+  Returns:
+    "run", the curve's name; and "step", "KL", "E[r]" and the spread "+-", after
+    "top " at the largest reward and after "last " at the last step.
+  """
   found: dict[str, list[Row]] = {}
   for row in curves(rows):
     found.setdefault(row["data"], []).append(row)

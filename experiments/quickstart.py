@@ -102,7 +102,7 @@ def pick_samples(workdir: str) -> list[dict[str, Any]]:
 
 
 def format_samples(samples: list[dict[str, Any]]) -> str:
-  """Formats a prompt, then both responses with their rewards."""
+  """Formats a heading, and each prompt with both responses and rewards."""
   blocks = [
     f"{s['prompt']} ...\n"
     f"  SFT {s['sft_reward']:+.2f} {s['sft'].strip()!r}\n"
@@ -123,7 +123,7 @@ def summarise(workdir: str) -> str:
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-  """Returns the means of `_WINDOW` neighbours, of fewer at the ends."""
+  """Returns means of `_WINDOW` neighbours; there must be as many values."""
   kernel = np.ones(_WINDOW)
   sums = np.convolve(values, kernel, "same")
   return sums / np.convolve(np.ones(len(values)), kernel, "same")

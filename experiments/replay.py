@@ -245,7 +245,7 @@ def read_loss(workdir: epath.PathLike) -> Any:
 
 
 def trained_beta(loss: Any) -> float:
-  """Returns the run's beta, or DPO's default where its loss has none."""
+  """Returns the beta of a loss; DPO's default for a list, or without one."""
   own = loss.get("beta") if isinstance(loss, dict) else None
   return own or CATALOGUE["dpo"].defaults["beta"]
 

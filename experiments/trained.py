@@ -45,7 +45,7 @@ def mesh_of(params: Any) -> Any:
 
 
 def load(workdir: str) -> tuple[Policy, Any]:
-  """Returns a run's policy and its last parameters."""
+  """Returns a run's policy and its last parameters; see `load_steps`."""
   [(_, policy, params)] = load_last(workdir)
   return policy, params
 

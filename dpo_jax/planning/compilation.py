@@ -1,6 +1,6 @@
 """Compiles a config's step for a TPU that is not here, and measures it.
 
-libtpu compiles it, without weights and without a TPU.
+libtpu compiles it, or JAX's CUDA plugin, without weights and without a device.
 """
 
 from collections.abc import Mapping
@@ -33,10 +33,11 @@ class Request:
   Attributes:
     config: complete.
     topology: topology to compile for.
-    rows: rows of a batch; 0: from the data, or a row for each group.
-    row_tokens: T; 0: from the data.
-    scored_tokens: S; 0: from the data, or all of T.
-    vocab_size: ids of the tokenizer; 0: from the tokenizer.
+    rows: rows of a stand-in's batch, see `is_stand_in`; 0: a row for each
+      group, and more until the devices divide them.
+    row_tokens: T of a stand-in; 0: data.row_tokens, or data.max_tokens.
+    scored_tokens: S of a stand-in; 0: all of T. Not read without one.
+    vocab_size: ids of a stand-in's tokenizer; 0: 128,256.
     mfu: model FLOPs utilisation to expect, the user's guess.
     price: price of a chip for an hour.
   """
@@ -52,7 +53,7 @@ class Request:
 
   @property
   def is_stand_in(self) -> bool:
-    """Whether shapes are given instead of data."""
+    """Whether rows, row_tokens or vocab_size is given: no data are read."""
     return bool(self.rows or self.row_tokens or self.vocab_size)
 
 
@@ -108,7 +109,8 @@ def build(request: Request, sizes: Mapping[str, int] | None = None) -> Subject:
     sizes: sizes of the mesh; None: the config's.
 
   Raises:
-    ValueError: a mistake that would stop the run.
+    ValueError: a mistake that would stop the run, or data that are not here.
+    RuntimeError: see `Topology.devices`.
   """
   grid = mesh.make_mesh(
     sizes or request.config.mesh, request.topology.devices()

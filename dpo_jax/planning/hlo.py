@@ -242,7 +242,8 @@ def _multiplicities(
 ) -> dict[str, float]:
   """Returns how often a step runs each computation, by name.
 
-  Of several call paths to one, the most frequent counts.
+  Of several call paths to one, the most frequent counts. It is inf below a loop
+  whose trips cannot be read.
   """
   times = {entry: 1}
   waiting = [entry]

@@ -43,8 +43,8 @@ class Report:
     peak: bytes of a device; NaN if unreadable.
     received: bytes that a device receives in a step, over all networks; NaN if
       unreadable, or if the step did not compile.
-    seconds: seconds of a step at the stated MFU; NaN where `received` is.
-    bound: resource that limits the step.
+    seconds: see `expected_seconds`; NaN where `received` is.
+    bound: resource that limits the step, or `hlo.UNREADABLE`.
   """
 
   text: str
@@ -112,7 +112,7 @@ def report(request: Request, sizes: Mapping[str, int] | None = None) -> Report:
 
   Raises:
     ValueError: a mistake that would stop the run.
-    RuntimeError: no libtpu, or one of another version.
+    RuntimeError: see `Topology.devices`.
   """
   # Also in a process of its own, see `in_child`.
   absl_logging.set_verbosity(absl_logging.ERROR)

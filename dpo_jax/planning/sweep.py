@@ -24,7 +24,7 @@ def candidates(request: Request, limit: int) -> Iterator[dict[str, int]]:
   Meshes that have room by `known_memory` come first, then those that receive
   fewer bytes by `collective_bytes`. Left out are meshes that do not divide the
   model or the batch, that split tensors over more than 8 devices, or that split
-  rows of fewer than 8,192 tokens.
+  rows where `request.row_tokens` is below 8,192, as its 0 is.
 
   Args:
     request: request for a plan.

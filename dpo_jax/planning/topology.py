@@ -81,7 +81,7 @@ class Topology:
     return f"{slices}{self.kind}-{count}"
 
   def devices(self) -> list[Any]:
-    """JAX devices to compile for.
+    """JAX devices to compile for; sets variables of the environment.
 
     Raises:
       RuntimeError: libtpu or JAX's CUDA plugin is not there, or of another

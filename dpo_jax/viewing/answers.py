@@ -28,7 +28,10 @@ def read_prompts(path: str) -> list[Prompt]:
 
   Args:
     path: .jsonl, with "prompt" in each line: a text, or a list of messages;
-      any other file has a prompt in each line.
+      any other file has a prompt in each line. Blank lines are skipped.
+
+  Returns:
+    Prompts in the order of the file.
 
   Raises:
     FileNotFoundError: no such file.
@@ -168,7 +171,8 @@ def chat(
     write: shows a piece of text at once.
 
   Yields:
-    Each complete answer, after its text was written.
+    Each answer that was not stopped, after its text was written. One that
+    reached the limit of tokens is among them.
 
   Raises:
     ValueError: a model without a chat template.

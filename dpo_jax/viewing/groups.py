@@ -29,7 +29,7 @@ def build(config: Any) -> Run:
   """Builds the run of a config to look at it, on any machine.
 
   Args:
-    config: complete. A mesh of more devices than there are becomes one device.
+    config: complete. A mesh that these devices cannot form becomes one device.
 
   Raises:
     ValueError: see `setup.build_run`.

@@ -36,8 +36,8 @@ class Answer:
     prompt: text, or messages.
     text: response, decoded.
     prompt_ids: token ids of the prompt.
-    ids: token ids of the response.
-    is_complete: whether it ended by itself; otherwise it was cut off.
+    ids: token ids of the response, a stop id at its end included.
+    is_complete: whether the last id is a stop id; otherwise it was cut off.
   """
 
   prompt: Prompt
@@ -139,6 +139,9 @@ class OpenPolicy:
       settings: settings of sampling.
       seed: seed of the whole call.
       label: name of the work for `progress.track`; "" shows nothing.
+
+    Raises:
+      ValueError: an empty prompt, or one too long for the model.
     """
     prompt_ids = [self.encode(prompt) for prompt in prompts]
     batches = generate.sample_batches(
@@ -170,6 +173,9 @@ class OpenPolicy:
       settings: settings of sampling.
       seed: seed of the whole call.
       index: index of the prompt in the call.
+
+    Raises:
+      ValueError: an empty prompt, or one too long for the model.
     """
     prompt_ids = self.encode(prompt)
     ids: list[int] = []

@@ -38,7 +38,7 @@ class Report:
   stops: list[str]
 
   def write(self, folder: epath.PathLike) -> None:
-    """Writes report.txt, report.json and lengths.png."""
+    """Writes report.txt, report.json and lengths.png; makes the folder."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "report.txt", f"{self.text}\n")
@@ -117,10 +117,10 @@ def _length_rows(tokens: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _lengths(loader: Loader) -> dict[str, np.ndarray]:
-  """Returns lengths in tokens by kind: i32 [n] each.
+  """Returns lengths in tokens by kind: i32, one for each group that has it.
 
-  The kinds are "prompts", and for each slot of responses "response K", or of
-  pairs "chosen" and "rejected". Slots without a response are left out.
+  The kinds are "prompts", and for each slot of responses "response K", or for
+  two slots "chosen" and "rejected". A slot that no group fills is left out.
   """
   lengths = np.asarray(loader.store.lengths[loader.indices])
   names = [f"response {k}" for k in range(lengths.shape[1] - 1)]

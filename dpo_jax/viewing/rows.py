@@ -125,6 +125,8 @@ def render_part(
 ) -> Text:
   """Renders the tokens of a part in the colour of their kind.
 
+  A response that does not end with a stop id gets a mark that it was cut.
+
   Args:
     part: prompt or response.
     tokenizer: decodes it.

@@ -168,7 +168,8 @@ def plot(runs: Sequence[RunRecord], metrics: Sequence[str]) -> Figure:
       those of `_PLOTTED` that the runs have.
 
   Raises:
-    ValueError: a metric that no run has, or no metrics at all.
+    ValueError: a metric that no run has; or none is named, and no run has one
+      of `_PLOTTED`.
   """
   known = dict.fromkeys(
     metric

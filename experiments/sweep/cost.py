@@ -27,7 +27,7 @@ def estimate(runs: Sequence[Run], scale: str) -> list[Row]:
     scale: "tiny" or "paper", which decides the hardware.
 
   Returns:
-    One row for each run: "run", "after", "FLOPs" (text) and "hours"; where a
+    One row for each run: "run", "after", "FLOPs" (text) and "hours"; if any
     run asks a judge on a server, "questions" and "dollars" too.
 
   Raises:

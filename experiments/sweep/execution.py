@@ -46,7 +46,7 @@ def execute(
     ValueError: the workdir holds runs of the same names with another config.
       The message lists the differences; nothing was executed.
     Locked: another worker holds one of these runs.
-    Preempted: SIGTERM arrived, and the run has saved.
+    Preempted: SIGTERM or Ctrl-C came, and the run has saved.
   """
   root = pathlib.Path(workdir)
   _check_unchanged(runs, root)
@@ -147,6 +147,9 @@ def _lock(folder: pathlib.Path) -> Iterator[None]:
   """Holds the lock on a run's folder; the system frees it if the process dies.
 
   The processes of one job share the run, so only the first takes the lock.
+
+  Raises:
+    Locked: another worker holds it.
   """
   folder.mkdir(parents=True, exist_ok=True)
   if jax.process_index():

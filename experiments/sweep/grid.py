@@ -143,10 +143,11 @@ class Grid:
     return sorted(means, key=quality)
 
   def plot(self, rows: list[Row], path: str) -> list[str]:
-    """Plots each metric against the first key that has numbers.
+    """Plots each metric against the first key of several numbers.
 
-    Lines are the values of the other keys. Seeds are averaged, and their spread
-    is a bar. Without metrics nothing is written, and [] is returned.
+    Without such a key it is against the number of the run. Lines are the values
+    of the other keys. Seeds are averaged, and their spread is a bar. Without
+    metrics nothing is written, and [] is returned.
     """
     labels, metrics = split_columns(rows)
     if not metrics:

@@ -42,7 +42,8 @@ class Run:
     config: config that `dpo_jax.train` trains, or None.
     after: names of runs that must be finished before it starts.
     work: (folder) -> None, called before the training: makes files.
-    measure: (folder) -> rows, called after the training.
+    measure: (folder) -> rows, called after the training; None: one row, of the
+      labels alone.
     inputs: other values that `work` and `measure` depend on. A change of
       them is refused, as one of the config is.
     num_params: parameters of the policy, for the estimate, where the policy's

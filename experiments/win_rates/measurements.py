@@ -97,6 +97,7 @@ class Bench:
 
     Raises:
       ValueError: the judge gives no finite number, or no probability.
+      JudgeError: a judge on a server does not answer.
     """
     row: Row = dict(labels)
     rewards = None

@@ -113,7 +113,7 @@ def draw_summary(rng: random.Random, prompt: str) -> str:
 
 
 def reward(prompt: str, summary: str) -> float:
-  """Ground-truth reward of a summary, at most 3.65.
+  """Ground-truth reward of a summary: at most 3.85, with joints 3.65.
 
   A right fact adds its weight, once. Wrong and repeated facts, and words that
   are neither facts nor joints, cost; every word costs a little.

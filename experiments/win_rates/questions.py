@@ -93,7 +93,7 @@ def _read(prompt: str) -> tuple[str, str]:
 
 
 def reward(prompt: str, answer: str) -> float:
-  """Ground-truth reward of an answer, at most 3.4.
+  """Ground-truth reward of an answer: at most 3.7, as a sentence 3.4.
 
   At most three different tools count, each once. Phrases count once.
   """
