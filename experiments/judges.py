@@ -253,13 +253,13 @@ def plot(rows: list[Row], path: str) -> list[str]:
   numbers = sorted({row["K"] for row in found})
   figure, axes = plt.subplots(
     1,
-    len(numbers),
-    figsize=(5.5 * len(numbers), 4.2),
+    max(len(numbers), 1),
+    figsize=(5.5 * max(len(numbers), 1), 4.2),
     layout="constrained",
     sharey=True,
     squeeze=False,
   )
-  for axis, number in zip(axes[0], numbers, strict=True):
+  for axis, number in zip(axes[0], numbers, strict=False):
     mine = [row for row in found if row["K"] == number]
     sweep.draw(axis, mine, "judge", "share")
     axis.set(xlabel="judge's correlation with the truth", title=f"K = {number}")

@@ -151,7 +151,7 @@ def plot(rows: list[Row], path: str) -> list[str]:
   figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
   means = curves(rows)
   betas = sorted({row["beta"] for row in means})
-  for axis, beta in zip(axes, (betas[0], betas[-1]), strict=False):
+  for axis, beta in zip(axes, betas[:1] + betas[-1:], strict=False):
     few = f"{NUM_PAIRS[0]} pairs"
     mine = [r for r in means if (r["beta"], r["knob"]) == (beta, few)]
     sweep.draw(axis, mine, "kl", "reward", order="step")

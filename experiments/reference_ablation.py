@@ -99,9 +99,10 @@ def plot(rows: list[Row], path: str) -> list[str]:
   exact_sweep.draw_frontier(axes[0], rows)
   sweep.draw(axes[0], means, "kl", "reward")
   axes[0].set(xlabel="KL to the fine-tuned policy (nats)", ylabel="E[r]")
-  axes[0].set(xlim=(0, 1.5 * max(row["kl"] for row in means)), ylim=(0, None))
+  largest = max((row["kl"] for row in means), default=1.0)
+  axes[0].set(xlim=(0, 1.5 * largest), ylim=(0, None))
   axes[0].legend(fontsize=8)
-  width = 0.8 / len(betas)
+  width = 0.8 / max(len(betas), 1)
   for number, beta in enumerate(betas):
     mine = [row for row in means if row["beta"] == beta]
     axes[1].barh(

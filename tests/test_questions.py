@@ -181,10 +181,26 @@ def test_plots_and_tables_are_functions_of_the_rows(experiment, rows, tmp_path):
   assert table(rows)
 
 
-@pytest.mark.parametrize(
-  "experiment",
-  [displacement, judges, length_bias, overoptimisation, reference_ablation],
+EXPERIMENTS = (
+  displacement,
+  judges,
+  length_bias,
+  overoptimisation,
+  reference_ablation,
 )
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_sweep_that_has_only_begun_is_plotted(experiment, tmp_path):
+  """With `--plot`, when the reference is all that is finished."""
+  task = uniform_task()
+  reference = exact_sweep.make_labels("reference", 0) | task.metrics(
+    task.ref_logps, None
+  )
+  assert experiment.plot([reference], str(tmp_path / "figure"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("scale", sweep.SCALES)
 def test_every_run_has_a_valid_config(experiment, scale):
   runs = experiment.runs(sweep.Settings("W", scale))

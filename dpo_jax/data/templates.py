@@ -82,11 +82,10 @@ class ChatTemplate:
 
     Yields:
       A text for each, or an error in its place if the template raises or
-      exceeds a cap.
+      exceeds a cap, or a message holds what JSON cannot.
 
     Raises:
       TimeoutError: they took longer than `timeout_s`.
-      RecordError: a message holds what JSON cannot.
     """
     deadline = time.monotonic() + timeout_s
     done = 0
@@ -134,18 +133,28 @@ class ChatTemplate:
   ) -> Iterator[str | RecordError]:
     """Yields a text or error for the first requests, at least one.
 
-    A fault may end the child before the last request.
+    A fault may end the child before the last request, and a request that JSON
+    cannot hold ends the batch.
 
     Args:
       requests: conversations.
       deadline: value of `time.monotonic` at which TimeoutError is raised.
     """
+    encoded: list[bytes] = []
+    for request in requests:
+      try:
+        encoded.append(_encode(request))
+      except RecordError as error:
+        if not encoded:
+          yield error
+          return
+        break
     child, is_read = self._take(), False
     try:
       # Replies start when the whole batch is read: neither side waits for
       # the other to empty a full pipe.
-      child.send([request._asdict() for request in requests])
-      for request in requests:
+      child.send(encoded)
+      for request in requests[: len(encoded)]:
         reply = self._reply(child, deadline)
         if reply.get("ends"):
           child.end()  # before an error stops whoever reads
@@ -183,6 +192,14 @@ def parse_date(date: str) -> datetime.date:
     ) from error
 
 
+def _encode(request: Request) -> bytes:
+  """Encodes a request as JSON; RecordError for what JSON cannot hold."""
+  try:
+    return json.dumps(request._asdict(), default=_to_plain).encode()
+  except (TypeError, ValueError) as error:
+    raise RecordError(f"a message holds what JSON cannot: {error}") from error
+
+
 def _error(reply: Mapping[str, Any], request: Request) -> RecordError:
   roles = [message.get("role") for message in request.messages]
   told = f": {reply['told']}" if "told" in reply else ""
@@ -212,23 +229,16 @@ class _Child:
     is_main = threading.current_thread() is threading.main_thread()
     self._setting: Mapping[str, Any] | None = {**setting, "is_of_main": is_main}
 
-  def send(self, batch: Any) -> None:
-    """Sends a list of requests as JSON; before the first, the setting.
+  def send(self, requests: Sequence[bytes]) -> None:
+    """Sends requests, JSON each, as a list; before the first, the setting.
 
     A child that has ended is not noticed here, but by `receive`.
-
-    Raises:
-      RecordError: a value that JSON cannot hold.
     """
-    try:
-      message = json.dumps(batch, default=_to_plain).encode()
-    except (TypeError, ValueError) as error:
-      raise RecordError(f"a message holds what JSON cannot: {error}") from error
     with contextlib.suppress(BrokenPipeError):
       if self._setting:
         send(self._stdin, json.dumps(self._setting).encode())
         self._setting = None
-      send(self._stdin, message)
+      send(self._stdin, b"[" + b",".join(requests) + b"]")
 
   def receive(self, deadline: float) -> Mapping[str, Any]:
     """Receives the next reply.

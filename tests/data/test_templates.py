@@ -357,9 +357,27 @@ def test_the_child_loads_no_jax():
 
 def test_what_json_cannot_hold_is_an_error():
   template = make("{{ messages[0].content }}")
-  with pytest.raises(RecordError, match="datetime is not a type of JSON"):
-    render(template, [{"role": "user", "content": datetime.datetime.now()}])
+  moment = datetime.datetime(2024, 1, 1)
+  error = render(template, [{"role": "user", "content": moment}])
+  assert isinstance(error, RecordError)
+  assert "datetime is not a type of JSON" in str(error)
   assert render(template) == USER["content"]
+
+
+def test_what_json_cannot_hold_costs_its_own_request_only():
+  """A time in the second and the last of four messages."""
+  template = make("{{ messages[0].content }}")
+  moment = datetime.datetime(2024, 1, 1)
+  contents = ["a", moment, "b", moment]
+  texts = list(
+    template.render(
+      [Request([{"role": "user", "content": x}], False, {}) for x in contents]
+    )
+  )
+  assert texts[::2] == ["a", "b"]
+  for error in texts[1::2]:
+    assert isinstance(error, RecordError)
+    assert "JSON cannot" in str(error)
 
 
 def test_half_a_character_passes_through():
