@@ -120,12 +120,13 @@ class Checkpoints:
   def best_step(self) -> int | None:
     """Step with the best metric, the later of two equals; None without steps.
 
-    Steps without the metric, or all if it is "", are equals that come after the
-    others; and steps that were saved without any metrics come last.
+    Steps without the metric are equals that come after the others, and steps
+    that were saved without any metrics come last. If the metric is "", the
+    latest step.
     """
 
     def rank(checkpoint: Any) -> tuple[bool, float, int]:
-      is_measured = bool(checkpoint.metrics)
+      is_measured = bool(checkpoint.metrics and self._best_metric)
       merit = self._merit(checkpoint.metrics) if is_measured else 0.0
       return is_measured, merit, checkpoint.step
 

@@ -286,6 +286,18 @@ def test_a_best_metric_that_nobody_measures_is_told(tmp_path, caplog):
   checkpoints.close()
 
 
+def test_without_a_best_metric_the_latest_step_is_best(tmp_path):
+  """Also if it was saved without metrics, as when a run is told to stop."""
+  checkpoints = Checkpoints(
+    tmp_path, keep=2, best_metric="", best_is_lower=False
+  )
+  checkpoints.save(1, place(small_state(1))[0], {"eval/loss": 1.0})
+  checkpoints.save(2, place(small_state(2))[0], None)
+  checkpoints.wait()
+  assert checkpoints.best_step == 2
+  checkpoints.close()
+
+
 @pytest.mark.fault(47)
 def test_a_clock_that_runs_backwards_changes_no_step(tmp_path, monkeypatch):
   year = itertools.count(0, -365 * 24 * 3600)
