@@ -158,11 +158,7 @@ class _Loop:
     return metrics
 
   def _train(self, start: int) -> dict[str, float]:
-    """Takes the steps from `start` on; a signal saves, and raises Preempted.
-
-    Returns:
-      Metrics of the last evaluation; {} without one.
-    """
+    """Takes the steps from `start` on; returns the last evaluation or {}."""
     config = self._config
     compiled = self._run.program.train_step(
       max_traces=len(self._loader.plan.shapes)
@@ -197,21 +193,12 @@ class _Loop:
     return metrics
 
   def _is_due(self, done: int, *settings: Any) -> bool:
-    """Returns whether the run, or an interval of `settings`, ends at a step.
-
-    Args:
-      done: steps that are done.
-      *settings: parts of the config with `every_steps`; 0 there is never due.
-    """
+    """Returns whether the run, or an interval of `settings`, ends at a step."""
     is_last = done == self._config.total_steps
     return is_last or any(_is_multiple(done, s.every_steps) for s in settings)
 
   def _between_steps(self, done: int) -> dict[str, float]:
-    """Evaluates and saves as is due.
-
-    Returns:
-      The evaluation's metrics; {} where none was due.
-    """
+    """Evaluates and saves as is due; returns the evaluation or {}."""
     metrics = {}
     with self._console.pause():
       state = self._placement.gather_state(self._state)
@@ -243,7 +230,10 @@ class _Loop:
       self._save(done, self._placement.gather_state(self._state), {})
       self._checkpoints.wait()
     self._stop.unsaved = False
-    _LOG.warning("step %d is saved: the same command resumes from it", done)
+    if done:
+      _LOG.warning("step %d is saved: the same command resumes from it", done)
+    else:
+      _LOG.warning("no step was taken yet: the same command starts again")
     raise Preempted(done)
 
   def _check_finite(self, done: int, state: TrainState) -> None:

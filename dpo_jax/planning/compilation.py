@@ -36,7 +36,7 @@ class Request:
     rows: rows of a stand-in's batch, see `is_stand_in`; 0: a row for each
       group, and more until the devices divide them.
     row_tokens: T of a stand-in; 0: data.row_tokens, or data.max_tokens.
-    scored_tokens: S of a stand-in; 0: all of T. Not read without one.
+    scored_tokens: S of a stand-in; 0: all of T.
     vocab_size: ids of a stand-in's tokenizer; 0: 128,256.
     mfu: model FLOPs utilisation to expect, the user's guess.
     price: price of a chip for an hour.
@@ -53,8 +53,9 @@ class Request:
 
   @property
   def is_stand_in(self) -> bool:
-    """Whether rows, row_tokens or vocab_size is given: no data are read."""
-    return bool(self.rows or self.row_tokens or self.vocab_size)
+    """Whether a part of the shapes is given: then no data are read."""
+    given = self.rows, self.row_tokens, self.scored_tokens, self.vocab_size
+    return any(given)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,6 +49,16 @@ def on_cpu(monkeypatch):
   )
 
 
+@pytest.mark.parametrize(
+  "given", ["rows", "row_tokens", "scored_tokens", "vocab_size"]
+)
+def test_any_part_of_the_shapes_makes_a_stand_in(given):
+  """None is ignored: without one the data are read."""
+  none = dict(rows=0, row_tokens=0, scored_tokens=0, vocab_size=0)
+  assert not make_request(**none).is_stand_in
+  assert make_request(**none | {given: 64}).is_stand_in
+
+
 def test_flops_are_those_of_a_loop_over_matrices():
   policy = tiny.make_policy(remat="full")
   c = policy.config
