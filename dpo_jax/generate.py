@@ -137,7 +137,10 @@ def _compare(
 
 @contextlib.contextmanager
 def _lines(path: str) -> Iterator[Callable[[str], None]]:
-  """Gives a function that appends a line to a file, which the first one makes.
+  """Gives a function that appends a line to a file, and closes it at the end.
+
+  The file is opened at the first line; what it holds is kept, except an
+  unfinished last line.
 
   Args:
     path: file; "" writes nowhere.

@@ -237,7 +237,7 @@ class _Loop:
     raise Preempted(done)
 
   def _check_finite(self, done: int, state: TrainState) -> None:
-    """Raises NonFiniteError rather than save a state that is not finite."""
+    """Raises NonFiniteError if parameters or moments are not finite."""
     for name, tree in (
       ("a parameter", state.params),
       ("a moment of the optimizer", state.opt_state),

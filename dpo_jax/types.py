@@ -204,7 +204,11 @@ def fields_where(holds: Callable[[Field], Any]) -> frozenset[str]:
 
 
 def fields_of(*sources: str) -> frozenset[str]:
-  """Returns the names of the optional fields whose `Field.source` is given."""
+  """Returns the names of the fields of Sequences that come from some sources.
+
+  Args:
+    *sources: values of `Field.source`, such as "policy" or "on_policy".
+  """
   return fields_where(lambda field: field.source in sources)
 
 

@@ -25,7 +25,11 @@ DOMAINS = ("posts", "news")
 
 
 def runs(settings: Settings) -> list[Run]:
-  """Returns the policies, and their win rates on both domains."""
+  """Returns the runs that train policies and measure them on both domains.
+
+  DPO and PPO are measured for every seed, SFT for seed 0. The runs that these
+  need are among them.
+  """
   builder = Builder(settings)
   for domain in DOMAINS:
     for seed in builder.seeds:

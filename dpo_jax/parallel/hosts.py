@@ -185,7 +185,10 @@ def together(function: Callable[[], T]) -> T:
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-  """Returns a global array as numpy, gathered from all hosts."""
+  """Returns a global array as numpy, whole on every host.
+
+  All processes must make this call: parts on other hosts are gathered.
+  """
   if x.is_fully_addressable:
     return np.asarray(x)
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))

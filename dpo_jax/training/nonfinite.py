@@ -280,7 +280,11 @@ def _write_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _plain(x: np.ndarray) -> Any:
-  """Returns numbers for JSON, which has no inf and no NaN: these are text."""
+  """Converts an array to what JSON can hold: nested lists, or one number.
+
+  Every number becomes a float. Infinities and NaN, which JSON lacks, become
+  text: "inf", "-inf" and "nan".
+  """
   if np.ndim(x):
     return [_plain(item) for item in x]
   return float(x) if np.isfinite(x) else str(float(x))

@@ -80,8 +80,11 @@ def execute(
 def _execute_one(run: Run, folder: pathlib.Path) -> None:
   """Executes a run under its lock, unless result.json is there.
 
-  Writes spec.json at the start, and at the end result.json: "rows", and
-  "last_seconds", the seconds that this call took.
+  Deletes failed.json and writes spec.json at the start, and at the end
+  result.json: "rows", and "last_seconds", the seconds that this call took.
+
+  Raises:
+    Locked: another worker holds the run; this does not wait for it.
   """
   with _lock(folder):
     # Another worker may have finished it since the caller looked.
