@@ -89,7 +89,6 @@ def write_best_and_worst(
   prompts = rng.integers(0, len(task.space.prompts), num)
   drawn = task.draw(prompts, num_samples, rng)
   judged = scores[prompts[:, None], drawn]
-  rows = np.arange(num)
   best, worst = judged.argmax(1), judged.argmin(1)
   texts = task.space.texts
   write_lines(
@@ -102,7 +101,7 @@ def write_best_and_worst(
         "score_chosen": judged[i, best[i]],
         "score_rejected": judged[i, worst[i]],
       }
-      for i in rows
+      for i in range(num)
       if judged[i, best[i]] > judged[i, worst[i]]
     ),
   )

@@ -55,7 +55,7 @@ def _scores(
 
 
 def _is_seen(spans: list[jax.Array], keys: jax.Array) -> jax.Array:
-  """Returns whether queries see keys; spans: own first, end; prompt's too."""
+  """Returns whether keys are in `spans`, first and end of two intervals."""
   first, end, prompt_first, prompt_end = spans
   in_own = (keys >= first) & (keys < end)
   return in_own | ((keys >= prompt_first) & (keys < prompt_end))
