@@ -7,6 +7,7 @@ dpo_jax/losses/functions.py. Run it after a change to the table of losses; a
 test fails while one of them is out of date.
 """
 
+import importlib
 import math
 import pathlib
 import textwrap
@@ -177,8 +178,12 @@ def plot(path: pathlib.Path) -> None:
 
 
 def main() -> None:
+  FUNCTIONS.write_text(loss_functions.render_functions(), encoding="utf-8")
+  print(FUNCTIONS)
+  # docs/api.md lists the functions as they are now.
+  importlib.reload(losses.functions)
+  importlib.reload(losses)
   files = {
-    FUNCTIONS: loss_functions.render_functions(),
     FOLDER / "losses.md": render(),
     FOLDER / "api.md": loss_functions.render_api(),
   }

@@ -9,9 +9,12 @@ import dataclasses
 import logging
 from typing import Any
 
+import ml_collections
 import numpy as np
 
+from dpo_jax import config as config_lib
 from dpo_jax.data.loader import Loader
+from dpo_jax.losses import Objective, WeightedSum
 
 _LOG = logging.getLogger(__name__)
 
@@ -182,6 +185,15 @@ def _repeats(train: Loader) -> float:
   return train.batch_size / len(train.indices)
 
 
+def _equal_gaps(train: Loader) -> float:
+  """Returns 1 if all pairs have the same gap in score, else 0."""
+  score = train.store.score[train.indices]
+  if score.shape[1] != 2:
+    return 0.0
+  gaps = score[:, 0] - score[:, 1]
+  return float(bool((gaps == gaps[0]).all()))
+
+
 # Checks of the training groups; a measure gets their loader.
 TRAIN_CHECKS: dict[str, Check] = {
   "length_bias": Check(
@@ -196,6 +208,12 @@ TRAIN_CHECKS: dict[str, Check] = {
     1.0,
     "a batch has {value:.1f} times the groups there are, so it repeats them:"
     " lower batch_size",
+  ),
+  "equal_gaps": Check(
+    _equal_gaps,
+    0.0,
+    "all pairs have the same gap in score, which this loss reads: add the"
+    " columns score_chosen and score_rejected (without them they are 1 and 0)",
   ),
 }
 
@@ -216,6 +234,42 @@ HELD_OUT_CHECKS: dict[str, Check] = {
     " data.eval_source",
   ),
 }
+
+
+def choose_actions(
+  config: ml_collections.FrozenConfigDict,
+  objective: Objective | WeightedSum,
+  *,
+  reads_responses: bool,
+) -> dict[str, str]:
+  """Returns the action of each check, "off" for those that mean nothing here.
+
+  Checks of pairs need pairs that are read, equal_gaps a loss that reads the gap
+  in score, and few_held_out a held-out set that `eval.max_groups` does not keep
+  small. Ties are none to a loss that uses them.
+
+  Args:
+    config: resolved config of a run.
+    objective: its loss.
+    reads_responses: whether responses of training batches are read from data.
+  """
+  actions = dict(config.data.checks)
+  if objective.group == "single":
+    actions["length_bias"] = "off"  # there are no pairs
+  of_pairs = ("length_bias", "ties", "contradictions", "chosen_scores_lower")
+  if not reads_responses or objective.group == "first":
+    # Rejected responses are not read.
+    actions |= dict.fromkeys(of_pairs, "off")
+  if not (reads_responses and objective.reads_gap):
+    actions["equal_gaps"] = "off"
+  if objective.uses_ties:
+    actions["ties"] = "off"
+  is_wanted = config.data.eval_fraction or any(
+    config_lib.eval_sets(config.data).values()
+  )
+  if not is_wanted or 0 < config.eval.max_groups < 30:
+    actions["few_held_out"] = "off"
+  return actions
 
 
 def run_checks(

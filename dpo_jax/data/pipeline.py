@@ -101,7 +101,9 @@ class Pipeline:
     opened = [groups, *(g for g, _ in held_out.values() if g is not groups)]
     by_split = {config_lib.split_name(n): x for n, x in loaders.items()}
     results = checks.run_checks(
-      self._check_actions(),
+      checks.choose_actions(
+        self.config, self.objective, reads_responses=self.reads_responses
+      ),
       [report for its_groups in opened for report in its_groups.reports],
       {"train": train_loader, **by_split},
     )
@@ -199,27 +201,6 @@ class Pipeline:
     return self.reads_responses or (
       self.objective.group != "samples" and is_pair
     )
-
-  def _check_actions(self) -> dict[str, str]:
-    """Returns the action of each check, "off" for those that mean nothing here.
-
-    Checks of pairs need pairs that are read. The check few_held_out needs a
-    held-out set that `eval.max_groups` does not keep small.
-    """
-    config = self.config
-    actions = dict(config.data.checks)
-    if self.objective.group == "single":
-      actions["length_bias"] = "off"  # there are no pairs
-    of_pairs = ("length_bias", "ties", "contradictions", "chosen_scores_lower")
-    if not self.reads_responses or self.objective.group == "first":
-      # Rejected responses are not read.
-      actions |= dict.fromkeys(of_pairs, "off")
-    is_wanted = config.data.eval_fraction or any(
-      config_lib.eval_sets(config.data).values()
-    )
-    if not is_wanted or 0 < config.eval.max_groups < 30:
-      actions["few_held_out"] = "off"
-    return actions
 
   def _mix(self, groups: Groups, train: np.ndarray) -> Mixture:
     """Returns the mixture of training groups by source, with their weights.

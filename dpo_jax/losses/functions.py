@@ -41,6 +41,7 @@ __all__ = [
   "preferred_ft_loss",
   "r_dpo_loss",
   "reinforce_loss",
+  "reward_aware_loss",
   "reward_model_loss",
   "robust_dpo_loss",
   "rpo_loss",
@@ -955,6 +956,52 @@ def odpo_loss(
       or a hyper-parameter is out of range. A traced one is not checked.
   """
   return evaluate("odpo", locals())
+
+
+def reward_aware_loss(
+  policy_chosen_logps: jax.Array,
+  policy_rejected_logps: jax.Array,
+  ref_chosen_logps: jax.Array,
+  ref_rejected_logps: jax.Array,
+  chosen_score: jax.Array,
+  rejected_score: jax.Array,
+  *,
+  beta: float = 0.1,
+  reward_scale: float = 1.0,
+  distance: str = "backward_kl",
+) -> jax.Array:
+  """Computes the loss `reward_aware` of each pair.
+
+      distance of beta D from g = reward_scale (score_w - score_l): backward_kl
+      KL(s(g) || s(beta D)), forward_kl KL(s(beta D) || s(g)), squared (beta D -
+      g)^2
+
+  Here s is the sigmoid; w is the chosen and l the rejected response; D = r_w -
+  r_l; r = lp - log pi_ref(y|x); lp = log pi(y|x), summed over tokens.
+
+  Source: Sun et al. 2025, arXiv:2502.00203.
+
+  Args:
+    policy_chosen_logps: f32 [B], log pi(y|x) of the chosen response, nats.
+    policy_rejected_logps: f32 [B], log pi(y|x) of the rejected response, nats.
+    ref_chosen_logps: f32 [B], log pi_ref(y|x) of the chosen response, nats.
+    ref_rejected_logps: f32 [B], log pi_ref(y|x) of the rejected response, nats.
+    chosen_score: f32 [B], score of the chosen response, higher is better.
+    rejected_score: f32 [B], score of the rejected response, higher is better.
+    beta: strength of the tie to the reference, or scale of the reward, 1/nats,
+      in (0, inf).
+    reward_scale: nats that a gap in score of 1 is worth, in (0, inf).
+    distance: distance of a margin from its target, one of backward_kl,
+      forward_kl, squared.
+
+  Returns:
+    f32 [B], loss of each pair. The objective is their mean.
+
+  Raises:
+    ValueError: a shape or dtype does not fit, an array is missing or not read,
+      or a hyper-parameter is out of range. A traced one is not checked.
+  """
+  return evaluate("reward_aware", locals())
 
 
 def dpop_loss(

@@ -82,6 +82,9 @@ class Knob:
     return f"{opening}{low}, {high}{closing}"
 
 
+# Distances of a pair's margin from the one that its scores call for.
+DISTANCES = ("backward_kl", "forward_kl", "squared")
+
 # Hyper-parameters of the losses.
 KNOBS: dict[str, Knob] = {
   "beta": Knob(
@@ -115,6 +118,12 @@ KNOBS: dict[str, Knob] = {
   ),
   "center_weight": Knob(
     float, "weight of the squared sum of a group's rewards", low=0
+  ),
+  "reward_scale": Knob(
+    float, "nats that a gap in score of 1 is worth", low=0, above=True
+  ),
+  "distance": Knob(
+    str, "distance of a margin from its target", choices=DISTANCES
   ),
   "shift": Knob(float, "weight of the rejected reward", low=0, high=1),
   "clip": Knob(

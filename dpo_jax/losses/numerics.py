@@ -1,7 +1,11 @@
 """Functions whose values and gradients stay finite at extreme arguments."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+
+from dpo_jax.types import Sequences
 
 # exp(80) is 6e34, and the largest float32 is 3e38.
 _LARGEST_EXPONENT = 80.0
@@ -57,3 +61,28 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     mask: bool of that shape.
   """
   return jnp.where(mask, x, 0.0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def blank_invalid(sequences: Sequences) -> Sequences:
+  """Sets every field to 0 in slots that hold no response.
+
+  Masking the loss alone would still send NaN through the gradient of the
+  branch that `where` drops.
+  """
+  valid = sequences.valid
+
+  def blank(x):
+    if x is None or x.ndim == 0:
+      return x
+    # [B], [B, K] or [B, K, M].
+    mask = {1: valid[:, 0], 2: valid, 3: valid[..., None]}[x.ndim]
+    return jnp.where(mask, x, 0)
+
+  return dataclasses.replace(
+    sequences,
+    **{
+      field.name: blank(getattr(sequences, field.name))
+      for field in dataclasses.fields(sequences)
+      if field.name != "valid"
+    },
+  )

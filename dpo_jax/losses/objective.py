@@ -12,6 +12,7 @@ import numpy as np
 
 from dpo_jax.losses.catalogue.row import Loss, knobs_of
 from dpo_jax.losses.groups import GROUPS, Group, Metrics
+from dpo_jax.losses.numerics import blank_invalid
 from dpo_jax.types import Array, Sequences
 
 
@@ -65,6 +66,17 @@ class Objective:
     """Responses of a group that the loss reads; None for all."""
     return self._group.num_slots
 
+  @property
+  def reads_gap(self) -> bool:
+    """Whether the size of a gap in score matters, not the order alone."""
+    knob = self.loss.link_row.gap_weight
+    return knob is not None and self.knobs[knob] != 0
+
+  @property
+  def uses_ties(self) -> bool:
+    """Whether groups whose responses score the same have something to learn."""
+    return not self._group.is_ordered or self.loss.link_row.uses_ties
+
   def init(self) -> Any:
     """State that the loss carries from step to step: a tree, () if none."""
     make = self.loss.link_row.init
@@ -95,7 +107,7 @@ class Objective:
       that makes responses more likely. A tie within a longer ranking is kept.
     """
     reasons = {"too_few_responses": ~np.asarray(self.valid_groups(present))}
-    if self._group.is_ordered:
+    if not self.uses_ties:
       highest = np.where(present, score, -np.inf).max(1)
       lowest = np.where(present, score, np.inf).min(1)
       reasons["tied_scores"] = highest == lowest
@@ -160,7 +172,7 @@ class Objective:
     self.check_group_size(sequences.valid.shape[1])
     self._check_fields(sequences)
     is_valid = self.valid_groups(sequences.valid)
-    sequences = _blank(self._counted(sequences, is_valid))
+    sequences = blank_invalid(self._counted(sequences, is_valid))
     reward = self.loss.reward_row.function
     rewards = reward(sequences, **self._knobs_for(reward))
     # A reward of blank fields need not be 0.
@@ -254,31 +266,6 @@ def first_reasons(reasons: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return first
 
 
-def _blank(sequences: Sequences) -> Sequences:
-  """Sets every field to 0 in slots that hold no response.
-
-  Masking the loss alone would still send NaN through the gradient of the
-  branch that `where` drops.
-  """
-  valid = sequences.valid
-
-  def blank(x):
-    if x is None or x.ndim == 0:
-      return x
-    # [B], [B, K] or [B, K, M].
-    mask = {1: valid[:, 0], 2: valid, 3: valid[..., None]}[x.ndim]
-    return jnp.where(mask, x, 0)
-
-  return dataclasses.replace(
-    sequences,
-    **{
-      field.name: blank(getattr(sequences, field.name))
-      for field in dataclasses.fields(sequences)
-      if field.name != "valid"
-    },
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class WeightedSum:
   """Weighted sum of several losses on the same sequences.
@@ -312,6 +299,14 @@ class WeightedSum:
   @property
   def is_coupled(self) -> bool:
     return any(term.is_coupled for _, term in self.terms)
+
+  @property
+  def reads_gap(self) -> bool:
+    return any(term.reads_gap for _, term in self.terms)
+
+  @property
+  def uses_ties(self) -> bool:
+    return all(term.uses_ties for _, term in self.terms)
 
   @property
   def group(self) -> str:

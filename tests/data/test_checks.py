@@ -137,3 +137,52 @@ def test_each_held_out_set_is_checked_by_its_name(tmp_path, on_one_device):
     ("overlap", "eval/shared"),
     ("few_held_out", "eval/shared"),
   }
+
+
+def acting(run):
+  """Names of the checks that found something and are on."""
+  return {r.name for r in run.data.checks if r.message and r.action != "off"}
+
+
+@pytest.mark.parametrize(
+  ("settings", "has_scores", "warns"),
+  [
+    ({"loss__name": "odpo"}, False, True),
+    ({"loss__name": "odpo"}, True, False),
+    ({"loss__name": "odpo", "loss__alpha": 0.0}, False, False),
+    ({"loss__name": "reward_aware"}, False, True),
+    ({"loss__name": "dpo"}, False, False),
+  ],
+  ids=str,
+)
+def test_a_loss_that_reads_the_gap_in_score_wants_scores(
+  tmp_path, on_one_device, settings, has_scores, warns
+):
+  rows = [
+    {"prompt": f"p {i}", "chosen": f" a{i}", "rejected": f" b{i}"}
+    | ({"score_chosen": i, "score_rejected": -1} if has_scores else {})
+    for i in range(40)
+  ]
+  path = tmp_path / "pairs.jsonl"
+  path.write_text("\n".join(json.dumps(row) for row in rows))
+  run = run_of(
+    tmp_path, data__source=f"jsonl:{path}", data__eval_fraction=0.0, **settings
+  )
+  assert ("equal_gaps" in acting(run)) == warns
+
+
+def test_ties_are_none_to_a_loss_that_uses_them(tmp_path, on_one_device):
+  """Half of the pairs tie: the loss learns from them, and no check warns."""
+  rows = [
+    {"prompt": f"p {i}", "chosen": f" a{i}", "rejected": f" b{i}"}
+    | {"score_chosen": i % 2, "score_rejected": 0}
+    for i in range(40)
+  ]
+  path = tmp_path / "pairs.jsonl"
+  path.write_text("\n".join(json.dumps(row) for row in rows))
+  settings = dict(data__source=f"jsonl:{path}", data__eval_fraction=0.0)
+  found = {}
+  for name in ("reward_aware", "dpo"):
+    run = run_of(tmp_path, loss__name=name, **settings)
+    found[name] = len(run.data.train.indices), "ties" in acting(run)
+  assert found == {"reward_aware": (40, False), "dpo": (20, True)}

@@ -121,6 +121,17 @@ def odpo(g, beta, alpha):
   return -log_sigmoid(beta * margin(g) - alpha * math.log(gap))
 
 
+def reward_aware(g, beta, reward_scale, distance):
+  ours = beta * margin(g)
+  wanted = reward_scale * (g["score"][0] - g["score"][1])
+  if distance == "squared":
+    return (ours - wanted) ** 2
+  p, q = (1 / (1 + math.exp(-x)) for x in (wanted, ours))
+  if distance == "forward_kl":
+    p, q = q, p
+  return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
 def dpop(g, beta, penalty_weight):
   penalty = penalty_weight * max(0.0, -ratio(g, 0))
   return -log_sigmoid(beta * (margin(g) - penalty))

@@ -17,6 +17,7 @@ from dpo_jax.losses import (
   mean_over_groups,
   rewards,
 )
+from dpo_jax.losses.knobs import DISTANCES
 from dpo_jax.types import Sequences
 from tests.losses import oracles
 from tests.losses.cases import NAMES, VARIANTS, WIDTH, as_groups
@@ -558,6 +559,35 @@ def test_odpo_ignores_pairs_whose_scores_tie_or_are_reversed():
   np.testing.assert_allclose(per_group, [wanted, 0.0, 0.0], rtol=1e-6)
   np.testing.assert_array_equal(slopes[1:], 0.0)
   assert (slopes[0] != 0.0).all()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_reward_aware_losses_are_least_at_the_gap_in_score(distance):
+  """For a gap above 0, of 0 and below 0, far out too; the loss there is 0."""
+  objective = build(
+    "reward_aware", beta=0.5, reward_scale=2.0, distance=distance
+  )
+  gaps = jnp.array([0.7, 0.0, -0.4, 40.0])
+  score = jnp.stack([gaps, jnp.zeros_like(gaps)], 1)
+  sequences = make_sequences(2, num=4).replace(
+    score=score, ref_logps=jnp.zeros((4, 2))
+  )
+
+  def total(ratios):
+    logps = jnp.stack([ratios, jnp.zeros_like(ratios)], 1)
+    per_group = losses_of(objective, sequences.replace(logps=logps))
+    return per_group.sum(), per_group
+
+  measure = jax.jit(jax.grad(total, has_aux=True))
+  best = 2.0 * gaps / 0.5
+  slopes, least = measure(best)
+  np.testing.assert_allclose(least, 0.0, atol=1e-6)
+  np.testing.assert_allclose(slopes, 0.0, atol=1e-6)
+  for side in (-1.0, 1.0):
+    slopes, per_group = measure(best + side)
+    assert (per_group[:3] > 1e-3).all()
+    assert (side * slopes[:3] > 1e-3).all()
+    assert np.isfinite(slopes).all()
 
 
 def test_running_means_are_over_all_steps():

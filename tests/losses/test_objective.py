@@ -221,9 +221,14 @@ def test_groups_of_another_size_are_refused(name, num_slots):
         "too_few_responses": [3, 4],
       },
     ),
+    ({"name": "reward_aware"}, {"too_few_responses": [3, 4]}),
     ({"name": "sft"}, {"undesirable_response": [4]}),
     (
       {"name": "reward_model"},
+      {"tied_scores": [1], "too_few_responses": [3, 4]},
+    ),
+    (
+      [{"name": "dpo", "weight": 1.0}, {"name": "reward_aware", "weight": 1.0}],
       {"tied_scores": [1], "too_few_responses": [3, 4]},
     ),
     (

@@ -12,6 +12,17 @@ ROWS: tuple[Loss, ...] = (
     "Amini et al. 2024, arXiv:2402.10571",
   ),
   Loss(
+    "reward_aware",
+    "log_ratio",
+    "reward_aware_distance",
+    dict(beta=0.1, reward_scale=1.0, distance="backward_kl"),
+    "distance of beta D from g = reward_scale (score_w - score_l): backward_kl"
+    " KL(s(g) || s(beta D)), forward_kl KL(s(beta D) || s(g)), squared"
+    " (beta D - g)^2",
+    "Sun et al. 2025, arXiv:2502.00203",
+    peers="NeMo-Aligner `rpo_bwd_kl`, `rpo_fwd_kl`, `rpo_sq`",
+  ),
+  Loss(
     "dpop",
     "log_ratio",
     "positive_logistic",

@@ -17,6 +17,9 @@ class Link:
     needs: optional fields of Sequences that it reads.
     needs_anchor: whether it compares single rewards with a constant, so that
       a reward of 0 must mean that policy and reference agree.
+    gap_weight: knob that weighs the gap in score; None for a link that reads
+      the order alone.
+    uses_ties: whether a pair of equal scores has a loss.
     needs_ordered_scores: whether a pair has a gradient only where the chosen
       response scores higher.
     is_coupled: whether a group's loss depends on the other groups.
@@ -28,6 +31,8 @@ class Link:
   kind: str
   needs: frozenset[str] = frozenset()
   needs_anchor: bool = False
+  gap_weight: str | None = None
+  uses_ties: bool = False
   needs_ordered_scores: bool = False
   is_coupled: bool = False
   fixes_reward: bool = False

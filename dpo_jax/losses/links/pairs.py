@@ -42,6 +42,31 @@ def offset_logistic(
   return jnp.where(is_ordered, loss, 0.0)
 
 
+def reward_aware_distance(
+  rewards: jax.Array,
+  sequences: Sequences,
+  *,
+  beta: float,
+  reward_scale: float,
+  distance: str,
+) -> jax.Array:
+  """Distance of the margin from the one that the gap in score calls for.
+
+  With m = beta D and g = reward_scale * gap it is (m - g)^2, "squared", or the
+  KL divergence between the probabilities s(m) and s(g) that the chosen response
+  is preferred: KL(s(g) || s(m)), "backward_kl", or KL(s(m) || s(g)),
+  "forward_kl". All are least at m = g; that is 0 for equal scores, and negative
+  where the rejected response scores higher.
+  """
+  margin = beta * _margins(rewards)
+  target = reward_scale * (sequences.score[:, 0] - sequences.score[:, 1])
+  if distance == "squared":
+    return jnp.square(margin - target)
+  if distance == "backward_kl":
+    return _bernoulli_kl(target, margin)
+  return _bernoulli_kl(margin, target)
+
+
 def positive_logistic(
   rewards: jax.Array,
   sequences: Sequences,
@@ -273,6 +298,14 @@ def _sorted_loss(
   return jnp.broadcast_to(masked_mean(loss, is_kept), is_valid.shape)
 
 
+def _bernoulli_kl(x: jax.Array, y: jax.Array) -> jax.Array:
+  """KL divergence of s(y) from s(x), probabilities of an event, from logits."""
+  log_s = jax.nn.log_sigmoid
+  return jnp.exp(log_s(x)) * (log_s(x) - log_s(y)) + jnp.exp(log_s(-x)) * (
+    log_s(-x) - log_s(-y)
+  )
+
+
 def _margins(rewards: jax.Array) -> jax.Array:
   chex.assert_shape(rewards, (None, 2))
   return rewards[:, 0] - rewards[:, 1]
@@ -288,7 +321,10 @@ LINKS: dict[str, Link] = {
     anchored_down,
     needs_anchor=True,
   ),
-  **group_links(offset_logistic, needs_ordered_scores=True),
+  **group_links(offset_logistic, gap_weight="alpha", needs_ordered_scores=True),
+  **group_links(
+    reward_aware_distance, gap_weight="reward_scale", uses_ties=True
+  ),
   **group_links(token_level_logistic, needs=("kl",)),
   **group_links(weighted_policy_logistic, needs=("alignment",)),
   **group_links(unlikely, needs=("complement_logps",)),

@@ -55,4 +55,7 @@ def _ranking_loss(z: jax.Array, sequences: Sequences) -> jax.Array:
   return jnp.where(valid, jax.nn.logsumexp(gaps, axis=-1), 0.0).sum(-1)
 
 
-LINKS: dict[str, Link] = group_links(plackett_luce, bradley_terry)
+LINKS: dict[str, Link] = {
+  **group_links(plackett_luce),
+  **group_links(bradley_terry, gap_weight="margin_weight"),
+}
