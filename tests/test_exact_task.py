@@ -320,7 +320,7 @@ def measured(finished):
 
 # Laws. Another CPU rounds differently, and hundreds of steps make that visible.
 # Beside each limit stand the values with the instructions SSE4.2 and AVX2
-# (XLA_FLAGS=--xla_cpu_max_isa=...); the limit leaves more room than they differ.
+# (XLA_FLAGS=--xla_cpu_max_isa=...): it leaves more room than they differ by.
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import types
 import pytest
 
 from experiments import all as all_lib
-from experiments import sweep
-from experiments.all import EXPERIMENTS, Experiment
+from experiments import page, registry, sweep
+from experiments.registry import EXPERIMENTS, Experiment
 from experiments.sweep import Run, Settings
 
 FOLDER = pathlib.Path(all_lib.__file__).parent
@@ -68,8 +68,8 @@ def test_an_experiment_takes_judge_flags_where_its_command_does():
 def test_an_unknown_experiment_is_refused_with_a_suggestion():
   message = r"--only=label_noize: no such .* Did you mean 'label_noise'"
   with pytest.raises(ValueError, match=message):
-    all_lib.choose(["label_noize"])
-  assert [e.name for e in all_lib.choose(["label_noise"])] == ["label_noise"]
+    registry.choose(["label_noize"])
+  assert [e.name for e in registry.choose(["label_noise"])] == ["label_noise"]
 
 
 def test_the_estimate_counts_shared_and_finished_runs_once(tmp_path):
@@ -87,7 +87,7 @@ def test_an_experiment_that_cannot_run_does_not_stop_the_estimate(
   tmp_path, capsys
 ):
   paper = Settings(str(tmp_path), "paper")
-  chosen = [*all_lib.choose(["tldr_temperature"]), make_experiment("a")]
+  chosen = [*registry.choose(["tldr_temperature"]), make_experiment("a")]
   [row], refusals = all_lib.estimate(chosen, paper)
   assert row["experiment"] == "a" and row["minutes"] > 0
   assert "takes --config.eval.judge" in refusals["tldr_temperature"]
@@ -110,11 +110,43 @@ def test_a_failing_experiment_is_named_and_does_not_stop_the_others(tmp_path):
     "a": "ZeroDivisionError: division by zero",
     "b": "b: FloatingPointError: not a number",
   }
-  text = pathlib.Path(all_lib.write_page(chosen, whole, failures)).read_text()
+  text = pathlib.Path(page.write_page(chosen, whole, failures)).read_text()
   assert "## b\n\nShows b.\n\n**Failed.** b: FloatingPointError" in text
   assert "Unfinished runs: 1." in text
   assert "## c\n\nShows c.\n\n![c](c/c.png)" in text
   assert "| shared | shared | 0.500 |" in text
+
+
+def test_the_page_says_how_long_the_runs_took(tmp_path):
+  """A shared run counts once, and an unfinished one not at all."""
+  chosen = [make_experiment(name, folder="both") for name in ("a", "b")]
+  chosen.append(make_experiment("c"))
+  whole = Settings(str(tmp_path), "tiny")
+  assert all_lib.run_all(chosen[:2], whole, "0/1") == {}
+  for seconds, name in ((60, "shared"), (120, "a"), (30, "b")):
+    result = tmp_path / "both" / name / "result.json"
+    text = json.loads(result.read_text()) | {"last_seconds": seconds}
+    result.write_text(json.dumps(text))
+  rows = [tuple(row.values()) for row in page.durations(chosen, whole)]
+  assert rows == [("a", 2, 3.0), ("b", 1, 0.5), ("c", 0, 0.0), ("all", 3, 3.5)]
+  text = pathlib.Path(page.write_page(chosen, whole, {})).read_text()
+  assert "| all | 3 | 3.500 |" in text
+  assert "No run has begun." in text.partition("## c")[2]
+
+
+def test_a_published_page_has_its_figures_beside_it(tmp_path, monkeypatch):
+  monkeypatch.setattr(sweep, "compile_once", lambda workdir: None)
+  monkeypatch.setattr(sweep, "compile_soon", lambda: None)
+  chosen = [make_experiment("a"), make_experiment("b")]
+  whole = Settings(str(tmp_path / "w"), "tiny")
+  assert all_lib.run(chosen[:1], whole, "0/1", str(tmp_path / "out")) == 0
+  (tmp_path / "w" / "a" / "a.png").write_bytes(b"second")
+  path = page.publish(chosen, whole, {}, str(tmp_path / "out"))
+  text = pathlib.Path(path).read_text()
+  assert "## a\n\nShows a.\n\n![a](figures/a.png)\n" in text
+  figures = tmp_path / "out" / "figures"
+  assert [p.name for p in figures.iterdir()] == ["a.png"]
+  assert (figures / "a.png").read_bytes() == b"second"
 
 
 def test_the_exit_code_says_that_an_experiment_failed(

@@ -1,0 +1,147 @@
+"""Page of results: durations, and each experiment's table and figure."""
+
+from collections.abc import Callable, Sequence
+import json
+import os
+import pathlib
+import platform
+import shutil
+from typing import Any
+
+import jax
+
+from dpo_jax.system.files import write_atomically
+from dpo_jax.system.version import code_version
+from experiments.registry import Experiment
+from experiments.sweep import Row, Settings
+
+
+def write_page(
+  chosen: Sequence[Experiment], whole: Settings, failures: dict[str, str]
+) -> str:
+  """Writes WORKDIR/all.md: what `render_page` returns.
+
+  Returns:
+    Its path.
+  """
+
+  def link(experiment: Experiment) -> str:
+    return os.path.relpath(_figure(experiment, whole), whole.workdir)
+
+  path = os.path.join(whole.workdir, "all.md")
+  os.makedirs(whole.workdir, exist_ok=True)
+  write_atomically(path, render_page(chosen, whole, failures, link))
+  return path
+
+
+def publish(
+  chosen: Sequence[Experiment],
+  whole: Settings,
+  failures: dict[str, str],
+  folder: str,
+) -> str:
+  """Writes FOLDER/RESULTS.md, with copies of its figures in FOLDER/figures.
+
+  Returns:
+    Its path.
+  """
+  figures = pathlib.Path(folder) / "figures"
+  figures.mkdir(parents=True, exist_ok=True)
+  for experiment in chosen:
+    if os.path.exists(figure := _figure(experiment, whole)):
+      shutil.copyfile(figure, figures / f"{experiment.name}.png")
+  path = os.path.join(folder, "RESULTS.md")
+  text = render_page(
+    chosen, whole, failures, lambda e: f"{figures.name}/{e.name}.png"
+  )
+  write_atomically(path, text)
+  return path
+
+
+def _figure(experiment: Experiment, whole: Settings) -> str:
+  workdir = experiment.settings(whole).workdir
+  return os.path.join(workdir, f"{experiment.name}.png")
+
+
+def render_page(
+  chosen: Sequence[Experiment],
+  whole: Settings,
+  failures: dict[str, str],
+  figure: Callable[[Experiment], str],
+) -> str:
+  """Returns a page: what runs took, and the results of each experiment.
+
+  Failed experiments, and unfinished runs, are named.
+
+  Args:
+    chosen: experiments, in order.
+    whole: settings of all.
+    failures: messages of those that failed, by name.
+    figure: returns the link to an experiment's figure.
+  """
+  parts = [
+    f"# Results at --scale={whole.scale}\n\n",
+    f"Written by `python -m experiments.all` at {code_version()}, with Python"
+    f" {platform.python_version()} and jax {jax.__version__}.\n\n",
+    _markdown(durations(chosen, whole)),
+  ]
+  for experiment in chosen:
+    parts.append(f"\n## {experiment.name}\n\n{experiment.sentence}\n")
+    if experiment.name in failures:
+      parts.append(f"\n**Failed.** {failures[experiment.name]}\n")
+    try:
+      found = experiment.module.collect(experiment.settings(whole).workdir)
+    except FileNotFoundError:
+      parts.append("\nNo run has begun.\n")
+      continue
+    if found.rows:
+      parts.append(f"\n![{experiment.name}]({figure(experiment)})\n\n")
+      parts.append(_markdown(experiment.table(found.rows)))
+    if found.missing:
+      parts.append(f"\nUnfinished runs: {len(found.missing)}.\n")
+  return "".join(parts)
+
+
+def durations(chosen: Sequence[Experiment], whole: Settings) -> list[Row]:
+  """Sums the time of finished runs.
+
+  A run that several experiments share counts in the first of them alone, and
+  one that was interrupted only from its last start.
+
+  Returns:
+    A row for each experiment and one for all: "experiment", "runs", and
+    "minutes" of one worker.
+  """
+  counted: set[str] = set()
+  rows: list[Row] = []
+  for experiment in chosen:
+    settings = experiment.settings(whole)
+    listed = pathlib.Path(settings.workdir, f"{experiment.name}.runs.json")
+    names = json.loads(listed.read_text()) if listed.exists() else []
+    seconds = []
+    for entry in names:
+      result = pathlib.Path(settings.workdir, entry["name"], "result.json")
+      if str(result) not in counted and result.exists():
+        counted.add(str(result))
+        seconds.append(json.loads(result.read_text())["last_seconds"])
+    rows.append(
+      {
+        "experiment": experiment.name,
+        "runs": len(seconds),
+        "minutes": sum(seconds) / 60.0,
+      }
+    )
+  total = {key: sum(row[key] for row in rows) for key in ("runs", "minutes")}
+  return [*rows, {"experiment": "all", **total}]
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+  """Formats rows as a table of Markdown, numbers with three decimals."""
+
+  def line(values: Sequence[Any]) -> str:
+    cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in values)
+    return f"| {' | '.join(cells)} |\n"
+
+  names = list(dict.fromkeys(name for row in rows for name in row))
+  lines = [line([row.get(name, "") for name in names]) for row in rows]
+  return "".join([line(names), line(["---"] * len(names)), *lines])
