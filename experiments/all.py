@@ -8,8 +8,8 @@ interrupted one resumes, so the same command is given until all is done. With
 shards each worker does its part of every experiment. An experiment that fails
 does not stop the others: it is named at the end, and the exit code is 1.
 W/all.md says how long the runs took, and has the first sentence, the table and
-the figure of each. --publish writes the page to FOLDER/RESULTS.md too, and its
-figures to FOLDER/figures.
+the figure of each. When all runs of all experiments are finished, --publish
+writes the page to FOLDER/RESULTS.md too, and its figures to FOLDER/figures.
 """
 
 from collections.abc import Sequence
@@ -139,7 +139,8 @@ def run(
   failures = run_all(chosen, whole, shard)
   print("\nwritten:", write_page(chosen, whole, failures))
   if published:
-    print("written:", publish(chosen, whole, failures, published))
+    path = None if failures else publish(chosen, whole, published)
+    print("published:", path or "nothing, because runs are missing")
   for name, message in failures.items():
     print(f"FAILED {name}: {message}")
   return 1 if failures else 0
@@ -154,6 +155,8 @@ def main() -> None:
     options.reviews,
     command.read_judge_flags(),
   )
+  if options.only and options.publish:
+    raise ValueError("--publish writes a page of all experiments: unset --only")
   chosen = choose(options.only)
   print_estimate(chosen, whole)
   if not options.dry_run:

@@ -37,7 +37,8 @@ _ROUNDS = 10
 LOSSES = {
   "DPO": dict(name="dpo", beta=BETA),
   "ODPO": dict(name="odpo", beta=BETA, alpha=1.0),
-  # At a scale of 1 the optimum of beta 0.5 has the gaps that the scores have.
+  # At its default, a score_scale of 1, the loss is 0 where beta D is the gap in
+  # score: at the optimum of the judge's rewards.
   "reward-aware KL": dict(name="reward_aware", beta=BETA),
   "reward-aware squared": dict(
     name="reward_aware", beta=BETA, distance="squared"
@@ -220,15 +221,15 @@ def means(rows: list[Row]) -> list[Row]:
   """Averages seeds, by objective, K and judge; other rows are left out.
 
   Returns:
-    Rows of `sweep.mean_and_spread`, with `K`; `judge`, its agreement; and
-    `source`, "offline" or "online"; and `line`, the objective's name.
+    Rows of `sweep.mean_and_spread`, with `K`; `judge`, its agreement; `source`,
+    "offline" or "online"; and `objective`.
   """
   rows = [row for row in rows if "judged" in row]
   found = sweep.mean_and_spread(rows, ("method", "knob"), METRICS)
   for row in found:
     samples, judge = row["knob"].split(", judge ")
     row |= {"K": int(samples.removeprefix("K=")), "judge": float(judge)}
-    row["source"], _, row["line"] = row["method"].partition(" ")
+    row["source"], _, row["objective"] = row["method"].partition(" ")
   return found
 
 
@@ -263,11 +264,11 @@ def plot(rows: list[Row], path: str) -> list[str]:
     sharey=True,
     squeeze=False,
   )
-  for source, line in zip(("offline", "online"), axes, strict=True):
-    line[0].set(ylabel="share of the frontier's E[r]")
-    for axis, number in zip(line, numbers, strict=False):
+  for source, panels in zip(("offline", "online"), axes, strict=True):
+    panels[0].set(ylabel="share of the frontier's E[r]")
+    for axis, number in zip(panels, numbers, strict=False):
       mine = [r for r in found if (r["source"], r["K"]) == (source, number)]
-      sweep.draw(axis, mine, "judge", "share", by="line")
+      sweep.draw(axis, mine, "judge", "share", by="objective")
       axis.set(title=f"{source}, K = {number}")
   for axis in axes[-1]:
     axis.set(xlabel="judge's correlation with the truth")

@@ -44,11 +44,14 @@ _DEFAULT_STRENGTH = ("beta", (0.25, 1.0))
 
 def names() -> list[str]:
   """Returns the losses that train a policy on pairs, or on parts of pairs."""
-  # A reward model is not a policy, and samples belong to another experiment.
+  # A reward model is not a policy, samples belong to another experiment, and
+  # the pairs have an order but no scores.
   return [
     name
     for name, loss in CATALOGUE.items()
-    if loss.group != "samples" and loss.reward != "values"
+    if loss.group != "samples"
+    and loss.reward != "values"
+    and loss.link_row.gap_weight is None
   ]
 
 

@@ -35,25 +35,25 @@ def write_page(
 
 
 def publish(
-  chosen: Sequence[Experiment],
-  whole: Settings,
-  failures: dict[str, str],
-  folder: str,
-) -> str:
+  chosen: Sequence[Experiment], whole: Settings, folder: str
+) -> str | None:
   """Writes FOLDER/RESULTS.md, with copies of its figures in FOLDER/figures.
 
   Returns:
-    Its path.
+    Its path; None, and nothing is written, while runs are missing.
   """
+  if any(_missing(experiment, whole) for experiment in chosen):
+    return None
   figures = pathlib.Path(folder) / "figures"
+  path = os.path.join(folder, "RESULTS.md")
+  # Rendered first: copied figures would change the checkout that it names.
+  text = render_page(
+    chosen, whole, {}, lambda e: f"{figures.name}/{e.name}.png"
+  )
   figures.mkdir(parents=True, exist_ok=True)
   for experiment in chosen:
-    if os.path.exists(figure := _figure(experiment, whole)):
-      shutil.copyfile(figure, figures / f"{experiment.name}.png")
-  path = os.path.join(folder, "RESULTS.md")
-  text = render_page(
-    chosen, whole, failures, lambda e: f"{figures.name}/{e.name}.png"
-  )
+    source = _figure(experiment, whole)
+    shutil.copyfile(source, figures / f"{experiment.name}.png")
   write_atomically(path, text)
   return path
 
@@ -63,11 +63,20 @@ def _figure(experiment: Experiment, whole: Settings) -> str:
   return os.path.join(workdir, f"{experiment.name}.png")
 
 
+def _missing(experiment: Experiment, whole: Settings) -> bool:
+  """Returns whether a run or the figure of an experiment is missing."""
+  try:
+    found = experiment.module.collect(experiment.settings(whole).workdir)
+  except FileNotFoundError:
+    return True
+  return bool(found.missing) or not os.path.exists(_figure(experiment, whole))
+
+
 def render_page(
   chosen: Sequence[Experiment],
   whole: Settings,
   failures: dict[str, str],
-  figure: Callable[[Experiment], str],
+  link: Callable[[Experiment], str],
 ) -> str:
   """Returns a page: what runs took, and the results of each experiment.
 
@@ -77,12 +86,14 @@ def render_page(
     chosen: experiments, in order.
     whole: settings of all.
     failures: messages of those that failed, by name.
-    figure: returns the link to an experiment's figure.
+    link: returns the link to an experiment's figure.
   """
   parts = [
     f"# Results at --scale={whole.scale}\n\n",
-    f"Written by `python -m experiments.all` at {code_version()}, with Python"
-    f" {platform.python_version()} and jax {jax.__version__}.\n\n",
+    "This page was written by `python -m experiments.all`, with dpo_jax at\n"
+    f"{code_version()}, Python {platform.python_version()} and jax"
+    f" {jax.__version__}.\nMinutes are those of one worker; a run that was"
+    " interrupted counts from its last start.\n\n",
     _markdown(durations(chosen, whole)),
   ]
   for experiment in chosen:
@@ -94,9 +105,10 @@ def render_page(
     except FileNotFoundError:
       parts.append("\nNo run has begun.\n")
       continue
+    if found.rows and os.path.exists(_figure(experiment, whole)):
+      parts.append(f"\n![{experiment.name}]({link(experiment)})\n")
     if found.rows:
-      parts.append(f"\n![{experiment.name}]({figure(experiment)})\n\n")
-      parts.append(_markdown(experiment.table(found.rows)))
+      parts.append(f"\n{_markdown(experiment.table(found.rows))}")
     if found.missing:
       parts.append(f"\nUnfinished runs: {len(found.missing)}.\n")
   return "".join(parts)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from configs import reviews
+from dpo_jax import losses
 from dpo_jax.losses import build_objective
 from dpo_jax.records import eval_logps
 from dpo_jax.records.eval_logps import read_records
@@ -13,7 +14,14 @@ from dpo_jax.records.metrics import MetricsWriter, read_metrics
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.train import train
 from dpo_jax.training.evaluation import displacement
-from experiments import loss_docs, loss_table, quickstart, replay, sweep
+from experiments import (
+  loss_docs,
+  loss_functions,
+  loss_table,
+  quickstart,
+  replay,
+  sweep,
+)
 from tests.tiny import make_config
 
 pytestmark = pytest.mark.usefixtures("in_haste")
@@ -95,6 +103,19 @@ def test_losses_md_is_current():
   """If this fails: python -m experiments.loss_docs."""
   written = (loss_docs.FOLDER / "losses.md").read_text(encoding="utf-8")
   assert written == loss_docs.render()
+
+
+def test_the_documents_of_a_new_loss_are_written_at_once(tmp_path, monkeypatch):
+  """docs/api.md has a function that functions.py did not have before."""
+  text = loss_functions.render_functions()
+  committed = loss_docs.FUNCTIONS.read_text()
+  monkeypatch.setattr(loss_docs, "FUNCTIONS", tmp_path / "functions.py")
+  monkeypatch.setattr(loss_docs, "FOLDER", tmp_path)
+  monkeypatch.setattr(loss_docs, "plot", lambda path: None)
+  monkeypatch.delattr(losses, "reward_aware_loss")
+  loss_docs.main()
+  assert (tmp_path / "functions.py").read_text() == committed == text
+  assert "reward_aware_loss(" in (tmp_path / "api.md").read_text()
 
 
 def test_the_curve_of_dpo_is_its_closed_form():

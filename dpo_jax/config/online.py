@@ -77,8 +77,20 @@ def resolve_online(
       f" requires a single loss that reads a reference; got {objective.name!r}:"
       " unset it, or choose another loss"
     )
+  if kind == "pairs" and objective.uses_ties:
+    _check_order_is_unset(online, objective.name)
   if kind != "none":
     _check_online(online, settings["batch_size"])
+
+
+def _check_order_is_unset(online: Mapping[str, Any], loss: str) -> None:
+  """Refuses noise in the order of a pair, which the loss does not read."""
+  for name, allowed in (("flips", 0.0), ("label", "argmax")):
+    if online[name] != allowed:
+      raise ValueError(
+        f"online.{name}={online[name]!r} changes the order of a pair alone, and"
+        f" loss {loss!r} reads its gap in score in either order: unset it"
+      )
 
 
 def _check_online(online: Mapping[str, Any], batch_size: int) -> None:

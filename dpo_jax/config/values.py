@@ -18,7 +18,7 @@ CHECKS = (
   *("broken", "identical", "empty", "prompts_cut", "responses_cut"),
   *("special_tokens", "duplicates", "contradictions", "ties"),
   *("chosen_scores_lower", "overlap", "length_bias", "few_held_out"),
-  *("small_data", "equal_gaps"),
+  *("small_data", "default_scores"),
 )
 
 # Differences from the run of a workdir that `resume.allow` may accept:

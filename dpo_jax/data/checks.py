@@ -185,13 +185,12 @@ def _repeats(train: Loader) -> float:
   return train.batch_size / len(train.indices)
 
 
-def _equal_gaps(train: Loader) -> float:
-  """Returns 1 if all pairs have the same gap in score, else 0."""
+def _default_scores(train: Loader) -> float:
+  """Returns the share of pairs with the scores of a pair without any: 1, 0."""
   score = train.store.score[train.indices]
   if score.shape[1] != 2:
     return 0.0
-  gaps = score[:, 0] - score[:, 1]
-  return float(bool((gaps == gaps[0]).all()))
+  return float((score == (1.0, 0.0)).all(1).mean())
 
 
 # Checks of the training groups; a measure gets their loader.
@@ -209,11 +208,12 @@ TRAIN_CHECKS: dict[str, Check] = {
     "a batch has {value:.1f} times the groups there are, so it repeats them:"
     " lower batch_size",
   ),
-  "equal_gaps": Check(
-    _equal_gaps,
-    0.0,
-    "all pairs have the same gap in score, which this loss reads: add the"
-    " columns score_chosen and score_rejected (without them they are 1 and 0)",
+  "default_scores": Check(
+    _default_scores,
+    0.01,
+    "{share} of the pairs have the scores 1 and 0, as those without scores, and"
+    " this loss reads the gap in score: see that each has the columns"
+    " score_chosen and score_rejected, or margin",
   ),
 }
 
@@ -244,9 +244,9 @@ def choose_actions(
 ) -> dict[str, str]:
   """Returns the action of each check, "off" for those that mean nothing here.
 
-  Checks of pairs need pairs that are read, equal_gaps a loss that reads the gap
-  in score, and few_held_out a held-out set that `eval.max_groups` does not keep
-  small. Ties are none to a loss that uses them.
+  Checks of pairs need pairs that are read, default_scores a loss that reads the
+  gap in score, ties one that reads the order alone, and few_held_out a held-out
+  set that `eval.max_groups` does not keep small.
 
   Args:
     config: resolved config of a run.
@@ -261,7 +261,7 @@ def choose_actions(
     # Rejected responses are not read.
     actions |= dict.fromkeys(of_pairs, "off")
   if not (reads_responses and objective.reads_gap):
-    actions["equal_gaps"] = "off"
+    actions["default_scores"] = "off"
   if objective.uses_ties:
     actions["ties"] = "off"
   is_wanted = config.data.eval_fraction or any(

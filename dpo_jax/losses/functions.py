@@ -967,12 +967,12 @@ def reward_aware_loss(
   rejected_score: jax.Array,
   *,
   beta: float = 0.1,
-  reward_scale: float = 1.0,
+  score_scale: float = 1.0,
   distance: str = "backward_kl",
 ) -> jax.Array:
   """Computes the loss `reward_aware` of each pair.
 
-      distance of beta D from g = reward_scale (score_w - score_l): backward_kl
+      distance of beta D from g = score_scale (score_w - score_l): backward_kl
       KL(s(g) || s(beta D)), forward_kl KL(s(beta D) || s(g)), squared (beta D -
       g)^2
 
@@ -990,8 +990,8 @@ def reward_aware_loss(
     rejected_score: f32 [B], score of the rejected response, higher is better.
     beta: strength of the tie to the reference, or scale of the reward, 1/nats,
       in (0, inf).
-    reward_scale: nats that a gap in score of 1 is worth, in (0, inf).
-    distance: distance of a margin from its target, one of backward_kl,
+    score_scale: target margin, nats, of a gap in score of 1, in (0, inf).
+    distance: how far a margin is from its target, one of backward_kl,
       forward_kl, squared.
 
   Returns:

@@ -121,7 +121,8 @@ class Group:
     metrics: makes the metrics of the values [B, K] below.
     measures: value shown next to log-probs and log-ratios: "reward" (implicit,
       scaled), "score", or "" for none.
-    is_ordered: whether equal scores of all responses leave nothing to learn.
+    is_ordered: whether its responses have an order, which equal scores do not
+      give.
     needs_desirable: whether a single response with label False must not be
       learned from.
   """

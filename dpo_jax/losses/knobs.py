@@ -119,11 +119,11 @@ KNOBS: dict[str, Knob] = {
   "center_weight": Knob(
     float, "weight of the squared sum of a group's rewards", low=0
   ),
-  "reward_scale": Knob(
-    float, "nats that a gap in score of 1 is worth", low=0, above=True
+  "score_scale": Knob(
+    float, "target margin, nats, of a gap in score of 1", low=0, above=True
   ),
   "distance": Knob(
-    str, "distance of a margin from its target", choices=DISTANCES
+    str, "how far a margin is from its target", choices=DISTANCES
   ),
   "shift": Knob(float, "weight of the rejected reward", low=0, high=1),
   "clip": Knob(

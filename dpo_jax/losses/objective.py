@@ -74,8 +74,8 @@ class Objective:
 
   @property
   def uses_ties(self) -> bool:
-    """Whether groups whose responses score the same have something to learn."""
-    return not self._group.is_ordered or self.loss.link_row.uses_ties
+    """Whether a pair of equal scores is kept, and learnt from."""
+    return self.loss.link_row.uses_ties
 
   def init(self) -> Any:
     """State that the loss carries from step to step: a tree, () if none."""
@@ -101,13 +101,14 @@ class Objective:
 
     Returns:
       reason -> bool [N]; a group counts under the first reason that applies.
-      "too_few_responses"; "tied_scores", if all responses score the same;
+      "too_few_responses"; "tied_scores", if all responses score the same, for
+      a loss that learns from their order;
       "chosen_scores_lower", for a loss that needs the chosen to score higher;
       "undesirable_response", a single response with label False, for a loss
       that makes responses more likely. A tie within a longer ranking is kept.
     """
     reasons = {"too_few_responses": ~np.asarray(self.valid_groups(present))}
-    if not self.uses_ties:
+    if self._group.is_ordered and not self.uses_ties:
       highest = np.where(present, score, -np.inf).max(1)
       lowest = np.where(present, score, np.inf).min(1)
       reasons["tied_scores"] = highest == lowest
@@ -250,9 +251,15 @@ class Objective:
       values["reward"] = scale * rewards
     if sequences.ref_logps is not None:
       values["log_ratio"] = sequences.logps - sequences.ref_logps
+    metrics = group.metrics(values, sequences)
+    if self.uses_ties:
+      # Of a pair in any order: right if the better response has more reward.
+      order = jnp.sign(sequences.score[:, 0] - sequences.score[:, 1])
+      right = 0.5 + order * (metrics["reward/accuracy"] - 0.5)
+      metrics["reward/accuracy"] = jnp.where(order == 0.0, jnp.nan, right)
     return {
       name: jnp.where(is_valid, value, jnp.nan)
-      for name, value in group.metrics(values, sequences).items()
+      for name, value in metrics.items()
     }
 
 
@@ -306,7 +313,8 @@ class WeightedSum:
 
   @property
   def uses_ties(self) -> bool:
-    return all(term.uses_ties for _, term in self.terms)
+    ordered = [t for _, t in self.terms if GROUPS[t.group].is_ordered]
+    return bool(ordered) and all(term.uses_ties for term in ordered)
 
   @property
   def group(self) -> str:

@@ -76,8 +76,8 @@ def label_curves(axis: Any, *, room: float = 0.3, size: float = 8.0) -> None:
     line = handle[0] if isinstance(handle, tuple) else handle
     x, y = line.get_xydata()[-1]
     ends.append((*to_axes.transform((x, y)), name, line.get_color()))
-  # Axes are about 4 inches high.
-  gap, lowest = 1.3 * size / (72 * 4), -1.0
+  height = axis.get_window_extent().height * 72 / axis.figure.dpi
+  gap, lowest = 1.3 * size / height, -1.0
   for x, y, name, color in sorted(ends, key=lambda end: end[1]):
     lowest = max(y, lowest + gap)
     axis.annotate(

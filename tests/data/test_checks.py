@@ -139,50 +139,88 @@ def test_each_held_out_set_is_checked_by_its_name(tmp_path, on_one_device):
   }
 
 
+def run_on(tmp_path, rows, loss, online=None, **overrides):
+  """A run of a loss on rows of data, all of which it trains on."""
+  path = tmp_path / "pairs.jsonl"
+  path.write_text("\n".join(json.dumps(row) for row in rows))
+  config = tiny.make_config(
+    eval__max_groups=0,
+    data__source=f"jsonl:{path}",
+    data__eval_fraction=0.0,
+    **overrides,
+  )
+  with config.ignore_type():
+    config.loss = loss
+  config.online.update(online or {})
+  return build_run(config, Workdir.at(tmp_path / "run"))
+
+
 def acting(run):
   """Names of the checks that found something and are on."""
   return {r.name for r in run.data.checks if r.message and r.action != "off"}
 
 
+REWARD_AWARE = {"name": "reward_aware", "weight": 1.0}
+
+
 @pytest.mark.parametrize(
-  ("settings", "has_scores", "warns"),
+  ("loss", "num_scored", "warns"),
   [
-    ({"loss__name": "odpo"}, False, True),
-    ({"loss__name": "odpo"}, True, False),
-    ({"loss__name": "odpo", "loss__alpha": 0.0}, False, False),
-    ({"loss__name": "reward_aware"}, False, True),
-    ({"loss__name": "dpo"}, False, False),
+    ({"name": "odpo"}, 0, True),
+    ({"name": "odpo"}, 40, False),
+    ({"name": "odpo"}, 39, True),
+    ({"name": "odpo", "alpha": 0.0}, 0, False),
+    ({"name": "reward_aware"}, 0, True),
+    ({"name": "reward_model"}, 0, False),
+    ({"name": "reward_model", "margin_weight": 0.5}, 0, True),
+    ({"name": "dpo"}, 0, False),
+    ([REWARD_AWARE, {"name": "dpo", "weight": 1.0}], 0, True),
   ],
   ids=str,
 )
 def test_a_loss_that_reads_the_gap_in_score_wants_scores(
-  tmp_path, on_one_device, settings, has_scores, warns
+  tmp_path, on_one_device, loss, num_scored, warns
 ):
   rows = [
     {"prompt": f"p {i}", "chosen": f" a{i}", "rejected": f" b{i}"}
-    | ({"score_chosen": i, "score_rejected": -1} if has_scores else {})
+    | ({"score_chosen": i + 2, "score_rejected": 1} if i < num_scored else {})
     for i in range(40)
   ]
-  path = tmp_path / "pairs.jsonl"
-  path.write_text("\n".join(json.dumps(row) for row in rows))
-  run = run_of(
-    tmp_path, data__source=f"jsonl:{path}", data__eval_fraction=0.0, **settings
-  )
-  assert ("equal_gaps" in acting(run)) == warns
+  assert ("default_scores" in acting(run_on(tmp_path, rows, loss))) == warns
 
 
-def test_ties_are_none_to_a_loss_that_uses_them(tmp_path, on_one_device):
-  """Half of the pairs tie: the loss learns from them, and no check warns."""
+def test_scores_of_data_that_is_not_read_are_not_asked_for(
+  tmp_path, on_one_device
+):
+  rows = [
+    {"prompt": f"p {i}", "chosen": f" a{i}", "rejected": f" b{i}"}
+    for i in range(40)
+  ]
+  online = dict(kind="pairs", judge="sentiment")
+  run = run_on(tmp_path, rows, {"name": "odpo"}, online=online)
+  assert "default_scores" not in acting(run)
+
+
+@pytest.mark.parametrize(
+  ("loss", "num_kept", "warns"),
+  [
+    ({"name": "reward_aware"}, 40, False),
+    ({"name": "dpo"}, 20, True),
+    ({"name": "kto"}, 40, True),  # two responses of each pair
+    ([REWARD_AWARE, {"name": "sft", "weight": 1.0}], 40, False),
+    ([REWARD_AWARE, {"name": "dpo", "weight": 1.0}], 20, True),
+  ],
+  ids=str,
+)
+def test_reward_aware_keeps_ties_and_does_not_warn(
+  tmp_path, on_one_device, loss, num_kept, warns
+):
+  """Half of the pairs tie; other losses drop them, and the check says so."""
   rows = [
     {"prompt": f"p {i}", "chosen": f" a{i}", "rejected": f" b{i}"}
     | {"score_chosen": i % 2, "score_rejected": 0}
     for i in range(40)
   ]
-  path = tmp_path / "pairs.jsonl"
-  path.write_text("\n".join(json.dumps(row) for row in rows))
-  settings = dict(data__source=f"jsonl:{path}", data__eval_fraction=0.0)
-  found = {}
-  for name in ("reward_aware", "dpo"):
-    run = run_of(tmp_path, loss__name=name, **settings)
-    found[name] = len(run.data.train.indices), "ties" in acting(run)
-  assert found == {"reward_aware": (40, False), "dpo": (20, True)}
+  run = run_on(tmp_path, rows, loss, data__split_pairs=True)
+  assert len(run.data.train.indices) == num_kept
+  assert ("ties" in acting(run)) == warns

@@ -134,19 +134,29 @@ def test_the_page_says_how_long_the_runs_took(tmp_path):
   assert "No run has begun." in text.partition("## c")[2]
 
 
-def test_a_published_page_has_its_figures_beside_it(tmp_path, monkeypatch):
+def test_a_published_page_has_its_figures_beside_it(
+  tmp_path, monkeypatch, capsys
+):
+  """It is written once nothing is missing, and not before."""
   monkeypatch.setattr(sweep, "compile_once", lambda workdir: None)
   monkeypatch.setattr(sweep, "compile_soon", lambda: None)
-  chosen = [make_experiment("a"), make_experiment("b")]
+  a, b, bad = (make_experiment(n, fails=n == "bad") for n in ("a", "b", "bad"))
   whole = Settings(str(tmp_path / "w"), "tiny")
-  assert all_lib.run(chosen[:1], whole, "0/1", str(tmp_path / "out")) == 0
-  (tmp_path / "w" / "a" / "a.png").write_bytes(b"second")
-  path = page.publish(chosen, whole, {}, str(tmp_path / "out"))
-  text = pathlib.Path(path).read_text()
-  assert "## a\n\nShows a.\n\n![a](figures/a.png)\n" in text
-  figures = tmp_path / "out" / "figures"
-  assert [p.name for p in figures.iterdir()] == ["a.png"]
-  assert (figures / "a.png").read_bytes() == b"second"
+  out = tmp_path / "out"
+  assert all_lib.run([a, bad], whole, "0/1", str(out)) == 1
+  assert (
+    "published: nothing, because runs are missing" in capsys.readouterr().out
+  )
+  assert page.publish([a, b], whole, str(out)) is None
+  assert not out.exists()
+  (tmp_path / "w" / "a" / "a.png").write_bytes(b"figure")
+  assert page.publish([a], whole, str(out)) == str(out / "RESULTS.md")
+  text = (out / "RESULTS.md").read_text()
+  assert "## a\n\nShows a.\n\n![a](figures/a.png)\n\n|" in text
+  assert [p.name for p in (out / "figures").iterdir()] == ["a.png"]
+  assert (out / "figures" / "a.png").read_bytes() == b"figure"
+  assert all_lib.run([a, b], whole, "0/1", str(out)) == 0
+  assert f"published: {out}/RESULTS.md" in capsys.readouterr().out
 
 
 def test_the_exit_code_says_that_an_experiment_failed(

@@ -19,8 +19,8 @@ VARIANTS = [(name, {}) for name in NAMES] + [
   ("f_dpo", {"divergence": "jensen_shannon"}),
   ("f_dpo", {"divergence": "alpha", "alpha": 0.3}),
   ("aot", {"label_smoothing": 0.2}),
-  ("reward_aware", {"distance": "squared", "reward_scale": 0.7}),
-  ("reward_aware", {"distance": "forward_kl", "reward_scale": 0.7}),
+  ("reward_aware", {"distance": "squared", "score_scale": 0.7}),
+  ("reward_aware", {"distance": "forward_kl", "score_scale": 0.7}),
   ("reward_model", {"margin_weight": 0.7, "center_weight": 0.01}),
 ]
 

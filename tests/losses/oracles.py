@@ -121,9 +121,9 @@ def odpo(g, beta, alpha):
   return -log_sigmoid(beta * margin(g) - alpha * math.log(gap))
 
 
-def reward_aware(g, beta, reward_scale, distance):
+def reward_aware(g, beta, score_scale, distance):
   ours = beta * margin(g)
-  wanted = reward_scale * (g["score"][0] - g["score"][1])
+  wanted = score_scale * (g["score"][0] - g["score"][1])
   if distance == "squared":
     return (ours - wanted) ** 2
   p, q = (1 / (1 + math.exp(-x)) for x in (wanted, ours))

@@ -395,8 +395,11 @@ def swapped(unoptimized):
 def test_swapping_a_pair_negates_its_margin(plain, swapped, name):
   one, other = (m[f"{name}-{{}}"][0][1][1] for m in (plain, swapped))
   np.testing.assert_array_equal(one["reward/margin"], -other["reward/margin"])
+  # Scores are swapped too, and a loss that learns from them goes by them.
+  goes_by_scores = CATALOGUE[name].link_row.uses_ties
+  wanted = other["reward/accuracy"]
   np.testing.assert_array_equal(
-    one["reward/accuracy"], 1.0 - other["reward/accuracy"]
+    one["reward/accuracy"], wanted if goes_by_scores else 1.0 - wanted
   )
 
 
@@ -563,14 +566,40 @@ def test_odpo_ignores_pairs_whose_scores_tie_or_are_reversed():
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_reward_aware_losses_are_least_at_the_gap_in_score(distance):
-  """For a gap above 0, of 0 and below 0, far out too; the loss there is 0."""
+  """For a gap above 0, of 0 and below 0; and the order does not matter."""
   objective = build(
-    "reward_aware", beta=0.5, reward_scale=2.0, distance=distance
+    "reward_aware", beta=0.5, score_scale=2.0, distance=distance
   )
-  gaps = jnp.array([0.7, 0.0, -0.4, 40.0])
-  score = jnp.stack([gaps, jnp.zeros_like(gaps)], 1)
-  sequences = make_sequences(2, num=4).replace(
-    score=score, ref_logps=jnp.zeros((4, 2))
+  gaps = jnp.array([0.7, 0.0, -0.4])
+
+  def total(ratios):
+    pairs = jnp.stack([ratios, jnp.zeros_like(ratios)], 1)
+    scores = jnp.stack([gaps, jnp.zeros_like(gaps)], 1)
+    sequences = make_sequences(2, num=3).replace(
+      logps=pairs, ref_logps=jnp.zeros((3, 2)), score=scores
+    )
+    per_group = losses_of(objective, sequences)
+    reverse = sequences.replace(logps=pairs[:, ::-1], score=scores[:, ::-1])
+    return per_group.sum(), (per_group, losses_of(objective, reverse))
+
+  measure = jax.jit(jax.grad(total, has_aux=True))
+  best = 2.0 * gaps / 0.5
+  slopes, (least, _) = measure(best)
+  np.testing.assert_allclose(least, 0.0, atol=1e-6)
+  np.testing.assert_allclose(slopes, 0.0, atol=1e-6)
+  for side in (-1.0, 1.0):
+    slopes, (per_group, reversed_) = measure(best + side)
+    assert (per_group > 1e-3).all()
+    assert (side * slopes > 1e-3).all()
+    np.testing.assert_allclose(reversed_, per_group, rtol=1e-5)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_reward_aware_losses_are_finite_far_from_the_gap(distance):
+  """The slope points to the gap, unless the KL has none in float32."""
+  objective = build("reward_aware", beta=1.0, distance=distance)
+  sequences = make_sequences(2, num=2).replace(
+    score=jnp.array([[80.0, 0.0], [0.0, 80.0]]), ref_logps=jnp.zeros((2, 2))
   )
 
   def total(ratios):
@@ -578,16 +607,29 @@ def test_reward_aware_losses_are_least_at_the_gap_in_score(distance):
     per_group = losses_of(objective, sequences.replace(logps=logps))
     return per_group.sum(), per_group
 
-  measure = jax.jit(jax.grad(total, has_aux=True))
-  best = 2.0 * gaps / 0.5
-  slopes, least = measure(best)
-  np.testing.assert_allclose(least, 0.0, atol=1e-6)
-  np.testing.assert_allclose(slopes, 0.0, atol=1e-6)
-  for side in (-1.0, 1.0):
-    slopes, per_group = measure(best + side)
-    assert (per_group[:3] > 1e-3).all()
-    assert (side * slopes[:3] > 1e-3).all()
-    assert np.isfinite(slopes).all()
+  for ratio in (-1e4, 1e4):
+    slopes, per_group = jax.grad(total, has_aux=True)(jnp.full(2, ratio))
+    assert np.isfinite(per_group).all() and np.isfinite(slopes).all()
+    wrong = 0 if ratio < 0 else 1
+    assert per_group[wrong] > 50.0
+    if distance != "forward_kl":
+      assert slopes[wrong] * np.sign(ratio) > 0.5
+
+
+def test_reward_aware_accuracy_goes_by_the_scores():
+  """In either order; a tie has none."""
+  sequences = make_sequences(2, num=3).replace(
+    logps=jnp.array([[2.0, 1.0]] * 3),
+    ref_logps=jnp.zeros((3, 2)),
+    score=jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
+  )
+  for name, wanted in (
+    ("reward_aware", [1.0, 0.0, np.nan]),
+    ("dpo", [1.0, 1.0, 1.0]),
+  ):
+    objective = build(name)
+    _, metrics, _ = objective.apply(sequences, objective.init())
+    np.testing.assert_array_equal(metrics["reward/accuracy"], wanted)
 
 
 def test_running_means_are_over_all_steps():

@@ -100,6 +100,16 @@ def test_a_kind_fills_in_the_knobs_it_reads():
     ("dpo", dict(kind="pairs", judge="x", num_samples=1), "must be at least 2"),
     ("dpo", dict(kind="pairs", judge="x", flips=0.7), r"outside \[0, 0.5\]"),
     (
+      "reward_aware",
+      dict(kind="pairs", judge="x", flips=0.1),
+      "online.flips=0.1 changes the order",
+    ),
+    (
+      "reward_aware",
+      dict(kind="pairs", judge="x", label="bradley_terry", num_samples=2),
+      "online.label='bradley_terry' changes the order",
+    ),
+    (
       "dpo",
       dict(kind="pairs", judge="x", label="me"),
       "label='me' must be one",

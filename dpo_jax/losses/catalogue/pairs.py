@@ -15,8 +15,8 @@ ROWS: tuple[Loss, ...] = (
     "reward_aware",
     "log_ratio",
     "reward_aware_distance",
-    dict(beta=0.1, reward_scale=1.0, distance="backward_kl"),
-    "distance of beta D from g = reward_scale (score_w - score_l): backward_kl"
+    dict(beta=0.1, score_scale=1.0, distance="backward_kl"),
+    "distance of beta D from g = score_scale (score_w - score_l): backward_kl"
     " KL(s(g) || s(beta D)), forward_kl KL(s(beta D) || s(g)), squared"
     " (beta D - g)^2",
     "Sun et al. 2025, arXiv:2502.00203",

@@ -47,19 +47,19 @@ def reward_aware_distance(
   sequences: Sequences,
   *,
   beta: float,
-  reward_scale: float,
+  score_scale: float,
   distance: str,
 ) -> jax.Array:
   """Distance of the margin from the one that the gap in score calls for.
 
-  With m = beta D and g = reward_scale * gap it is (m - g)^2, "squared", or the
+  With m = beta D and g = score_scale * gap it is (m - g)^2, "squared", or the
   KL divergence between the probabilities s(m) and s(g) that the chosen response
   is preferred: KL(s(g) || s(m)), "backward_kl", or KL(s(m) || s(g)),
   "forward_kl". All are least at m = g; that is 0 for equal scores, and negative
   where the rejected response scores higher.
   """
   margin = beta * _margins(rewards)
-  target = reward_scale * (sequences.score[:, 0] - sequences.score[:, 1])
+  target = score_scale * (sequences.score[:, 0] - sequences.score[:, 1])
   if distance == "squared":
     return jnp.square(margin - target)
   if distance == "backward_kl":
@@ -299,7 +299,7 @@ def _sorted_loss(
 
 
 def _bernoulli_kl(x: jax.Array, y: jax.Array) -> jax.Array:
-  """KL divergence of s(y) from s(x), probabilities of an event, from logits."""
+  """KL(s(x) || s(y)) of two probabilities of an event, from their logits."""
   log_s = jax.nn.log_sigmoid
   return jnp.exp(log_s(x)) * (log_s(x) - log_s(y)) + jnp.exp(log_s(-x)) * (
     log_s(-x) - log_s(-y)
@@ -323,7 +323,7 @@ LINKS: dict[str, Link] = {
   ),
   **group_links(offset_logistic, gap_weight="alpha", needs_ordered_scores=True),
   **group_links(
-    reward_aware_distance, gap_weight="reward_scale", uses_ties=True
+    reward_aware_distance, gap_weight="score_scale", uses_ties=True
   ),
   **group_links(token_level_logistic, needs=("kl",)),
   **group_links(weighted_policy_logistic, needs=("alignment",)),
