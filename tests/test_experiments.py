@@ -1,7 +1,9 @@
 """Quickstart, replay, the table of losses, and their documentation."""
 
+import itertools
 import json
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -97,6 +99,21 @@ def test_a_curve_is_the_mean_of_five_neighbours():
 
 def test_twenty_lines_of_a_plot_have_different_colours():
   assert len({sweep.colour(number) for number in range(20)}) == 20
+
+
+def test_labels_of_curves_do_not_overlap_and_stay_inside():
+  figure, axis = plt.subplots(figsize=(4, 2.5))
+  for number, end in enumerate([0.5, 0.97, 0.98, 0.99, 1.0]):
+    axis.plot([0, 1], [0, end], label=f"m{number}")
+  sweep.label_curves(axis)
+  figure.canvas.draw()
+  boxes = [text.get_window_extent() for text in axis.texts]
+  assert [text.get_text() for text in axis.texts] == [f"m{n}" for n in range(5)]
+  for below, above in itertools.pairwise(boxes):
+    assert below.y1 <= above.y0
+  inside = axis.get_window_extent()
+  assert inside.y0 < boxes[0].y0 and boxes[-1].y1 < inside.y1
+  plt.close(figure)
 
 
 def test_losses_md_is_current():

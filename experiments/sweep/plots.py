@@ -61,7 +61,7 @@ def draw(
 def label_curves(axis: Any, *, room: float = 0.3, size: float = 8.0) -> None:
   """Writes the label of each line at its right end, in its colour.
 
-  Labels that would overlap move apart.
+  Labels that would overlap move apart, inside the axes.
 
   Args:
     axis: matplotlib axes with labelled lines and a linear x axis.
@@ -77,12 +77,12 @@ def label_curves(axis: Any, *, room: float = 0.3, size: float = 8.0) -> None:
     x, y = line.get_xydata()[-1]
     ends.append((*to_axes.transform((x, y)), name, line.get_color()))
   height = axis.get_window_extent().height * 72 / axis.figure.dpi
-  gap, lowest = 1.3 * size / height, -1.0
-  for x, y, name, color in sorted(ends, key=lambda end: end[1]):
-    lowest = max(y, lowest + gap)
+  ends.sort(key=lambda end: end[1])
+  heights = _spread([end[1] for end in ends], 1.3 * size / height)
+  for (x, _, name, color), y in zip(ends, heights, strict=True):
     axis.annotate(
       name,
-      (x, lowest),
+      (x, y),
       xytext=(7, 0),
       xycoords="axes fraction",
       textcoords="offset points",
@@ -90,6 +90,22 @@ def label_curves(axis: Any, *, room: float = 0.3, size: float = 8.0) -> None:
       fontsize=size,
       va="center",
     )
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+  """Moves heights at least `gap` apart, up and then below 1.
+
+  Args:
+    heights: ascending.
+    gap: least distance.
+  """
+  found: list[float] = []
+  for y in heights:
+    found.append(max(y, found[-1] + gap) if found else y)
+  above = reversed(range(len(found)))
+  return [
+    min(y, 1.0 - gap * (n + 0.5)) for n, y in zip(above, found, strict=True)
+  ]
 
 
 def save_figure(figure: Any, rows: Sequence[Row], path: str) -> list[str]:
