@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 import json
+import math
 import os
 import pathlib
 import platform
 import shutil
-from typing import Any
 
 import jax
 
@@ -148,12 +148,25 @@ def durations(chosen: Sequence[Experiment], whole: Settings) -> list[Row]:
 
 
 def _markdown(rows: Sequence[Row]) -> str:
-  """Formats rows as a table of Markdown, numbers with three decimals."""
+  """Formats rows as a table of Markdown, numbers with three decimals.
 
-  def line(values: Sequence[Any]) -> str:
-    cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in values)
-    return f"| {' | '.join(cells)} |\n"
-
+  A value that is NaN is left empty, with its spread, and so is a column without
+  any value.
+  """
   names = list(dict.fromkeys(name for row in rows for name in row))
-  lines = [line([row.get(name, "") for name in names]) for row in rows]
-  return "".join([line(names), line(["---"] * len(names)), *lines])
+  cells = [[_cell(row, name) for name in names] for row in rows]
+  kept = [i for i in range(len(names)) if any(line[i] for line in cells)]
+  lines = [names, *cells]
+  table = [f"| {' | '.join(line[i] for i in kept)} |\n" for line in lines]
+  return "".join([table[0], f"|{'---|' * len(kept)}\n", *table[1:]])
+
+
+def _cell(row: Row, name: str) -> str:
+  value = row.get(name, "")
+  measured = row.get(name.removeprefix("+-"), value)
+  if any(isinstance(v, float) and math.isnan(v) for v in (value, measured)):
+    return ""
+  # Rounding may leave -0.0, and 0.0 is added to it.
+  return (
+    f"{round(value, 3) + 0.0:.3f}" if isinstance(value, float) else str(value)
+  )

@@ -1,7 +1,9 @@
 """`experiments.all`: registry, estimate, failures and the page of results."""
 
+import dataclasses
 import importlib
 import json
+import math
 import pathlib
 import types
 
@@ -157,6 +159,24 @@ def test_a_published_page_has_its_figures_beside_it(
   assert (out / "figures" / "a.png").read_bytes() == b"figure"
   assert all_lib.run([a, b], whole, "0/1", str(out)) == 0
   assert f"published: {out}/RESULTS.md" in capsys.readouterr().out
+
+
+def test_a_table_of_a_page_has_no_empty_columns(tmp_path):
+  """Neither NaN nor its spread is a number to show, nor is -0."""
+  experiment = make_experiment("a")
+  rows = [
+    {"method": "x", "share": -1e-9, "+-share": 0.25, "seeds": 3},
+    {"method": "y", "share": math.nan, "+-share": 0.0, "seeds": 1},
+  ]
+  rows = [row | {"accuracy": math.nan} for row in rows]
+  experiment = dataclasses.replace(experiment, table=lambda _: rows)
+  whole = Settings(str(tmp_path), "tiny")
+  assert all_lib.run_all([experiment], whole, "0/1") == {}
+  text = pathlib.Path(page.write_page([experiment], whole, {})).read_text()
+  assert text.partition("a/a.png)\n\n")[2] == (
+    "| method | share | +-share | seeds |\n|---|---|---|---|\n"
+    "| x | 0.000 | 0.250 | 3 |\n| y |  |  | 1 |\n"
+  )
 
 
 def test_the_exit_code_says_that_an_experiment_failed(
