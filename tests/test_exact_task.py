@@ -319,7 +319,7 @@ def measured(finished):
 
 
 # Laws. Another CPU rounds differently, and hundreds of steps make that visible.
-# Beside each limit stand the values with the instructions SSE4.2 and AVX2
+# Each limit is given with the values for the instructions SSE4.2 and AVX2
 # (XLA_FLAGS=--xla_cpu_max_isa=...): it leaves more room than they differ by.
 
 

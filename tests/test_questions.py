@@ -296,7 +296,7 @@ def measured(tmp_path_factory):
   }
 
 
-# Laws. Beside each limit stand the values with the instructions SSE4.2 and AVX2
+# Laws. Each limit is given with the values for the instructions SSE4.2 and AVX2
 # (XLA_FLAGS=--xla_cpu_max_isa=...), whose rounding differs.
 
 

@@ -19,8 +19,8 @@ class Link:
       a reward of 0 must mean that policy and reference agree.
     gap_weight: knob that weighs the gap in score; None for a link that reads
       the order alone.
-    uses_ties: whether a pair learns from its gap in score whatever its order:
-      one of equal scores is kept, and the accuracy goes by the scores.
+    uses_ties: whether a pair learns from its gap in score, in either order: one
+      of equal scores is kept, and the accuracy goes by the scores.
     needs_ordered_scores: whether a pair has a gradient only where the chosen
       response scores higher.
     is_coupled: whether a group's loss depends on the other groups.
