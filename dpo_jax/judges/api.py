@@ -100,7 +100,7 @@ class ApiJudge(Comparer):
 
     Returns:
       For each prompt 1.0 if the first is better, 0.0 if the second is, 0.5 for
-      a tie, NaN where there is no answer or it is none of these.
+      a tie, NaN where the answer is missing or is none of these.
 
     Raises:
       JudgeError: the server does not answer any more, or more than

@@ -13,7 +13,7 @@ With several processes JAX's own handler tells the others. All stop after the
 same call of `reached` or `check`, which all of them make in the same order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import logging
 import os
@@ -22,9 +22,9 @@ import threading
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from dpo_jax import EXIT_PREEMPTED
+from dpo_jax.system import compat
 
 _LOG = logging.getLogger(__name__)
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
@@ -60,6 +60,7 @@ class StopSignal:
     self._ends_process = ends_process
     self._is_set = self._is_held = False
     self._num_calls = 0
+    self._is_agreed: Callable[[int], bool] | None = None
     self._undo = contextlib.ExitStack()
 
   def __enter__(self) -> "StopSignal":
@@ -67,6 +68,11 @@ class StopSignal:
     _current = self
     if jax.process_count() > 1:
       # JAX's own handler tells the other processes; ours would replace it.
+      self._is_agreed = self._undo.enter_context(compat.stop_agreement())
+      if self._is_agreed is None:
+        _LOG.warning(
+          "JAX's preemption service does not run: SIGTERM will not be noticed"
+        )
       return self
     if threading.current_thread() is not threading.main_thread():
       _LOG.warning("not on the main thread: SIGTERM will not be noticed")
@@ -143,9 +149,9 @@ class StopSignal:
 
   def reached(self) -> bool:
     """Returns whether to stop here; all processes get the same answer."""
-    if jax.process_count() > 1:
+    if self._is_agreed is not None:
       self._num_calls += 1
-      return multihost_utils.reached_preemption_sync_point(self._num_calls)
+      return self._is_agreed(self._num_calls)
     return self._is_set
 
 

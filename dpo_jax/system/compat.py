@@ -4,12 +4,14 @@ Any release of JAX may change them, so tests/system/test_compat.py tests each.
 Their docstrings compare jax 0.10.2 and 0.12.0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import inspect
 import re
 from typing import Any, NamedTuple
 
 import jax
+from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -112,6 +114,40 @@ def find_processes(timeout_s: float) -> tuple[str, int, int]:
     None, None, None, None, None, int(timeout_s)
   )
   return address, count, index
+
+
+class _NoStop:
+  """Stands in a block of `stop_agreement` for JAX's: no stop is asked for."""
+
+  def reached_sync_point(self, call: int) -> bool:
+    del call
+    return False
+
+
+@contextlib.contextmanager
+def stop_agreement() -> Iterator[Callable[[int], bool] | None]:
+  """Takes JAX's agreement on where to stop after SIGTERM for the caller alone.
+
+  JAX counts the calls of each process, and all processes stop at one call more
+  than the largest count. Orbax asks too, at each save, with its step for the
+  number: that sets the count back, and a signal at that moment agrees on a call
+  that has passed, so that no process stops. In the block Orbax is told that no
+  stop is asked for. The attribute of the state is the same in both versions.
+
+  Yields:
+    number of the call, from 1 -> whether to stop at it; None where JAX's
+    preemption service does not run.
+  """
+  state = distributed.global_state
+  manager = state.preemption_sync_manager
+  if manager is None:
+    yield None
+    return
+  state.preemption_sync_manager = _NoStop()
+  try:
+    yield manager.reached_sync_point
+  finally:
+    state.preemption_sync_manager = manager
 
 
 def slice_index(device: Any) -> int:

@@ -139,6 +139,16 @@ def test_each_held_out_set_is_checked_by_its_name(tmp_path, on_one_device):
   }
 
 
+def make_rows(scores):
+  """Records of pairs, each with its two scores, or with none for None."""
+  rows = []
+  for i, pair in enumerate(scores):
+    row = {"prompt": f"p {i}", "chosen": f" a{i}", "rejected": f" b{i}"}
+    columns = ("score_chosen", "score_rejected")
+    rows.append(row | dict(zip(columns, pair or (), strict=False)))
+  return rows
+
+
 def run_on(tmp_path, rows, loss, online=None, **overrides):
   """A run of a loss on rows of data, all of which it trains on."""
   path = tmp_path / "pairs.jsonl"
@@ -181,21 +191,15 @@ REWARD_AWARE = {"name": "reward_aware", "weight": 1.0}
 def test_a_loss_that_reads_the_gap_in_score_wants_scores(
   tmp_path, on_one_device, loss, num_scored, warns
 ):
-  rows = [
-    {"prompt": f"p {i}", "chosen": f" a{i}", "rejected": f" b{i}"}
-    | ({"score_chosen": i + 2, "score_rejected": 1} if i < num_scored else {})
-    for i in range(40)
-  ]
+  scores = [(i + 2, 1) if i < num_scored else None for i in range(40)]
+  rows = make_rows(scores)
   assert ("default_scores" in acting(run_on(tmp_path, rows, loss))) == warns
 
 
 def test_scores_of_data_that_is_not_read_are_not_asked_for(
   tmp_path, on_one_device
 ):
-  rows = [
-    {"prompt": f"p {i}", "chosen": f" a{i}", "rejected": f" b{i}"}
-    for i in range(40)
-  ]
+  rows = make_rows([None] * 40)
   online = dict(kind="pairs", judge="sentiment")
   run = run_on(tmp_path, rows, {"name": "odpo"}, online=online)
   assert "default_scores" not in acting(run)
@@ -216,11 +220,7 @@ def test_reward_aware_keeps_ties_and_does_not_warn(
   tmp_path, on_one_device, loss, num_kept, warns
 ):
   """Half of the pairs tie; other losses drop them, and the check says so."""
-  rows = [
-    {"prompt": f"p {i}", "chosen": f" a{i}", "rejected": f" b{i}"}
-    | {"score_chosen": i % 2, "score_rejected": 0}
-    for i in range(40)
-  ]
+  rows = make_rows([(i % 2, 0) for i in range(40)])
   run = run_on(tmp_path, rows, loss, data__split_pairs=True)
   assert len(run.data.train.indices) == num_kept
   assert ("ties" in acting(run)) == warns

@@ -157,6 +157,8 @@ def test_a_published_page_has_its_figures_beside_it(
   assert "## a\n\nShows a.\n\n![a](figures/a.png)\n\n|" in text
   assert [p.name for p in (out / "figures").iterdir()] == ["a.png"]
   assert (out / "figures" / "a.png").read_bytes() == b"figure"
+  (tmp_path / "w" / "a" / "a" / "result.json").unlink()
+  assert page.publish([a], whole, str(out)) is None
   assert all_lib.run([a, b], whole, "0/1", str(out)) == 0
   assert f"published: {out}/RESULTS.md" in capsys.readouterr().out
 

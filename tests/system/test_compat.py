@@ -4,6 +4,7 @@ import inspect
 import typing
 
 import jax
+from jax._src import distributed
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel as kernel_lib,
 )
@@ -13,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
+from orbax.checkpoint import multihost
 import pytest
 
 from dpo_jax.planning.topology import parse_topology
@@ -167,3 +169,29 @@ def test_the_processes_of_a_pod_are_found(monkeypatch):
 
   monkeypatch.setattr(compat.ClusterEnv, "_cluster_types", [Pod])
   assert compat.find_processes(60.0) == ("10.0.0.2:8476", 4, 3)
+
+
+def test_a_stop_is_agreed_on_by_the_caller_alone(monkeypatch):
+  """Orbax, which asks with its step, is told no and changes no count."""
+  asked = []
+
+  class Manager:
+    def reached_sync_point(self, call):
+      asked.append(call)
+      return call == 8
+
+  jax.devices()  # with a client, JAX would start a CPU of several processes
+  state = distributed.global_state
+  manager = Manager()
+  monkeypatch.setattr(state, "client", object())
+  monkeypatch.setattr(state, "preemption_sync_manager", manager)
+  with pytest.raises(KeyError), compat.stop_agreement() as is_agreed:
+    assert not is_agreed(7)
+    assert not multihost.reached_preemption(2)
+    assert is_agreed(8)
+    raise KeyError
+  assert asked == [7, 8]
+  assert state.preemption_sync_manager is manager
+  monkeypatch.setattr(state, "preemption_sync_manager", None)
+  with compat.stop_agreement() as is_agreed:
+    assert is_agreed is None
