@@ -171,6 +171,16 @@ def test_peft_loads_the_adapter_of_a_run_on_its_base(
     assert 'from_pretrained(f"{folder}/base")' in card
 
 
+def test_a_value_head_that_is_left_out_is_told(tmp_path, caplog):
+  config = tiny.make_config(loss__name="reward_model", lora__rank=2)
+  train(config, tmp_path / "run")
+  for kind in (True, False):
+    caplog.clear()
+    export(tmp_path / "run", tmp_path / str(kind), only_adapter=kind)
+    found = [r.message for r in caplog.records if "value head" in r.message]
+    assert found == ["the value head is not exported: transformers has none"]
+
+
 def test_the_base_of_an_adapter_on_the_hub_names_its_revision(
   run, tmp_path, monkeypatch
 ):

@@ -12,6 +12,7 @@ from dpo_jax import judges, model_sources
 from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.losses import build_objective
 from dpo_jax.records.checkpoint import Checkpoints, open_checkpoints
+from dpo_jax.records.resume import as_json
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.files import read_json
 from dpo_jax.training import initial_state, setup
@@ -86,21 +87,33 @@ def _check_value_head(config: Any, trained: Program) -> None:
 def _warn_of_other_data(run: EvalRun) -> None:
   """Warns of each held-out set whose records have changed since the run began.
 
-  None is compared if the evaluation has another set, or another source of one.
+  A set that the evaluation reads from another source is not compared.
   """
   path = run.workdir.data
   before = read_json(path) if path.exists() else {}
-  same_source = config_lib.eval_sets(
-    {"eval_sources": "", "eval_source": "", **run.workdir.read_config()["data"]}
-  ) == config_lib.eval_sets(run.config.data)
-  for split, now in run.data.identity().items():
+  sources = _sources(run.workdir.read_config()["data"])
+  for split, source in _sources(as_json(run.config)["data"]).items():
     then = before.get(split)
-    if not same_source or not isinstance(then, Mapping) or "groups" not in now:
+    # Runs of older versions recorded a text.
+    if source != sources.get(split) or not isinstance(then, Mapping):
       continue
-    if then["content"] != now["content"]:
+    if then["content"] != run.data.identity()[split]["content"]:
       _LOG.warning(
         "the records of %s have changed since the run began with them", split
       )
+
+
+def _sources(data: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what each held-out split is read from.
+
+  Args:
+    data: `config.data` as JSON; one of an older version may lack keys.
+  """
+  data = {"eval_sources": "", "eval_source": "", "sources": [], **data}
+  return {
+    config_lib.split_name(name): source or [data["source"], data["sources"]]
+    for name, source in config_lib.eval_sets(data).items()
+  }
 
 
 def load_state(

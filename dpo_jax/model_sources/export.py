@@ -35,7 +35,7 @@ def export(
 
   Adapters alone have no tokenizer. Their base, with one, is written to a folder
   base in `out` unless the run started from a Hugging Face model or `base` is
-  given. A value head is left out; that of a model, with a warning.
+  given. A value head is left out, with a warning.
 
   Args:
     workdir: run directory.
@@ -65,6 +65,8 @@ def export(
     if (out / file).exists():
       raise ValueError(f"{out} holds a model already: choose another folder")
   _check_base(run, base, name, only_adapter=only_adapter)
+  if model.value_head:
+    _LOG.warning("the value head is not exported: transformers has none")
   hub_base = base or run.start.hub_name
   placement = mesh.make_mesh({"data": -1})
   if only_adapter:
@@ -111,12 +113,8 @@ def _write_model(
   params: Any,
   dtype: str,
 ) -> None:
-  """Writes weights, config.json, tokenizer and generation_config.json.
-
-  A value head is left out, with a warning: transformers has none.
-  """
+  """Writes weights, config.json, tokenizer and generation_config.json."""
   if policy.config.value_head:
-    _LOG.warning("the value head is not exported: transformers has none")
     params = {k: x for k, x in params.items() if k != "value_head"}
     policy = Policy(dataclasses.replace(policy.config, value_head=False))
   tokenizer = run.open_tokenizer()

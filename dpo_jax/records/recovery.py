@@ -10,6 +10,7 @@ outlives the checkpoints.
 """
 
 import logging
+import re
 
 from etils import epath
 
@@ -155,15 +156,20 @@ def _move_aside(workdir: Workdir, folder: epath.Path) -> epath.Path:
 
 
 def _clear_quarantine(workdir: Workdir) -> None:
-  """Deletes all but the latest steps that were moved aside."""
+  """Deletes all but the latest steps that were moved aside.
+
+  What a user has put there under another name stays.
+  """
   if not workdir.quarantine.exists():
     return
-  moved = sorted(workdir.quarantine.iterdir(), key=_number)
+  found = [path for path in workdir.quarantine.iterdir() if _number(path) >= 0]
+  moved = sorted(found, key=_number)
   for folder in moved[:-_KEPT]:
     folder.rmtree()
     _LOG.info("deleted %s: the latest %d are kept", folder, _KEPT)
 
 
 def _number(path: epath.Path) -> int:
-  number = path.name.rpartition("-")[2]
-  return int(number) if number.isdecimal() else -1
+  """Returns the number of a step that was moved aside; -1 of another path."""
+  found = re.fullmatch(r"\d+-(\d+)", path.name)
+  return int(found[1]) if found else -1

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import pathlib
 import shutil
 
@@ -158,6 +159,33 @@ def test_other_data_losses_and_more_samples_change_nothing_of_a_run(workdir):
   assert len(rows_of(found, "sample")) == 6
   written = {r["split"]: r for r in rows_of(found, "metrics")}
   assert written["eval/other"]["loss"] == found.metrics["eval/other"]["loss"]
+
+
+def test_each_set_whose_records_have_changed_is_named(tmp_path, caplog):
+  """A set that the evaluation reads elsewhere does not hide the others."""
+
+  def write(name, num):
+    pairs = synthetic.review_pairs(num, seed=0)
+    lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
+    (tmp_path / name).write_text(lines)
+
+  def sets(**files):
+    found = (f"{k}=jsonl:{tmp_path / name}" for k, name in files.items())
+    return ",".join(found)
+
+  for name in "abc":
+    write(name, 10)
+  config = tiny.make_config(
+    total_steps=1, data__eval_sources=sets(one="a", two="b")
+  )
+  train(config, tmp_path / "run")
+  for name in "abc":
+    write(name, 9)
+  given = {"data.eval_sources": sets(one="c", two="b"), "eval.num_samples": 0}
+  with caplog.at_level(logging.WARNING, "dpo_jax"):
+    evaluate(tmp_path / "run", given)
+  changed = [r.message for r in caplog.records if "have changed" in r.message]
+  assert [text.split()[3] for text in changed] == ["eval/two"]
 
 
 def test_a_loss_with_running_means_starts_its_own(workdir):

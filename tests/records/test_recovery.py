@@ -119,6 +119,17 @@ def test_two_steps_stay_in_quarantine(tmp_path):
   assert moved(tmp_path) == ["6-2", "8-3"]
 
 
+def test_what_a_user_puts_into_quarantine_stays(tmp_path):
+  folder = Workdir.at(tmp_path).quarantine
+  folder.mkdir()
+  (folder / "notes.txt").touch()
+  (folder / "good-1").mkdir()
+  for step in (2, 4, 6):
+    faults.flip_byte(make_step(tmp_path, step) / "rest" / "array")
+    recovery.recover(Workdir.at(tmp_path))
+  assert moved(tmp_path) == ["4-1", "6-2", "good-1", "notes.txt"]
+
+
 def test_going_back_forgets_what_came_after(tmp_path):
   workdir = Workdir.at(tmp_path)
   for step in (2, 4, 6):
