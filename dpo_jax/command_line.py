@@ -5,6 +5,7 @@ the traceback. This module imports nothing slow, so `--help` answers at once.
 """
 
 from collections.abc import Callable
+import contextlib
 import logging
 import sys
 
@@ -27,12 +28,17 @@ _OURS = ("dpo_jax", "experiments", "__main__")
 
 
 class _Lines(logging.Handler):
-  """Writes a line above the progress bars of a terminal."""
+  """Writes a line above the progress bars of a terminal.
+
+  A line that cannot be written is lost: no log may stop a run. Orbax even takes
+  an error in a log call for the end of a save that has failed, and commits it.
+  """
 
   def emit(self, record: logging.LogRecord) -> None:
     from tqdm import tqdm  # only needed here
 
-    tqdm.write(self.format(record), file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # full, or closed
+      tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _Format(logging.Formatter):

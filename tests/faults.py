@@ -1,9 +1,12 @@
 """Faults on purpose: damaged files, and child processes that are killed."""
 
+from collections.abc import Iterator
+import contextlib
 import itertools
 import os
 import pathlib
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -35,6 +38,17 @@ def largest_file(folder: pathlib.Path) -> pathlib.Path:
     if path.is_file() and path.name != "manifest.json"
   ]
   return max(files, key=lambda path: (path.stat().st_size, str(path)))
+
+
+@contextlib.contextmanager
+def limited_files(num_bytes: int) -> Iterator[None]:
+  """Limits the size of files, as a disk with that much room would."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def environment(num_devices: int = 1) -> dict[str, str]:

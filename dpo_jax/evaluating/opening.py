@@ -72,7 +72,7 @@ def open_run(
       " --config.data.eval_source"
     )
   run = EvalRun(config, workdir, program, data, judge)
-  _warn_of_other_data(run)
+  _warn_of_other_data(run, recorded)
   return run, trained
 
 
@@ -84,14 +84,18 @@ def _check_value_head(config: Any, trained: Program) -> None:
     )
 
 
-def _warn_of_other_data(run: EvalRun) -> None:
+def _warn_of_other_data(run: EvalRun, recorded: Any) -> None:
   """Warns of each held-out set whose records have changed since the run began.
 
   A set that the evaluation reads from another source is not compared.
+
+  Args:
+    run: run to evaluate.
+    recorded: config of the run.
   """
   path = run.workdir.data
   before = read_json(path) if path.exists() else {}
-  sources = _sources(run.workdir.read_config()["data"])
+  sources = _sources(as_json(recorded)["data"])
   for split, source in _sources(as_json(run.config)["data"]).items():
     then = before.get(split)
     # Runs of older versions recorded a text.
@@ -107,9 +111,8 @@ def _sources(data: Mapping[str, Any]) -> dict[str, Any]:
   """Returns what each held-out split is read from.
 
   Args:
-    data: `config.data` as JSON; one of an older version may lack keys.
+    data: `config.data` as JSON.
   """
-  data = {"eval_sources": "", "eval_source": "", "sources": [], **data}
   return {
     config_lib.split_name(name): source or [data["source"], data["sources"]]
     for name, source in config_lib.eval_sets(data).items()

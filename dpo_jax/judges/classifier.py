@@ -5,7 +5,6 @@ labelled texts takes seconds, without a download.
 """
 
 from collections.abc import Sequence
-import io
 import itertools
 import re
 import zlib
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpo_jax.system.files import write_atomically
+from dpo_jax.system.files import read_arrays, write_arrays
 
 _WORD = re.compile(r"[a-z']+|[!?]")
 
@@ -47,9 +46,8 @@ class Classifier:
     return out
 
   def write(self, path: str) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, weights=self.weights, bias=np.float64(self.bias))
-    write_atomically(path, buffer.getvalue())
+    arrays = {"weights": self.weights, "bias": np.float64(self.bias)}
+    write_arrays(path, arrays)
 
   @classmethod
   def read(cls, path: str) -> "Classifier":
@@ -62,9 +60,9 @@ class Classifier:
     if not epath.Path(path).exists():
       raise FileNotFoundError(f"classifier:{path}: no such file")
     try:
-      with np.load(io.BytesIO(epath.Path(path).read_bytes())) as file:
-        weights, bias = file["weights"], float(file["bias"])
-    except Exception as error:  # zip, zlib, numpy and KeyError alike
+      arrays = read_arrays(epath.Path(path))
+      weights, bias = arrays["weights"], float(arrays["bias"])
+    except (ValueError, TypeError, KeyError) as error:
       raise ValueError(
         f"classifier:{path} is damaged, or not a classifier: {error!r}"
       ) from error

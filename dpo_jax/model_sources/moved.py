@@ -41,7 +41,7 @@ class MovedSource(ModelSource):
     return dataclasses.replace(self._model, **ours)
 
   def own_tokenizer(self) -> dict[str, str]:
-    data = self.workdir.read_config()["data"]
+    data = self.workdir.read_config().get("data") or {}
     return {key: data.get(key) or "" for key in TOKENIZER_KEYS}
 
   def _load(self, policy: Any, mesh: Any, seed: int) -> Any:

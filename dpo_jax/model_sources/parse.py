@@ -112,8 +112,8 @@ class TrainedRun(ModelSource):
     for key in ("policy", "data"):
       if not isinstance(config.get(key), dict):
         raise ValueError(
-          f"{self.workdir.config} is damaged: {key} must be an object. Restore"
-          " it from a copy"
+          f"{self.workdir.config} is damaged: {key} is missing. Restore it from"
+          " a copy"
         )
     return config
 

@@ -1,13 +1,12 @@
 """Responses sampled at a step: all that the next batches are made from."""
 
 import dataclasses
-import io
-import zipfile
+from typing import Any
 
 from etils import epath
 import numpy as np
 
-from dpo_jax.system.files import write_atomically
+from dpo_jax.system.files import read_arrays, write_arrays
 from dpo_jax.types import fields_of
 
 
@@ -53,25 +52,22 @@ class Snapshot:
   def write(self, path: epath.Path) -> None:
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     fields |= fields.pop("fields")
-    buffer = io.BytesIO()
-    np.savez(buffer, **fields)
-    write_atomically(path, buffer.getvalue())
+    write_arrays(path, fields)
 
   @classmethod
   def read(cls, path: epath.Path) -> "Snapshot":
-    """Reads a snapshot; zip verifies the checksum of every array.
+    """Reads a snapshot.
 
     Raises:
       ValueError: the file is missing or damaged.
     """
     try:
-      with np.load(io.BytesIO(path.read_bytes())) as file:
-        fields = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+      fields: dict[str, Any] = read_arrays(path)
+    except (OSError, ValueError) as error:
       raise ValueError(
         f"{path} is missing or damaged, and holds the responses that the run's"
-        " next steps learn from. Move the checkpoints after step"
-        f" {path.stem} aside, and it resumes from an earlier one: {error}"
+        f" next steps learn from: {error}. Or go back to a checkpoint of step"
+        f" {path.stem}, or of one before it: --config.resume.step=N"
       ) from error
     names = fields_of("on_policy") & fields.keys()
     on_policy = {name: fields.pop(name) for name in names}

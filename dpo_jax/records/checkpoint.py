@@ -7,8 +7,9 @@
 A run that opens them moves damaged steps aside first, see `records.recovery`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import concurrent.futures
+import contextlib
 import logging
 import math
 import shutil
@@ -172,6 +173,7 @@ class Checkpoints:
     """Waits for the commit, and writes the manifest at once."""
     response.result()
     if jax.process_index() == 0:
+      self._metadata(step)  # raises if a part is missing
       manifest.write(self._root / str(step), self._workdir.run_id)
       recovery.mark_saved(self._workdir, step)
       peers.tell_saved(step)
@@ -214,10 +216,10 @@ class Checkpoints:
       return None
     step = steps[-1] if step is None else step
     wanted = {"params": abstract_state.params, "rest": _rest(abstract_state)}
-    found = self._checkpointer.checkpointables_metadata(step).metadata
+    found = self._metadata(step)
     for part, tree in wanted.items():
       check_same_tree(tree, found[part], f"{self._root / str(step)}/{part}")
-    loaded = self._checkpointer.load_checkpointables(step, wanted)
+    loaded = self._load(step, wanted)
     return abstract_state.replace(params=loaded["params"], **loaded["rest"])
 
   def restore_without_optimizer(
@@ -238,7 +240,7 @@ class Checkpoints:
     """
     bare = abstract_state.replace(opt_state=(), spikes=())
     wanted = {"params": bare.params, "rest": _rest(bare)}
-    found = self._checkpointer.checkpointables_metadata(step).metadata
+    found = self._metadata(step)
     rest = {k: found["rest"][k] for k in wanted["rest"] if k in found["rest"]}
     where = f"{self._root / str(step)}"
     check_same_tree(wanted["params"], found["params"], f"{where}/params")
@@ -246,7 +248,7 @@ class Checkpoints:
     context = ocp.v1.Context()
     context.pytree.loading.partial_load = True
     with context:
-      loaded = self._checkpointer.load_checkpointables(step, wanted)
+      loaded = self._load(step, wanted)
     return bare.replace(params=loaded["params"], **loaded["rest"])
 
   def restore_params(self, abstract_params: Any, *, step: int) -> Any:
@@ -262,12 +264,34 @@ class Checkpoints:
     Raises:
       ValueError: a checkpoint of another model.
     """
-    found = self._checkpointer.checkpointables_metadata(step).metadata
     where = f"{self._root / str(step)}/params"
-    check_same_tree(abstract_params, found["params"], where)
-    return self._checkpointer.load_checkpointables(
-      step, {"params": abstract_params}
-    )["params"]
+    check_same_tree(abstract_params, self._metadata(step)["params"], where)
+    return self._load(step, {"params": abstract_params})["params"]
+
+  def _metadata(self, step: int) -> dict[str, Any]:
+    """Returns paths, shapes and dtypes of a step's arrays, by part."""
+    with self._naming(step):
+      found = self._checkpointer.checkpointables_metadata(step).metadata
+      return {part: found[part] for part in ("params", "rest")}
+
+  def _load(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    with self._naming(step):
+      return self._checkpointer.load_checkpointables(step, wanted)
+
+  @contextlib.contextmanager
+  def _naming(self, step: int) -> Iterator[None]:
+    """Names the step in an error of Orbax, and how to resume before it."""
+    try:
+      yield
+    except Exception as error:  # Orbax, tensorstore and KeyError alike
+      message = f"{self._root / str(step)} cannot be read: {error!r:.300}"
+      earlier = [other for other in self.steps if other < step]
+      if earlier and not self._is_reader:
+        message += (
+          f". If that stays so, --config.resume.step={earlier[-1]} resumes from"
+          " the checkpoint before it"
+        )
+      raise ValueError(message) from error
 
   def close(self) -> None:
     """Finishes the last save and closes the folder."""

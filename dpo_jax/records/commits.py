@@ -44,12 +44,14 @@ def recorded_init(key: str, workdir: Workdir) -> str:
 
 
 def _spellings(settings: Mapping[str, Any]) -> dict[str, str]:
-  data = settings["data"]
+  data, policy, reference = (
+    settings.get(key) or {} for key in ("data", "policy", "reference")
+  )
   found = {
-    "policy.init": settings["policy"]["init"],
-    "reference.init": settings["reference"]["init"],
-    "data.source": data["source"] or "",
-    "data.eval_source": data["eval_source"],
+    "policy.init": policy.get("init") or "",
+    "reference.init": reference.get("init") or "",
+    "data.source": data.get("source") or "",
+    "data.eval_source": data.get("eval_source") or "",
   }
   for i, entry in enumerate(data.get("sources", ())):
     found[f"data.sources.{i}"] = entry["source"]

@@ -1,12 +1,10 @@
 """Log-probs of held-out groups, one file for each evaluation."""
 
-import io
-
 from etils import epath
 import numpy as np
 
 from dpo_jax.records.workdir import Workdir
-from dpo_jax.system.files import write_atomically
+from dpo_jax.system.files import read_arrays, write_arrays
 
 # Fields of Sequences, [N, K] or [N], and the groups' ids.
 Records = dict[str, np.ndarray]
@@ -23,10 +21,7 @@ def write_records(
     records: records that `evaluation.evaluate` returns.
     name: name of the held-out set.
   """
-  buffer = io.BytesIO()
-  np.savez(buffer, **records)
-  path = workdir.eval_logps / name / f"{step}.npz"
-  write_atomically(path, buffer.getvalue())
+  write_arrays(workdir.eval_logps / name / f"{step}.npz", records)
 
 
 def read_records(workdir: epath.PathLike, name: str = "") -> dict[int, Records]:
@@ -38,6 +33,7 @@ def read_records(workdir: epath.PathLike, name: str = "") -> dict[int, Records]:
 
   Raises:
     FileNotFoundError: nothing there.
+    ValueError: a damaged file; names it.
   """
   folder = Workdir.at(workdir).eval_logps / name
   paths = sorted(folder.glob("*.npz")) if folder.exists() else []
@@ -46,8 +42,5 @@ def read_records(workdir: epath.PathLike, name: str = "") -> dict[int, Records]:
       f"{folder} holds no log-probs: train with eval.save_logps=True and held-"
       "out data"
     )
-  out = {}
-  for path in sorted(paths, key=lambda path: int(path.stem)):
-    with np.load(io.BytesIO(path.read_bytes())) as file:
-      out[int(path.stem)] = dict(file)
-  return out
+  paths = sorted(paths, key=lambda path: int(path.stem))
+  return {int(path.stem): read_arrays(path) for path in paths}

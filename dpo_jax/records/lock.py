@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import socket
@@ -31,6 +32,7 @@ from dpo_jax.records.workdir import Workdir
 from dpo_jax.system import files
 
 _LOG = logging.getLogger(__name__)
+_TRIES = 100  # of processes that take a lock at the same time
 
 
 class WorkdirInUse(ValueError):
@@ -79,17 +81,24 @@ class Holder:
     )
 
   @classmethod
-  def parse(cls, content: bytes) -> "Holder":
-    """Reads a lock file; the id of a damaged one is a digest."""
+  def parse(cls, name: str, content: bytes) -> "Holder":
+    """Reads a lock file; the id of a damaged one is a digest.
+
+    Args:
+      name: name of the file. Two damaged files may have the same content.
+      content: bytes of it.
+    """
     try:
       found = cls(**json.loads(content))
       types = {field.name: field.type for field in dataclasses.fields(cls)}
       if all(isinstance(getattr(found, k), t) for k, t in types.items()):
         uuid.UUID(found.id)
-        return found
-    except (ValueError, TypeError):
+        if math.isfinite(found.timeout_s):
+          return found
+    except (ValueError, TypeError, RecursionError):
       pass
-    return cls(id=hashlib.sha256(content).hexdigest()[:32])
+    digest = hashlib.sha256(f"{name}\n".encode() + content)
+    return cls(id=digest.hexdigest()[:32])
 
   @property
   def content(self) -> bytes:
@@ -181,10 +190,17 @@ class RunLock:
         path.unlink(missing_ok=True)
 
   def _chain(self) -> list[tuple[epath.Path, Holder]]:
-    """Reads the lock files; the last one holds the lock."""
-    chain, path = [], self._workdir.lock
+    """Reads the lock files; the last one holds the lock.
+
+    Raises:
+      WorkdirInUse: a file names one before it, as a copy of it does.
+    """
+    chain: list[tuple[epath.Path, Holder]] = []
+    path = self._workdir.lock
     while (content := files.read_if_there(path)) is not None:
-      chain.append((path, Holder.parse(content)))
+      if path in (known for known, _ in chain):
+        raise self._unreadable()
+      chain.append((path, Holder.parse(path.name, content)))
       path = self._path_after(chain[-1][1])
     return chain
 
@@ -198,9 +214,12 @@ class RunLock:
     if jax.process_index():
       return
     self._workdir.path.mkdir(parents=True, exist_ok=True)
-    while not self._try():
-      pass  # the files changed meanwhile: look again
-    self._thread.start()
+    for _ in range(_TRIES):
+      if self._try():
+        self._thread.start()
+        return
+      time.sleep(0.01)  # the files changed meanwhile: look again
+    raise self._unreadable()
 
   def _try(self) -> bool:
     """Returns whether the lock was taken; raises WorkdirInUse."""
@@ -251,6 +270,12 @@ class RunLock:
       f"{self._workdir} is being trained by {holder}: two processes would spoil"
       " the run. Stop that one first, or choose another workdir; if this"
       f" folder is a copy, delete its {self._workdir.lock.name}"
+    )
+
+  def _unreadable(self) -> WorkdirInUse:
+    return WorkdirInUse(
+      f"the lock files of {self._workdir} do not tell which process trains it:"
+      " if none does, delete its lock.json and lock.*.json"
     )
 
   def _check(self) -> None:

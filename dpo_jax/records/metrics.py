@@ -15,7 +15,7 @@ import numpy as np
 from dpo_jax.config import eval_sets, metric_prefix, split_name
 from dpo_jax.records.sinks import Sink
 from dpo_jax.records.workdir import Workdir
-from dpo_jax.system.files import naming, write_atomically
+from dpo_jax.system.files import naming, size, write_atomically
 
 _LOG = logging.getLogger(__name__)
 _RESUMED = "resumed"  # split of a line that says where a run resumed
@@ -40,8 +40,8 @@ class GrowingFile:
       _cut_torn_line(path)
       self._file = path.open("a")
     elif path.exists():
-      whole, newline, _ = path.read_text().rpartition("\n")
-      self._text = whole + newline
+      whole, newline, _ = path.read_bytes().rpartition(b"\n")
+      self._text = (whole + newline).decode(errors="backslashreplace")
 
   def append(self, text: str) -> None:
     if self._file is not None:
@@ -109,7 +109,8 @@ class MetricsWriter:
       return
     self._workdir = workdir = Workdir.at(workdir)
     workdir.path.mkdir(parents=True, exist_ok=True)
-    self._is_old = workdir.metrics.exists()
+    path = workdir.metrics
+    self._is_old = path.exists() and size(path) > 0
     self._sinks = sinks
     self._sent = _recorded_steps(workdir) if sinks else set()
     self._file = GrowingFile(workdir.metrics)
@@ -154,11 +155,20 @@ class MetricsWriter:
   def write_resumed(self, step: int) -> None:
     """Records where a run resumes: lines above it of later steps are void.
 
-    Writes nothing if this writer has begun metrics.jsonl.
+    Writes nothing if this writer has begun metrics.jsonl; warns if it should
+    not have.
     """
-    if self._file is not None and self._is_old:
+    if self._file is None:
+      return
+    if self._is_old:
       line = {"step": step, "split": _RESUMED}
       self._file.append(json.dumps(line) + "\n")
+    elif step:
+      _LOG.warning(
+        "%s holds no line: the metrics up to step %d are lost",
+        self._workdir.metrics,
+        step,
+      )
 
   def close(self) -> None:
     """Closes the files, and the sinks, which get the workdir's plots before."""
@@ -236,12 +246,12 @@ def _read_rows(
   Raises:
     ValueError: a damaged line; names file and line.
   """
-  *lines, rest = path.read_text().split("\n")
-  if rest.endswith("}"):  # otherwise it was not written completely
+  *lines, rest = path.read_bytes().split(b"\n")
+  if rest.endswith(b"}"):  # otherwise it was not written completely
     lines.append(rest)
   for number, line in enumerate(lines, 1):
     try:
-      row = json.loads(line)
+      row = json.loads(line.decode())
       missing = [key for key in keys if key not in row]
     except (ValueError, TypeError, RecursionError) as error:
       missing = [str(error)]

@@ -192,7 +192,12 @@ def _compare_schedules(
     return {}
   if not workdir.config.exists():
     return {}
-  before = workdir.read_config()["total_steps"]
+  before = workdir.read_config().get("total_steps")
+  if not isinstance(before, int):
+    raise ValueError(
+      f"{workdir.config} is damaged: total_steps={before!r} must be a number."
+      " Restore it from a copy"
+    )
   now = config["total_steps"]
   if before == now:
     return {}

@@ -34,7 +34,13 @@ import uuid
 
 from etils import epath
 
-from dpo_jax.system.files import read_json, write_atomically, write_json
+from dpo_jax.config.keys import default_config
+from dpo_jax.system.files import (
+  read_json,
+  read_text,
+  write_atomically,
+  write_json,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,6 +48,8 @@ _LOG = logging.getLogger(__name__)
 # _OLDEST when this version no longer reads what was written before.
 FORMAT = 1
 _OLDEST = 0  # before formats were recorded
+# Kinds of values in JSON that are not taken for each other.
+_SHAPES = (str, list | tuple, Mapping)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +228,21 @@ class Workdir:
       )
 
   def read_config(self) -> dict[str, Any]:
-    """Reads the resolved config of the run, as nested dicts."""
-    return read_json(self.config)
+    """Reads the resolved config of the run, as nested dicts.
+
+    One of an older version may lack keys.
+
+    Raises:
+      ValueError: it is damaged; names it and a key.
+    """
+    config = read_json(self.config)
+    defaults = default_config().copy_and_resolve_references().to_dict()
+    if key := _odd_key(config, defaults):
+      raise ValueError(
+        f"{self.config} is damaged: {key} must be a value of another type."
+        " Restore it from a copy"
+      )
+    return config
 
   def write_config(self, config: Mapping[str, Any]) -> None:
     """Writes config.json, and workdir.json with format and name of the run."""
@@ -253,18 +274,47 @@ class Workdir:
     _add_line(self.command, self.read_lines(self.command), command)
 
   def read_lines(self, path: epath.Path) -> list[str]:
-    """Reads git.txt or command.txt; empty where nothing was recorded."""
-    return path.read_text().splitlines() if path.exists() else []
+    """Reads git.txt or command.txt; empty where nothing was recorded.
+
+    They are for people, so damage to them stops no run: bytes that are not
+    UTF-8 become escapes.
+    """
+    if not path.exists():
+      return []
+    return path.read_bytes().decode(errors="backslashreplace").splitlines()
 
   def read_digest(self, path: epath.Path) -> str:
-    """Reads a file that holds a digest alone; "" where there is none."""
-    return path.read_text().strip() if path.exists() else ""
+    """Reads a file that holds a digest alone; "" where there is none.
+
+    Raises:
+      ValueError: it is damaged; names it.
+    """
+    return read_text(path).strip() if path.exists() else ""
 
   def write_finished(self, total_steps: int) -> None:
     """Writes finished.json: "total_steps", and "finished_at", a time in UTC."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     mark = {"total_steps": total_steps, "finished_at": now}
     write_json(self.finished, mark)
+
+
+def _odd_key(found: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+  """Returns the first key that is a text, a list or an object wrongly; or "".
+
+  Args:
+    found: config, or a part of it.
+    defaults: the same of the default config.
+  """
+  for key, default in defaults.items():
+    value = found.get(key)
+    # A loss may be a list of losses; a placeholder has no type here.
+    if key == "loss" or value is None or default is None:
+      continue
+    if any(isinstance(value, k) != isinstance(default, k) for k in _SHAPES):
+      return key
+    if isinstance(default, Mapping) and (inner := _odd_key(value, default)):
+      return f"{key}.{inner}"
+  return ""
 
 
 def _add_line(path: epath.Path, before: Sequence[str], line: str) -> None:

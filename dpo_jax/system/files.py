@@ -5,12 +5,13 @@ read a copy on this machine. It is kept, and named by path, size and time of the
 last change: a file is copied once, and a changed one is copied again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import difflib
 import fcntl
 import glob
 import hashlib
+import io
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 from etils import epath
 from etils.epath import backend
+import numpy as np
 
 from dpo_jax.system import downloads
 
@@ -222,8 +224,12 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
   # Processes that share a folder may write the same file at the same time.
   temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
   try:
-    with naming(path, len(content)):
-      temporary.write_bytes(content)
+    with naming(path, len(content)), temporary.open("wb") as file:
+      file.write(content)
+      if not is_remote(path):
+        # Otherwise a loss of power may leave the new name, and no content.
+        file.flush()
+        os.fsync(file.fileno())
   except OSError:
     temporary.unlink(missing_ok=True)
     raise
@@ -244,8 +250,7 @@ def create(path: epath.Path, content: bytes) -> bool:
   """
   try:
     if not is_remote(path):
-      with open(path, "xb") as file:
-        file.write(content)
+      _create_local(path, content)
     elif (store := _object_store(path)) is not None:
       store.pipe_file(str(path), content, mode="create")
     elif path.exists():
@@ -259,6 +264,17 @@ def create(path: epath.Path, content: bytes) -> bool:
   except FileExistsError:
     return False
   return True
+
+
+def _create_local(path: epath.Path, content: bytes) -> None:
+  with open(path, "xb"):
+    pass
+  try:
+    with naming(path, len(content)):
+      path.write_bytes(content)
+  except OSError:  # an empty file would count as created
+    path.unlink()
+    raise
 
 
 def read_if_there(path: epath.Path) -> bytes | None:
@@ -306,6 +322,28 @@ def read_json(path: epath.Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise _damaged(path, f"it holds a {type(value).__name__}, not an object")
   return value
+
+
+def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
+  """Reads an .npz file; zip verifies a checksum of each array.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: it is damaged; names it.
+  """
+  content = path.read_bytes()
+  try:
+    with np.load(io.BytesIO(content)) as file:
+      return dict(file)
+  except Exception as error:  # zip, zlib and numpy alike
+    raise _damaged(path, f"{error!r}") from error
+
+
+def write_arrays(path: epath.PathLike, arrays: Mapping[str, Any]) -> None:
+  """Writes an .npz file whole or not at all."""
+  buffer = io.BytesIO()
+  np.savez(buffer, **arrays)
+  write_atomically(path, buffer.getvalue())
 
 
 def _damaged(path: epath.Path, why: object) -> ValueError:

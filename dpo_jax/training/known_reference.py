@@ -190,9 +190,21 @@ def _read_digests(workdir: Workdir) -> Mapping[str, Any]:
   """Reads reference.json: digests of "weights", and by cache key of "logps".
 
   "weights" is "" if nothing was recorded.
+
+  Raises:
+    ValueError: a damaged file; names it.
   """
-  if workdir.reference_digests.exists():
-    return read_json(workdir.reference_digests)
+  path = workdir.reference_digests
+  if path.exists():
+    found = read_json(path)
+    logps = found.get("logps")
+    texts = [*logps.values()] if isinstance(logps, dict) else [logps]
+    if not all(isinstance(x, str) for x in (found.get("weights"), *texts)):
+      raise ValueError(
+        f'{path} is damaged: it must hold "weights", a digest, and "logps",'
+        " digests by key. Restore it from a copy"
+      )
+    return found
   # Older runs recorded that of the weights alone.
   weights = workdir.read_digest(workdir.old_reference_digest)
   return {"weights": weights, "logps": {}}

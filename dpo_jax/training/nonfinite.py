@@ -11,7 +11,6 @@ Groups are in the order of the batch, flattened: B = R * G.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import io
 import logging
 import math
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.losses import Objective, WeightedSum
-from dpo_jax.system.files import write_atomically, write_json
+from dpo_jax.system.files import read_arrays, write_arrays, write_json
 from dpo_jax.training.setup import Run
 from dpo_jax.training.step import LARGEST_LOG_RATIO, LossInputs
 from dpo_jax.training.stops import NonFiniteError
@@ -135,7 +134,6 @@ def explain(run: Run, loader: Addresses, step: Step, fault: str) -> str:
   batch = placement.gather_rows(step.batch)
   sequences = placement.gather_rows(step.inputs[0])
   loss_state = placement.fetch(step.inputs[1])
-  ids = batch.example_ids.reshape(-1)
   loss, weight = measure_groups(objective, sequences, loss_state)
   why, is_guilty = find_guilty(
     sequences, loss, weight, run.config.numerics.max_log_ratio
@@ -152,7 +150,7 @@ def explain(run: Run, loader: Addresses, step: Step, fault: str) -> str:
   ]
   path = run.workdir.nonfinite / f"{step.number}.npz"
   if run.is_writer:
-    _write_arrays(
+    write_arrays(
       path,
       {"loss": loss, "gradient_weight": weight}
       | _named(batch, "batch")
@@ -255,14 +253,13 @@ def find_guilty(
 def read_batch(path: epath.PathLike) -> Batch:
   """Reads the batch of WORKDIR/nonfinite/STEP.npz: the rows of all hosts."""
   fields: dict[str, Any] = {"token_masks": {}, "on_policy": {}}
-  with np.load(io.BytesIO(epath.Path(path).read_bytes())) as file:
-    for name in file:
-      room, _, field = name.partition("/")
-      outer, _, inner = field.partition("/")
-      if room == "batch" and inner:
-        fields[outer][inner] = file[name]
-      elif room == "batch":
-        fields[outer] = file[name]
+  for name, values in read_arrays(epath.Path(path)).items():
+    room, _, field = name.partition("/")
+    outer, _, inner = field.partition("/")
+    if room == "batch" and inner:
+      fields[outer][inner] = values
+    elif room == "batch":
+      fields[outer] = values
   return Batch(**fields)
 
 
@@ -271,12 +268,6 @@ def _named(tree: Any, prefix: str) -> dict[str, np.ndarray]:
     f"{prefix}/{path_name(path)}": np.asarray(leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
-
-
-def _write_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
-  buffer = io.BytesIO()
-  np.savez(buffer, **arrays)
-  write_atomically(path, buffer.getvalue())
 
 
 def _plain(x: np.ndarray) -> Any:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from dpo_jax.data.messages import Message
 from dpo_jax.models.generate import Sampling
+from dpo_jax.system.files import read_text
 from dpo_jax.viewing.open_policy import Answer, OpenPolicy, Prompt
 from dpo_jax.viewing.terminal import visible
 
@@ -43,7 +44,7 @@ def read_prompts(path: str) -> list[Prompt]:
   lines = [
     (number, line)
     # Not `splitlines`, which splits at characters that a text may hold.
-    for number, line in enumerate(file.read_text().split("\n"), 1)
+    for number, line in enumerate(read_text(file).split("\n"), 1)
     if line.strip()
   ]
   if not lines:

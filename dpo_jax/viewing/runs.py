@@ -84,8 +84,7 @@ def _read(name: str, path: str) -> RunRecord:
     for split, entry in data.items()
     if isinstance(entry, dict) and "content" in entry
   }
-  versions = workdir.git.read_text().split("\n") if workdir.git.exists() else []
-  facts["code"] = next((v for v in reversed(versions) if v), "unknown")
+  facts["code"] = next(reversed(workdir.read_lines(workdir.git)), "unknown")
   held_out = config_lib.eval_sets(
     {"eval_sources": "", "eval_source": "", **config["data"]}
   )

@@ -56,7 +56,8 @@ _VARIANTS_OF_AIM = {
   "reference cached": ("cached",),
   "samples kept": ("on-policy",),
 }
-_CLOCKS = ("per_second", "wait_fraction")
+# Ends of the names of metrics that the clock decides.
+CLOCKS = ("per_second", "wait_fraction")
 # Code of a child.
 _CHILD = "import sys; from tests.damage import child; child.main(*sys.argv[1:])"
 _END_S = 900  # most seconds of a child
@@ -106,9 +107,9 @@ def _run(
   return Ended(process.returncode, output, time.monotonic() - begin)
 
 
-def arrays(workdir: pathlib.Path) -> dict[str, bytes]:
-  """Returns all arrays of the last checkpoint by path: dtype and bytes."""
-  tree = ocp.v1.load_checkpointables(workdir / "checkpoints" / str(_STEPS))
+def arrays(workdir: pathlib.Path, step: int = _STEPS) -> dict[str, bytes]:
+  """Returns all arrays of a checkpoint by path: dtype and bytes."""
+  tree = ocp.v1.load_checkpointables(workdir / "checkpoints" / str(step))
   parts = {"params": tree["params"], "rest": tree["rest"]}
   return {
     jax.tree_util.keystr(path): f"{leaf.dtype} ".encode()
@@ -123,7 +124,7 @@ def _rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
   text = path.read_text() if path.exists() else ""
   rows = [json.loads(x) for x in text.splitlines(True) if x.endswith("\n")]
   return [
-    {k: v for k, v in row.items() if not k.endswith(_CLOCKS)} for row in rows
+    {k: v for k, v in row.items() if not k.endswith(CLOCKS)} for row in rows
   ]
 
 

@@ -89,13 +89,13 @@ def _choose_file(
 def _damage(rng: np.random.Generator, path: pathlib.Path) -> str:
   """Damages a file; returns the name of the damage."""
   is_json = path.suffix == ".json" and rng.random() < 0.6
-  names = list(_OF_JSON if is_json else _OF_BYTES)
+  names = list(OF_JSON if is_json else _OF_BYTES)
   name = str(rng.choice(names))
   if name == "deletion":
     path.unlink()
   elif is_json:
     value = json.loads(path.read_text())
-    path.write_text(_OF_JSON[name](rng, value))
+    path.write_text(OF_JSON[name](rng, value))
   else:
     path.write_bytes(_OF_BYTES[name](rng, path.read_bytes()))
   return name
@@ -180,7 +180,7 @@ _OF_BYTES: dict[str, Any] = {
   "nesting": _nest,
   "deletion": None,
 }
-_OF_JSON: dict[str, Any] = {
+OF_JSON: dict[str, Any] = {
   "odd value": _swap,
   "dropped key": _drop,
   "number of 5,000 digits": _digits,

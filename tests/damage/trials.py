@@ -34,6 +34,7 @@ KINDS = {
   "checkpoints": Kind("files of a run's checkpoints", 20),
   "store": Kind("files of a token store", 20),
   "reference_cache": Kind("cached log-probs of the reference", 60),
+  "workdir": Kind("records of a run that is resumed", 20),
   "outside": Kind("data, tokenizer and Hugging Face files", 20),
   "kills": Kind("runs that are killed and resumed", 1, timeout_s=3600),
   "hosts": Kind("one of two processes", 1, timeout_s=3600),

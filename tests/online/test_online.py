@@ -212,7 +212,7 @@ def test_a_snapshot_comes_back_whole_or_not_at_all(tmp_path):
     back.fields["advantages"], snapshot.fields["advantages"]
   )
   faults.flip_byte(path)
-  with pytest.raises(ValueError, match=r"missing or damaged.*after step 3"):
+  with pytest.raises(ValueError, match=r"missing or damaged.* of step 3"):
     online.Snapshot.read(path)
 
 

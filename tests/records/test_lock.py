@@ -197,6 +197,44 @@ def test_a_damaged_lock_is_one_of_an_unknown_process(tmp_path, content, caplog):
   assert names(workdir) == []
 
 
+@pytest.mark.fault(43, 49)
+def test_empty_locks_that_a_full_disk_left_are_followed(tmp_path):
+  """Each start on a full disk once left one."""
+  workdir = Workdir.at(tmp_path)
+  for _ in range(3):
+    chain = make_lock(workdir)._chain()
+    path = tmp_path / "lock.json"
+    if chain:
+      path = make_lock(workdir)._path_after(chain[-1][1])
+    path.touch()
+  with make_lock(workdir) as lock:
+    lock.check()
+  assert not list(tmp_path.glob("lock*"))
+
+
+def test_a_lock_that_cannot_be_written_is_not_left_behind(tmp_path):
+  with faults.limited_files(0), pytest.raises(OSError, match=r"lock\.json"):
+    make_lock(Workdir.at(tmp_path)).__enter__()
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["copy", "dangling link"])
+def test_lock_files_that_tell_nothing_are_refused_with_a_remedy(tmp_path, how):
+  workdir = Workdir.at(tmp_path)
+  if how == "copy":
+    holder = leave(workdir)
+    name = f"lock.{holder.id}.json"
+    (tmp_path / name).write_bytes(workdir.lock.read_bytes())
+  else:
+    (tmp_path / "lock.json").symlink_to(tmp_path / "nowhere")
+  with pytest.raises(WorkdirInUse, match=r"if none does, delete its"):
+    make_lock(workdir).__enter__()
+  for path in tmp_path.glob("lock*"):
+    path.unlink()
+  with make_lock(workdir) as lock:
+    lock.check()
+
+
 def test_a_damaged_lock_that_changes_belongs_to_a_live_process(tmp_path):
   workdir = Workdir.at(tmp_path)
   workdir.lock.write_bytes(b"{")

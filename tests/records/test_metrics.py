@@ -117,8 +117,8 @@ class Bucket:
   def exists(self):
     return self.text is not None
 
-  def read_text(self):
-    return self.text
+  def read_bytes(self):
+    return self.text.encode()
 
   def write_text(self, text):
     self.text = text

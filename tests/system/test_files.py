@@ -1,15 +1,13 @@
 """Paths that are not of this machine, on a stand-in for gs://."""
 
-import contextlib
 import os
-import resource
 
 from etils import epath
 import pytest
 
 from dpo_jax.records.metrics import GrowingFile
 from dpo_jax.system import files
-from tests import bucket
+from tests import bucket, faults
 
 
 @pytest.fixture
@@ -132,24 +130,13 @@ def test_a_library_writes_to_a_remote_path(remote):
   assert read(folder / "a.txt") == b"one"
 
 
-@contextlib.contextmanager
-def largest_file(num_bytes):
-  """Limits the size of files, as a disk with that much room would."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.fault(43)
 def test_a_full_disk_names_the_file_and_the_bytes(tmp_path):
   path = tmp_path / "config.json"
   files.write_atomically(path, "before")
   metrics = GrowingFile(epath.Path(tmp_path / "metrics.jsonl"))
   metrics.append("{}\n")
-  with largest_file(1_000):
+  with faults.limited_files(1_000):
     with pytest.raises(OSError, match=r"20,000 bytes .*config\.json"):
       files.write_atomically(path, "x" * 20_000)
     with pytest.raises(OSError, match=r"20,000 bytes .*metrics\.jsonl"):
