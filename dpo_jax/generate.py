@@ -21,7 +21,7 @@ from etils import epath
 
 from dpo_jax import command_line
 from dpo_jax.models.generate import Sampling
-from dpo_jax.records.metrics import GrowingFile
+from dpo_jax.records.lines import GrowingFile
 from dpo_jax.viewing import answers
 from dpo_jax.viewing.open_policy import OpenPolicy, Prompt
 from dpo_jax.viewing.terminal import make_console

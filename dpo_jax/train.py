@@ -8,6 +8,7 @@ steps, evaluates and saves. It is the only module that knows all rooms.
 
 from collections.abc import Generator, Mapping
 import logging
+import math
 import sys
 from typing import Any, NoReturn
 
@@ -94,7 +95,7 @@ def train(
     with open_workdir(run) as opened, Console(run) as console:
       metrics = _Loop(run, opened, stop, console).run_all()
       opened.lock.check()
-      if run.is_writer:
+      if run.is_writer and not opened.is_over:
         workdir.write_finished(run.config.total_steps)
   return metrics
 
@@ -108,7 +109,7 @@ class _Loop:
     self._run, self._config = run, run.config
     self._placement = run.program.placement
     self._lock, self._writer = opened.lock, opened.writer
-    self._checkpoints = opened.checkpoints
+    self._checkpoints, self._is_over = opened.checkpoints, opened.is_over
     self._stop, self._console = stop, console
     # The last step and its counts, until its metrics have been looked at.
     self._pending: tuple[nonfinite.Step, dict[str, float]] | None = None
@@ -119,9 +120,7 @@ class _Loop:
     done = max(self._checkpoints.steps, default=0)
     self._console.begin(done)
     peers.tell_saved(done)
-    # A run that was stopped in its last evaluation makes up for it.
-    is_evaluated = done > config.total_steps or run.workdir.finished.exists()
-    if done >= config.total_steps and is_evaluated:
+    if self._is_over:
       self._console.end(self._checkpoints.best_step)
       return read_evaluation(run.workdir, config.data)
     state = initial_state.load_state(run, self._checkpoints)
@@ -147,6 +146,7 @@ class _Loop:
     metrics = {}
     if start == 0:
       metrics = self._evaluator.evaluate(0, state, with_samples=True)
+      self._check_evaluation(0, metrics)
     elif self._is_due(start, config.eval):
       self._evaluator.make_up(start, state)
       metrics = read_evaluation(run.workdir, config.data)
@@ -204,10 +204,19 @@ class _Loop:
       state = self._placement.gather_state(self._state)
       if self._is_due(done, self._config.eval):
         with_samples = self._evaluator.samples_due(done)
-        with self._stop.holding(False):
-          metrics = self._evaluator.evaluate(
-            done, state, with_samples=with_samples
-          )
+        try:
+          with self._stop.holding(False):
+            metrics = self._evaluator.evaluate(
+              done, state, with_samples=with_samples
+            )
+        except (OSError, ValueError, RuntimeError):
+          # Such as a full disk. The steps so far are not lost with it, unless
+          # other hosts have not failed: they would not join the save.
+          if jax.process_count() == 1:
+            self._save(done, state, {})
+            self._checkpoints.wait()
+          raise
+        self._check_evaluation(done, metrics)
       if self._is_due(done, self._config.checkpoint):
         self._save(done, state, metrics)
     return metrics
@@ -245,18 +254,36 @@ class _Loop:
       if not trees.all_finite(tree):
         raise NonFiniteError(
           f"after step {done} {name} is not finite, so it is not saved."
-          f" {self._advice()}"
+          f" {self._advice(done)}"
         )
 
-  def _advice(self) -> str:
-    """Names the last good checkpoint, and settings that may help."""
+  def _check_evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
+    """Raises NonFiniteError if the loss of a held-out set is not finite."""
+    for set_name in config_lib.eval_sets(self._config.data):
+      name = f"{config_lib.metric_prefix(set_name)}loss"
+      if not math.isfinite(metrics.get(name, 0.0)):
+        raise NonFiniteError(
+          f"after step {done} {name} is {metrics[name]}, so it is not saved."
+          f" {self._advice(done)}"
+        )
+
+  def _advice(self, done: int) -> str:
+    """Names the last good checkpoint, and settings that may help.
+
+    Args:
+      done: steps whose parameters are at fault.
+    """
     self._checkpoints.wait()
-    found = "No checkpoint was saved"
-    if good := self._checkpoints.steps:
+    found, steps = "No checkpoint was saved", self._checkpoints.steps
+    if steps:
       found = (
-        f"The last good checkpoint is step {good[-1]};"
-        f" --config.resume.step={good[-1]} goes back to it"
+        f"The last good checkpoint is step {steps[-1]};"
+        f" --config.resume.step={steps[-1]} goes back to it"
       )
+    if steps and steps[-1] == done:
+      found += ", which helps if the data are at fault, not the parameters"
+      if steps[:-1]:
+        found += f"; --config.resume.step={steps[-2]} goes back further"
     return f"{found}; a lower learning rate or a smaller max_grad_norm may help"
 
   def _batches(

@@ -342,3 +342,23 @@ def test_what_cannot_be_exported_is_refused(run, tmp_path):
   train(tiny.make_config(total_steps=1), tmp_path / "full")
   with pytest.raises(ValueError, match="trained no adapters"):
     export(tmp_path / "full", tmp_path / "out", only_adapter=True)
+
+
+def test_a_damaged_record_is_refused_before_weights_are_written(run, tmp_path):
+  shutil.copytree(run, tmp_path / "run")
+  (tmp_path / "run" / "metrics.jsonl").write_text("garbage\n")
+  for kind in (True, False):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1 is damaged"):
+      export(tmp_path / "run", tmp_path / "out", only_adapter=kind)
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_exported_without_the_run_that_it_began_with(tmp_path):
+  train(tiny.make_config(total_steps=1), tmp_path / "start")
+  config = tiny.make_config(
+    policy__init=f"run:{tmp_path / 'start'}", total_steps=1
+  )
+  train(config, tmp_path / "run")
+  shutil.rmtree(tmp_path / "start")
+  export(tmp_path / "run", tmp_path / "out")
+  assert (tmp_path / "out" / "model.safetensors").exists()

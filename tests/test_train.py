@@ -800,7 +800,6 @@ def test_a_finished_run_says_so_does_nothing_and_gives_its_figures(
 ):
   config = make_config(total_steps=2)
   figures = train(config, tmp_path)
-  (tmp_path / "model.json").unlink()  # the one file that is written again
   before = snapshot(tmp_path)
 
   def refuse(*args, **kwargs):
@@ -813,14 +812,79 @@ def test_a_finished_run_says_so_does_nothing_and_gives_its_figures(
   assert "the workdir holds all 2 steps" in told[0]
   shown = f"{figures['eval/reward/accuracy']:.3f}"
   assert any(shown in message for message in caplog.messages)
-  (tmp_path / "model.json").unlink()
   assert snapshot(tmp_path) == before
   caplog.clear()
   with caplog.at_level(logging.INFO, "dpo_jax"):
     train(make_config(total_steps=1), tmp_path)
+  assert snapshot(tmp_path) == before
   told = [m for m in caplog.messages if m.startswith("finished")]
   assert "step 2, beyond total_steps=1, so nothing" in told[0]
   assert all(name.startswith("eval/") for name in figures)
+
+
+def test_an_ended_run_keeps_the_record_of_what_was_trained(tmp_path, caplog):
+  train(make_config(total_steps=2), tmp_path)
+  before = snapshot(tmp_path)
+  config = make_config(total_steps=2, loss__beta=0.9, resume__allow="config")
+  with caplog.at_level(logging.WARNING, "dpo_jax"):
+    train(config, tmp_path)
+  assert snapshot(tmp_path) == before
+  assert "resume.allow changes nothing" in caplog.text
+
+
+@pytest.mark.fault(44)
+@pytest.mark.parametrize(
+  "other",
+  [{"lora__rank": 2}, {"optimizer__name": "lion"}, {"resume__step": 2}],
+  ids=lambda other: next(iter(other)),
+)
+def test_a_start_that_cannot_resume_leaves_the_record_as_it_was(
+  tmp_path, other
+):
+  config = make_config(total_steps=4, checkpoint__every_steps=2)
+  train(config, tmp_path)
+  before = snapshot(tmp_path)
+  more = dict(total_steps=6, resume__allow="config", optimizer__name="lion")
+  with pytest.raises(ValueError, match="holds another model or optimizer"):
+    train(make_config(**more | other), tmp_path)
+  assert snapshot(tmp_path) == before
+
+
+@pytest.mark.fault(43)
+def test_an_evaluation_that_fails_loses_no_step(tmp_path, monkeypatch):
+  config = make_config(total_steps=3)
+  evaluate = evaluation.evaluate
+
+  def fail(*args, **kwargs):
+    if monkeypatched.pop():
+      raise OSError(28, "No space left on device", "samples.jsonl")
+    return evaluate(*args, **kwargs)
+
+  monkeypatched = [True, False]  # at the start, and at the end
+  monkeypatch.setattr(evaluation, "evaluate", fail)
+  with pytest.raises(OSError, match="No space left"):
+    train(config, tmp_path / "run")
+  monkeypatch.undo()
+  assert (tmp_path / "run" / "checkpoints" / "3" / "manifest.json").exists()
+  figures = train(config, tmp_path / "run")
+  assert figures == train(config, tmp_path / "whole")
+
+
+@pytest.mark.fault(29)
+def test_a_step_whose_evaluation_is_not_finite_is_not_saved(
+  tmp_path, monkeypatch
+):
+  evaluate = evaluation.evaluate
+
+  def poison(*args, **kwargs):
+    metrics, records = evaluate(*args, **kwargs)
+    return metrics | {"loss": losses.pop()}, records
+
+  losses = [math.nan, 0.7]
+  monkeypatch.setattr(evaluation, "evaluate", poison)
+  with pytest.raises(NonFiniteError, match="after step 3 eval/loss is nan"):
+    train(make_config(total_steps=3), tmp_path)
+  assert not list((tmp_path / "checkpoints").iterdir())
 
 
 @pytest.mark.fault(65)

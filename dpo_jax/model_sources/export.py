@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -68,6 +69,15 @@ def export(
   if model.value_head:
     _LOG.warning("the value head is not exported: transformers has none")
   hub_base = base or run.start.hub_name
+  card = functools.partial(
+    model_card,
+    run,
+    folder=str(out),
+    name=name,
+    hub_base=hub_base,
+    is_adapter=only_adapter,
+  )
+  card(base=base)  # a damaged record is refused before weights are written
   placement = mesh.make_mesh({"data": -1})
   if only_adapter:
     dtype = dtype or model.param_dtype
@@ -80,15 +90,7 @@ def export(
     params = run.load(policy, placement, seed=run.config["seed"])
     _write_model(out, run, policy, params, dtype)
     base = run.start.card_name
-  card = model_card(
-    run,
-    folder=str(out),
-    name=name,
-    base=base,
-    hub_base=hub_base,
-    is_adapter=only_adapter,
-  )
-  (out / "README.md").write_text(card)
+  (out / "README.md").write_text(card(base=base))
 
 
 def _check_base(

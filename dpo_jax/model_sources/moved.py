@@ -46,6 +46,7 @@ class MovedSource(ModelSource):
 
   def _load(self, policy: Any, mesh: Any, seed: int) -> Any:
     raise FileNotFoundError(
-      f"{self.reason}, and {self.workdir} needs its weights to resume: put it"
-      " back"
+      f"{self.reason}. Weights that {self.workdir} did not train, or its"
+      " reference, are read from there: put it back, or give its new place by"
+      " policy.init or reference.init, with --config.resume.allow=config"
     )

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from dpo_jax.data import tokenizers
 from dpo_jax.model_sources.base import ModelSource, open_tokenizer, with_dtypes
 from dpo_jax.model_sources.huggingface_model import HuggingFaceModel
+from dpo_jax.model_sources.moved import MovedSource
 from dpo_jax.model_sources.random_weights import RandomWeights
 from dpo_jax.models import huggingface, lora
 from dpo_jax.models.config import ModelConfig
@@ -156,8 +157,12 @@ class TrainedRun(ModelSource):
 
   @functools.cached_property
   def start(self) -> ModelSource:
-    """Source that the run itself started from."""
-    return parse(self.config["policy"]["init"])
+    """Source that the run itself started from; a MovedSource if it is gone."""
+    init = self.config["policy"]["init"]
+    try:
+      return parse(init)
+    except FileNotFoundError as error:
+      return MovedSource(init, self.workdir, str(error))
 
   @property
   def has_value_head(self) -> bool:
@@ -248,19 +253,24 @@ class TrainedRun(ModelSource):
 def check_frozen(frozen: Any, workdir: Workdir, init: str) -> None:
   """Checks that the frozen parameters of a run are those it began with.
 
-  A run that recorded no digest of them passes.
-
   Args:
     frozen: frozen parameters, as they are now.
     workdir: run directory.
     init: model source that they were read from.
 
   Raises:
-    ValueError: they have changed.
+    ValueError: they have changed, or nothing tells whether they have.
   """
   before = workdir.read_digest(workdir.frozen_digest)
   digest = params_digest(frozen)
-  if before and before != digest:
+  if not before:
+    raise ValueError(
+      f"{workdir.frozen_digest} is missing, so nothing tells whether {init}"
+      " still holds the parameters that this run left as they were. Restore the"
+      " file; or, if you know that they have not changed, write"
+      f" {digest} into it"
+    )
+  if before != digest:
     raise ValueError(
       f"{workdir} trained parts of another model: {workdir.frozen_digest} says"
       f" {before[:12]}, and {init} is {digest[:12]} now. Adapters fit"

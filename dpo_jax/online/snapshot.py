@@ -69,6 +69,12 @@ class Snapshot:
         f" next steps learn from: {error}. Or go back to a checkpoint of step"
         f" {path.stem}, or of one before it: --config.resume.step=N"
       ) from error
+    if f"{fields.get('step')}" != path.stem:
+      raise ValueError(
+        f"{path} holds the samples of step {fields.get('step')}: it was copied"
+        " or renamed. Put the right file back, or go back to a checkpoint of"
+        f" step {path.stem}, or of one before it: --config.resume.step=N"
+      )
     names = fields_of("on_policy") & fields.keys()
     on_policy = {name: fields.pop(name) for name in names}
     return cls(

@@ -7,7 +7,7 @@
 A run that opens them moves damaged steps aside first, see `records.recovery`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import concurrent.futures
 import contextlib
 import logging
@@ -44,6 +44,7 @@ class Checkpoints:
     part: str = "params",
     go_back_to: int | None = None,
     may_restart: bool = False,
+    check: Callable[[epath.Path], None] = lambda folder: None,
   ):
     """Opens the folder; see `recovery.recover` for what it does to the steps.
 
@@ -58,6 +59,7 @@ class Checkpoints:
       part: part that a reader verifies, "" for both.
       go_back_to: step that becomes the latest; None for the latest there is.
       may_restart: whether steps may have been saved and all be lost.
+      check: see `recovery.recover`.
 
     Raises:
       ValueError: see `recovery.recover`.
@@ -69,7 +71,11 @@ class Checkpoints:
     self._is_reader, self._part = is_reader, part
     self._faults: dict[int, str] = {}
     if not is_reader:
-      hosts.together(lambda: self._prepare(go_back_to, may_restart))
+      hosts.together(
+        lambda: self._prepare(
+          step=go_back_to, may_restart=may_restart, check=check
+        )
+      )
     self._checkpointer = _training.Checkpointer(
       self._root,
       preservation_policy=_policies.AnyPreservationPolicy(
@@ -87,10 +93,10 @@ class Checkpoints:
     self._finisher = concurrent.futures.ThreadPoolExecutor(1)
     self._saving: concurrent.futures.Future | None = None
 
-  def _prepare(self, go_back_to: int | None, may_restart: bool) -> None:
+  def _prepare(self, **options: Any) -> None:
     if jax.process_index() == 0:
       self._root.mkdir(parents=True, exist_ok=True)
-      recovery.recover(self._workdir, step=go_back_to, may_restart=may_restart)
+      recovery.recover(self._workdir, **options)
 
   def _merit(self, metrics: dict[str, float]) -> float:
     value = metrics.get(self._best_metric, math.nan)
@@ -148,7 +154,7 @@ class Checkpoints:
       OSError: not enough room on the disk.
     """
     self.wait()
-    _check_room(self._root, (state.params, _rest(state)))
+    _check_room(self._root, _parts(state))
     if jax.process_index() == 0:
       recovery.mark_begun(self._workdir, step)
     if metrics and self._best_metric and self._best_metric not in metrics:
@@ -160,7 +166,7 @@ class Checkpoints:
       )
     response = self._checkpointer.save_checkpointables_async(
       step,
-      {"params": state.params, "rest": _rest(state)},
+      _parts(state),
       force=True,
       overwrite=step in self.steps,
       metrics=metrics or None,
@@ -173,7 +179,7 @@ class Checkpoints:
     """Waits for the commit, and writes the manifest at once."""
     response.result()
     if jax.process_index() == 0:
-      self._metadata(step)  # raises if a part is missing
+      _metadata(self._root / str(step))  # raises if a part is missing
       manifest.write(self._root / str(step), self._workdir.run_id)
       recovery.mark_saved(self._workdir, step)
       peers.tell_saved(step)
@@ -215,11 +221,8 @@ class Checkpoints:
     if not steps:
       return None
     step = steps[-1] if step is None else step
-    wanted = {"params": abstract_state.params, "rest": _rest(abstract_state)}
-    found = self._metadata(step)
-    for part, tree in wanted.items():
-      check_same_tree(tree, found[part], f"{self._root / str(step)}/{part}")
-    loaded = self._load(step, wanted)
+    check_fits(self._root / str(step), abstract_state)
+    loaded = self._load(step, _parts(abstract_state))
     return abstract_state.replace(params=loaded["params"], **loaded["rest"])
 
   def restore_without_optimizer(
@@ -239,8 +242,8 @@ class Checkpoints:
       ValueError: a checkpoint of another model.
     """
     bare = abstract_state.replace(opt_state=(), spikes=())
-    wanted = {"params": bare.params, "rest": _rest(bare)}
-    found = self._metadata(step)
+    wanted = _parts(bare)
+    found = _metadata(self._root / str(step))
     rest = {k: found["rest"][k] for k in wanted["rest"] if k in found["rest"]}
     where = f"{self._root / str(step)}"
     check_same_tree(wanted["params"], found["params"], f"{where}/params")
@@ -264,34 +267,14 @@ class Checkpoints:
     Raises:
       ValueError: a checkpoint of another model.
     """
-    where = f"{self._root / str(step)}/params"
-    check_same_tree(abstract_params, self._metadata(step)["params"], where)
+    folder = self._root / str(step)
+    found = _metadata(folder)["params"]
+    check_same_tree(abstract_params, found, f"{folder}/params")
     return self._load(step, {"params": abstract_params})["params"]
 
-  def _metadata(self, step: int) -> dict[str, Any]:
-    """Returns paths, shapes and dtypes of a step's arrays, by part."""
-    with self._naming(step):
-      found = self._checkpointer.checkpointables_metadata(step).metadata
-      return {part: found[part] for part in ("params", "rest")}
-
   def _load(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    with self._naming(step):
+    with _naming(self._root / str(step)):
       return self._checkpointer.load_checkpointables(step, wanted)
-
-  @contextlib.contextmanager
-  def _naming(self, step: int) -> Iterator[None]:
-    """Names the step in an error of Orbax, and how to resume before it."""
-    try:
-      yield
-    except Exception as error:  # Orbax, tensorstore and KeyError alike
-      message = f"{self._root / str(step)} cannot be read: {error!r:.300}"
-      earlier = [other for other in self.steps if other < step]
-      if earlier and not self._is_reader:
-        message += (
-          f". If that stays so, --config.resume.step={earlier[-1]} resumes from"
-          " the checkpoint before it"
-        )
-      raise ValueError(message) from error
 
   def close(self) -> None:
     """Finishes the last save and closes the folder."""
@@ -320,15 +303,58 @@ def open_checkpoints(
   )
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
-  parts = {
+def _parts(state: TrainState) -> dict[str, Any]:
+  """Returns the parts of a checkpoint of a state, or of an abstract one."""
+  rest = {
     "step": state.step,
     "opt_state": state.opt_state,
     "loss_state": state.loss_state,
     "ref_params": state.ref_params,
     "spikes": state.spikes,
   }
-  return {k: v for k, v in parts.items() if jax.tree.leaves(v)}
+  rest = {k: v for k, v in rest.items() if jax.tree.leaves(v)}
+  return {"params": state.params, "rest": rest}
+
+
+@contextlib.contextmanager
+def _naming(folder: epath.Path) -> Iterator[None]:
+  """Names a step in an error of Orbax, and the step to resume from instead."""
+  try:
+    yield
+  except Exception as error:  # Orbax, tensorstore and KeyError alike
+    numbers = [
+      int(f.name) for f in folder.parent.iterdir() if f.name.isdecimal()
+    ]
+    earlier = [step for step in numbers if step < int(folder.name)]
+    message = f"{folder} cannot be read: {error!r:.300}"
+    if earlier:
+      message += (
+        f". If that stays so, --config.resume.step={max(earlier)} resumes from"
+        " the checkpoint before it"
+      )
+    raise ValueError(message) from error
+
+
+def _metadata(folder: epath.Path) -> dict[str, Any]:
+  """Returns paths, shapes and dtypes of a step's arrays, by part."""
+  with _naming(folder):
+    found = ocp.v1.checkpointables_metadata(folder).metadata
+    return {part: found[part] for part in ("params", "rest")}
+
+
+def check_fits(folder: epath.Path, abstract_state: TrainState) -> None:
+  """Checks that a step holds the arrays of a state, from its metadata alone.
+
+  Args:
+    folder: folder of the step.
+    abstract_state: ShapeDtypeStructs.
+
+  Raises:
+    ValueError: a checkpoint of another model or optimizer, or a damaged one.
+  """
+  found = _metadata(folder)
+  for part, tree in _parts(abstract_state).items():
+    check_same_tree(tree, found[part], f"{folder}/{part}")
 
 
 def check_same_tree(wanted: Any, found: Any, where: str) -> None:

@@ -64,12 +64,25 @@ def verify(folder: epath.PathLike, part: str = "", run_id: str = "") -> str:
     if _sha256(found[name]) != wanted[name]:
       return f"{name} is damaged"
   if _RUN in found:
-    owner, step = found[_RUN].read_text().split()
-    if run_id and owner != run_id:
-      return f"it is a step of another run, {owner[:12]}"
+    name, step = _read_run(folder)
+    if run_id and name != run_id:
+      return f"it is a step of another run, {name[:12]}"
     if step != folder.name:
       return f"it is a copy of step {step}"
   return ""
+
+
+def owner(folder: epath.Path) -> str:
+  """Returns the name of the run of a step, which is not verified; or ""."""
+  try:
+    return _read_run(folder)[0]
+  except (OSError, ValueError):  # not there, or not two words
+    return ""
+
+
+def _read_run(folder: epath.Path) -> tuple[str, str]:
+  name, step = (folder / _RUN).read_text().split()
+  return name, step
 
 
 def _members(folder: epath.Path) -> dict[str, epath.Path]:

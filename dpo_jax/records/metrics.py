@@ -1,11 +1,9 @@
 """Metrics: their files, rates while a run trains, and tables."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 import json
 import logging
 import math
-import os
 import time
 from typing import Any
 
@@ -13,72 +11,14 @@ from etils import epath
 import numpy as np
 
 from dpo_jax.config import eval_sets, metric_prefix, split_name
+from dpo_jax.records.lines import GrowingFile, cut_lines_after, read_rows
 from dpo_jax.records.sinks import Sink
 from dpo_jax.records.workdir import Workdir
-from dpo_jax.system.files import naming, size, write_atomically
+from dpo_jax.system.files import size
 
 _LOG = logging.getLogger(__name__)
 _RESUMED = "resumed"  # split of a line that says where a run resumed
 _SAMPLES = "samples"  # split of samples, which metrics.jsonl does not hold
-
-
-class GrowingFile:
-  """A text file to append to, local or in a bucket.
-
-  Objects in a bucket cannot grow, and opening one for appending would truncate
-  it. So the whole text is written again, at most every `_PERIOD_S` and at the
-  end. A last line without an end, which a full disk or a kill leaves, is cut.
-  """
-
-  _PERIOD_S = 20.0
-
-  def __init__(self, path: epath.Path):
-    self._path = path
-    self._text, self._written = "", -math.inf
-    self._file = None
-    if "://" not in str(path):
-      _cut_torn_line(path)
-      self._file = path.open("a")
-    elif path.exists():
-      whole, newline, _ = path.read_bytes().rpartition(b"\n")
-      self._text = (whole + newline).decode(errors="backslashreplace")
-
-  def append(self, text: str) -> None:
-    if self._file is not None:
-      try:
-        with naming(self._path, len(text)):
-          self._file.write(text)
-          self._file.flush()
-      except OSError:
-        # Closing would try to write what is left once more.
-        with contextlib.suppress(OSError):
-          self._file.close()
-        raise
-      return
-    self._text += text
-    if time.monotonic() - self._written >= self._PERIOD_S:
-      self._write()
-
-  def _write(self) -> None:
-    self._path.write_text(self._text)
-    self._written = time.monotonic()
-
-  def close(self) -> None:
-    if self._file is not None:
-      self._file.close()  # closing twice does nothing
-    elif self._text:
-      self._write()
-
-
-def _cut_torn_line(path: epath.Path) -> None:
-  """Cuts a local file after its last complete line."""
-  if not path.exists():
-    return
-  content = path.read_bytes()
-  end = content.rfind(b"\n") + 1
-  if end < len(content):
-    _LOG.warning("%s: its last line is incomplete, and is cut", path)
-    os.truncate(path, end)
 
 
 class MetricsWriter:
@@ -186,10 +126,10 @@ def _recorded_steps(workdir: Workdir) -> set[tuple[str, int]]:
   """Returns the (split, step) pairs in metrics.jsonl and samples.jsonl."""
   found = set()
   if workdir.metrics.exists():
-    rows = _read_rows(workdir.metrics, ("step", "split"))
+    rows = read_rows(workdir.metrics, ("step", "split"))
     found |= {(row["split"], row["step"]) for row in rows}
   if workdir.samples.exists():
-    rows = _read_rows(workdir.samples, ("step",))
+    rows = read_rows(workdir.samples, ("step", "prompt", "response"))
     found |= {(_SAMPLES, row["step"]) for row in rows}
   return found
 
@@ -218,7 +158,7 @@ def read_metrics(
   """
   path = Workdir.at(workdir).metrics
   by_step: dict[int, dict[str, Any]] = {}
-  for row in _read_rows(path, ("step", "split")):
+  for row in read_rows(path, ("step", "split")):
     if row["split"] == _RESUMED:
       by_step = {k: v for k, v in by_step.items() if k <= row["step"]}
     elif row["split"] == split:
@@ -233,44 +173,16 @@ def read_samples(workdir: epath.PathLike | Workdir) -> list[dict[str, Any]]:
     FileNotFoundError: no samples.jsonl.
     ValueError: a damaged line; names file and line.
   """
-  return list(_read_rows(Workdir.at(workdir).samples, ("prompt", "response")))
+  return list(read_rows(Workdir.at(workdir).samples, ("prompt", "response")))
 
 
-def _read_rows(
-  path: epath.Path, keys: Collection[str]
-) -> Iterator[dict[str, Any]]:
-  """Yields the rows of a JSONL file, each of which must have `keys`.
-
-  A last line that was not written completely is left out.
+def check_lines(workdir: Workdir) -> None:
+  """Checks the lines of metrics.jsonl and samples.jsonl, if they are there.
 
   Raises:
     ValueError: a damaged line; names file and line.
   """
-  *lines, rest = path.read_bytes().split(b"\n")
-  if rest.endswith(b"}"):  # otherwise it was not written completely
-    lines.append(rest)
-  for number, line in enumerate(lines, 1):
-    try:
-      row = json.loads(line.decode())
-      missing = [key for key in keys if key not in row]
-    except (ValueError, TypeError, RecursionError) as error:
-      missing = [str(error)]
-    if missing:
-      raise ValueError(
-        f"{path}:{number} is damaged: {', '.join(missing)}. Remove the line to"
-        " read the rest"
-      )
-    yield row
-
-
-def cut_lines_after(path: epath.Path, step: int) -> None:
-  """Removes the lines of a JSONL file whose "step" is above a step."""
-  if not path.exists():
-    return
-  rows = list(_read_rows(path, ("step",)))
-  kept = [row for row in rows if row["step"] <= step]
-  if len(kept) < len(rows):
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+  _recorded_steps(workdir)
 
 
 def read_evaluation(

@@ -9,14 +9,16 @@ WORKDIR/saves.json says which save was begun last, and which is complete. It
 outlives the checkpoints.
 """
 
+from collections.abc import Callable, Mapping
 import logging
 import re
 
 from etils import epath
 
 from dpo_jax.records import manifest
-from dpo_jax.records.metrics import cut_lines_after
-from dpo_jax.records.resume import add_to_history
+from dpo_jax.records.history import add_to_history
+from dpo_jax.records.lines import cut_lines_after
+from dpo_jax.records.metrics import check_lines
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.files import is_remote, read_json, tree, write_json
 
@@ -37,7 +39,11 @@ def mark_saved(workdir: Workdir, step: int) -> None:
 
 
 def recover(
-  workdir: Workdir, *, step: int | None = None, may_restart: bool = False
+  workdir: Workdir,
+  *,
+  step: int | None = None,
+  may_restart: bool = False,
+  check: Callable[[epath.Path], None] = lambda folder: None,
 ) -> None:
   """Leaves only steps that a run may resume from, the right one as the latest.
 
@@ -50,12 +56,16 @@ def recover(
     step: step to go back to; None for the latest.
     may_restart: whether the run may start again at step 0 where no step is
       left.
+    check: given the folder of the step that the run resumes from, raises
+      ValueError if it may not; nothing is deleted or cut then.
 
   Raises:
-    ValueError: no such step to go back to, or a step was saved and none is
-      left.
+    ValueError: no such step to go back to; a step was saved and none is left;
+      the checkpoints of another run; or a damaged line of metrics or samples.
   """
   saves = _read_saves(workdir)
+  _check_owner(workdir)
+  check_lines(workdir)
   if "begun" in saves and saves["begun"] != saves.get("saved"):
     _adopt_last(workdir, saves["begun"])
   for folder in _step_folders(workdir):
@@ -66,15 +76,50 @@ def recover(
         "checkpoint %s is not used: %s. Moved to %s", folder, fault, target
       )
   steps = sorted(int(folder.name) for folder in _step_folders(workdir))
+  if step is not None and step not in steps:
+    raise ValueError(
+      f"resume.step={step}: {workdir.checkpoints} has the steps"
+      f" {', '.join(map(str, steps)) or '(none)'}"
+    )
+  if steps:
+    check(workdir.checkpoints / str(steps[-1] if step is None else step))
   if step is not None:
     _go_back(workdir, step, steps)
-  elif "saved" in saves:
-    _check_not_lost(workdir, saves["saved"], steps, may_restart=may_restart)
+  else:
+    _check_not_lost(workdir, saves, steps, may_restart=may_restart)
   _clear_quarantine(workdir)
 
 
 def _read_saves(workdir: Workdir) -> dict[str, int]:
-  return read_json(workdir.saves) if workdir.saves.exists() else {}
+  found = read_json(workdir.saves) if workdir.saves.exists() else {}
+  if not all(type(step) is int for step in found.values()):
+    raise ValueError(
+      f"{workdir.saves} is damaged: {found} must hold numbers of steps. Restore"
+      " it from a copy"
+    )
+  return found
+
+
+def _check_owner(workdir: Workdir) -> None:
+  """Checks that workdir.json names the run of the checkpoints.
+
+  If it is missing, it is written again: every step names its run.
+
+  Raises:
+    ValueError: every step is of another run.
+  """
+  owners = {manifest.owner(folder) for folder in _step_folders(workdir)}
+  if not workdir.run_id and len(owners - {""}) == 1:
+    [name] = owners - {""}
+    workdir.write_name(name)
+    _LOG.warning("%s has the name of its run from its checkpoints", workdir)
+  elif workdir.run_id and owners and not owners & {"", workdir.run_id}:
+    theirs = ", ".join(name[:12] for name in sorted(owners))
+    raise ValueError(
+      f"{workdir} is the folder of the run {workdir.run_id[:12]}, and all its"
+      f" checkpoints are of {theirs}: restore its workdir.json, or the"
+      " checkpoints, from a copy"
+    )
 
 
 def _step_folders(workdir: Workdir) -> list[epath.Path]:
@@ -104,15 +149,7 @@ def _go_back(workdir: Workdir, step: int, steps: list[int]) -> None:
 
   Later checkpoints are moved aside. Later lines of metrics.jsonl and
   samples.jsonl, and later files of eval_logps/, are deleted.
-
-  Raises:
-    ValueError: `step` is not one of `steps`.
   """
-  if step not in steps:
-    raise ValueError(
-      f"resume.step={step}: {workdir.checkpoints} has the steps"
-      f" {', '.join(map(str, steps)) or '(none)'}"
-    )
   for later in steps[steps.index(step) + 1 :]:
     target = _move_aside(workdir, workdir.checkpoints / str(later))
     _LOG.warning("resume.step=%d: moved step %d to %s", step, later, target)
@@ -126,18 +163,34 @@ def _go_back(workdir: Workdir, step: int, steps: list[int]) -> None:
 
 
 def _check_not_lost(
-  workdir: Workdir, saved: int, steps: list[int], *, may_restart: bool
+  workdir: Workdir,
+  saves: Mapping[str, int],
+  steps: list[int],
+  *,
+  may_restart: bool,
 ) -> None:
-  latest = max(steps, default=0)
-  if not steps and may_restart:
-    add_to_history(workdir, {"restart": [f"step {saved} was saved"]})
-  elif not steps:
-    raise ValueError(
-      f"{workdir} has saved step {saved}, and no step is left that could be"
-      f" used: {workdir.checkpoints} holds none, {workdir.quarantine} what was"
-      " moved there. Put a checkpoint back, choose another workdir, or start"
-      " again at step 0 with --config.resume.allow=restart"
-    )
+  """Checks that a run which has saved steps has one left.
+
+  saves.json tells that it has. If that is gone, a finished run and steps in
+  quarantine/ do.
+
+  Raises:
+    ValueError: none is left, and the run may not start again.
+  """
+  saved, latest = saves.get("saved", 0), max(steps, default=0)
+  has_saved = "saved" in saves
+  if not saves:
+    has_saved = workdir.finished.exists() or bool(_moved(workdir))
+  if has_saved and not steps:
+    what = f"step {saved}" if saved else "steps"
+    if not may_restart:
+      raise ValueError(
+        f"{workdir} has saved {what}, and no step is left that could be used:"
+        f" {workdir.checkpoints} holds none, {workdir.quarantine} what was"
+        " moved there. Put a checkpoint back, choose another workdir, or start"
+        " again at step 0 with --config.resume.allow=restart"
+      )
+    add_to_history(workdir, {"restart": [f"{what} was saved"]})
   elif latest < saved:
     _LOG.warning(
       "step %d was saved and cannot be used: the run resumes from step %d",
@@ -149,7 +202,7 @@ def _check_not_lost(
 def _move_aside(workdir: Workdir, folder: epath.Path) -> epath.Path:
   """Moves a step to quarantine/STEP-NUMBER; the numbers ascend."""
   workdir.quarantine.mkdir(parents=True, exist_ok=True)
-  number = max(map(_number, workdir.quarantine.iterdir()), default=-1) + 1
+  number = max(map(_number, _moved(workdir)), default=-1) + 1
   target = workdir.quarantine / f"{folder.name}-{number}"
   folder.rename(target)
   return target
@@ -160,13 +213,17 @@ def _clear_quarantine(workdir: Workdir) -> None:
 
   What a user has put there under another name stays.
   """
-  if not workdir.quarantine.exists():
-    return
-  found = [path for path in workdir.quarantine.iterdir() if _number(path) >= 0]
-  moved = sorted(found, key=_number)
-  for folder in moved[:-_KEPT]:
+  for folder in _moved(workdir)[:-_KEPT]:
     folder.rmtree()
     _LOG.info("deleted %s: the latest %d are kept", folder, _KEPT)
+
+
+def _moved(workdir: Workdir) -> list[epath.Path]:
+  """Returns the steps in quarantine/, in the order in which they came."""
+  if not workdir.quarantine.exists():
+    return []
+  found = [path for path in workdir.quarantine.iterdir() if _number(path) >= 0]
+  return sorted(found, key=_number)
 
 
 def _number(path: epath.Path) -> int:

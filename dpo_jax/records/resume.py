@@ -1,7 +1,6 @@
 """Identity of a run: a resumed one has the config and data of its workdir."""
 
 from collections.abc import Callable, Collection, Mapping
-import datetime
 import json
 import logging
 from typing import Any
@@ -11,8 +10,9 @@ import ml_collections
 from dpo_jax.config.keys import default_config, flatten
 from dpo_jax.config.values import parse_allowed
 from dpo_jax.losses import CATALOGUE, build_objective
+from dpo_jax.records import history
 from dpo_jax.records.workdir import Workdir
-from dpo_jax.system.files import read_json, write_json
+from dpo_jax.system.files import write_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -185,6 +185,8 @@ def _compare_schedules(
 ) -> dict[str, list[str]]:
   """Compares total_steps, which decides the rates of a schedule that decays.
 
+  Each curve is that of its own optimizer.
+
   Returns:
     As `_accept`, of kind "total_steps"; {} for a constant schedule.
   """
@@ -201,7 +203,18 @@ def _compare_schedules(
   now = config["total_steps"]
   if before == now:
     return {}
-  curves = [build_schedule(config["optimizer"], n) for n in (before, now)]
+  recorded = dict(flatten(workdir.read_config()))
+  optimizer = ml_collections.ConfigDict(
+    {
+      key.removeprefix("optimizer."): value
+      for key, value in with_defaults(recorded).items()
+      if key.startswith("optimizer.")
+    }
+  )
+  curves = [
+    build_schedule(optimizer, before),
+    build_schedule(config["optimizer"], now),
+  ]
   longest = max(before, now)
   rates = [
     (step, *(float(curve(step)) for curve in curves))
@@ -240,40 +253,12 @@ def record(
     step: step that the run has gone back to, from `go_back_to`.
   """
   workdir.write_config(as_json(config))
-  known = _read_data(workdir)
-  if not _is_described(known) or _KINDS_OF_DATA & accepted.keys():
-    history = known.get("history", [])
-    write_json(workdir.data, {**description, "history": history})
+  known = history.read_data(workdir)
+  if not history.is_described(known) or _KINDS_OF_DATA & accepted.keys():
+    changes = history.read_history(workdir)
+    write_json(workdir.data, {**description, "history": changes})
   if accepted or step:
-    add_to_history(workdir, accepted, step)
-
-
-def add_to_history(
-  workdir: Workdir, accepted: Mapping[str, list[str]], step: int | None = None
-) -> None:
-  """Logs what `resume.allow` has taken, and adds it to data.json.
-
-  Args:
-    workdir: run directory; process 0 writes.
-    accepted: differences by kind.
-    step: step that the run has gone back to.
-  """
-  for kind, lines in accepted.items():
-    _LOG.warning("resume.allow=%s takes:\n  %s", kind, "\n  ".join(lines))
-  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  entry = {"at": now, "step": step, "accepted": dict(accepted)}
-  known = _read_data(workdir)
-  history = [*known.get("history", []), entry]
-  write_json(workdir.data, {**known, "history": history})
-
-
-def _read_data(workdir: Workdir) -> dict[str, Any]:
-  return read_json(workdir.data) if workdir.data.exists() else {}
-
-
-def _is_described(known: Mapping[str, Any]) -> bool:
-  """Returns whether data.json holds more than a history."""
-  return "train" in known
+    history.add_to_history(workdir, accepted, step)
 
 
 def go_back_to(
@@ -283,9 +268,9 @@ def go_back_to(
 ) -> int | None:
   """Returns `resume.step`; None if it is not set, or the run went back to it.
 
-  That is so if the history ends with that step, and no difference is accepted
-  now. A job that is started again with the same command would otherwise never
-  pass the step.
+  That is so if it is the step that the history has last, and no difference is
+  accepted now. A job that is started again with the same command would
+  otherwise never pass the step.
 
   Args:
     config: resolved.
@@ -293,11 +278,18 @@ def go_back_to(
     workdir: run directory.
   """
   step = config["resume"]["step"]
-  history = _read_data(workdir).get("history", [])
-  last = history[-1] if history else {}
+  # Other entries are of differences alone, such as that of a reference.
+  changes = [x for x in history.read_history(workdir) if x.get("step")]
+  last = changes[-1] if changes else {}
   if step is None or accepted or last.get("step") != step:
     return step
-  _LOG.info("resume.step=%d was done at %s", step, last["at"])
+  _LOG.warning(
+    "resume.step=%d was done at %s, and a restart does not repeat it. To go"
+    ' back once more, delete that entry of "history" in %s',
+    step,
+    last.get("at"),
+    workdir.data,
+  )
   return None
 
 
@@ -339,9 +331,16 @@ def _compare_data(
     As `_accept`, of kinds "data" and "tokenizer", or "format" where only the
     tokenized store differs.
   """
-  before = _read_data(workdir)
-  if not _is_described(before):
-    return {}
+  before = history.read_data(workdir)
+  if not history.is_described(before):
+    is_new = not (workdir.saves.exists() or workdir.finished.exists())
+    return _accept(
+      "data",
+      [] if is_new else [f"{workdir.data}: no digests there"],
+      config,
+      f"{workdir} does not tell on which data it was trained",
+      "Restore data.json from a copy, or choose another workdir",
+    )
   others = ("reports", "checks", "history")
   before = {k: v for k, v in before.items() if k not in others}
   if isinstance(before["train"], str):  # as older runs recorded a split

@@ -194,11 +194,13 @@ class Workdir:
     if not self._format.exists():
       return {"format": 0}
     found = read_json(self._format)
-    if type(found.get("format")) is not int:
-      raise ValueError(
-        f"{self._format} is damaged: format={found.get('format')!r} must be a"
-        " number. Restore it from a copy"
-      )
+    for key, kind in (("format", int), ("run", str)):
+      value = found.get(key, "" if key == "run" else None)
+      if type(value) is not kind:
+        raise ValueError(
+          f"{self._format} is damaged: {key}={value!r} must be"
+          f" {'a number' if kind is int else 'a text'}. Restore it from a copy"
+        )
     return found
 
   @property
@@ -248,9 +250,12 @@ class Workdir:
     """Writes config.json, and workdir.json with format and name of the run."""
     known = self._read_format()
     if known["format"] != FORMAT or "run" not in known:
-      name = known.get("run") or uuid.uuid4().hex
-      write_json(self._format, {"format": FORMAT, "run": name})
+      self.write_name(known.get("run") or uuid.uuid4().hex)
     write_json(self.config, config, sort_keys=True)
+
+  def write_name(self, name: str) -> None:
+    """Writes workdir.json, with the format and a name of the run."""
+    write_json(self._format, {"format": FORMAT, "run": name})
 
   def record_version(self, version: str) -> None:
     """Appends a version of the code to git.txt, unless it is the last.

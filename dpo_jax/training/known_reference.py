@@ -12,7 +12,7 @@ import numpy as np
 from dpo_jax.config import parse_allowed
 from dpo_jax.data import batch_plan
 from dpo_jax.data.loader import Loader
-from dpo_jax.records import resume
+from dpo_jax.records import history
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.files import read_json
 from dpo_jax.training import initial_state, logps_cache, reference
@@ -175,7 +175,7 @@ def known_caches(run: EvalRun, digest: str) -> Mapping[str, str]:
     if "reference" in parse_allowed(run.config.resume.allow):
       if run.is_writer:
         change = f"{before['weights'][:12]} there, {digest[:12]} now"
-        resume.add_to_history(run.workdir, {"reference": [change]})
+        history.add_to_history(run.workdir, {"reference": [change]})
       return {}
     raise ValueError(
       f"{run.reference_init} holds other weights than when this run began:"

@@ -61,7 +61,7 @@ class Step:
 
 
 def check(
-  run: Run, loader: Addresses, step: Step, advice: Callable[[], str]
+  run: Run, loader: Addresses, step: Step, advice: Callable[[int], str]
 ) -> dict[str, np.ndarray]:
   """Fetches the metrics of a step, and checks that they are finite.
 
@@ -72,7 +72,8 @@ def check(
     run: run.
     loader: made the batch.
     step: step that was taken.
-    advice: gives the end of an error's message.
+    advice: gives the end of an error's message, from the number of steps whose
+      parameters are at fault.
 
   Returns:
     The metrics by name, numpy.
@@ -83,7 +84,10 @@ def check(
   metrics = run.program.placement.fetch(step.metrics)
   if fault := find_fault(metrics, run.config.numerics.max_log_ratio):
     found = explain(run, loader, step, fault)
-    raise NonFiniteError(f"step {step.number}: {found} {advice()}")
+    # The loss of a step is that of the parameters before it.
+    raise NonFiniteError(
+      f"step {step.number}: {found} {advice(step.number - 1)}"
+    )
   _warn_of_spike(step.number, metrics)
   return metrics
 

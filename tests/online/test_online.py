@@ -211,6 +211,10 @@ def test_a_snapshot_comes_back_whole_or_not_at_all(tmp_path):
   np.testing.assert_array_equal(
     back.fields["advantages"], snapshot.fields["advantages"]
   )
+  other = path.with_name("8.npz")
+  other.write_bytes(path.read_bytes())
+  with pytest.raises(ValueError, match=r"8\.npz holds the samples of step 3"):
+    online.Snapshot.read(other)
   faults.flip_byte(path)
   with pytest.raises(ValueError, match=r"missing or damaged.* of step 3"):
     online.Snapshot.read(path)

@@ -8,12 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.records.metrics import (
-  GrowingFile,
-  MetricsWriter,
-  format_table,
-  read_metrics,
-)
+from dpo_jax.records.lines import GrowingFile
+from dpo_jax.records.metrics import MetricsWriter, format_table, read_metrics
 
 
 def write(workdir, rows, is_writer=True, sinks=()):
@@ -153,10 +149,48 @@ def test_a_torn_last_line_is_cut_before_the_next_one(tmp_path, caplog):
   assert "last line is incomplete" in caplog.text
 
 
-@pytest.mark.parametrize("line", ['{"step": 1', "[]", '{"step": 2}', "null"])
+@pytest.mark.fault(43)
+@pytest.mark.parametrize(
+  ("last", "kept"),
+  [
+    ('{"step": 2, "split": "train", "loss": 0.4}', [1, 2]),
+    ('{"step": 2, "split": "tr}', [1]),
+    ('{"step": 2, "split": "train", "a": {}', [1]),
+    ("7", [1]),
+  ],
+)
+def test_a_last_line_without_an_end_counts_if_it_is_whole(tmp_path, last, kept):
+  first = '{"step": 1, "split": "train", "loss": 0.5}'
+  (tmp_path / "metrics.jsonl").write_text(f"{first}\n{last}")
+  assert [row["step"] for row in read_metrics(tmp_path, "train")] == kept
+  writer = MetricsWriter(tmp_path, is_writer=True)
+  writer.write(3, "train", {"loss": 0.3})
+  writer.close()
+  rows = read_metrics(tmp_path, "train")
+  assert [row["step"] for row in rows] == [*kept, 3]
+
+
+def test_lost_metrics_are_told_when_a_run_resumes(tmp_path, caplog):
+  (tmp_path / "metrics.jsonl").touch()
+  writer = MetricsWriter(tmp_path, is_writer=True)
+  writer.write_resumed(4)
+  writer.close()
+  assert "the metrics up to step 4 are lost" in caplog.text
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    *(b'{"step": 1', b"[]", b'{"step": 2}', b"null", b'["step", "split"]'),
+    *(b'"step split"', b'{"step": "1", "split": "train"}', b"\xff{}"),
+    *(b'{"step": 1, "split": null}', b'{"step": 1, "split": "a", "b": "c"}'),
+    b'{"step": 1, "split": "a", "b": [1]}',
+  ],
+)
 def test_a_damaged_line_is_named(tmp_path, line):
-  good = '{"step": 0, "split": "train", "loss": 1.0}'
-  (tmp_path / "metrics.jsonl").write_text(f"{good}\n{line}\n{good}\n")
+  good = b'{"step": 0, "split": "train", "loss": 1.0}'
+  content = b"\n".join([good, line, good, b""])
+  (tmp_path / "metrics.jsonl").write_bytes(content)
   with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is damaged"):
     read_metrics(tmp_path, "train")
 

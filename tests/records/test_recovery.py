@@ -6,7 +6,8 @@ import logging
 import pytest
 
 from dpo_jax.records import manifest, recovery
-from dpo_jax.records.metrics import GrowingFile, read_metrics
+from dpo_jax.records.lines import GrowingFile
+from dpo_jax.records.metrics import read_metrics
 from dpo_jax.records.workdir import Workdir
 from tests import faults
 
@@ -113,6 +114,7 @@ def test_a_lost_latest_step_is_told(tmp_path, caplog):
 
 
 def test_two_steps_stay_in_quarantine(tmp_path):
+  make_step(tmp_path, 1)
   for step in (2, 4, 6, 8):
     faults.flip_byte(make_step(tmp_path, step) / "rest" / "array")
     recovery.recover(Workdir.at(tmp_path))
@@ -124,6 +126,7 @@ def test_what_a_user_puts_into_quarantine_stays(tmp_path):
   folder.mkdir()
   (folder / "notes.txt").touch()
   (folder / "good-1").mkdir()
+  make_step(tmp_path, 1)
   for step in (2, 4, 6):
     faults.flip_byte(make_step(tmp_path, step) / "rest" / "array")
     recovery.recover(Workdir.at(tmp_path))
@@ -135,10 +138,12 @@ def test_going_back_forgets_what_came_after(tmp_path):
   for step in (2, 4, 6):
     make_step(tmp_path, step)
   recovery.mark_saved(workdir, 6)
-  for path in (workdir.metrics, workdir.samples):
+  text = {"prompt": "a", "response": "b"}
+  for path, rest in ((workdir.metrics, {}), (workdir.samples, text)):
     file = GrowingFile(path)
     for step in (0, 2, 4, 6):
-      file.append(json.dumps({"step": step, "split": "train"}) + "\n")
+      row = {"step": step, "split": "train", **rest}
+      file.append(json.dumps(row) + "\n")
     file.close()
   (tmp_path / "eval_logps" / "other").mkdir(parents=True)
   for step in (2, 4, 6):
@@ -158,3 +163,65 @@ def test_going_back_to_a_step_that_is_not_there_lists_the_steps(tmp_path):
   with pytest.raises(ValueError, match=r"resume\.step=3: .* the steps 2, 4"):
     recovery.recover(Workdir.at(tmp_path), step=3)
   assert steps_of(tmp_path) == [2, 4]
+
+
+def test_a_folder_that_lost_its_name_has_that_of_its_steps(tmp_path):
+  """Otherwise all its steps would be those of another run."""
+  make_step(tmp_path, 2, "ours")
+  make_step(tmp_path, 4, "ours")
+  recovery.recover(Workdir.at(tmp_path))
+  assert Workdir.at(tmp_path).run_id == "ours"
+  assert steps_of(tmp_path) == [2, 4]
+
+
+def test_the_name_of_another_run_moves_nothing(tmp_path):
+  name_run(tmp_path, "theirs")
+  make_step(tmp_path, 2, "ours")
+  make_step(tmp_path, 4, "ours")
+  with pytest.raises(ValueError, match=r"are of ours: restore its work"):
+    recovery.recover(Workdir.at(tmp_path))
+  assert steps_of(tmp_path) == [2, 4]
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("trace", ["finished.json", "quarantine/4-0"])
+def test_steps_that_nothing_but_a_trace_tells_of_were_saved(tmp_path, trace):
+  workdir = Workdir.at(tmp_path)
+  (tmp_path / trace).parent.mkdir(exist_ok=True)
+  (tmp_path / trace).touch()
+  with pytest.raises(ValueError, match="has saved steps, and no step is left"):
+    recovery.recover(workdir)
+  # A kill in the first save leaves a trace too, and nothing was saved.
+  recovery.mark_begun(workdir, 4)
+  recovery.recover(workdir)
+
+
+@pytest.mark.parametrize("text", ['{"saved": "6"}', '{"saved": null}'])
+def test_damaged_marks_of_saves_are_named(tmp_path, text):
+  workdir = Workdir.at(tmp_path)
+  make_step(tmp_path, 2)
+  workdir.saves.write_text(text)
+  with pytest.raises(ValueError, match=r"saves\.json is damaged"):
+    recovery.recover(workdir)
+
+
+@pytest.mark.parametrize("fault", ["line", "step", "arrays"])
+def test_a_refusal_to_go_back_leaves_all_as_it_was(tmp_path, fault):
+  workdir = Workdir.at(tmp_path)
+  for step in (2, 4, 6):
+    make_step(tmp_path, step)
+  recovery.mark_saved(workdir, 6)
+  rows = [json.dumps({"step": n, "split": "train"}) for n in (2, 4, 6)]
+  workdir.metrics.write_text("\n".join(rows) + "\n")
+  workdir.samples.write_text("garbage\n" if fault == "line" else "")
+  before = workdir.metrics.read_text(), workdir.saves.read_text()
+
+  def check(folder):
+    if fault == "arrays":
+      assert folder.name == "4"
+      raise ValueError("another model")
+
+  with pytest.raises(ValueError, match=r"samples|resume|another model"):
+    recovery.recover(workdir, step=5 if fault == "step" else 4, check=check)
+  assert steps_of(tmp_path) == [2, 4, 6]
+  assert (workdir.metrics.read_text(), workdir.saves.read_text()) == before

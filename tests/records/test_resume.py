@@ -6,6 +6,7 @@ import pytest
 
 from dpo_jax.config import resolve
 from dpo_jax.records import resume
+from dpo_jax.records.history import add_to_history
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.training.optimizer import build_schedule
 from tests import tiny
@@ -129,6 +130,58 @@ def test_a_restart_with_the_same_command_does_not_go_back_again(tmp_path):
   assert start(tmp_path, resume__step=4, **again)[1] is None
   assert start(tmp_path, resume__step=2, **again)[1] == 2
   assert [entry["step"] for entry in history(tmp_path)] == [4, 4, 2]
+
+
+def test_a_reference_that_is_taken_does_not_repeat_the_going_back(tmp_path):
+  """Its entry in the history comes after that of the step."""
+  start(tmp_path)
+  assert start(tmp_path, resume__step=4)[1] == 4
+  add_to_history(Workdir.at(tmp_path), {"reference": ["a there, b now"]})
+  assert start(tmp_path, resume__step=4)[1] is None
+
+
+@pytest.mark.fault(48)
+@pytest.mark.parametrize("text", [None, "{}", '{"history": []}'])
+def test_a_run_that_forgot_its_data_is_refused(tmp_path, text):
+  workdir = Workdir.at(tmp_path)
+  start(tmp_path)
+  for is_trained in (False, True):
+    if is_trained:  # until then nothing was learnt from data
+      workdir.saves.write_text('{"begun": 4, "saved": 4}')
+    workdir.data.unlink(missing_ok=True)
+    if text is not None:
+      workdir.data.write_text(text)
+    if is_trained:
+      with pytest.raises(ValueError, match=r"does not tell on which data"):
+        start(tmp_path)
+  assert "data" in start(tmp_path, resume__allow="data")[0]
+  assert json.loads(workdir.data.read_text())["train"] == IDENTITY["train"]
+  assert start(tmp_path) == ({}, None)
+
+
+@pytest.mark.parametrize("value", ["3", '["x"]'])
+def test_a_damaged_history_is_named(tmp_path, value):
+  start(tmp_path)
+  path = tmp_path / "data.json"
+  known = json.loads(path.read_text()) | {"history": json.loads(value)}
+  path.write_text(json.dumps(known))
+  with pytest.raises(ValueError, match=r'data\.json is damaged: "history"'):
+    start(tmp_path, resume__step=4)
+
+
+def test_each_curve_is_that_of_its_own_optimizer(tmp_path):
+  linear = dict(
+    optimizer__schedule="linear",
+    optimizer__warmup_steps=0,
+    optimizer__learning_rate=1e-3,
+  )
+  start(tmp_path, total_steps=6, **linear)
+  now = linear | {"optimizer__warmup_steps": 8}
+  accepted, _ = start(
+    tmp_path, total_steps=12, resume__allow="total_steps,config", **now
+  )
+  assert "rate at step 3: 0.0005 there, 0.0005 now" in accepted["total_steps"]
+  assert "rate at step 0: 0.001 there, 0.000125 now" in accepted["total_steps"]
 
 
 def test_an_unknown_kind_of_difference_is_refused(tmp_path):

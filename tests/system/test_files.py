@@ -5,7 +5,7 @@ import os
 from etils import epath
 import pytest
 
-from dpo_jax.records.metrics import GrowingFile
+from dpo_jax.records.lines import GrowingFile
 from dpo_jax.system import files
 from tests import bucket, faults
 

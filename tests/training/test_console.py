@@ -365,6 +365,19 @@ def test_a_terminal_has_a_bar_below_whole_lines(logs, monkeypatch):
   assert row.split()[1:3] == ["0.6931", "0.750"]
 
 
+@pytest.mark.fault(43)
+def test_a_log_that_cannot_be_written_stops_nothing(logs, monkeypatch):
+  """Orbax takes an error in a log call for the end of a failed save."""
+
+  class Full(io.StringIO):
+    def write(self, text):
+      raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(sys, "stderr", Full())
+  command_line.show_logs()
+  train_five_steps(make_console(total_steps=10))
+
+
 @pytest.mark.parametrize("progress", [True, False])
 def test_a_pipe_has_lines_with_the_time_and_no_bar(logs, capsys, progress):
   command_line.show_logs()

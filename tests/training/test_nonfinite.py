@@ -78,7 +78,7 @@ def test_the_guilty_group_is_named_and_its_batch_reproduces_the_loss(
     "step 2: loss is nan. Groups with a log-prob that is not finite, 1 of 8:"
     f" {poisoned[0]} ({address}). The batch is in {path}."
   )
-  assert "--config.resume.step=1 goes back to it;" in message
+  assert "--config.resume.step=1 goes back to it," in message
   report = read_json(path.with_suffix(".json"))
   assert report["metrics"]["loss"] == "nan"
   (guilty,) = (group for group in report["groups"] if group["is_guilty"])
