@@ -42,7 +42,11 @@ class _Lines(logging.Handler):
 
 
 class _Format(logging.Formatter):
-  """Formats the message, with the time if stderr is not a terminal."""
+  """Formats the message, with the time if stderr is not a terminal.
+
+  Tracebacks of libraries are left out without --debug: Orbax logs one of 400
+  lines for each array that a full disk does not take.
+  """
 
   def __init__(self, host: str):
     stamp = "" if sys.stderr.isatty() else "%(asctime)s "
@@ -51,6 +55,8 @@ class _Format(logging.Formatter):
   def format(self, record: logging.LogRecord) -> str:
     is_warning = record.levelno > logging.INFO
     record.kind = f"{record.levelname.lower()}: " if is_warning else ""
+    if not _is_debug():
+      record.exc_info = record.exc_text = None
     return super().format(record)
 
 
@@ -132,8 +138,12 @@ def run(
     _tell(error)
 
 
+def _is_debug() -> bool:
+  return "--debug" in sys.argv or "--debug=true" in sys.argv
+
+
 def _tell(error: BaseException) -> None:
-  if "--debug" in sys.argv or "--debug=true" in sys.argv:
+  if _is_debug():
     raise error
   message = str(error) or type(error).__name__
   unknown = _unknown_keys(sys.argv[1:])

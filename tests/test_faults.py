@@ -204,5 +204,6 @@ print("unharmed")
   assert process.returncode == 1, output
   assert "unharmed" not in output
   assert "File too large" in output or "EFBIG" in output, output
+  assert "the checkpoint of step 2 is not saved, and those before" in output
   assert verify(tmp_path / "checkpoints" / "1") == ""
   assert not (tmp_path / "checkpoints" / "2").exists()

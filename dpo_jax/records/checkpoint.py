@@ -71,11 +71,8 @@ class Checkpoints:
     self._is_reader, self._part = is_reader, part
     self._faults: dict[int, str] = {}
     if not is_reader:
-      hosts.together(
-        lambda: self._prepare(
-          step=go_back_to, may_restart=may_restart, check=check
-        )
-      )
+      options = dict(step=go_back_to, may_restart=may_restart, check=check)
+      hosts.together(lambda: self._prepare(**options))
     self._checkpointer = _training.Checkpointer(
       self._root,
       preservation_policy=_policies.AnyPreservationPolicy(
@@ -177,7 +174,13 @@ class Checkpoints:
 
   def _finish(self, step: int, response: Any) -> None:
     """Waits for the commit, and writes the manifest at once."""
-    response.result()
+    try:
+      response.result()
+    except Exception as error:  # Orbax, tensorstore and OSError alike
+      raise RuntimeError(
+        f"the checkpoint of step {step} is not saved, and those before it stay:"
+        f" {error}"
+      ) from error
     if jax.process_index() == 0:
       _metadata(self._root / str(step))  # raises if a part is missing
       manifest.write(self._root / str(step), self._workdir.run_id)

@@ -378,6 +378,21 @@ def test_a_log_that_cannot_be_written_stops_nothing(logs, monkeypatch):
   train_five_steps(make_console(total_steps=10))
 
 
+@pytest.mark.parametrize("flag", ["", "--debug"])
+def test_tracebacks_of_libraries_are_for_debugging(
+  logs, capsys, monkeypatch, flag
+):
+  monkeypatch.setattr(sys, "argv", ["train", flag])
+  command_line.show_logs()
+  try:
+    raise OSError("full")
+  except OSError:
+    logging.getLogger("absl").exception("a thread failed")
+  shown = capsys.readouterr().err
+  assert "a thread failed" in shown
+  assert ("Traceback" in shown) == bool(flag)
+
+
 @pytest.mark.parametrize("progress", [True, False])
 def test_a_pipe_has_lines_with_the_time_and_no_bar(logs, capsys, progress):
   command_line.show_logs()
