@@ -168,6 +168,11 @@ def _names(folder: epath.Path) -> set[str]:
 
 
 def _no_checkpoint(workdir: Workdir, recorded: Any) -> FileNotFoundError:
+  if workdir.finished.exists():
+    return FileNotFoundError(
+      f"{workdir} has lost its checkpoints: none in {workdir.checkpoints} is"
+      f" whole, and {workdir.quarantine} holds what was moved aside"
+    )
   every_steps = recorded.checkpoint.every_steps or recorded.total_steps
   return FileNotFoundError(
     f"{workdir} has no finished checkpoint yet: the run saves every"

@@ -36,7 +36,8 @@ def read_records(workdir: epath.PathLike, name: str = "") -> dict[int, Records]:
     ValueError: a damaged file; names it.
   """
   folder = Workdir.at(workdir).eval_logps / name
-  paths = sorted(folder.glob("*.npz")) if folder.exists() else []
+  paths = folder.glob("*.npz") if folder.exists() else ()
+  paths = [path for path in paths if path.stem.isdecimal()]
   if not paths:
     raise FileNotFoundError(
       f"{folder} holds no log-probs: train with eval.save_logps=True and held-"

@@ -198,7 +198,7 @@ def _read_digests(workdir: Workdir) -> Mapping[str, Any]:
   if path.exists():
     found = read_json(path)
     logps = found.get("logps")
-    texts = [*logps.values()] if isinstance(logps, dict) else [logps]
+    texts = [*logps.values()] if isinstance(logps, dict) else [None]
     if not all(isinstance(x, str) for x in (found.get("weights"), *texts)):
       raise ValueError(
         f'{path} is damaged: it must hold "weights", a digest, and "logps",'

@@ -23,7 +23,6 @@ _COMMON = {
   "checkpoint__every_steps": _EVERY,
   "data__eval_fraction": 0.2,
 }
-# The judge of on-policy pairs is written by `_settings`.
 VARIANTS = ("cached", "frozen", "lora", "on-policy")
 _SETTINGS: dict[str, dict[str, Any]] = {
   "cached": {"reference__kind": "cached"},
@@ -75,11 +74,16 @@ def _settings(variant: str, folder: pathlib.Path, seed: int) -> dict[str, Any]:
   """Returns overrides of `tiny.make_config`; folder: of what runs share."""
   settings = {"seed": seed, "data__cache_dir": str(folder / "tokens")}
   if variant == "on-policy":
-    judge = folder / "judge.npz"
-    rng = np.random.default_rng(0)
-    Classifier(rng.normal(0, 2, 4096).astype(np.float32), 0.0).write(judge)
-    settings["online__judge"] = f"classifier:{judge}"
+    settings["online__judge"] = write_judge(folder)
   return _COMMON | _SETTINGS[variant] | settings
+
+
+def write_judge(folder: pathlib.Path) -> str:
+  """Writes a judge of responses; returns its spelling in a config."""
+  path = folder / "judge.npz"
+  rng = np.random.default_rng(0)
+  Classifier(rng.normal(0, 2, 4096).astype(np.float32), 0.0).write(path)
+  return f"classifier:{path}"
 
 
 def _run(

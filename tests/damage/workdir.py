@@ -18,17 +18,26 @@ from tests import tiny
 from tests.damage import files, kills, outside
 
 _STEPS = 4
-_SETTINGS = {
+_COMMON = {
   "total_steps": _STEPS,
-  "lora__rank": 2,
-  "reference__kind": "cached",
-  "data__eval_fraction": 0.2,
+  "checkpoint__every_steps": 2,
   "eval__every_steps": 2,
   "eval__num_samples": 2,
   "eval__max_response_tokens": 4,
   "eval__save_logps": True,
-  "checkpoint__every_steps": 2,
+  "data__eval_fraction": 0.2,
 }
+# The judge of on-policy pairs is written by `made`.
+_SETTINGS: dict[str, dict[str, Any]] = {
+  "cached": {"reference__kind": "cached", "lora__rank": 2},
+  # Sampled at steps 0 and 3: a run that resumes at step 2 reads the first.
+  "on-policy": {
+    "online__kind": "pairs",
+    "online__every_steps": 3,
+    "online__max_response_tokens": 8,
+  },
+}
+VARIANTS = tuple(_SETTINGS)
 # Folders that are damaged by kinds of their own.
 _OTHERS = ("checkpoints", "reference")
 # No digest covers what people read: a flipped digit is another number.
@@ -62,7 +71,7 @@ def _metrics(workdir: pathlib.Path) -> Any:
 
 
 @functools.cache
-def made() -> Made:
+def made(variant: str) -> Made:
   """Trains a run, once in a process, and copies it before its last save."""
   folder = pathlib.Path(tempfile.mkdtemp())
   whole, half = folder / "whole", folder / "half"
@@ -76,7 +85,11 @@ def made() -> Made:
     save(self, step, state, metrics)
 
   jax.config.update("jax_disable_most_optimizations", True)
-  config = tiny.make_config(**_SETTINGS, data__cache_dir=str(folder / "tokens"))
+  config = tiny.make_config(
+    **_COMMON | _SETTINGS[variant], data__cache_dir=str(folder / "tokens")
+  )
+  if variant == "on-policy":
+    config.online.judge = kills.write_judge(folder)
   with mock.patch.object(Checkpoints, "save", copy_and_save):
     train(config, whole)
   return Made(half, config, kills.arrays(whole, _STEPS), _metrics(whole))
@@ -110,25 +123,29 @@ def _damage(rng: np.random.Generator, workdir: pathlib.Path) -> tuple[str, str]:
   return name, files.damage(rng, path)
 
 
-def workdir(rng: np.random.Generator, folder: pathlib.Path) -> tuple[str, str]:
+def workdir(
+  rng: np.random.Generator, folder: pathlib.Path, variant: str
+) -> tuple[str, str]:
   """Damages a record of a run that is half done, resumes it, and compares."""
-  sound, run = made(), folder / "run"
+  sound, run = made(variant), folder / "run"
   shutil.copytree(sound.half, run)
   name, detail = _damage(rng, run)
   try:
     with tiny.shared_programs():
       train(sound.config, run)
   except Exception as error:
-    outcome = "named" if files.names(error, run) else "unnamed"
-    wrong = "" if isinstance(error, ValueError | OSError) else "wrong, "
-    return f"{wrong}refused, {outcome}", f"{detail}: {error!r}"
+    is_ours = isinstance(error, ValueError | OSError)
+    is_named = is_ours and files.names(error, run)
+    outcome = "refused, named" if is_named else "wrong, unnamed"
+    return outcome, f"{detail}: {error!r}"
   if kills.arrays(run, _STEPS) != sound.arrays:
     return "wrong, other bits", detail
   try:
     found = _metrics(run)
   except Exception as error:
-    outcome = "named" if files.names(error, run) else "unnamed"
-    return f"same bits, metrics {outcome}", f"{detail}: {error!r}"
+    is_named = isinstance(error, ValueError) and files.names(error, run)
+    outcome = "same bits, lines named" if is_named else "wrong, unnamed"
+    return outcome, f"{detail}: {error!r}"
   if found == sound.metrics:
     return "same bits", detail
   is_covered = name not in _OF_PEOPLE

@@ -346,7 +346,7 @@ def test_a_damaged_or_unfinished_step_is_left_where_it_is(copied):
   found = evaluate(copied, {}, step="latest")
   assert found.header["step"] == 2
   (copied / "checkpoints" / "2" / "manifest.json").unlink()
-  with pytest.raises(FileNotFoundError, match="no finished checkpoint yet"):
+  with pytest.raises(FileNotFoundError, match="has lost its checkpoints"):
     evaluate(copied, {})
   del before[pathlib.Path("checkpoints/2/manifest.json")]
   assert digests(copied) == before
@@ -354,6 +354,9 @@ def test_a_damaged_or_unfinished_step_is_left_where_it_is(copied):
 
 def test_a_run_without_a_checkpoint_says_when_it_saves(copied):
   shutil.rmtree(copied / "checkpoints")
+  with pytest.raises(FileNotFoundError, match="has lost its checkpoints"):
+    evaluate(copied, {})
+  (copied / "finished.json").unlink()
   with pytest.raises(
     FileNotFoundError, match=r"no finished checkpoint yet.*every 2 steps"
   ):
