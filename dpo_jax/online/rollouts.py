@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from dpo_jax.models import generate
 from dpo_jax.parallel.mesh import on_mesh
 from dpo_jax.training import forward
 from dpo_jax.training.program import Program
+
+_LOG = logging.getLogger(__name__)
 
 _MAX_BATCH = 1024  # prompts sampled at once
 
@@ -144,6 +147,11 @@ def label_pairs(
   pairs = responses[rows[:, None], order]
   # Neither of two equal responses, or of two equally good ones, is preferred.
   is_tied |= (pairs[:, 0] == pairs[:, 1]).all(-1)
+  if is_tied.all() and jax.process_index() == 0:
+    _LOG.warning(
+      "every sampled pair is a tie, which teaches nothing: the judge gives"
+      " equal rewards, or the responses are equal"
+    )
   pairs = np.where(is_tied[:, None, None], -1, pairs)
   return pairs, rewards[rows[:, None], order].astype(np.float32), is_tied
 

@@ -194,6 +194,15 @@ def test_bradley_terry_labels_and_flips_have_their_rates():
   assert (first == 1).mean() == pytest.approx(0.8, abs=0.03)
 
 
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_pairs_of_nothing_but_ties_are_told(caplog, reward):
+  responses = np.array([[[1], [2]], [[3], [4]]])
+  rewards = np.array([[reward, 0.0], [0.0, 0.0]])
+  is_tied = label_pairs(responses, rewards)[2]
+  assert is_tied.tolist() == [reward == 0.0, True]
+  assert ("every sampled pair is a tie" in caplog.text) == (reward == 0.0)
+
+
 def test_a_snapshot_comes_back_whole_or_not_at_all(tmp_path):
   snapshot = online.Snapshot(
     3,
