@@ -6,6 +6,7 @@ the traceback. This module imports nothing slow, so `--help` answers at once.
 
 from collections.abc import Callable
 import contextlib
+import copy
 import logging
 import sys
 
@@ -53,6 +54,7 @@ class _Format(logging.Formatter):
     super().__init__(f"{stamp}{host}%(kind)s%(message)s", "%Y-%m-%d %H:%M:%S")
 
   def format(self, record: logging.LogRecord) -> str:
+    record = copy.copy(record)  # other handlers have theirs
     is_warning = record.levelno > logging.INFO
     record.kind = f"{record.levelname.lower()}: " if is_warning else ""
     if not _is_debug():
