@@ -13,6 +13,7 @@ A path may be gs://. A split is `train` unless told.
 import codecs
 from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
 import gzip
 import hashlib
 import inspect
@@ -42,6 +43,11 @@ Record = tuple[str, dict[str, Any] | RecordError]
 _Files = Sequence[tuple[str, str]]
 # Bytes of a file that is one JSON array, which is read as a whole.
 MAX_ARRAY_BYTES = 2**30
+# Bytes of a line of JSON. A compressed file may hold a line of any length.
+MAX_LINE_BYTES = 2**26
+# Rows and bytes of Parquet that are decoded at once.
+_BATCH_ROWS = 64
+_BATCH_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +142,16 @@ def _read_jsonl(paths: _Files) -> Iterator[Record]:
         if start.lstrip().startswith(b"["):
           yield from _read_array(shown, file)
           continue
-        for number, line in enumerate(file, 1):
+        read_line = functools.partial(file.readline, MAX_LINE_BYTES + 1)
+        for number, line in enumerate(iter(read_line, b""), 1):
           if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
+          if len(line) > MAX_LINE_BYTES:
+            raise ValueError(
+              f"{shown}:{number} is longer than {MAX_LINE_BYTES:,} bytes, and"
+              " a line must hold one record: shorten the record, or write one"
+              " object a line"
+            )
           if line.strip():
             address = f"{shown}:{number}"
             yield address, _read_line(address, line)
@@ -230,7 +243,9 @@ def _read_parquet(paths: _Files) -> Iterator[Record]:
     try:
       with pq.ParquetFile(path, page_checksum_verification=True) as file:
         for group in range(file.num_row_groups):
-          for batch in file.iter_batches(row_groups=[group]):
+          for batch in file.iter_batches(
+            _batch_rows(file.metadata.row_group(group)), row_groups=[group]
+          ):
             for one in range(len(batch)):
               row += 1
               address = f"{shown} row {row}"
@@ -240,6 +255,16 @@ def _read_parquet(paths: _Files) -> Iterator[Record]:
         f"{shown}: no Parquet file, or damaged after row {row}, in row group"
         f" {group}: {error}. Restore it from a copy"
       ) from error
+
+
+def _batch_rows(group: Any) -> int:
+  """Returns the rows of a row group that are decoded at once.
+
+  A dictionary page holds a text once for all its rows, so that a small file may
+  be decoded to any number of bytes. No value is larger than its row group.
+  """
+  rows = _BATCH_BYTES // max(group.total_byte_size, 1)
+  return min(max(rows, 1), _BATCH_ROWS)
 
 
 def _read_row(address: str, row: Any) -> dict[str, Any] | RecordError:

@@ -24,7 +24,7 @@ from dpo_jax.data import (
   synthetic,
 )
 from dpo_jax.data.examples import RecordError
-from dpo_jax.data.reading import Reading
+from dpo_jax.data.reading import Reading, Seen, shape_records
 from dpo_jax.data.store import Limits, Store, build_store
 from dpo_jax.data.template_child import Caps
 from dpo_jax.data.templates import ChatTemplate
@@ -172,6 +172,16 @@ def test_every_record_of_a_large_source_arrives(tmp_path):
   assert opened.report["records"] == num
   assert len(opened) == len(expected)
   assert [texts(opened, i) for i in range(len(opened))] == expected
+
+
+def test_long_records_are_tokenized_a_few_at_a_time(tmp_path, monkeypatch):
+  """A chunk ends where it holds enough text, and no record is lost."""
+  records = [pair(f"{i}", "x" * 30, "y" * 20) for i in range(7)]
+  whole = build(records, tmp_path)
+  monkeypatch.setattr(groups, "_CHUNK_CHARS", 100)
+  chunks = groups._chunks(shape_records(Listed(records), Reading(), Seen()))
+  assert [len(chunk) for chunk in chunks] == [2, 2, 2, 1]
+  assert_same(snapshot(whole), snapshot(build(records, tmp_path)))
 
 
 # Limits: tokens of "bytes" are letters, plus BOS and EOS.
