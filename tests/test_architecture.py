@@ -18,6 +18,7 @@ ROOMS: dict[str, list[str]] = {
     "compat",
     "version",
     "downloads",
+    "inputs",
     "files",
     "cache",
     "progress",

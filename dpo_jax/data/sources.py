@@ -27,7 +27,7 @@ from etils import epath
 from dpo_jax.data import hub, synthetic
 from dpo_jax.data.messages import RecordError
 from dpo_jax.names import did_you_mean
-from dpo_jax.system import files
+from dpo_jax.system import files, inputs
 
 _SPELLINGS = (
   "jsonl:PATH",
@@ -45,6 +45,11 @@ _Files = Sequence[tuple[str, str]]
 MAX_ARRAY_BYTES = 2**30
 # Bytes of a line of JSON. A compressed file may hold a line of any length.
 MAX_LINE_BYTES = 2**26
+# Byte order marks; that of UTF-32 may begin with that of UTF-16.
+_OTHER_MARKS = (
+  ("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
+  ("UTF-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+)
 # Rows and bytes of Parquet that are decoded at once.
 _BATCH_ROWS = 64
 _BATCH_BYTES = 2**30
@@ -127,7 +132,7 @@ def pin(spec: str) -> str:
 
 
 def _local_files(pattern: str) -> _Files:
-  return [(str(path), files.local(path)) for path in files.find(pattern)]
+  return [(str(path), files.local(path)) for path in inputs.find(pattern)]
 
 
 def _read_jsonl(paths: _Files) -> Iterator[Record]:
@@ -136,8 +141,9 @@ def _read_jsonl(paths: _Files) -> Iterator[Record]:
     try:
       with _open_lines(path) as file:
         start = file.peek(4)
-        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-          raise ValueError(f"{shown} is in UTF-16: save it as UTF-8")
+        for name, mark in _OTHER_MARKS:
+          if start.startswith(mark):
+            raise ValueError(f"{shown} is in {name}: save it as UTF-8")
         start = start.removeprefix(codecs.BOM_UTF8)
         if start.lstrip().startswith(b"["):
           yield from _read_array(shown, file)

@@ -7,9 +7,7 @@ last change: a file is copied once, and a changed one is copied again.
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import difflib
 import fcntl
-import glob
 import hashlib
 import io
 import json
@@ -24,85 +22,16 @@ from etils.epath import backend
 import numpy as np
 
 from dpo_jax.system import downloads
+from dpo_jax.system.inputs import existing, is_remote, is_there
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 2**26  # bytes of a request
-_SHOWN = 5  # names that an error lists
 
 
 def cache_dir() -> str:
   """Returns $XDG_CACHE_HOME/dpo_jax, or ~/.cache/dpo_jax without it."""
   base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   return os.path.join(base, "dpo_jax")
-
-
-def is_remote(path: epath.PathLike) -> bool:
-  """Returns whether a path is not of this machine's file system."""
-  return "://" in str(epath.Path(path))
-
-
-def existing(path: epath.PathLike) -> epath.Path:
-  """Checks that a file exists.
-
-  Args:
-    path: local or remote.
-
-  Returns:
-    The path.
-
-  Raises:
-    FileNotFoundError: no such file, or a folder; names what is there.
-  """
-  path = epath.Path(path)
-  if not path.exists():
-    raise FileNotFoundError(f"no file {str(path)!r}{_what_is_there(path)}")
-  if path.is_dir():
-    names = _list([p.name for p in path.iterdir()])
-    raise FileNotFoundError(
-      f"{str(path)!r} is a folder, and a file is wanted; it holds {names}"
-    )
-  return path
-
-
-def find(pattern: str) -> list[epath.Path]:
-  """Finds the files of a pattern, or the one file of that name.
-
-  Args:
-    pattern: path, local or remote; may hold *, ? and [].
-
-  Returns:
-    The files, in the order of their names.
-
-  Raises:
-    FileNotFoundError: no such file; names what is there.
-  """
-  path = epath.Path(pattern)
-  # A name may hold brackets without being a pattern.
-  if glob.escape(pattern) == pattern or path.exists():
-    return [existing(path)]
-  # epath joins both to one pattern, so folders may hold * too.
-  paths = sorted(p for p in path.parent.glob(path.name) if not p.is_dir())
-  if not paths:
-    raise FileNotFoundError(
-      f"no file matches {pattern!r}{_what_is_there(path)}"
-    )
-  return paths
-
-
-def _what_is_there(path: epath.Path) -> str:
-  folder = path.parent
-  if glob.escape(str(folder)) != str(folder):
-    return ""
-  if not folder.is_dir():
-    return f": the folder {str(folder)!r} does not exist"
-  names = sorted(p.name for p in folder.iterdir())
-  near = difflib.get_close_matches(path.name, names, n=_SHOWN)
-  return f": the folder {str(folder)!r} holds {_list(near or names)}"
-
-
-def _list(names: list[str]) -> str:
-  more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-  return (", ".join(sorted(names)[:_SHOWN]) or "nothing") + more
 
 
 def tree(folder: epath.PathLike) -> list[epath.Path]:
@@ -299,8 +228,11 @@ def read_text(path: epath.Path) -> str:
   """Reads a file of text in UTF-8.
 
   Raises:
+    FileNotFoundError: no such file.
+    OSError: see `is_there`.
     ValueError: it is damaged; names it.
   """
+  is_there(path)
   downloads.verify([path])
   try:
     return path.read_bytes().decode()
@@ -312,6 +244,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
   """Reads a file of one JSON object.
 
   Raises:
+    OSError: see `read_text`.
     ValueError: it is damaged, or holds no object; names it.
   """
   text = read_text(path)

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import resource
 import shutil
@@ -81,6 +82,7 @@ def test_elements_of_an_array_are_addressed(tmp_path):
     (b'[{"n": 1},', r"a.json begins with '\[', so it must be one JSON array"),
     (b'[{"n": 1}] ' + b" " * 90, r"a.json: a JSON array .* jq -c '\.\[\]'"),
     ('{"n": 1}'.encode("utf-16"), "a.json is in UTF-16: save it as UTF-8"),
+    ('{"n": 1}'.encode("utf-32"), "a.json is in UTF-32: save it as UTF-8"),
   ],
 )
 def test_a_file_of_another_kind_is_named(
@@ -322,6 +324,21 @@ def test_error_for_a_missing_file_lists_the_files(tmp_path, kind, name, there):
   with pytest.raises(FileNotFoundError, match=there) as caught:
     sources.open_source(f"{kind}:{tmp_path / name}")
   assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_pipes_devices_and_broken_links_are_refused(tmp_path, kind):
+  """Reading them would not end, and they cannot be read twice."""
+  os.mkfifo(tmp_path / "pipe.jsonl")
+  for path in (tmp_path / "pipe.jsonl", tmp_path / "*.jsonl", "/dev/zero"):
+    with pytest.raises(OSError, match="' is a pipe or a device, and a file is"):
+      sources.open_source(f"{kind}:{path}")
+  for target in ("loop", "gone"):
+    (tmp_path / "loop").unlink(missing_ok=True)
+    (tmp_path / "loop").symlink_to(target)
+    for name in ("loop", "l*"):
+      with pytest.raises(FileNotFoundError, match=f"is a link to '{target}'"):
+        sources.open_source(f"{kind}:{tmp_path / name}")
 
 
 @pytest.mark.parametrize(

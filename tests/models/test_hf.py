@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import reprlib
 import shutil
 
@@ -308,6 +309,22 @@ def test_a_missing_field_is_named(folder):
   path.write_text(json.dumps(raw))
   with pytest.raises(ValueError, match="lacks hidden_size"):
     huggingface.load_config(str(folder))
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["config.json", "model.safetensors", "model.safetensors.index.json"],
+)
+def test_a_pipe_or_a_broken_link_in_a_folder_is_named(folder, name):
+  path = folder / name
+  path.unlink(missing_ok=True)
+  os.mkfifo(path)
+  with pytest.raises(OSError, match=f"{name}' is a pipe or a device"):
+    load(folder)
+  path.unlink()
+  path.symlink_to("gone")
+  with pytest.raises(FileNotFoundError, match=f"{name}' is a link to 'gone'"):
+    load(folder)
 
 
 @pytest.mark.fault(62)
