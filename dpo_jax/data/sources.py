@@ -248,6 +248,7 @@ def _read_parquet(paths: _Files) -> Iterator[Record]:
     row, group = 0, 0
     try:
       with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        _check_columns(shown, file.schema_arrow.names)
         for group in range(file.num_row_groups):
           for batch in file.iter_batches(
             _batch_rows(file.metadata.row_group(group)), row_groups=[group]
@@ -261,6 +262,15 @@ def _read_parquet(paths: _Files) -> Iterator[Record]:
         f"{shown}: no Parquet file, or damaged after row {row}, in row group"
         f" {group}: {error}. Restore it from a copy"
       ) from error
+
+
+def _check_columns(shown: str, names: Sequence[str]) -> None:
+  """Raises ValueError for two columns of one name: a record keeps the last."""
+  twice = sorted({name for name in names if names.count(name) > 1})
+  if twice:
+    raise ValueError(
+      f"{shown} has two columns {twice[0]!r}: rename one, or leave it out"
+    )
 
 
 def _batch_rows(group: Any) -> int:

@@ -34,7 +34,21 @@ class JsonFile:
 
   @classmethod
   def read(cls, path: epath.Path) -> "JsonFile":
-    return cls(path, files.read_json(path) if is_there(path) else {})
+    """Reads a file, if it is there.
+
+    Raises:
+      ValueError: it is damaged, or holds half of a character; names the key.
+    """
+    values = files.read_json(path) if is_there(path) else {}
+    for key, value in values.items():
+      try:
+        json.dumps([key, value], ensure_ascii=False).encode()
+      except UnicodeEncodeError as error:
+        raise ValueError(
+          f"{path}: {key!a} holds text that is not Unicode: {error}. Write the"
+          " whole character"
+        ) from error
+    return cls(path, values)
 
   def get(self, key: str) -> Any:
     """Returns the value of a key of the file, or None if it is not there."""

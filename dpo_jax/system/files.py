@@ -5,7 +5,7 @@ read a copy on this machine. It is kept, and named by path, size and time of the
 last change: a file is copied once, and a changed one is copied again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import fcntl
 import hashlib
@@ -225,7 +225,7 @@ def _object_store(path: epath.Path) -> Any:
 
 
 def read_text(path: epath.Path) -> str:
-  """Reads a file of text in UTF-8.
+  """Reads a file of text in UTF-8, without a byte order mark.
 
   Raises:
     FileNotFoundError: no such file.
@@ -235,7 +235,7 @@ def read_text(path: epath.Path) -> str:
   is_there(path)
   downloads.verify([path])
   try:
-    return path.read_bytes().decode()
+    return path.read_bytes().decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise _damaged(path, error) from error
 
@@ -245,11 +245,11 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
   Raises:
     OSError: see `read_text`.
-    ValueError: it is damaged, or holds no object; names it.
+    ValueError: it is damaged, holds a key twice or no object; names it.
   """
   text = read_text(path)
   try:
-    value = parse_json(text)
+    value = parse_json(text, _unique)
   except ValueError as error:
     raise _damaged(path, error) from error
   if not isinstance(value, dict):
@@ -283,14 +283,29 @@ def _damaged(path: epath.Path, why: object) -> ValueError:
   return ValueError(f"{path} is damaged: {why}. Restore it from a copy")
 
 
-def parse_json(text: str) -> Any:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f"it has the key {twice!r} twice: leave one out")
+  return found
+
+
+def parse_json(
+  text: str, to_object: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
   """Parses JSON.
+
+  Args:
+    text: JSON.
+    to_object: makes an object of its keys and values; None: a dict.
 
   Raises:
     ValueError: not JSON, nested too deeply, or a number of too many digits.
   """
   try:
-    return json.loads(text)
+    return json.loads(text, object_pairs_hook=to_object)
   except RecursionError as error:
     raise ValueError("it is nested too deeply") from error
 

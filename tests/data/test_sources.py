@@ -341,6 +341,14 @@ def test_pipes_devices_and_broken_links_are_refused(tmp_path, kind):
         sources.open_source(f"{kind}:{tmp_path / name}")
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+  path = tmp_path / "a.parquet"
+  table = pa.table([["a"], ["b"], ["c"]], ["prompt", "chosen", "chosen"])
+  pq.write_table(table, path)
+  with pytest.raises(ValueError, match=rf"^{path} has two columns 'chosen'"):
+    read(f"parquet:{path}")
+
+
 @pytest.mark.parametrize(
   "spec", ["csv:a.csv", "jsonl:", "jsonl", "", "data/train.jsonl"]
 )

@@ -498,6 +498,21 @@ def test_pipes_and_broken_links_do_not_count_as_absent(tmp_path, name):
     HFTokenizer(folder)
 
 
+def test_a_byte_order_mark_is_not_a_part_of_a_template(tmp_path):
+  folder = write_folder(tmp_path, chat_template=None)
+  path = tmp_path / "chat_template.jinja"
+  path.write_bytes(b"\xef\xbb\xbf{{ messages[0].content }}")
+  assert HFTokenizer(folder).render([USER], False) == USER["content"]
+
+
+@pytest.mark.parametrize("key", ["eos_token", "chat_template", "pad_token"])
+def test_half_of_a_character_is_refused_with_its_key(tmp_path, key):
+  folder = write_folder(tmp_path, **{key: "\ud800"})
+  message = rf"tokenizer_config\.json: '{key}' holds text that is not Unicode"
+  with pytest.raises(ValueError, match=message):
+    HFTokenizer(folder)
+
+
 # The rest.
 
 

@@ -311,6 +311,27 @@ def test_a_missing_field_is_named(folder):
     huggingface.load_config(str(folder))
 
 
+def test_a_config_may_begin_with_a_byte_order_mark(folder):
+  path = folder / "config.json"
+  before = huggingface.load_config(str(folder))
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+  assert huggingface.load_config(str(folder)) == before
+
+
+def test_a_key_that_a_config_holds_twice_is_refused(folder):
+  path = folder / "config.json"
+  path.write_text(path.read_text().replace("{", '{"hidden_size": 8,', 1))
+  message = r"config\.json is damaged: it has the key 'hidden_size' twice"
+  with pytest.raises(ValueError, match=message):
+    huggingface.load_config(str(folder))
+  (folder / "model.safetensors.index.json").write_text(
+    '{"weight_map": {"x": "a.safetensors", "x": "b.safetensors"}}'
+  )
+  path.write_text(path.read_text().replace('"hidden_size": 8,', "", 1))
+  with pytest.raises(ValueError, match=r"index\.json .* the key 'x' twice"):
+    load(folder)
+
+
 @pytest.mark.parametrize(
   "name",
   ["config.json", "model.safetensors", "model.safetensors.index.json"],

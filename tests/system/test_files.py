@@ -29,6 +29,7 @@ def read(path):
     (b'{"a": 1', "Expecting"),
     (b'{"a": "\xff"}', "can't decode byte 0xff"),
     (b"[1]", "it holds a list, not an object"),
+    (b'{"a": {"b": 1, "b": 2}}', "it has the key 'b' twice"),
     (b"null", "it holds a NoneType, not an object"),
     (b"[" * 100_000, "it is nested too deeply"),
     (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
