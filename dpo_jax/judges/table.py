@@ -23,7 +23,7 @@ def read_table(path: str) -> Judge:
       try:
         row = files.parse_json(line)
         table[row["prompt"], row["response"]] = float(row["reward"])
-      except (ValueError, KeyError, TypeError) as error:
+      except (ValueError, OverflowError, KeyError, TypeError) as error:
         raise ValueError(
           f'{path}:{number}: not {{"prompt", "response", "reward"}}: {error!r}'
         ) from error

@@ -307,7 +307,7 @@ def _weight_files(root: epath.Path) -> list[epath.Path]:
       f"{index}: weight_map must map names of tensors to names of files"
     )
   names = sorted(set(weight_map.values()))
-  outside = [n for n in names if n != epath.Path(n).name or n.startswith(".")]
+  outside = [n for n in names if n != epath.Path(n).name or n[:1] in ("", ".")]
   if outside or not names:
     raise ValueError(
       f"{index} must name files in its own folder, and names {outside[0]!r}"
