@@ -120,6 +120,7 @@ ROOMS: dict[str, list[str]] = {
     "groups",
     "checksums",
     "chain",
+    "store_files",
     "store",
     "addresses",
     "mismatched",
