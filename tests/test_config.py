@@ -117,6 +117,12 @@ def test_a_value_out_of_range_is_refused_by_its_name(key, value):
     ({"profile.steps": "3:3"}, "must be FIRST:LAST"),
     ({"workdir.lock_timeout_s": 0.5}, r"is outside \[1, inf\)"),
     ({"batch_size": True}, "batch_size=True must be a whole number"),
+    ({"optimizer.learning_rate": 1e39}, "learning_rate must be at most 3.40e"),
+    ({"seed": 10**5000}, "seed must be at most 3.40e"),
+    (
+      {"data.sources": ({"source": "jsonl:a", "weight": 10**400},)},
+      "weight of 'jsonl:a' must be at most 3.40e",
+    ),
     (
       {"log.trackers": "wandb,mlflow"},
       "'mlflow' must be one of wandb, trackio",

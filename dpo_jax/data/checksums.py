@@ -9,6 +9,8 @@ import json
 import os
 import zlib
 
+from dpo_jax.system import files
+
 _NAME = "checksums.json"
 _BLOCK = 2**24  # bytes
 
@@ -40,17 +42,27 @@ def verify(folder: str) -> None:
     DamagedError: checksums.json is missing or unreadable, or a file differs,
       is missing or was added; names the first such file.
   """
+  _check_file(folder, _NAME)
   try:
     with open(os.path.join(folder, _NAME), encoding="utf-8") as file:
-      content = dict(json.load(file))
+      content = dict(files.parse_json(file.read()))
   except (OSError, ValueError, TypeError) as error:
     raise DamagedError(f"{_NAME} is damaged") from error
   names = {name for name in os.listdir(folder) if name != _NAME}
   for name in sorted(content.keys() | names):
     if name not in names:
       raise DamagedError(f"{name} is missing")
+    _check_file(folder, name)
     if content.get(name) != _describe(os.path.join(folder, name)):
       raise DamagedError(f"{name} is damaged")
+
+
+def _check_file(folder: str, name: str) -> None:
+  """Raises DamagedError for a folder, a pipe or a broken link."""
+  path = os.path.join(folder, name)
+  # Another process may have moved the folder meanwhile.
+  if os.path.lexists(path) and not os.path.isfile(path):
+    raise DamagedError(f"{name} is not a file")
 
 
 def _describe(path: str) -> dict[str, int | list[int]]:

@@ -10,8 +10,9 @@ from collections.abc import (
   Sequence,
 )
 import itertools
-import math
 from typing import Any
+
+import numpy as np
 
 from dpo_jax.data import messages as messages_lib
 from dpo_jax.data import prompts
@@ -27,6 +28,8 @@ from dpo_jax.data.messages import (
 from dpo_jax.data.reading import Reading, Seen, Shaped, shape_records
 
 _SMALLEST_MARGIN = 1e-6
+# A store holds scores in float32, where larger ones would be infinite.
+_LARGEST_SCORE = float(np.finfo(np.float32).max)
 
 
 def parse_record(
@@ -236,8 +239,12 @@ def _extract(
 
 def _number(value: Any, name: str, where: str) -> float:
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
-  if not is_number or not math.isfinite(value):
-    raise RecordError(f"{where}: {name}={value!r} must be a finite number")
+  # NaN compares false. An integer may be larger than any float.
+  if not is_number or not abs(value) <= _LARGEST_SCORE:
+    raise RecordError(
+      f"{where}: {name}={value!r:.80} must be a finite number, and at most"
+      f" {_LARGEST_SCORE:.2e} in size, which float32 holds"
+    )
   return float(value)
 
 

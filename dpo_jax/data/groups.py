@@ -2,12 +2,11 @@
 
 import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import logging
 import math
 from typing import Any
@@ -16,14 +15,16 @@ from dpo_jax.data.dialogues import Example
 from dpo_jax.data.encoding import Response, encode
 from dpo_jax.data.examples import parse_records
 from dpo_jax.data.messages import RecordError, Unusable
-from dpo_jax.data.reading import Reading, Seen, shape_records
+from dpo_jax.data.reading import Reading, Seen, Shaped, shape_records
 from dpo_jax.data.repeats import Repeats
 from dpo_jax.data.sources import Source
 from dpo_jax.data.tokenizers import Tokenizer
 from dpo_jax.system import progress
 
 _LOG = logging.getLogger(__name__)
+# Records that are tokenized at once, and characters after which a chunk ends.
 _CHUNK = 1000
+_CHUNK_CHARS = 2**24
 # Counts of a report that are 0 for flawless data.
 COUNTS = (
   *("broken", "prompts_cut", "responses_cut", "messages_cut"),
@@ -282,9 +283,26 @@ def _hash(prompt: str) -> int:
   return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "big")
 
 
-def _chunks(items: Iterator[Any]) -> Iterator[list[Any]]:
-  while chunk := list(itertools.islice(items, _CHUNK)):
+def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
+  chunk, num_chars = [], 0
+  for item in items:
+    chunk.append(item)
+    if isinstance(item, Shaped):
+      num_chars += _num_chars(item.columns)
+    if len(chunk) == _CHUNK or num_chars >= _CHUNK_CHARS:
+      yield chunk
+      chunk, num_chars = [], 0
+  if chunk:
     yield chunk
+
+
+def _num_chars(value: Any) -> int:
+  """Counts the characters of all texts in a column, or in several."""
+  if isinstance(value, Mapping):
+    value = list(value.values())
+  if isinstance(value, list | tuple):
+    return sum(map(_num_chars, value))
+  return len(value) if isinstance(value, str) else 0
 
 
 def _fit(

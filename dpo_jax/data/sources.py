@@ -13,6 +13,7 @@ A path may be gs://. A split is `train` unless told.
 import codecs
 from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
 import gzip
 import hashlib
 import inspect
@@ -26,7 +27,7 @@ from etils import epath
 from dpo_jax.data import hub, synthetic
 from dpo_jax.data.messages import RecordError
 from dpo_jax.names import did_you_mean
-from dpo_jax.system import files
+from dpo_jax.system import files, inputs
 
 _SPELLINGS = (
   "jsonl:PATH",
@@ -42,6 +43,16 @@ Record = tuple[str, dict[str, Any] | RecordError]
 _Files = Sequence[tuple[str, str]]
 # Bytes of a file that is one JSON array, which is read as a whole.
 MAX_ARRAY_BYTES = 2**30
+# Bytes of a line of JSON. A compressed file may hold a line of any length.
+MAX_LINE_BYTES = 2**26
+# Byte order marks; that of UTF-32 may begin with that of UTF-16.
+_OTHER_MARKS = (
+  ("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
+  ("UTF-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+)
+# Rows and bytes of Parquet that are decoded at once.
+_BATCH_ROWS = 64
+_BATCH_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +132,7 @@ def pin(spec: str) -> str:
 
 
 def _local_files(pattern: str) -> _Files:
-  return [(str(path), files.local(path)) for path in files.find(pattern)]
+  return [(str(path), files.local(path)) for path in inputs.find(pattern)]
 
 
 def _read_jsonl(paths: _Files) -> Iterator[Record]:
@@ -130,15 +141,23 @@ def _read_jsonl(paths: _Files) -> Iterator[Record]:
     try:
       with _open_lines(path) as file:
         start = file.peek(4)
-        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-          raise ValueError(f"{shown} is in UTF-16: save it as UTF-8")
+        for name, mark in _OTHER_MARKS:
+          if start.startswith(mark):
+            raise ValueError(f"{shown} is in {name}: save it as UTF-8")
         start = start.removeprefix(codecs.BOM_UTF8)
         if start.lstrip().startswith(b"["):
           yield from _read_array(shown, file)
           continue
-        for number, line in enumerate(file, 1):
+        read_line = functools.partial(file.readline, MAX_LINE_BYTES + 1)
+        for number, line in enumerate(iter(read_line, b""), 1):
           if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
+          if len(line) > MAX_LINE_BYTES:
+            raise ValueError(
+              f"{shown}:{number} is longer than {MAX_LINE_BYTES:,} bytes, and"
+              " a line must hold one record: shorten the record, or write one"
+              " object a line"
+            )
           if line.strip():
             address = f"{shown}:{number}"
             yield address, _read_line(address, line)
@@ -229,8 +248,11 @@ def _read_parquet(paths: _Files) -> Iterator[Record]:
     row, group = 0, 0
     try:
       with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        _check_columns(shown, file.schema_arrow.names)
         for group in range(file.num_row_groups):
-          for batch in file.iter_batches(row_groups=[group]):
+          for batch in file.iter_batches(
+            _batch_rows(file.metadata.row_group(group)), row_groups=[group]
+          ):
             for one in range(len(batch)):
               row += 1
               address = f"{shown} row {row}"
@@ -240,6 +262,25 @@ def _read_parquet(paths: _Files) -> Iterator[Record]:
         f"{shown}: no Parquet file, or damaged after row {row}, in row group"
         f" {group}: {error}. Restore it from a copy"
       ) from error
+
+
+def _check_columns(shown: str, names: Sequence[str]) -> None:
+  """Raises ValueError for two columns of one name: a record keeps the last."""
+  twice = sorted({name for name in names if names.count(name) > 1})
+  if twice:
+    raise ValueError(
+      f"{shown} has two columns {twice[0]!r}: rename one, or leave it out"
+    )
+
+
+def _batch_rows(group: Any) -> int:
+  """Returns the rows of a row group that are decoded at once.
+
+  A dictionary page holds a text once for all its rows, so that a small file may
+  be decoded to any number of bytes. No value is larger than its row group.
+  """
+  rows = _BATCH_BYTES // max(group.total_byte_size, 1)
+  return min(max(rows, 1), _BATCH_ROWS)
 
 
 def _read_row(address: str, row: Any) -> dict[str, Any] | RecordError:

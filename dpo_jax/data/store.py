@@ -6,7 +6,6 @@ which are verified whenever it is opened.
 """
 
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,13 +13,11 @@ import json
 import logging
 import math
 import os
-import shutil
-import tempfile
 from typing import Any
 
 import numpy as np
 
-from dpo_jax.data import checksums
+from dpo_jax.data import checksums, store_files
 from dpo_jax.data.chain import Chain
 from dpo_jax.data.formats import OPTIONAL
 from dpo_jax.data.groups import Groups, Limits, tokenize
@@ -33,8 +30,6 @@ _LOG = logging.getLogger(__name__)
 
 # Increase it when the same input gives other arrays or another report.
 FORMAT = 6
-_ARRAYS = ("tokens", "starts", "lengths", "score", "prompt_hashes")
-_OPTIONAL = ("scored", "records")  # older stores have no records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +248,7 @@ def build_store(
     RecordError: more broken records than `reading` allows.
     TimeoutError: a chat template that takes too long; names the record.
     ValueError: no usable group, or a `cache_dir` that is not local.
+    OSError: a `cache_dir` that cannot be written.
   """
   if files.is_remote(cache_dir):
     raise ValueError(
@@ -266,6 +262,7 @@ def build_store(
   folder = os.path.join(cache_dir, digest)
   store = _open_sound(folder, limits)
   if store is None:
+    store_files.prepare(cache_dir)
     groups = tokenize(
       source, tokenizer, limits, reading, template_timeout_s=template_timeout_s
     )
@@ -281,31 +278,30 @@ def _open_sound(folder: str, limits: Limits) -> Store | None:
 
   An older version is deleted. A damaged store, or one with a length above
   `limits.max_tokens`, is renamed to FOLDER.damaged.
+
+  Raises:
+    OSError: the cache cannot be written.
   """
-  if not os.path.exists(folder):
+  if not os.path.lexists(folder):
     return None
   try:
-    if checksums.exist(folder):
+    if checksums.exist(folder) or not os.path.isdir(folder):
       store = _open(folder, limits)
       if OPTIONAL.isdisjoint(store.report.get("unread", ())):
         return store  # otherwise columns that are read now were not
     _LOG.info("%s: a store of an older version; tokenizing again", folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    return None
+    store_files.delete(folder)
   except FileNotFoundError:  # another process has moved it aside
-    return None
+    pass
   except checksums.DamagedError as error:
-    aside = f"{folder}.damaged"
-    shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another process was faster
-      os.replace(folder, aside)
+    aside = store_files.move_aside(folder)
     _LOG.warning(
       "the token store %s is not used: %s. Moved to %s; tokenizing again",
       folder,
       error,
       aside,
     )
-    return None
+  return None
 
 
 def _open(folder: str, limits: Limits) -> Store:
@@ -314,20 +310,7 @@ def _open(folder: str, limits: Limits) -> Store:
   Raises:
     DamagedError: a file differs from its checksums, or a value is impossible.
   """
-  checksums.verify(folder)
-  with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
-    report = json.load(file)
-  name = os.path.basename(folder)
-  if report.pop("digest", name) != name:  # older stores do not name theirs
-    raise checksums.DamagedError("it is the store of other data")
-  arrays = {
-    # A plain view of the mapped file: slices of a memmap are slow to make.
-    name: np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r").view(
-      np.ndarray
-    )
-    for name in (*_ARRAYS, *_OPTIONAL)
-    if name in _ARRAYS or os.path.exists(os.path.join(folder, f"{name}.npy"))
-  }
+  arrays, report = store_files.read(folder)
   store = Store(**arrays, digest="", report=report)
   _check_bounds(store, limits)
   return store
@@ -351,6 +334,8 @@ def _check_bounds(store: Store, limits: Limits) -> None:
     raise checksums.DamagedError("a part is outside the tokens")
   if len(tokens) and tokens.min() < 0:
     raise checksums.DamagedError("a token id is negative")
+  if not np.isfinite(store.score).all():
+    raise checksums.DamagedError("a score is not finite")
 
 
 def part_starts(lengths: np.ndarray) -> np.ndarray:
@@ -360,7 +345,7 @@ def part_starts(lengths: np.ndarray) -> np.ndarray:
 
 
 def _write(groups: Groups, cache_dir: str, folder: str) -> None:
-  """Writes a temporary folder, then renames it `folder`, so it is complete."""
+  """Writes groups as a store; see `store_files.write`."""
   lengths, scores = groups.lengths, groups.scores
   num_slots = max(len(score) for score in scores)
   padded_lengths = np.zeros((len(lengths), 1 + num_slots), np.int32)
@@ -368,7 +353,6 @@ def _write(groups: Groups, cache_dir: str, folder: str) -> None:
   for row, (length, score) in enumerate(zip(lengths, scores, strict=True)):
     padded_lengths[row, : len(length)] = length
     padded_score[row, : len(score)] = score
-  os.makedirs(cache_dir, exist_ok=True)
   arrays = {
     "tokens": np.frombuffer(groups.tokens, np.int32),
     "starts": part_starts(padded_lengths),
@@ -379,22 +363,4 @@ def _write(groups: Groups, cache_dir: str, folder: str) -> None:
   }
   if len(groups.scored):
     arrays["scored"] = np.frombuffer(groups.scored, bool)
-  temporary = tempfile.mkdtemp(dir=cache_dir, prefix="writing_")
-  try:
-    with files.naming(folder, sum(x.nbytes for x in arrays.values())):
-      for name, value in arrays.items():
-        np.save(os.path.join(temporary, f"{name}.npy"), value)
-      with open(
-        os.path.join(temporary, "report.json"), "w", encoding="utf-8"
-      ) as file:
-        report = groups.report | {"digest": os.path.basename(folder)}
-        json.dump(report, file, indent=2)
-      checksums.write(temporary)
-    # If another process was faster, its folder has the same content.
-    if not os.path.exists(folder):
-      os.replace(temporary, folder)
-  except OSError:
-    if not os.path.exists(folder):
-      raise
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+  store_files.write(cache_dir, folder, arrays, groups.report)

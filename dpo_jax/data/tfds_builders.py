@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dpo_jax.data import synthetic
+from dpo_jax.system.inputs import is_there
 
 
 class HhRlhf(tfds.core.GeneratorBasedBuilder):
@@ -55,7 +56,7 @@ class HhRlhf(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     folder = dl_manager.manual_dir / "hh_rlhf" / self.builder_config.name
     paths = {split: folder / f"{split}.jsonl.gz" for split in ("train", "test")}
-    found = {split: path for split, path in paths.items() if path.exists()}
+    found = {split: path for split, path in paths.items() if is_there(path)}
     if not found:
       raise FileNotFoundError(
         f"{folder} holds neither train.jsonl.gz nor test.jsonl.gz."

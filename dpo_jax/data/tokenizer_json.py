@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from dpo_jax.data.spellings import Spellings
 from dpo_jax.system import files
+from dpo_jax.system.inputs import existing, is_there
 
 # Ids of a vocabulary, at most.
 MAX_IDS = 2**24
@@ -33,7 +34,21 @@ class JsonFile:
 
   @classmethod
   def read(cls, path: epath.Path) -> "JsonFile":
-    return cls(path, files.read_json(path) if path.exists() else {})
+    """Reads a file, if it is there.
+
+    Raises:
+      ValueError: it is damaged, or holds half of a character; names the key.
+    """
+    values = files.read_json(path) if is_there(path) else {}
+    for key, value in values.items():
+      try:
+        json.dumps([key, value], ensure_ascii=False).encode()
+      except UnicodeEncodeError as error:
+        raise ValueError(
+          f"{path}: {key!a} holds text that is not Unicode: {error}. Write the"
+          " whole character"
+        ) from error
+    return cls(path, values)
 
   def get(self, key: str) -> Any:
     """Returns the value of a key of the file, or None if it is not there."""
@@ -229,10 +244,10 @@ def read_tokenizer(root: epath.Path, config: JsonFile) -> str:
       whose id is not the next free one.
   """
   path = root / "tokenizer.json"
-  is_pair = not path.exists()
+  is_pair = not is_there(path)
   if not is_pair:
     text = files.read_text(path)
-  elif (root / "vocab.json").exists() and (root / "merges.txt").exists():
+  elif is_there(root / "vocab.json") and is_there(root / "merges.txt"):
     text = _byte_level(root, config).to_str()
   else:
     raise FileNotFoundError(
@@ -349,7 +364,7 @@ def find_template(
     FileNotFoundError: `override` does not exist.
   """
   if override:
-    return files.read_text(files.existing(override))
-  if (root / "chat_template.jinja").exists():
+    return files.read_text(existing(override))
+  if is_there(root / "chat_template.jinja"):
     return files.read_text(root / "chat_template.jinja")
   return config.chat_template()

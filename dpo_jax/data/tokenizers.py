@@ -20,6 +20,7 @@ from dpo_jax.data.dialogues import Request
 from dpo_jax.data.messages import Message, RecordError
 from dpo_jax.data.spellings import Spellings
 from dpo_jax.data.templates import ChatTemplate, parse_date
+from dpo_jax.system.inputs import is_there
 
 _LOG = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class HFTokenizer:
     self._fill_special("eos", model, generation)
     if eos_token:
       self._special["eos_token"] = eos_token
-    elif "eos_token" not in self._special and (root / "merges.txt").exists():
+    elif "eos_token" not in self._special and is_there(root / "merges.txt"):
       # GPT-2's files do not name it; its class in transformers does.
       self._special["eos_token"] = "<|endoftext|>"
     self.eos_id = self._find_eos(folder)
@@ -335,15 +336,14 @@ def _in_parts(message: Message) -> Message:
 
 
 def _digest(value: Any) -> str:
-  text = json.dumps(value, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def has_tokenizer(folder: epath.PathLike) -> bool:
-  """Returns whether a folder has files that `HFTokenizer` reads, unchecked."""
+  """Returns whether a folder has files that `HFTokenizer` reads."""
   root = epath.Path(folder)
-  pair = (root / "vocab.json").exists() and (root / "merges.txt").exists()
-  return pair or (root / "tokenizer.json").exists()
+  pair = is_there(root / "vocab.json") and is_there(root / "merges.txt")
+  return pair or is_there(root / "tokenizer.json")
 
 
 def unread_file(folder: epath.PathLike) -> str:

@@ -24,7 +24,7 @@ from dpo_jax.judges.chat_server import (
 )
 from dpo_jax.judges.orders import Comparer, JudgeError
 from dpo_jax.parallel import hosts
-from dpo_jax.system import files
+from dpo_jax.system import files, inputs
 
 _LOG = logging.getLogger(__name__)
 _CHARS_PER_TOKEN = 4  # of English
@@ -257,7 +257,7 @@ def read_template(path: str) -> str:
   """
   if not path:
     return DEFAULT_PROMPT
-  text = files.read_text(files.existing(path))
+  text = files.read_text(inputs.existing(path))
   missing = {"prompt", "first", "second"} - set(_PLACEHOLDER.findall(text))
   if missing:
     names = ", ".join(f"{{{name}}}" for name in sorted(missing))

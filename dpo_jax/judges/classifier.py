@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from dpo_jax.system.files import read_arrays, write_arrays
+from dpo_jax.system.inputs import is_there
 
 _WORD = re.compile(r"[a-z']+|[!?]")
 
@@ -57,7 +58,7 @@ class Classifier:
       FileNotFoundError: no such file.
       ValueError: the file is damaged, or does not hold a classifier.
     """
-    if not epath.Path(path).exists():
+    if not is_there(path):
       raise FileNotFoundError(f"classifier:{path}: no such file")
     try:
       arrays = read_arrays(epath.Path(path))

@@ -1,7 +1,7 @@
 """A judge that looks rewards up in a JSONL table."""
 
 from dpo_jax.judges.base import Judge, per_text
-from dpo_jax.system import files
+from dpo_jax.system import files, inputs
 
 
 def read_table(path: str) -> Judge:
@@ -18,12 +18,12 @@ def read_table(path: str) -> Judge:
     ValueError: a line that is not such an object.
   """
   table: dict[tuple[str, str], float] = {}
-  with files.existing(path).open("r") as file:
+  with inputs.existing(path).open("r") as file:
     for number, line in enumerate(file, 1):
       try:
         row = files.parse_json(line)
         table[row["prompt"], row["response"]] = float(row["reward"])
-      except (ValueError, KeyError, TypeError) as error:
+      except (ValueError, OverflowError, KeyError, TypeError) as error:
         raise ValueError(
           f'{path}:{number}: not {{"prompt", "response", "reward"}}: {error!r}'
         ) from error

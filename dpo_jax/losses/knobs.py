@@ -4,8 +4,12 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
+
 from dpo_jax.losses.rewards import DIVERGENCES
 
+# A step computes in float32, where larger numbers would be infinite.
+_LARGEST = float(np.finfo(np.float32).max)
 _NAMES = {
   bool: "True or False",
   int: "a whole number",
@@ -46,7 +50,8 @@ class Knob:
       value: value set there.
 
     Raises:
-      ValueError: wrong type, none of `choices`, NaN, or out of range.
+      ValueError: wrong type, none of `choices`, NaN, out of range, or a number
+        that float32 cannot hold.
     """
     about = f": {self.doc}" if self.doc else ""
     wanted = int | float if self.type is float else self.type
@@ -57,9 +62,15 @@ class Knob:
       raise ValueError(
         f"{key}={value!r} must be one of {', '.join(self.choices)}"
       )
-    if self.type not in (int, float):
+    if not isinstance(value, int | float) or self.type is bool:
       return
-    if isinstance(value, int | float) and not self._is_within(value):
+    # Not shown: it may have too many digits to be printed.
+    if abs(value) > _LARGEST and abs(value) != math.inf:
+      raise ValueError(
+        f"{key} must be at most {_LARGEST:.2e} in size, which float32 holds"
+        f"{about}"
+      )
+    if not self._is_within(value):
       raise ValueError(f"{key}={value} is outside {self.interval}{about}")
 
   def _is_within(self, value: float) -> bool:

@@ -5,11 +5,9 @@ read a copy on this machine. It is kept, and named by path, size and time of the
 last change: a file is copied once, and a changed one is copied again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
-import difflib
 import fcntl
-import glob
 import hashlib
 import io
 import json
@@ -24,85 +22,16 @@ from etils.epath import backend
 import numpy as np
 
 from dpo_jax.system import downloads
+from dpo_jax.system.inputs import existing, is_remote, is_there
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 2**26  # bytes of a request
-_SHOWN = 5  # names that an error lists
 
 
 def cache_dir() -> str:
   """Returns $XDG_CACHE_HOME/dpo_jax, or ~/.cache/dpo_jax without it."""
   base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   return os.path.join(base, "dpo_jax")
-
-
-def is_remote(path: epath.PathLike) -> bool:
-  """Returns whether a path is not of this machine's file system."""
-  return "://" in str(epath.Path(path))
-
-
-def existing(path: epath.PathLike) -> epath.Path:
-  """Checks that a file exists.
-
-  Args:
-    path: local or remote.
-
-  Returns:
-    The path.
-
-  Raises:
-    FileNotFoundError: no such file, or a folder; names what is there.
-  """
-  path = epath.Path(path)
-  if not path.exists():
-    raise FileNotFoundError(f"no file {str(path)!r}{_what_is_there(path)}")
-  if path.is_dir():
-    names = _list([p.name for p in path.iterdir()])
-    raise FileNotFoundError(
-      f"{str(path)!r} is a folder, and a file is wanted; it holds {names}"
-    )
-  return path
-
-
-def find(pattern: str) -> list[epath.Path]:
-  """Finds the files of a pattern, or the one file of that name.
-
-  Args:
-    pattern: path, local or remote; may hold *, ? and [].
-
-  Returns:
-    The files, in the order of their names.
-
-  Raises:
-    FileNotFoundError: no such file; names what is there.
-  """
-  path = epath.Path(pattern)
-  # A name may hold brackets without being a pattern.
-  if glob.escape(pattern) == pattern or path.exists():
-    return [existing(path)]
-  # epath joins both to one pattern, so folders may hold * too.
-  paths = sorted(p for p in path.parent.glob(path.name) if not p.is_dir())
-  if not paths:
-    raise FileNotFoundError(
-      f"no file matches {pattern!r}{_what_is_there(path)}"
-    )
-  return paths
-
-
-def _what_is_there(path: epath.Path) -> str:
-  folder = path.parent
-  if glob.escape(str(folder)) != str(folder):
-    return ""
-  if not folder.is_dir():
-    return f": the folder {str(folder)!r} does not exist"
-  names = sorted(p.name for p in folder.iterdir())
-  near = difflib.get_close_matches(path.name, names, n=_SHOWN)
-  return f": the folder {str(folder)!r} holds {_list(near or names)}"
-
-
-def _list(names: list[str]) -> str:
-  more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-  return (", ".join(sorted(names)[:_SHOWN]) or "nothing") + more
 
 
 def tree(folder: epath.PathLike) -> list[epath.Path]:
@@ -296,14 +225,17 @@ def _object_store(path: epath.Path) -> Any:
 
 
 def read_text(path: epath.Path) -> str:
-  """Reads a file of text in UTF-8.
+  """Reads a file of text in UTF-8, without a byte order mark.
 
   Raises:
+    FileNotFoundError: no such file.
+    OSError: see `is_there`.
     ValueError: it is damaged; names it.
   """
+  is_there(path)
   downloads.verify([path])
   try:
-    return path.read_bytes().decode()
+    return path.read_bytes().decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise _damaged(path, error) from error
 
@@ -312,11 +244,12 @@ def read_json(path: epath.Path) -> dict[str, Any]:
   """Reads a file of one JSON object.
 
   Raises:
-    ValueError: it is damaged, or holds no object; names it.
+    OSError: see `read_text`.
+    ValueError: it is damaged, holds a key twice or no object; names it.
   """
   text = read_text(path)
   try:
-    value = parse_json(text)
+    value = parse_json(text, _unique)
   except ValueError as error:
     raise _damaged(path, error) from error
   if not isinstance(value, dict):
@@ -350,14 +283,29 @@ def _damaged(path: epath.Path, why: object) -> ValueError:
   return ValueError(f"{path} is damaged: {why}. Restore it from a copy")
 
 
-def parse_json(text: str) -> Any:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f"it has the key {twice!r} twice: leave one out")
+  return found
+
+
+def parse_json(
+  text: str, to_object: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
   """Parses JSON.
+
+  Args:
+    text: JSON.
+    to_object: makes an object of its keys and values; None: a dict.
 
   Raises:
     ValueError: not JSON, nested too deeply, or a number of too many digits.
   """
   try:
-    return json.loads(text)
+    return json.loads(text, object_pairs_hook=to_object)
   except RecursionError as error:
     raise ValueError("it is nested too deeply") from error
 

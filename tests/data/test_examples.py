@@ -297,6 +297,15 @@ def test_a_record_without_columns_says_so():
       "scores=nan",
     ),
     (
+      {"prompt": "p", "responses": ["a", "b"], "scores": [1e39, 2.0]},
+      "scores=1e[+]39 must be a finite number, and at most 3.40e[+]38",
+    ),
+    (
+      {**RECORDS["pair"][0], "score_chosen": 10**400, "score_rejected": 0},
+      "score_chosen=10* must be a finite number",
+    ),
+    ({**RECORDS["pair"][0], "margin": 1e39}, "margin=1e[+]39 must be"),
+    (
       {"prompt": "p", "responses": ["a"], "scores": [True]},
       "scores=True",
     ),

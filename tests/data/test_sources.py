@@ -3,8 +3,11 @@
 import gzip
 import io
 import json
+import os
 import re
+import resource
 import shutil
+import types
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -79,6 +82,7 @@ def test_elements_of_an_array_are_addressed(tmp_path):
     (b'[{"n": 1},', r"a.json begins with '\[', so it must be one JSON array"),
     (b'[{"n": 1}] ' + b" " * 90, r"a.json: a JSON array .* jq -c '\.\[\]'"),
     ('{"n": 1}'.encode("utf-16"), "a.json is in UTF-16: save it as UTF-8"),
+    ('{"n": 1}'.encode("utf-32"), "a.json is in UTF-32: save it as UTF-8"),
   ],
 )
 def test_a_file_of_another_kind_is_named(
@@ -89,6 +93,48 @@ def test_a_file_of_another_kind_is_named(
   path.write_bytes(content)
   with pytest.raises(ValueError, match=message):
     read(f"jsonl:{path}")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_line_without_an_end_is_named_before_memory_is_full(tmp_path, name):
+  """600 MB of one line: a compressed file of it has a few hundred kB."""
+  lines = b'{"n": 1}\n', b'{"n": "', *[b"x" * 2**20] * 600
+  with open(tmp_path / name, "wb") as file:
+    if name.endswith(".gz"):
+      file = gzip.GzipFile(fileobj=file, mode="wb", compresslevel=1)
+    elif name.endswith(".zst"):
+      file = pa.CompressedOutputStream(file, "zstd")
+    with file:
+      for line in lines:
+        file.write(line)
+  source = iter(sources.open_source(f"jsonl:{tmp_path / name}"))
+  next(source)
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  with pytest.raises(ValueError, match=rf"{name}:2 is longer than 67,108,864"):
+    next(source)
+  used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+  assert used * 1024 < 4 * sources.MAX_LINE_BYTES
+
+
+def test_a_small_parquet_file_of_many_long_texts_fits_into_memory(tmp_path):
+  """60,000 rows of one text of 1 MB, which its file holds once."""
+  text = "x" * 2**20
+  column = pa.DictionaryArray.from_arrays(
+    pa.array([0] * 60_000, pa.int32()), pa.array([text])
+  )
+  path = tmp_path / "a.parquet"
+  pq.write_table(
+    pa.table({"prompt": column}), path, compression="zstd", store_schema=False
+  )
+  assert path.stat().st_size < 2000
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  source = iter(sources.open_source(f"parquet:{path}"))
+  assert next(source) == (f"{path} row 1", {"prompt": text})
+  used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+  assert used * 1024 < 2**29
+  # A text of the largest size of a batch is decoded alone.
+  group = types.SimpleNamespace(total_byte_size=sources._BATCH_BYTES)
+  assert sources._batch_rows(group) == 1
 
 
 @pytest.mark.fault(18)
@@ -278,6 +324,29 @@ def test_error_for_a_missing_file_lists_the_files(tmp_path, kind, name, there):
   with pytest.raises(FileNotFoundError, match=there) as caught:
     sources.open_source(f"{kind}:{tmp_path / name}")
   assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_pipes_devices_and_broken_links_are_refused(tmp_path, kind):
+  """Reading them would not end, and they cannot be read twice."""
+  os.mkfifo(tmp_path / "pipe.jsonl")
+  for path in (tmp_path / "pipe.jsonl", tmp_path / "*.jsonl", "/dev/zero"):
+    with pytest.raises(OSError, match="' is a pipe or a device, and a file is"):
+      sources.open_source(f"{kind}:{path}")
+  for target in ("loop", "gone"):
+    (tmp_path / "loop").unlink(missing_ok=True)
+    (tmp_path / "loop").symlink_to(target)
+    for name in ("loop", "l*"):
+      with pytest.raises(FileNotFoundError, match=f"is a link to '{target}'"):
+        sources.open_source(f"{kind}:{tmp_path / name}")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+  path = tmp_path / "a.parquet"
+  table = pa.table([["a"], ["b"], ["c"]], ["prompt", "chosen", "chosen"])
+  pq.write_table(table, path)
+  with pytest.raises(ValueError, match=rf"^{path} has two columns 'chosen'"):
+    read(f"parquet:{path}")
 
 
 @pytest.mark.parametrize(

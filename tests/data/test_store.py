@@ -3,12 +3,14 @@
 from collections import Counter
 import dataclasses
 import datetime
+import errno
 import gzip
 import itertools
 import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 
 import numpy as np
@@ -20,16 +22,15 @@ from dpo_jax.data import (
   messages,
   mismatched,
   sources,
-  store,
   synthetic,
 )
 from dpo_jax.data.examples import RecordError
-from dpo_jax.data.reading import Reading
+from dpo_jax.data.reading import Reading, Seen, shape_records
 from dpo_jax.data.store import Limits, Store, build_store
 from dpo_jax.data.template_child import Caps
 from dpo_jax.data.templates import ChatTemplate
 from dpo_jax.data.tokenizers import ByteTokenizer, HFTokenizer
-from tests import tiny
+from tests import faults, tiny
 from tests.data import folders
 
 BOS, EOS = ByteTokenizer.bos_id, ByteTokenizer.eos_id
@@ -172,6 +173,16 @@ def test_every_record_of_a_large_source_arrives(tmp_path):
   assert opened.report["records"] == num
   assert len(opened) == len(expected)
   assert [texts(opened, i) for i in range(len(opened))] == expected
+
+
+def test_long_records_are_tokenized_a_few_at_a_time(tmp_path, monkeypatch):
+  """A chunk ends where it holds enough text, and no record is lost."""
+  records = [pair(f"{i}", "x" * 30, "y" * 20) for i in range(7)]
+  whole = build(records, tmp_path)
+  monkeypatch.setattr(groups, "_CHUNK_CHARS", 100)
+  chunks = groups._chunks(shape_records(Listed(records), Reading(), Seen()))
+  assert [len(chunk) for chunk in chunks] == [2, 2, 2, 1]
+  assert_same(snapshot(whole), snapshot(build(records, tmp_path)))
 
 
 # Limits: tokens of "bytes" are letters, plus BOS and EOS.
@@ -632,7 +643,7 @@ def test_a_folder_that_a_killed_process_left_is_not_a_store(
   arguments = [Listed([pair("p", "x")]), BYTES, LIMITS, str(tmp_path)]
   monkeypatch.setattr(np, "save", die)
   # A killed process does not clean up.
-  monkeypatch.setattr(store.shutil, "rmtree", lambda *unused, **more: None)
+  monkeypatch.setattr(shutil, "rmtree", lambda *unused, **more: None)
   with pytest.raises(Killed):
     build_store(*arguments)
   monkeypatch.undo()
@@ -640,6 +651,57 @@ def test_a_folder_that_a_killed_process_left_is_not_a_store(
   opened = build_store(*arguments)
   assert texts(opened, 0) == ["[p", "x]", "no]"]
   assert set(os.listdir(tmp_path)) == {left, opened.digest}
+
+
+def test_folders_of_killed_processes_are_deleted_after_a_day(tmp_path):
+  """Those that are younger, or hold files of a user, are left."""
+  folders = {
+    "writing_old_0abc": ("tokens.npy", 25),
+    "writing_new_0abc": ("tokens.npy", 23),
+    "writing_notes_of": ("notes.txt", 99),
+    "writing_old_0abcd": ("tokens.npy", 99),
+  }
+  for name, (file, hours) in folders.items():
+    (tmp_path / name).mkdir()
+    (tmp_path / name / file).write_text("")
+    then = time.time() - 3600 * hours
+    os.utime(tmp_path / name, (then, then))
+  opened = build_store(Listed([pair("p", "x")]), BYTES, LIMITS, str(tmp_path))
+  left = folders.keys() - {"writing_old_0abc"}
+  assert set(os.listdir(tmp_path)) == {opened.digest, *left}
+
+
+def test_a_full_disk_names_the_cache_the_store_and_the_bytes(tmp_path):
+  records = [pair(f"{i}", "x" * 90) for i in range(100)]
+  message = (
+    rf"^data\.cache_dir='{tmp_path}': cannot write [\d,]+ bytes of"
+    rf" {tmp_path}/\w+: \d+ requested and \d+ written\. Set data\.cache_dir to"
+  )
+  with faults.limited_files(4_000), pytest.raises(OSError, match=message):
+    build_store(Listed(records), BYTES, LIMITS, str(tmp_path))
+  assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "read_only"])
+def test_a_cache_that_cannot_be_written_is_named_before_reading(
+  tmp_path, monkeypatch, kind
+):
+  class Unread(Listed):
+    def __iter__(self):
+      raise AssertionError("data were read")
+
+  cache = tmp_path / "cache"
+  if kind == "file":
+    cache.write_text("")
+  else:
+
+    def refuse(*unused, **unused_too):
+      raise OSError(errno.EROFS, "Read-only file system", str(cache / "x"))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+  message = rf"^data\.cache_dir='{cache}': cannot make .*{cache}.* Set data\.c"
+  with pytest.raises(OSError, match=message):
+    build_store(Unread([]), BYTES, LIMITS, str(cache))
 
 
 def test_a_faster_process_s_store_is_used(tmp_path):
@@ -885,6 +947,88 @@ def test_a_damaged_store_is_made_again(tmp_path, caplog, seed):
   assert not caplog.text
 
 
+def replace_with_link(path, target):
+  shutil.rmtree(path) if path.is_dir() else path.unlink()
+  path.symlink_to(target)
+
+
+def replace_with_file(path):
+  shutil.rmtree(path)
+  path.write_text("")
+
+
+def replace_with_folder(path):
+  path.unlink()
+  path.mkdir()
+
+
+def replace_with_pipe(path):
+  path.unlink()
+  os.mkfifo(path)
+
+
+NOT_A_FOLDER = "it is a file or a broken link, not a folder"
+
+
+@pytest.mark.parametrize(
+  ("damage", "message"),
+  [
+    (replace_with_file, NOT_A_FOLDER),
+    (lambda folder: replace_with_link(folder, "gone"), NOT_A_FOLDER),
+    (lambda folder: replace_with_link(folder, folder.name), NOT_A_FOLDER),
+    (lambda f: (f / ".checkpoints").mkdir(), ".checkpoints is not a file"),
+    (lambda f: (f / "x").symlink_to("gone"), "x is not a file"),
+    (lambda f: replace_with_folder(f / "tokens.npy"), "tokens.npy is not a"),
+    (lambda f: replace_with_pipe(f / "tokens.npy"), "tokens.npy is not a"),
+    (lambda f: replace_with_pipe(f / "checksums.json"), "checksums.json is"),
+    (
+      lambda f: replace_with_link(f / "tokens.npy", "gone"),
+      "tokens.npy is not",
+    ),
+    (
+      lambda f: (f / "checksums.json").write_text("[" * 100_000),
+      "checksums.json is damaged",
+    ),
+  ],
+)
+@pytest.mark.parametrize("has_aside", [False, True])
+def test_what_is_not_a_store_is_moved_aside_and_made_again(
+  tmp_path, caplog, damage, message, has_aside
+):
+  store = make_store(tmp_path)
+  before = snapshot(store)
+  folder = tmp_path / store.digest
+  aside = tmp_path / f"{store.digest}.damaged"
+  if has_aside:
+    aside.write_text("a file")
+  damage(folder)
+  with caplog.at_level(logging.WARNING, "dpo_jax"):
+    assert_same(before, snapshot(make_store(tmp_path)))
+  assert f"{store.digest} is not used: {message}" in caplog.text
+  assert f"Moved to {aside}" in caplog.text
+  assert os.path.lexists(aside)
+  caplog.clear()
+  assert_same(before, snapshot(make_store(tmp_path)))
+  assert not caplog.text
+
+
+def test_a_damaged_store_that_cannot_be_moved_is_an_error(
+  tmp_path, caplog, monkeypatch
+):
+  store = make_store(tmp_path)
+  (tmp_path / store.digest / "tokens.npy").write_text("")
+
+  def refuse(*unused):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+  monkeypatch.setattr(os, "rename", refuse)
+  monkeypatch.setattr(os, "replace", refuse)
+  message = rf"^data\.cache_dir='{tmp_path}': cannot move the damaged store"
+  with pytest.raises(OSError, match=message):
+    make_store(tmp_path)
+  assert "Moved" not in caplog.text
+
+
 @pytest.mark.fault(15)
 @pytest.mark.parametrize(
   ("name", "change", "message"),
@@ -893,6 +1037,7 @@ def test_a_damaged_store_is_made_again(tmp_path, caplog, seed):
     ("lengths", lambda x: x[:1, 1].__imul__(-1), "a length is outside"),
     ("starts", lambda x: x[-1:].__iadd__(1 << 40), "a part is outside"),
     ("tokens", lambda x: x[:1].__ior__(-(2**31)), "a token id is negative"),
+    ("score", lambda x: x[:1].__iadd__(np.inf), "a score is not finite"),
   ],
 )
 def test_impossible_values_are_found_before_anything_is_allocated(

@@ -1,6 +1,7 @@
 """Ids of text: one BOS, one EOS, exact borders, and a sandbox."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -467,6 +468,48 @@ def test_ids_out_of_range_are_refused_before_they_are_counted(tmp_path):
   with pytest.raises(
     ValueError, match=r"tokenizer\.json is damaged: .*ids must"
   ):
+    HFTokenizer(folder)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+  ],
+)
+def test_pipes_and_broken_links_do_not_count_as_absent(tmp_path, name):
+  folder = write_folder(tmp_path)
+  path = tmp_path / name
+  path.unlink(missing_ok=True)
+  for target in ("gone", name):
+    path.symlink_to(target)
+    message = f"{name}' is a link to '{target}', which cannot be opened"
+    with pytest.raises(FileNotFoundError, match=message):
+      HFTokenizer(folder)
+    path.unlink()
+  os.mkfifo(path)
+  with pytest.raises(OSError, match=f"{name}' is a pipe or a device"):
+    HFTokenizer(folder)
+
+
+def test_a_byte_order_mark_is_not_a_part_of_a_template(tmp_path):
+  folder = write_folder(tmp_path, chat_template=None)
+  path = tmp_path / "chat_template.jinja"
+  path.write_bytes(b"\xef\xbb\xbf{{ messages[0].content }}")
+  assert HFTokenizer(folder).render([USER], False) == USER["content"]
+
+
+@pytest.mark.parametrize("key", ["eos_token", "chat_template", "pad_token"])
+def test_half_of_a_character_is_refused_with_its_key(tmp_path, key):
+  folder = write_folder(tmp_path, **{key: "\ud800"})
+  message = rf"tokenizer_config\.json: '{key}' holds text that is not Unicode"
+  with pytest.raises(ValueError, match=message):
     HFTokenizer(folder)
 
 

@@ -57,6 +57,9 @@ def test_a_table_knows_its_rewards_and_nothing_else(tmp_path):
   path.write_text('{"prompt": "p"}\n')
   with pytest.raises(ValueError, match=r"table\.jsonl:1: not .*KeyError"):
     judges.get_judge(f"table:{path}")
+  path.write_text(f'{{"prompt": "p", "response": "x", "reward": {10**400}}}\n')
+  with pytest.raises(ValueError, match=r"table\.jsonl:1: not .*Overflow"):
+    judges.get_judge(f"table:{path}")
 
 
 def test_buckets_are_words_and_pairs_once():

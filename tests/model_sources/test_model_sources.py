@@ -134,6 +134,12 @@ def test_a_model_without_a_tokenizer_must_be_told_one(tmp_path):
       settings(init, tokenizer=given)
 
 
+def test_a_folder_of_adapters_is_refused_with_what_to_do(tmp_path):
+  (tmp_path / "adapter_config.json").write_text("{}")
+  with pytest.raises(ValueError, match="holds adapters of peft"):
+    parse(f"hf:{tmp_path}", "policy.init")
+
+
 def test_a_run_that_is_not_there_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"nowhere/config\.json"):
     settings(f"run:{tmp_path / 'nowhere'}")

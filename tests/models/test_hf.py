@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import reprlib
 import shutil
 
@@ -310,6 +311,43 @@ def test_a_missing_field_is_named(folder):
     huggingface.load_config(str(folder))
 
 
+def test_a_config_may_begin_with_a_byte_order_mark(folder):
+  path = folder / "config.json"
+  before = huggingface.load_config(str(folder))
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+  assert huggingface.load_config(str(folder)) == before
+
+
+def test_a_key_that_a_config_holds_twice_is_refused(folder):
+  path = folder / "config.json"
+  path.write_text(path.read_text().replace("{", '{"hidden_size": 8,', 1))
+  message = r"config\.json is damaged: it has the key 'hidden_size' twice"
+  with pytest.raises(ValueError, match=message):
+    huggingface.load_config(str(folder))
+  (folder / "model.safetensors.index.json").write_text(
+    '{"weight_map": {"x": "a.safetensors", "x": "b.safetensors"}}'
+  )
+  path.write_text(path.read_text().replace('"hidden_size": 8,', "", 1))
+  with pytest.raises(ValueError, match=r"index\.json .* the key 'x' twice"):
+    load(folder)
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["config.json", "model.safetensors", "model.safetensors.index.json"],
+)
+def test_a_pipe_or_a_broken_link_in_a_folder_is_named(folder, name):
+  path = folder / name
+  path.unlink(missing_ok=True)
+  os.mkfifo(path)
+  with pytest.raises(OSError, match=f"{name}' is a pipe or a device"):
+    load(folder)
+  path.unlink()
+  path.symlink_to("gone")
+  with pytest.raises(FileNotFoundError, match=f"{name}' is a link to 'gone'"):
+    load(folder)
+
+
 @pytest.mark.fault(62)
 @pytest.mark.parametrize("kept", [0, 5, 300, -40])
 def test_a_file_that_is_cut_short_is_named(folder, kept):
@@ -321,7 +359,7 @@ def test_a_file_that_is_cut_short_is_named(folder, kept):
 
 @pytest.mark.fault(63)
 @pytest.mark.parametrize(
-  "name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"]
+  "name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", ""]
 )
 def test_an_index_may_not_point_outside_its_folder(folder, name):
   index = folder / "model.safetensors.index.json"

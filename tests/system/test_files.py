@@ -6,7 +6,7 @@ from etils import epath
 import pytest
 
 from dpo_jax.records.lines import GrowingFile
-from dpo_jax.system import files
+from dpo_jax.system import files, inputs
 from tests import bucket, faults
 
 
@@ -29,6 +29,7 @@ def read(path):
     (b'{"a": 1', "Expecting"),
     (b'{"a": "\xff"}', "can't decode byte 0xff"),
     (b"[1]", "it holds a list, not an object"),
+    (b'{"a": {"b": 1, "b": 2}}', "it has the key 'b' twice"),
     (b"null", "it holds a NoneType, not an object"),
     (b"[" * 100_000, "it is nested too deeply"),
     (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
@@ -55,7 +56,7 @@ def test_folders_of_a_pattern_may_hold_wildcards_too(tmp_path):
   for name in ("a/x.jsonl", "b/x.jsonl", "b/y.jsonl"):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("")
-  found = files.find(f"{tmp_path}/*/x.jsonl")
+  found = inputs.find(f"{tmp_path}/*/x.jsonl")
   assert [str(path.relative_to(tmp_path)) for path in found] == [
     "a/x.jsonl",
     "b/x.jsonl",
@@ -117,10 +118,10 @@ def test_patterns_find_remote_files(remote):
   folder, _ = remote
   for name in ("b_1", "a_2", "a_1"):
     (folder / name).touch()
-  found = files.find("gs://b/a_*")
+  found = inputs.find("gs://b/a_*")
   assert found == [epath.Path("gs://b/a_1"), epath.Path("gs://b/a_2")]
   with pytest.raises(FileNotFoundError, match="'gs://b' holds a_1, a_2, b_1"):
-    files.find("gs://b/c_*")
+    inputs.find("gs://b/c_*")
 
 
 def test_a_library_writes_to_a_remote_path(remote):

@@ -17,7 +17,7 @@ from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.huggingface import config_json
 from dpo_jax.models.huggingface.tensor_map import Tensor, tensor_map
-from dpo_jax.system import downloads, files
+from dpo_jax.system import downloads, files, inputs
 from dpo_jax.trees import Params
 
 _LOG = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def load_config(folder: str, **overrides: Any) -> ModelConfig:
       file of weights.
   """
   path = epath.Path(folder) / "config.json"
-  if not path.exists():
+  if not inputs.is_there(path):
     raise FileNotFoundError(
       f"{path} does not exist: a Hugging Face model folder holds config.json"
       " and *.safetensors"
@@ -287,16 +287,18 @@ def _open_files(
 
 def _weight_files(root: epath.Path) -> list[epath.Path]:
   index = root / INDEX
-  if not index.exists():
+  if not inputs.is_there(index):
     whole = root / "model.safetensors"
-    paths = [whole] if whole.exists() else sorted(root.glob("*.safetensors"))
+    paths = (
+      [whole] if inputs.is_there(whole) else sorted(root.glob("*.safetensors"))
+    )
     if not paths:
       raise FileNotFoundError(
         f"{root} holds no *.safetensors, such as {whole.name}; pickled weights"
         " are not read: convert them with"
         " save_pretrained(safe_serialization=True)"
       )
-    return paths
+    return [inputs.existing(path) for path in paths]
   weight_map = files.read_json(index).get("weight_map", {})
   if not isinstance(weight_map, dict) or not all(
     isinstance(name, str) for name in weight_map.values()
@@ -305,17 +307,17 @@ def _weight_files(root: epath.Path) -> list[epath.Path]:
       f"{index}: weight_map must map names of tensors to names of files"
     )
   names = sorted(set(weight_map.values()))
-  outside = [n for n in names if n != epath.Path(n).name or n.startswith(".")]
+  outside = [n for n in names if n != epath.Path(n).name or n[:1] in ("", ".")]
   if outside or not names:
     raise ValueError(
       f"{index} must name files in its own folder, and names {outside[0]!r}"
       if outside
       else f"{index} names no files"
     )
-  absent = [n for n in names if not (root / n).exists()]
+  absent = [n for n in names if not inputs.is_there(root / n)]
   if absent:
     raise FileNotFoundError(f"{index} names {absent}, which are not there")
-  return [root / name for name in names]
+  return [inputs.existing(root / name) for name in names]
 
 
 def _match_names(
