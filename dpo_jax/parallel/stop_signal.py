@@ -153,10 +153,13 @@ _current: StopSignal | None = None
 
 
 def check() -> None:
-  """Raises Preempted if a run of several processes was told to stop.
+  """Raises Preempted if the run was told to stop.
 
   All processes must call it in the same order, as loops over batches do. With
-  one process it does nothing: its signal handler raises by itself.
+  one process the handler has raised already; this is for an exception that was
+  swallowed, as by a callback of the garbage collector.
   """
-  if _current is not None and jax.process_count() > 1 and _current.reached():
+  if _current is None:
+    return
+  if _current.is_told or (jax.process_count() > 1 and _current.reached()):
     raise Preempted

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C end a run soon, and never lose a step."""
 
+import gc
 import os
 import signal
 import time
@@ -7,6 +8,7 @@ import time
 import pytest
 
 from dpo_jax import EXIT_PREEMPTED
+from dpo_jax.parallel import stop_signal
 from dpo_jax.parallel.stop_signal import Preempted, StopSignal
 from tests import faults
 
@@ -55,6 +57,25 @@ def test_nohup_takes_sighup_away():
       assert not stop.reached()
   finally:
     signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", _NUMBERS)
+def test_a_stop_that_was_swallowed_is_noticed_later(number, recwarn):
+  """As by a callback of the garbage collector: Python prints what it raises."""
+
+  def swallow(phase, info):
+    gc.callbacks.remove(swallow)
+    os.kill(os.getpid(), number)
+
+  with StopSignal() as stop:
+    stop_signal.check()
+    gc.callbacks.append(swallow)
+    gc.collect()
+    with pytest.raises(Preempted):
+      stop_signal.check()
+    with stop.holding(True):
+      assert stop.reached()
+  stop_signal.check()
 
 
 # C code that releases the interpreter and runs no handler, as XLA's compiler.
