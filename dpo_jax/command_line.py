@@ -106,8 +106,8 @@ def run(
 
   Raises:
     SystemExit: always: 0 after success; 1 after a mistake of the user, whose
-      message is on stderr; 130 after Ctrl-C. With --debug the mistake itself is
-      raised.
+      message is on stderr; 130 after Ctrl-C in a chat. With --debug the mistake
+      itself is raised. Signals end the other commands: see `system.signals`.
   """
   if "debug" not in flags.FLAGS:
     define_flags()

@@ -13,6 +13,7 @@ file with a prompt in each line. It answers them in batches.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import signal
 import sys
 from typing import Any
 
@@ -100,6 +101,7 @@ def _ask(
   given = flags.FLAGS
   seed = given.seed
   if given.chat:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # stops an answer
     found = answers.chat(
       policy, settings, system=given.system, seed=seed, read=_read, write=_write
     )

@@ -12,6 +12,11 @@ import math
 import sys
 from typing import Any, NoReturn
 
+from dpo_jax.system import signals
+
+if __name__ == "__main__":
+  signals.resumes()  # before imports that take seconds
+
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -58,15 +63,12 @@ from dpo_jax.types import TrainState
 _LOG = logging.getLogger(__name__)
 
 
-def train(
-  config: Any, workdir: epath.PathLike, *, stop: StopSignal | None = None
-) -> dict[str, float]:
+def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   """Trains the run of a workdir, or resumes it.
 
   Args:
     config: complete, see `dpo_jax.config.default_config`.
     workdir: run directory, local or gs://; `records.workdir` lists its files.
-    stop: notices SIGTERM and Ctrl-C; None for one that ends no process.
 
   Returns:
     Metrics of the last evaluation, named as `checkpoint.best_metric` names
@@ -77,8 +79,8 @@ def train(
     LockLost: another process took the workdir over while this one was frozen.
     NonFiniteError: a loss or gradient that is not finite, or a log-ratio that
       is too large; the last good checkpoint is kept.
-    Preempted: SIGTERM or Ctrl-C came; the run has saved, and resumes when it
-      is started again. It is a SystemExit.
+    Preempted: SIGTERM, SIGHUP or Ctrl-C came; the run has saved, and resumes
+      when it is started again. It is a SystemExit.
     RuntimeError: a judge does not answer, `online.max_kl` is passed, or another
       host has failed.
   """
@@ -89,7 +91,7 @@ def train(
     {k: v for k, v in config_lib.flatten(config) if "cache_dir" not in k},
     "config",
   )
-  with stop or StopSignal() as stop:
+  with StopSignal() as stop:
     run = hosts.together(lambda: build_run(config, workdir))
     hosts.check_same(run.data.identity(), "data")
     with open_workdir(run) as opened, Console(run) as console:
@@ -369,7 +371,7 @@ def main() -> None:
     peer_timeout_s=config.hosts.peer_timeout_s,
   ):
     command_line.show_logs(jax.process_index())
-    train(config, given.workdir, stop=StopSignal(ends_process=True))
+    train(config, given.workdir)
 
 
 if __name__ == "__main__":

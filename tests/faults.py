@@ -73,7 +73,7 @@ def stop_at(monkeypatch, *steps: int) -> None:
 def spawn(
   code: str, *arguments: str, num_devices: int = 1, **variables: str
 ) -> subprocess.Popen:
-  """Starts `python -c code arguments` with its output in a pipe.
+  """Starts `python -c code arguments`, in a session of its own.
 
   Args:
     code: Python source.
@@ -82,7 +82,7 @@ def spawn(
     **variables: additional environment variables.
 
   Returns:
-    The process.
+    The process, with its output in a pipe.
   """
   return subprocess.Popen(
     [sys.executable, "-c", code, *arguments],
@@ -91,6 +91,7 @@ def spawn(
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
+    start_new_session=True,
   )
 
 

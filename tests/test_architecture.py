@@ -14,6 +14,7 @@ ROOMS: dict[str, list[str]] = {
   "intervals": [],
   "trees": [],
   "system": [
+    "signals",
     "chips",
     "compat",
     "version",

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run saves what it can, and ends soon with code 75.
+"""SIGTERM, SIGHUP, Ctrl-C: a run saves what it can, and ends with code 75.
 
 A run is told to stop in one of three states:
 
@@ -6,8 +6,8 @@ A run is told to stop in one of three states:
                remembered, and the loop saves after the step (`reached`)
   not held     caching, sampling, evaluation: `Preempted` is raised at once, and
                the loop saves the last step if that is not saved
-  in C++       XLA compiles, and Python's handlers wait: a thread ends the
-               process if nothing would be lost
+  in C++       XLA compiles, and Python's handlers wait: the thread of a command
+               ends the process if nothing would be lost
 
 With several processes JAX's own handler tells the others. All stop after the
 same call of `reached` or `check`, which all of them make in the same order.
@@ -16,7 +16,6 @@ same call of `reached` or `check`, which all of them make in the same order.
 from collections.abc import Callable, Iterator
 import contextlib
 import logging
-import os
 import signal
 import threading
 from typing import Any
@@ -24,10 +23,9 @@ from typing import Any
 import jax
 
 from dpo_jax import EXIT_PREEMPTED
-from dpo_jax.system import compat
+from dpo_jax.system import compat, signals
 
 _LOG = logging.getLogger(__name__)
-_NUMBERS = (signal.SIGTERM, signal.SIGINT)
 # Seconds after which a process ends that has nothing to save, and does not
 # answer; platforms kill after 10 to 30 s.
 _GRACE_S = 5.0
@@ -49,37 +47,34 @@ class Preempted(SystemExit):
 class StopSignal:
   """Notices the signals, from its entry to its exit."""
 
-  def __init__(self, *, ends_process: bool = False):
-    """Notices nothing yet.
-
-    Args:
-      ends_process: whether the process may be ended without its exception
-        reaching the caller, as a command may, and not a notebook.
-    """
+  def __init__(self) -> None:
     self.unsaved = False  # whether a step would be lost
-    self._ends_process = ends_process
     self._is_set = self._is_held = False
+    self._is_command = self._is_seen = False  # seen by the thread
     self._num_calls = 0
+    self._ended = threading.Event()
     self._is_agreed: Callable[[int], bool] | None = None
     self._undo = contextlib.ExitStack()
 
   def __enter__(self) -> "StopSignal":
     global _current
     _current = self
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = signals.heeded() if is_main else []
     if jax.process_count() > 1:
-      # JAX's own handler tells the other processes; ours would replace it.
       self._is_agreed = self._undo.enter_context(compat.stop_agreement())
       if self._is_agreed is None:
         _LOG.warning(
           "JAX's preemption service does not run: SIGTERM will not be noticed"
         )
-      return self
-    if threading.current_thread() is not threading.main_thread():
+        return self
+      # JAX's own handler tells the other processes; ours would replace it.
+      numbers = [n for n in numbers if n != signal.SIGTERM]
+    elif not is_main:
       _LOG.warning("not on the main thread: SIGTERM will not be noticed")
-      return self
-    if self._ends_process:
-      self._watch()
-    for number in _NUMBERS:
+    self._undo.callback(self._ended.set)
+    self._is_command = self._undo.enter_context(signals.answering(self._answer))
+    for number in numbers:
       before = signal.signal(number, self._handle)
       self._undo.callback(signal.signal, number, before)
     return self
@@ -90,46 +85,40 @@ class StopSignal:
     self._undo.close()
 
   def _handle(self, number: int, frame: Any) -> None:
+    """Answers a signal on the main thread, once C++ has returned."""
     del frame
-    if self._is_set:  # the second one
-      raise KeyboardInterrupt
+    if self._is_set:
+      self._end_at_second(number)
+      return
     self._is_set = True
     _LOG.warning(
       "%s: the run saves and ends; once more ends it at once",
       signal.Signals(number).name,
     )
-    if not self._is_held:
+    if self._is_agreed is not None:
+      signal.raise_signal(signal.SIGTERM)
+    elif not self._is_held:
       raise Preempted
 
-  def _watch(self) -> None:
-    """Starts the thread that ends a process which does not answer.
+  def _answer(self, number: int) -> None:
+    """Answers a signal in the thread of a command, also while C++ runs."""
+    if self._is_seen:
+      self._end_at_second(number)
+      return
+    self._is_seen = True
+    if self._is_agreed is None:
+      threading.Thread(target=self._end_late, daemon=True).start()
 
-    Python writes the number of a signal to the pipe as soon as it comes, and
-    runs its handler only once C++ returns.
-    """
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    before = signal.set_wakeup_fd(write)
-    ended = threading.Event()
-    self._undo.callback(os.close, write)
-    self._undo.callback(signal.set_wakeup_fd, before)
-    self._undo.callback(ended.set)
+  def _end_at_second(self, number: int) -> None:
+    if number == signal.SIGHUP:  # a terminal that closes sends two
+      return
+    if self._is_command:
+      signals.end(number)
+    raise KeyboardInterrupt
 
-    def watch() -> None:
-      num_seen = 0
-      while number := os.read(read, 1):
-        num_seen += number[0] in _NUMBERS
-        if num_seen == 1:
-          threading.Thread(target=end_late, daemon=True).start()
-        elif num_seen > 1:
-          os._exit(EXIT_PREEMPTED)
-      os.close(read)
-
-    def end_late() -> None:
-      if not ended.wait(_GRACE_S) and not self.unsaved:
-        os._exit(EXIT_PREEMPTED)
-
-    threading.Thread(target=watch, daemon=True).start()
+  def _end_late(self) -> None:
+    if not self._ended.wait(_GRACE_S) and not self.unsaved:
+      signals.end(signal.SIGTERM)
 
   @contextlib.contextmanager
   def holding(self, is_held: bool) -> Iterator[None]:
@@ -141,11 +130,16 @@ class StopSignal:
     """
     before, self._is_held = self._is_held, is_held
     try:
-      if self._is_set and not is_held:
+      if self.is_told and not is_held:
         raise Preempted
       yield
     finally:
       self._is_held = before
+
+  @property
+  def is_told(self) -> bool:
+    """Whether this process was told to stop, and agrees with no other."""
+    return self._is_set and self._is_agreed is None
 
   def reached(self) -> bool:
     """Returns whether to stop here; all processes get the same answer."""
@@ -159,10 +153,13 @@ _current: StopSignal | None = None
 
 
 def check() -> None:
-  """Raises Preempted if a run of several processes was told to stop.
+  """Raises Preempted if the run was told to stop.
 
   All processes must call it in the same order, as loops over batches do. With
-  one process it does nothing: its signal handler raises by itself.
+  one process the handler has raised already; this is for an exception that was
+  swallowed, as by a callback of the garbage collector.
   """
-  if _current is not None and jax.process_count() > 1 and _current.reached():
+  if _current is None:
+    return
+  if _current.is_told or (jax.process_count() > 1 and _current.reached()):
     raise Preempted

@@ -1,11 +1,14 @@
 """A plan, compiled and written as tables."""
 
 from collections.abc import Callable, Mapping
-from concurrent import futures
 import dataclasses
 import logging
 import math
 import multiprocessing
+from multiprocessing import resource_tracker
+import os
+import signal
+import threading
 from typing import Any
 
 from absl import logging as absl_logging
@@ -142,12 +145,49 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
       function raises reaches the caller.
   """
   context = multiprocessing.get_context("spawn")
-  with futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-    try:
-      return pool.submit(function, *arguments).result()
-    except futures.process.BrokenProcessPool:
-      raise RuntimeError(
-        "the compiler ended its process: either a check of its own failed,"
-        " printed above, or this machine ran out of memory. Other shapes may"
-        " pass the check: change --row_tokens, --rows or the mesh"
-      ) from None
+  receiver, sender = context.Pipe(duplex=False)
+  child = context.Process(
+    target=_answer, args=(sender, function, arguments), daemon=True
+  )
+  # Ctrl-C is for this process; the child starts with it blocked. The tracker
+  # that Python starts with a first child would unblock it.
+  resource_tracker.ensure_running()
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+  try:
+    child.start()
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+  sender.close()
+  try:
+    result, error = receiver.recv()
+  except EOFError:
+    raise RuntimeError(
+      "the compiler ended its process: either a check of its own failed,"
+      " printed above, or this machine ran out of memory. Other shapes may"
+      " pass the check: change --row_tokens, --rows or the mesh"
+    ) from None
+  finally:
+    child.join()
+  if error is not None:
+    raise error
+  return result
+
+
+def _answer(
+  sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+  """Sends a function's result and error to the parent, and ends with it."""
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  result, error = None, None
+  try:
+    result = function(*arguments)
+  except Exception as raised:
+    error = raised
+  sender.send((result, error))
+
+
+def _end_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  parent.join()
+  os._exit(1)

@@ -140,7 +140,8 @@ def test_each_layout_goes_on_from_the_others_checkpoint(runs):
 
 @pytest.mark.fault(45)
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_stops_and_saves_both(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_to_one_of_two_stops_and_saves_both(tmp_path, number):
   workdir = tmp_path / "run"
   processes = start(tmp_path, workdir, 2, "--config.total_steps=1000")
   metrics = workdir / "metrics.jsonl"
@@ -151,7 +152,7 @@ def test_sigterm_to_one_of_two_stops_and_saves_both(tmp_path):
     if any(p.poll() is not None for p in processes):
       break
     time.sleep(0.2)
-  processes[1].send_signal(signal.SIGTERM)
+  processes[1].send_signal(number)
   codes, outputs = finish(processes)
   assert codes == [EXIT_PREEMPTED] * 2, "\n".join(outputs)[-4000:]
   steps = [int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")]

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -431,6 +432,27 @@ def test_a_compiler_that_ends_its_process_is_an_error():
     report.in_child(os.abort)
   with pytest.raises(ValueError, match="invalid literal"):
     report.in_child(int, "four")
+
+
+_IN_CHILD = """
+from dpo_jax.planning import report
+from dpo_jax.system import signals
+
+signals.begin()
+report.in_child(exec, "import time; print('ready', flush=True); time.sleep(60)")
+"""
+
+
+@pytest.mark.parametrize("to_all", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_compiler_too_and_prints_nothing(number, to_all):
+  """To the command alone, or from a terminal, whose Ctrl-C reaches both."""
+  process = faults.spawn(_IN_CHILD)
+  assert process.stdout.readline() == "ready\n"
+  (os.killpg if to_all else os.kill)(process.pid, number)
+  # The pipe ends when both have ended.
+  assert process.communicate(timeout=20)[0] == ""
+  assert process.returncode == -number
 
 
 @pytest.mark.slow
