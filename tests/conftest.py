@@ -5,6 +5,7 @@ import collections
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 
 from tests import xla_flags
@@ -45,6 +46,11 @@ import pytest
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.planning import topology
 from tests import tiny
+
+# Under nohup, or in the background of a script, these are ignored, and every
+# child would ignore them too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _make_mesh = mesh_lib.make_mesh
 _ROOT = pathlib.Path(__file__).parents[1]
