@@ -38,8 +38,9 @@ class _Lines(logging.Handler):
   def emit(self, record: logging.LogRecord) -> None:
     from tqdm import tqdm  # only needed here
 
+    line = self.format(record)
     with contextlib.suppress(OSError, ValueError):  # full, or closed
-      tqdm.write(self.format(record), file=sys.stderr)
+      tqdm.write(line, file=sys.stderr)
 
 
 class _Format(logging.Formatter):

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from dpo_jax.system import signals
 
 if __name__ == "__main__":
-  signals.resumes()  # before imports that take seconds
+  signals.end_with_preempted()  # before imports that take seconds
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -150,7 +150,8 @@ class _Loop:
       metrics = self._evaluator.evaluate(0, state, with_samples=True)
       self._check_evaluation(0, metrics)
     elif self._is_due(start, config.eval):
-      self._evaluator.make_up(start, state)
+      made_up = self._evaluator.make_up(start, state)
+      self._check_evaluation(start, made_up)
       metrics = read_evaluation(run.workdir, config.data)
     with self._stop.holding(True):
       metrics = self._train(start) or metrics
@@ -212,8 +213,8 @@ class _Loop:
               done, state, with_samples=with_samples
             )
         except (OSError, ValueError, RuntimeError):
-          # Such as a full disk. The steps so far are not lost with it, unless
-          # other hosts have not failed: they would not join the save.
+          # Such as a full disk. The steps so far are saved with one process
+          # only: other hosts, which have not failed, would not join the save.
           if jax.process_count() == 1:
             self._save(done, state, {})
             self._checkpoints.wait()

@@ -2,5 +2,6 @@
 
 from dpo_jax.system import signals
 
-# Before the imports of a command, which take seconds.
-signals.resumes()
+# At import, since the imports of a command itself take seconds. It does nothing
+# unless this process is a command.
+signals.end_with_preempted()

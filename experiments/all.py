@@ -77,7 +77,7 @@ def run_all(
     Messages of the experiments that failed, by name.
 
   Raises:
-    Preempted: SIGTERM or Ctrl-C came, and the run has saved.
+    Preempted: a signal came, and the run has saved.
     sweep.Locked: another worker holds a run.
   """
   failures = {}

@@ -147,6 +147,7 @@ ROOMS: dict[str, list[str]] = {
     "metrics",
     "manifest",
     "recovery",
+    "arrays",
     "checkpoint",
     "eval_logps",
     "profile",

@@ -887,6 +887,27 @@ def test_a_step_whose_evaluation_is_not_finite_is_not_saved(
   assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_an_evaluation_that_is_made_up_for_must_be_finite_too(
+  tmp_path, monkeypatch
+):
+  config = make_config(total_steps=3)
+  evaluate = evaluation.evaluate
+
+  def fail_then_poison(*args, **kwargs):
+    if (what := faulty.pop()) == "full":
+      raise OSError(28, "No space left on device")
+    metrics, records = evaluate(*args, **kwargs)
+    return metrics | ({"loss": math.nan} if what == "nan" else {}), records
+
+  faulty = ["nan", "full", ""]
+  monkeypatch.setattr(evaluation, "evaluate", fail_then_poison)
+  with pytest.raises(OSError, match="No space left"):
+    train(config, tmp_path)
+  with pytest.raises(NonFiniteError, match="after step 3 eval/loss is nan"):
+    train(config, tmp_path)
+  assert not (tmp_path / "finished.json").exists()
+
+
 @pytest.mark.fault(65)
 def test_a_workdir_and_a_pipe_tell_what_was_run_and_no_secret(
   tmp_path, logs, capsys, monkeypatch

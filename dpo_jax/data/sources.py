@@ -277,7 +277,8 @@ def _batch_rows(group: Any) -> int:
   """Returns the rows of a row group that are decoded at once.
 
   A dictionary page holds a text once for all its rows, so that a small file may
-  be decoded to any number of bytes. No value is larger than its row group.
+  be decoded to any number of bytes. No text of a plain column is larger than
+  its row group; a list may hold one text many times, which is not bounded.
   """
   rows = _BATCH_BYTES // max(group.total_byte_size, 1)
   return min(max(rows, 1), _BATCH_ROWS)

@@ -56,7 +56,7 @@ def prepare(cache_dir: str) -> None:
 
 
 def _is_abandoned(folder: str) -> bool:
-  """Returns whether a folder holds files of a store alone, all of them old."""
+  """Returns whether a folder has files of a store alone, the last a day ago."""
   try:
     age = time.time() - os.stat(folder).st_mtime
     return age > _ABANDONED_S and _FILES.issuperset(os.listdir(folder))

@@ -9,7 +9,6 @@ from dpo_jax.models import huggingface
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.models.decoder import Policy
 from dpo_jax.models.partition_rules import param_shardings
-from dpo_jax.system.inputs import is_there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,26 +20,12 @@ class HuggingFaceModel(ModelSource):
     tokenizer: spelling of its tokenizer in `data.tokenizer`.
     name: name of the model: its folder, or ORG/NAME.
     revision: commit of the Hub, or None.
-
-  Raises:
-    ValueError: a folder of adapters without their model.
   """
 
   folder: str
   tokenizer: str
   name: str
   revision: str | None
-
-  def __post_init__(self):
-    names = ("adapter_config.json", "config.json")
-    has_adapters, has_model = (is_there(f"{self.folder}/{n}") for n in names)
-    if has_adapters and not has_model:
-      raise ValueError(
-        f"policy.init={self.init!r} holds adapters of peft"
-        " (adapter_config.json), and a whole model is wanted: merge them into"
-        " their base with merge_and_unload() of peft, and name the folder to"
-        " which save_pretrained() writes it"
-      )
 
   @property
   def card_name(self) -> str:

@@ -47,6 +47,6 @@ class MovedSource(ModelSource):
   def _load(self, policy: Any, mesh: Any, seed: int) -> Any:
     raise FileNotFoundError(
       f"{self.reason}. Weights that {self.workdir} did not train, or its"
-      " reference, are read from there: put it back, or give its new place by"
-      " policy.init or reference.init, with --config.resume.allow=config"
+      " reference, are read from there: put it back, or resume the run with its"
+      " new place in policy.init or reference.init, and resume.allow=config"
     )

@@ -32,6 +32,7 @@ from dpo_jax.parallel.sharding import with_shardings
 from dpo_jax.records.checkpoint import open_checkpoints
 from dpo_jax.records.workdir import Workdir
 from dpo_jax.system.files import read_json
+from dpo_jax.system.inputs import is_there
 from dpo_jax.trees import join_trees, params_digest
 
 KINDS = ("random", "hf:FOLDER", "hub:ORG/NAME@REVISION", "run:WORKDIR")
@@ -49,8 +50,8 @@ def parse(init: str, key: str = "policy.init") -> "ModelSource":
     to a commit.
 
   Raises:
-    ValueError: an unknown spelling, a model of the Hub without a revision, or a
-      workdir of another format.
+    ValueError: an unknown spelling, a model of the Hub without a revision,
+      adapters without their model, or a workdir of another format.
     FileNotFoundError: a folder, or a run, that does not exist.
   """
   kind, _, where = init.partition(":")
@@ -65,8 +66,10 @@ def parse(init: str, key: str = "policy.init") -> "ModelSource":
     if re.fullmatch("[0-9a-f]{40}", commit):
       revision = commit
     pinned = f"hub:{name}@{revision}"
+    _check_whole(folder, init, key)
     return HuggingFaceModel(pinned, folder, pinned, name, revision)
   if kind == "hf" and epath.Path(where).exists() and where:
+    _check_whole(where, init, key)
     return HuggingFaceModel(init, where, where, where, None)
   name = where if kind == "hf" else init
   hint = ""
@@ -80,6 +83,19 @@ def parse(init: str, key: str = "policy.init") -> "ModelSource":
       f"{key}={init!r}: the folder {where} does not exist{hint}"
     )
   raise ValueError(f"{key}={init!r} must be one of {', '.join(KINDS)}{hint}")
+
+
+def _check_whole(folder: str, init: str, key: str) -> None:
+  """Raises ValueError for a folder of adapters without their model."""
+  names = ("adapter_config.json", "config.json")
+  has_adapters, has_model = (is_there(f"{folder}/{name}") for name in names)
+  if has_adapters and not has_model:
+    raise ValueError(
+      f"{key}={init!r} holds adapters of peft (adapter_config.json), and a"
+      " whole model is wanted: merge them into their base with peft's"
+      " merge_and_unload(), and name the folder to which save_pretrained()"
+      " writes it"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

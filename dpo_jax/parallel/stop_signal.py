@@ -50,7 +50,8 @@ class StopSignal:
   def __init__(self) -> None:
     self.unsaved = False  # whether a step would be lost
     self._is_set = self._is_held = False
-    self._is_command = self._is_seen = False  # seen by the thread
+    self._is_command = False
+    self._is_seen = False  # as _is_set, by the thread of a command
     self._num_calls = 0
     self._ended = threading.Event()
     self._is_agreed: Callable[[int], bool] | None = None
@@ -65,7 +66,8 @@ class StopSignal:
       self._is_agreed = self._undo.enter_context(compat.stop_agreement())
       if self._is_agreed is None:
         _LOG.warning(
-          "JAX's preemption service does not run: SIGTERM will not be noticed"
+          "JAX's preemption service does not run: a signal ends this process"
+          " without a save"
         )
         return self
       # JAX's own handler tells the other processes; ours would replace it.
@@ -113,12 +115,12 @@ class StopSignal:
     if number == signal.SIGHUP:  # a terminal that closes sends two
       return
     if self._is_command:
-      signals.end(number)
+      signals.end()
     raise KeyboardInterrupt
 
   def _end_late(self) -> None:
     if not self._ended.wait(_GRACE_S) and not self.unsaved:
-      signals.end(signal.SIGTERM)
+      signals.end()
 
   @contextlib.contextmanager
   def holding(self, is_held: bool) -> Iterator[None]:

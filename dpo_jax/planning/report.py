@@ -7,8 +7,10 @@ import math
 import multiprocessing
 from multiprocessing import resource_tracker
 import os
+import pickle
 import signal
 import threading
+import traceback
 from typing import Any
 
 from absl import logging as absl_logging
@@ -182,8 +184,20 @@ def _answer(
   try:
     result = function(*arguments)
   except Exception as raised:
-    error = raised
+    raised.add_note("".join(traceback.format_exception(raised)))
+    error = _as_sent(raised)
   sender.send((result, error))
+
+
+def _as_sent(error: Exception) -> Exception:
+  """Returns an error as it is, if the parent can read it."""
+  try:
+    pickle.loads(pickle.dumps(error))
+  except Exception:  # its own methods may raise anything
+    other = RuntimeError(f"{type(error).__name__}: {error}")
+    other.add_note("".join(error.__notes__))
+    return other
+  return error
 
 
 def _end_with_parent() -> None:

@@ -7,9 +7,8 @@
 A run that opens them moves damaged steps aside first, see `records.recovery`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import concurrent.futures
-import contextlib
 import logging
 import math
 import shutil
@@ -20,9 +19,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from dpo_jax.parallel import hosts, peers
-from dpo_jax.records import manifest, recovery
+from dpo_jax.records import arrays, manifest, recovery
 from dpo_jax.records.workdir import Workdir
-from dpo_jax.trees import path_name
 from dpo_jax.types import TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -58,7 +56,8 @@ class Checkpoints:
         A step is verified when it is asked for.
       part: part that a reader verifies, "" for both.
       go_back_to: step that becomes the latest; None for the latest there is.
-      may_restart: whether steps may have been saved and all be lost.
+      may_restart: whether the run may start again at step 0 where no step is
+        left.
       check: see `recovery.recover`.
 
     Raises:
@@ -151,7 +150,7 @@ class Checkpoints:
       OSError: not enough room on the disk.
     """
     self.wait()
-    _check_room(self._root, _parts(state))
+    _check_room(self._root, arrays.parts(state))
     if jax.process_index() == 0:
       recovery.mark_begun(self._workdir, step)
     if metrics and self._best_metric and self._best_metric not in metrics:
@@ -163,7 +162,7 @@ class Checkpoints:
       )
     response = self._checkpointer.save_checkpointables_async(
       step,
-      _parts(state),
+      arrays.parts(state),
       force=True,
       overwrite=step in self.steps,
       metrics=metrics or None,
@@ -182,7 +181,8 @@ class Checkpoints:
         f" {error}"
       ) from error
     if jax.process_index() == 0:
-      _metadata(self._root / str(step))  # raises if a part is missing
+      # Raises if a part is missing.
+      arrays.read_metadata(self._root / str(step))
       manifest.write(self._root / str(step), self._workdir.run_id)
       recovery.mark_saved(self._workdir, step)
       peers.tell_saved(step)
@@ -224,8 +224,8 @@ class Checkpoints:
     if not steps:
       return None
     step = steps[-1] if step is None else step
-    check_fits(self._root / str(step), abstract_state)
-    loaded = self._load(step, _parts(abstract_state))
+    arrays.check_fits(self._root / str(step), abstract_state)
+    loaded = self._load(step, arrays.parts(abstract_state))
     return abstract_state.replace(params=loaded["params"], **loaded["rest"])
 
   def restore_without_optimizer(
@@ -245,12 +245,12 @@ class Checkpoints:
       ValueError: a checkpoint of another model.
     """
     bare = abstract_state.replace(opt_state=(), spikes=())
-    wanted = _parts(bare)
-    found = _metadata(self._root / str(step))
+    wanted = arrays.parts(bare)
+    found = arrays.read_metadata(self._root / str(step))
     rest = {k: found["rest"][k] for k in wanted["rest"] if k in found["rest"]}
     where = f"{self._root / str(step)}"
-    check_same_tree(wanted["params"], found["params"], f"{where}/params")
-    check_same_tree(wanted["rest"], rest, f"{where}/rest")
+    arrays.check_same_tree(wanted["params"], found["params"], f"{where}/params")
+    arrays.check_same_tree(wanted["rest"], rest, f"{where}/rest")
     context = ocp.v1.Context()
     context.pytree.loading.partial_load = True
     with context:
@@ -271,12 +271,13 @@ class Checkpoints:
       ValueError: a checkpoint of another model.
     """
     folder = self._root / str(step)
-    found = _metadata(folder)["params"]
-    check_same_tree(abstract_params, found, f"{folder}/params")
+    found = arrays.read_metadata(folder, ("params",))["params"]
+    arrays.check_same_tree(abstract_params, found, f"{folder}/params")
     return self._load(step, {"params": abstract_params})["params"]
 
   def _load(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    with _naming(self._root / str(step)):
+    folder = self._root / str(step)
+    with arrays.naming(folder, is_resuming=not self._is_reader):
       return self._checkpointer.load_checkpointables(step, wanted)
 
   def close(self) -> None:
@@ -306,92 +307,12 @@ def open_checkpoints(
   )
 
 
-def _parts(state: TrainState) -> dict[str, Any]:
-  """Returns the parts of a checkpoint of a state, or of an abstract one."""
-  rest = {
-    "step": state.step,
-    "opt_state": state.opt_state,
-    "loss_state": state.loss_state,
-    "ref_params": state.ref_params,
-    "spikes": state.spikes,
-  }
-  rest = {k: v for k, v in rest.items() if jax.tree.leaves(v)}
-  return {"params": state.params, "rest": rest}
-
-
-@contextlib.contextmanager
-def _naming(folder: epath.Path) -> Iterator[None]:
-  """Names a step in an error of Orbax, and the step to resume from instead."""
-  try:
-    yield
-  except Exception as error:  # Orbax, tensorstore and KeyError alike
-    numbers = [
-      int(f.name) for f in folder.parent.iterdir() if f.name.isdecimal()
-    ]
-    earlier = [step for step in numbers if step < int(folder.name)]
-    message = f"{folder} cannot be read: {error!r:.300}"
-    if earlier:
-      message += (
-        f". If that stays so, --config.resume.step={max(earlier)} resumes from"
-        " the checkpoint before it"
-      )
-    raise ValueError(message) from error
-
-
-def _metadata(folder: epath.Path) -> dict[str, Any]:
-  """Returns paths, shapes and dtypes of a step's arrays, by part."""
-  with _naming(folder):
-    found = ocp.v1.checkpointables_metadata(folder).metadata
-    return {part: found[part] for part in ("params", "rest")}
-
-
-def check_fits(folder: epath.Path, abstract_state: TrainState) -> None:
-  """Checks that a step holds the arrays of a state, from its metadata alone.
-
-  Args:
-    folder: folder of the step.
-    abstract_state: ShapeDtypeStructs.
-
-  Raises:
-    ValueError: a checkpoint of another model or optimizer, or a damaged one.
-  """
-  found = _metadata(folder)
-  for part, tree in _parts(abstract_state).items():
-    check_same_tree(tree, found[part], f"{folder}/{part}")
-
-
-def check_same_tree(wanted: Any, found: Any, where: str) -> None:
-  """Raises ValueError unless paths, shapes and dtypes agree.
-
-  Orbax would cast a dtype silently.
-  """
-
-  def describe(tree):
-    return {
-      path_name(path): (tuple(leaf.shape), str(jax.numpy.dtype(leaf.dtype)))
-      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-  ours, theirs = describe(wanted), describe(found)
-  faults = [
-    f"{name}: {theirs.get(name, 'nothing')} there, {ours.get(name, 'nothing')}"
-    " wanted"
-    for name in sorted(ours.keys() | theirs.keys())
-    if ours.get(name) != theirs.get(name)
-  ]
-  if faults:
-    raise ValueError(
-      f"{where} holds another model or optimizer; {len(faults)} arrays differ,"
-      " the first:\n  " + "\n  ".join(faults[:5])
-    )
-
-
-def _check_room(root: epath.Path, arrays: Any) -> None:
+def _check_room(root: epath.Path, trees: Any) -> None:
   try:
     free = shutil.disk_usage(root).free
   except OSError:  # not a local path; object stores have no capacity limit
     return
-  needed = sum(x.nbytes for x in jax.tree.leaves(arrays))
+  needed = sum(x.nbytes for x in jax.tree.leaves(trees))
   if needed > free:
     raise OSError(
       f"a checkpoint takes {needed:,} bytes, and {root} has {free:,} free:"

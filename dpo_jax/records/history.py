@@ -26,7 +26,7 @@ def add_to_history(
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
   entry = {"at": now, "step": step, "accepted": dict(accepted)}
   history = [*read_history(workdir), entry]
-  write_json(workdir.data, {**read_data(workdir), "history": history})
+  write_json(workdir.data, read_data(workdir) | {"history": history})
 
 
 def read_data(workdir: Workdir) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from etils import epath
 from dpo_jax.system import files
 
 MANIFEST = "manifest.json"
+PARTS = ("params", "rest")
 _RUN = "run.txt"
 
 
@@ -43,7 +44,7 @@ def verify(folder: epath.PathLike, part: str = "", run_id: str = "") -> str:
     run_id: `Workdir.run_id`; "" takes a step of any run. A step without run.txt
       is taken in any case.
   """
-  others = {"params", "rest"} - {part} if part else set()
+  others = set(PARTS) - {part} if part else set()
   folder = epath.Path(folder)
   if not (folder / MANIFEST).exists():
     return "it has no manifest: its save was not finished"

@@ -64,8 +64,8 @@ def recover(
       the checkpoints of another run; or a damaged line of metrics or samples.
   """
   saves = _read_saves(workdir)
-  _check_owner(workdir)
   check_lines(workdir)
+  _check_owner(workdir)
   if "begun" in saves and saves["begun"] != saves.get("saved"):
     _adopt_last(workdir, saves["begun"])
   for folder in _step_folders(workdir):
@@ -136,7 +136,8 @@ def _adopt_last(workdir: Workdir, step: int) -> None:
   files that Orbax has committed.
   """
   folder = workdir.checkpoints / str(step)
-  if not folder.exists() or (folder / manifest.MANIFEST).exists():
+  has_parts = all((folder / part).is_dir() for part in manifest.PARTS)
+  if not has_parts or (folder / manifest.MANIFEST).exists():
     return
   if is_remote(folder) and not (folder / _COMMITTED).exists():
     return
@@ -171,8 +172,8 @@ def _check_not_lost(
 ) -> None:
   """Checks that a run which has saved steps has one left.
 
-  saves.json tells that it has. If that is gone, a finished run and steps in
-  quarantine/ do.
+  A run that has is told by saves.json. If that is gone, it is told by its
+  finished.json, or by steps in quarantine/.
 
   Raises:
     ValueError: none is left, and the run may not start again.

@@ -194,7 +194,8 @@ def _compare_schedules(
     return {}
   if not workdir.config.exists():
     return {}
-  before = workdir.read_config().get("total_steps")
+  known = workdir.read_config()
+  before = known.get("total_steps")
   if not isinstance(before, int):
     raise ValueError(
       f"{workdir.config} is damaged: total_steps={before!r} must be a number."
@@ -203,11 +204,10 @@ def _compare_schedules(
   now = config["total_steps"]
   if before == now:
     return {}
-  recorded = dict(flatten(workdir.read_config()))
   optimizer = ml_collections.ConfigDict(
     {
       key.removeprefix("optimizer."): value
-      for key, value in with_defaults(recorded).items()
+      for key, value in with_defaults(dict(flatten(known))).items()
       if key.startswith("optimizer.")
     }
   )
@@ -268,9 +268,9 @@ def go_back_to(
 ) -> int | None:
   """Returns `resume.step`; None if it is not set, or the run went back to it.
 
-  That is so if it is the step that the history has last, and no difference is
-  accepted now. A job that is started again with the same command would
-  otherwise never pass the step.
+  That is so if the history ends with that step, and no difference is accepted
+  now. A job that is started again with the same command would otherwise never
+  pass the step.
 
   Args:
     config: resolved.
@@ -278,8 +278,12 @@ def go_back_to(
     workdir: run directory.
   """
   step = config["resume"]["step"]
-  # Other entries are of differences alone, such as that of a reference.
-  changes = [x for x in history.read_history(workdir) if x.get("step")]
+  # A reference that is taken has an entry after that of the step.
+  changes = [
+    entry
+    for entry in history.read_history(workdir)
+    if set(entry.get("accepted", ())) != {"reference"}
+  ]
   last = changes[-1] if changes else {}
   if step is None or accepted or last.get("step") != step:
     return step

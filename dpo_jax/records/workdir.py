@@ -48,7 +48,7 @@ _LOG = logging.getLogger(__name__)
 # _OLDEST when this version no longer reads what was written before.
 FORMAT = 1
 _OLDEST = 0  # before formats were recorded
-# Kinds of values in JSON that are not taken for each other.
+# Kinds of JSON: a value must be of the same as its default.
 _SHAPES = (str, list | tuple, Mapping)
 
 
@@ -304,7 +304,7 @@ class Workdir:
 
 
 def _odd_key(found: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-  """Returns the first key that is a text, a list or an object wrongly; or "".
+  """Returns the first key whose value is of another kind of JSON; or "".
 
   Args:
     found: config, or a part of it.

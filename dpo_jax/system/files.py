@@ -196,13 +196,13 @@ def create(path: epath.Path, content: bytes) -> bool:
 
 
 def _create_local(path: epath.Path, content: bytes) -> None:
-  with open(path, "xb"):
-    pass
   try:
-    with naming(path, len(content)):
-      path.write_bytes(content)
+    with naming(path, len(content)), open(path, "xb") as file:
+      file.write(content)
+  except FileExistsError:
+    raise
   except OSError:  # an empty file would count as created
-    path.unlink()
+    path.unlink(missing_ok=True)
     raise
 
 
@@ -250,6 +250,10 @@ def read_json(path: epath.Path) -> dict[str, Any]:
   text = read_text(path)
   try:
     value = parse_json(text, _unique)
+  except _TwiceError as error:
+    raise ValueError(
+      f"{path} has the key {error} twice: leave one out"
+    ) from error
   except ValueError as error:
     raise _damaged(path, error) from error
   if not isinstance(value, dict):
@@ -283,12 +287,16 @@ def _damaged(path: epath.Path, why: object) -> ValueError:
   return ValueError(f"{path} is damaged: {why}. Restore it from a copy")
 
 
+class _TwiceError(ValueError):
+  """An object of JSON has a key twice."""
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   found = dict(pairs)
   if len(found) < len(pairs):
     names = [name for name, _ in pairs]
     twice = next(name for name in names if names.count(name) > 1)
-    raise ValueError(f"it has the key {twice!r} twice: leave one out")
+    raise _TwiceError(repr(twice))
   return found
 
 

@@ -1,4 +1,4 @@
-"""Signals end a command at once, without a traceback, unless a run waits.
+"""Signals end a command at once; a run that trains saves first.
 
   command                       a signal ends it
   dpo_jax.train, experiments.*  with code 75: started again, it resumes
@@ -40,7 +40,7 @@ def begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def resumes() -> None:
+def end_with_preempted() -> None:
   """Makes signals end a command with EXIT_PREEMPTED; elsewhere does nothing.
 
   Python writes the number of a signal to the pipe as soon as it comes, and a
@@ -49,7 +49,7 @@ def resumes() -> None:
   global _answer
   if not _is_command or _answer is not None:
     return
-  _answer = end
+  _answer = _end_at_any
   read, write = os.pipe()
   os.set_blocking(write, False)
   signal.set_wakeup_fd(write)
@@ -58,10 +58,14 @@ def resumes() -> None:
   threading.Thread(target=_watch, args=[read], daemon=True).start()
 
 
-def end(number: int) -> None:
+def end() -> None:
   """Ends the process now: started again, it resumes."""
-  del number
   os._exit(EXIT_PREEMPTED)
+
+
+def _end_at_any(number: int) -> None:
+  del number
+  end()
 
 
 def _leave_to_thread(number: int, frame: Any) -> None:

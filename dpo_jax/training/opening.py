@@ -8,7 +8,8 @@ import sys
 
 from dpo_jax.config import parse_allowed
 from dpo_jax.records import resume, tracker
-from dpo_jax.records.checkpoint import Checkpoints, check_fits, open_checkpoints
+from dpo_jax.records.arrays import check_fits
+from dpo_jax.records.checkpoint import Checkpoints, open_checkpoints
 from dpo_jax.records.lock import RunLock
 from dpo_jax.records.metrics import MetricsWriter
 from dpo_jax.system.files import write_json

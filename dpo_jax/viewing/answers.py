@@ -15,7 +15,6 @@ from rich.text import Text
 
 from dpo_jax.data.messages import Message
 from dpo_jax.models.generate import Sampling
-from dpo_jax.system.files import read_text
 from dpo_jax.viewing.open_policy import Answer, OpenPolicy, Prompt
 from dpo_jax.viewing.terminal import visible
 
@@ -41,10 +40,14 @@ def read_prompts(path: str) -> list[Prompt]:
   file = epath.Path(path)
   if not file.exists():
     raise FileNotFoundError(f"--prompts={path}: the file does not exist")
+  try:
+    text = file.read_bytes().decode("utf-8-sig")  # a pipe may be read too
+  except UnicodeDecodeError as error:
+    raise ValueError(f"--prompts={path} is not UTF-8: {error}") from error
   lines = [
     (number, line)
     # Not `splitlines`, which splits at characters that a text may hold.
-    for number, line in enumerate(read_text(file).split("\n"), 1)
+    for number, line in enumerate(text.split("\n"), 1)
     if line.strip()
   ]
   if not lines:

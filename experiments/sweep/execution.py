@@ -46,7 +46,7 @@ def execute(
     ValueError: the workdir holds runs of the same names with another config.
       The message lists the differences; nothing was executed.
     Locked: another worker holds one of these runs.
-    Preempted: SIGTERM or Ctrl-C came, and the run has saved.
+    Preempted: a signal came, and the run has saved.
   """
   root = pathlib.Path(workdir)
   _check_unchanged(runs, root)

@@ -141,7 +141,7 @@ def test_each_layout_goes_on_from_the_others_checkpoint(runs):
 @pytest.mark.fault(45)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_sigterm_to_one_of_two_stops_and_saves_both(tmp_path, number):
+def test_a_signal_to_one_of_two_stops_and_saves_both(tmp_path, number):
   workdir = tmp_path / "run"
   processes = start(tmp_path, workdir, 2, "--config.total_steps=1000")
   metrics = workdir / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run soon, and never lose a step."""
+"""SIGTERM, SIGHUP and Ctrl-C end a run soon, and never lose a step."""
 
 import gc
 import os
@@ -85,7 +85,7 @@ from dpo_jax.parallel import stop_signal
 from dpo_jax.system import signals
 
 signals.begin()
-signals.resumes()
+signals.end_with_preempted()
 stop_signal._GRACE_S = 0.3
 with stop_signal.StopSignal() as stop:
   stop.unsaved = sys.argv[1] == "unsaved"

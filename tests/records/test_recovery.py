@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 
@@ -46,6 +47,18 @@ def test_a_committed_step_without_a_manifest_is_adopted(tmp_path):
   recovery.recover(workdir)
   assert steps_of(tmp_path) == [2, 4]
   assert not manifest.verify(folder)
+
+
+@pytest.mark.fault(43)
+def test_a_committed_step_without_a_part_is_not_adopted(tmp_path):
+  """A save that found it so has written no manifest."""
+  workdir = Workdir.at(tmp_path)
+  make_step(tmp_path, 2)
+  recovery.mark_saved(workdir, 2)
+  shutil.rmtree(make_step(tmp_path, 4, is_whole=False) / "params")
+  recovery.mark_begun(workdir, 4)
+  recovery.recover(workdir)
+  assert (steps_of(tmp_path), moved(tmp_path)) == ([2], ["4-0"])
 
 
 def test_a_saved_step_that_lost_its_manifest_is_not_adopted(tmp_path):

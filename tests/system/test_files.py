@@ -29,7 +29,6 @@ def read(path):
     (b'{"a": 1', "Expecting"),
     (b'{"a": "\xff"}', "can't decode byte 0xff"),
     (b"[1]", "it holds a list, not an object"),
-    (b'{"a": {"b": 1, "b": 2}}', "it has the key 'b' twice"),
     (b"null", "it holds a NoneType, not an object"),
     (b"[" * 100_000, "it is nested too deeply"),
     (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
@@ -44,6 +43,13 @@ def test_a_damaged_json_file_is_named_with_what_to_do(tmp_path, content, why):
   assert message.startswith(f"{path} is damaged: ")
   assert why in message
   assert message.endswith("Restore it from a copy")
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path):
+  path = epath.Path(tmp_path / "a.json")
+  path.write_text('{"a": {"b": 1, "b": 2}}')
+  with pytest.raises(ValueError, match=r"a\.json has the key 'b' twice: leave"):
+    files.read_json(path)
 
 
 def test_local_paths_are_not_copied(tmp_path):
