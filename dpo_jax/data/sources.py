@@ -318,7 +318,7 @@ def _tfds_builder(name: str) -> Any:
     builder.download_and_prepare(file_format="array_record")
   except AssertionError as error:  # files that a user must put there
     raise FileNotFoundError(f"tfds:{name}: {error}") from error
-  if files.is_remote(builder.data_path):  # array_record reads local files only
+  if inputs.is_remote(builder.data_path):  # array_record reads local files only
     return tfds.builder_from_directory(files.local(builder.data_path))
   return builder
 

@@ -24,7 +24,7 @@ from dpo_jax.data.groups import Groups, Limits, tokenize
 from dpo_jax.data.reading import Reading
 from dpo_jax.data.sources import Source
 from dpo_jax.data.tokenizers import Tokenizer
-from dpo_jax.system import files
+from dpo_jax.system import inputs
 
 _LOG = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ def build_store(
     ValueError: no usable group, or a `cache_dir` that is not local.
     OSError: a `cache_dir` that cannot be written.
   """
-  if files.is_remote(cache_dir):
+  if inputs.is_remote(cache_dir):
     raise ValueError(
       f"data.cache_dir={cache_dir!r} must be a local folder: stores are"
       " mapped into memory"

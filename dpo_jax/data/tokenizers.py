@@ -169,6 +169,7 @@ class HFTokenizer:
       root, config, chat_template
     )
     self.has_chat_template = self.chat_template is not None
+    self._needs_parts: bool | None = None  # not known yet
     self._template = ChatTemplate(
       self.chat_template or "", self._special, date=parse_date(template_date)
     )
@@ -252,8 +253,7 @@ class HFTokenizer:
     end a turn with a token that none of its files calls an EOS.
     """
     known = (i for i in self._generation_stops if i < self.vocab_size)
-    turn_end = self._find_turn_end()
-    return tuple(dict.fromkeys([self.eos_id, *known, *turn_end]))
+    return tuple(dict.fromkeys([self.eos_id, *known, *self._find_turn_end()]))
 
   def _find_turn_end(self) -> list[int]:
     """Returns the id that ends an answer in the template, in a list, or []."""
@@ -307,6 +307,8 @@ class HFTokenizer:
   def render_batch(
     self, requests: Sequence[Request], *, timeout_s: float = math.inf
   ) -> Iterator[str | RecordError]:
+    if self._needs_parts is None:
+      self._needs_parts = self._find_needs_parts(timeout_s)
     if self._needs_parts:
       requests = [
         request._replace(messages=[_in_parts(m) for m in request.messages])
@@ -314,17 +316,15 @@ class HFTokenizer:
       ]
     return self._template.render(requests, timeout_s=timeout_s)
 
-  @functools.cached_property
-  def _needs_parts(self) -> bool:
-    """Whether the template writes content only if it is a list of parts."""
+  def _find_needs_parts(self, timeout_s: float) -> bool:
+    """Returns whether the template writes content only if it is a list."""
     message = {"role": "user", "content": "probe"}
-    is_written = []
     for one in (message, _in_parts(message)):
-      [reply] = self._template.render([Request([one], False, {})])
-      is_written.append(isinstance(reply, str) and "probe" in reply)
-      if is_written[0]:
-        return False
-    return is_written[1]
+      asked = [Request([one], False, {})]
+      [reply] = self._template.render(asked, timeout_s=timeout_s)
+      if isinstance(reply, str) and "probe" in reply:
+        return one is not message
+    return False
 
 
 def _in_parts(message: Message) -> Message:

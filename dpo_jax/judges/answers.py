@@ -6,7 +6,7 @@ import os
 import threading
 from typing import Any
 
-from dpo_jax.system import files
+from dpo_jax.system import files, inputs
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Answers:
     Raises:
       ValueError: a path that is not local.
     """
-    if files.is_remote(path):
+    if inputs.is_remote(path):
       raise ValueError(
         f"answers of a judge cannot be appended to {path}: name a local folder"
       )

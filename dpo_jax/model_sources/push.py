@@ -9,7 +9,7 @@ import re
 
 from etils import epath
 
-from dpo_jax.system import files
+from dpo_jax.system import files, inputs
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 
@@ -29,7 +29,7 @@ def check_push(name: str, folder: epath.PathLike) -> None:
 
   if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
     raise ValueError(f"push_to={name!r} must be ORG/NAME")
-  if files.is_remote(folder):
+  if inputs.is_remote(folder):
     raise ValueError(
       f"push_to={name!r} uploads files of this machine: out={str(folder)!r}"
       " must be a local folder"

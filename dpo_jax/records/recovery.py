@@ -20,7 +20,8 @@ from dpo_jax.records.history import add_to_history
 from dpo_jax.records.lines import cut_lines_after
 from dpo_jax.records.metrics import check_lines
 from dpo_jax.records.workdir import Workdir
-from dpo_jax.system.files import is_remote, read_json, tree, write_json
+from dpo_jax.system.files import read_json, tree, write_json
+from dpo_jax.system.inputs import is_remote
 
 _LOG = logging.getLogger(__name__)
 _KEPT = 2  # steps in quarantine

@@ -25,7 +25,7 @@ from dpo_jax.config.values import parse_trackers
 from dpo_jax.records import tracker_child
 from dpo_jax.records.sinks import Sink, TensorBoard
 from dpo_jax.records.workdir import Workdir
-from dpo_jax.system import files
+from dpo_jax.system import files, inputs
 
 _LOG = logging.getLogger(__name__)
 _QUEUED = 1000  # messages that wait for the tracker
@@ -64,7 +64,7 @@ def open_sinks(settings: Any, workdir: Workdir) -> list[Sink]:
     sinks.append(TensorBoard(workdir.tensorboard))
   for kind in parse_trackers(settings.trackers):
     folder = workdir.path
-    if files.is_remote(folder):
+    if inputs.is_remote(folder):
       folder = epath.Path(files.cache_dir())
     opening = {
       "kind": kind,

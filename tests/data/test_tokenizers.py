@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from tokenizers import processors
 
 from dpo_jax.config import default_config
 from dpo_jax.data import packing, sources, store
+from dpo_jax.data.dialogues import Request
 from dpo_jax.data.examples import RecordError
 from dpo_jax.data.tokenizers import (
   ByteTokenizer,
@@ -748,3 +750,17 @@ def test_ids_beyond_the_embedding_are_refused(real_data, tmp_path):
 def test_ids_without_a_vocabulary_refuse_its_settings(spec, key):
   with pytest.raises(ValueError, match=rf"data\.{key}='x' .*'{spec}' has none"):
     load_tokenizer(spec, **{key: "x"})
+
+
+def test_the_probe_of_a_template_has_the_limit_of_the_records(tmp_path):
+  """It renders twice before the first record, each up to its own cap."""
+  endless = (
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+    "{% endfor %}"
+  )
+  folders.write_folder(tmp_path, chat_template=endless)
+  request = Request([{"role": "user", "content": "a"}], False, {})
+  start = time.monotonic()
+  with pytest.raises(TimeoutError, match=r"data\.template_timeout_s=1\."):
+    list(HFTokenizer(str(tmp_path)).render_batch([request], timeout_s=1.0))
+  assert time.monotonic() - start < 8

@@ -16,6 +16,12 @@ IDENTITY = {
   "tokenizer": {"vocab": "v", "chat_template": "t"},
 }
 
+LINEAR = {
+  "optimizer__schedule": "linear",
+  "optimizer__warmup_steps": 0,
+  "optimizer__learning_rate": 1e-3,
+}
+
 
 def change(path, value):
   """IDENTITY with another value."""
@@ -89,17 +95,12 @@ def test_a_moved_data_file_is_other_data_not_another_config(tmp_path):
 
 
 def test_other_total_steps_bend_a_schedule(tmp_path):
-  linear = dict(
-    optimizer__schedule="linear",
-    optimizer__warmup_steps=0,
-    optimizer__learning_rate=1e-3,
-  )
-  start(tmp_path, total_steps=6, **linear)
+  start(tmp_path, total_steps=6, **LINEAR)
   with pytest.raises(ValueError) as error:
-    start(tmp_path, total_steps=12, **linear)
+    start(tmp_path, total_steps=12, **LINEAR)
   # The rate falls to 0 at the last step: at step 3 of 6 and of 12.
   assert "rate at step 3: 0.0005 there, 0.00075 now" in str(error.value)
-  start(tmp_path, total_steps=12, resume__allow="total_steps", **linear)
+  start(tmp_path, total_steps=12, resume__allow="total_steps", **LINEAR)
   assert json.loads((tmp_path / "config.json").read_text())["total_steps"] == 12
 
 
@@ -170,13 +171,8 @@ def test_a_damaged_history_is_named(tmp_path, value):
 
 
 def test_each_curve_is_that_of_its_own_optimizer(tmp_path):
-  linear = dict(
-    optimizer__schedule="linear",
-    optimizer__warmup_steps=0,
-    optimizer__learning_rate=1e-3,
-  )
-  start(tmp_path, total_steps=6, **linear)
-  now = linear | {"optimizer__warmup_steps": 8}
+  start(tmp_path, total_steps=6, **LINEAR)
+  now = LINEAR | {"optimizer__warmup_steps": 8}
   accepted, _ = start(
     tmp_path, total_steps=12, resume__allow="total_steps,config", **now
   )
