@@ -27,7 +27,9 @@ def ended(tmp_path):
 
   def end(module, number, ignored=None):
     def prepare():
-      signal.signal(signal.SIGINT, signal.SIG_DFL)
+      # Libraries that the worker has loaded ignore SIGHUP, unseen by Python.
+      for one in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(one, signal.SIG_DFL)
       if ignored is not None:
         signal.signal(ignored, signal.SIG_IGN)
 
